@@ -1,0 +1,48 @@
+# make demo: the main job on real images.  make test: every test.  Both install what they need into .venv first.
+# make test PYTHON=python3 uses an environment that already has torch and the test requirements, without a network.
+TORCH ?= torch==2.13.0
+VENV := .venv
+ifdef PYTHON
+  RUN := $(PYTHON)
+  READY := in-place
+else
+  RUN := $(VENV)/bin/python
+  READY := $(VENV)/.installed
+endif
+
+.PHONY: help demo test lint bench in-place clean
+help:
+	@grep -hE '^# make' $(MAKEFILE_LIST)
+
+demo: $(READY)
+	$(RUN) -m fastmeta compare
+
+test: $(READY)
+	$(RUN) -m pytest
+
+# make lint: formatters, linters and types (CI runs it).
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m clang_format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp') 2>/dev/null || \
+	  $(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+# make bench: the operator microbenchmarks, against what users have today.
+bench: $(READY)
+	$(RUN) -m bench ops
+
+# The stamp is younger than whatever the installation was made from, so a second run installs nothing.
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(VENV)/bin/pip install $(TORCH)
+	$(VENV)/bin/pip install 'setuptools>=77' wheel ninja pybind11
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pip install --no-build-isolation -e '.[test]'
+	touch $@
+
+in-place:
+	$(PYTHON) setup.py -q build_ext --inplace
+
+clean:
+	rm -rf build $(VENV) *.egg-info
+	rm -f fastmeta/*.so

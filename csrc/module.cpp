@@ -1,0 +1,38 @@
+// fastmeta._C: build_info(), and the import that loads the operators of operators.cpp.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+#define FASTMETA_STRING(x) #x
+#define FASTMETA_TEXT(x) FASTMETA_STRING(x)
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " FASTMETA_TEXT(__clang_major__) "." FASTMETA_TEXT(__clang_minor__);
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " FASTMETA_TEXT(__GNUC__) "." FASTMETA_TEXT(__GNUC_MINOR__);
+#else
+  info["compiler"] = "unknown";
+#endif
+  py::list built;
+  for (const char* name : fastmeta::isa_built()) built.append(name);
+  info["instruction_sets"] = built;
+  info["instruction_set_in_use"] = fastmeta::isa_in_use();
+  info["threads"] = torch::stable::get_num_threads();
+  info["cuda_architectures"] = py::list();
+  info["built_for_torch"] = FASTMETA_BUILT_FOR_TORCH;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of fastmeta; importing it registers torch.ops.fastmeta.";
+  m.def("build_info", &build_info, "Compiler, instruction sets, threads, CUDA architectures, torch built against.");
+}

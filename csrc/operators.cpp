@@ -1,0 +1,36 @@
+// Every operator's schema. Argument `loss` is the enum of losses.h; a head (head_weight [C, D], head_bias [C]) stands
+// in for logits [N, C] where both are offered. fastmeta/ops/ documents the arguments.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastmeta, m) {
+  m.def(
+      "last_layer_gradient(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, Tensor targets, "
+      "Tensor? weights, int loss) -> (Tensor, Tensor)");
+  m.def(
+      "per_example_dot(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, Tensor targets, "
+      "Tensor direction_weight, Tensor? direction_bias, int loss) -> Tensor");
+  m.def(
+      "label_gradient(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, "
+      "Tensor direction_weight, Tensor? direction_bias, int loss, float scale) -> Tensor");
+  // The bias of the result is empty when direction_bias is None.
+  m.def(
+      "hessian_vector_product(Tensor features, Tensor logits, Tensor direction_weight, Tensor? direction_bias, "
+      "Tensor? weights, int loss, float damping) -> (Tensor, Tensor)");
+  m.def(
+      "feature_similarity(Tensor features_u, Tensor features_h, Tensor residual_h, float scale, bool bias) -> Tensor");
+  m.def(
+      "finite_difference_labels(Tensor logits_plus, Tensor logits_minus, Tensor labels, Tensor epsilon, float step, "
+      "bool project) -> Tensor");
+  // Lists of tensors, in place.
+  m.def("perturb_norm(Tensor[] direction) -> Tensor");
+  m.def(
+      "perturb_(Tensor(a!)[] params, Tensor[] direction, Tensor(b!) backup, Tensor epsilon, float sign, bool save) -> "
+      "()");
+  m.def("perturb_restore_(Tensor(a!)[] params, Tensor backup) -> ()");
+  m.def(
+      "alignment_direction_(Tensor[] grads_labeled, Tensor[] grads_unlabeled, Tensor(a!)[] ema_labeled, "
+      "Tensor(b!)[] ema_fourth, Tensor(c!)[] out, float decay, float decay_norm, float epsilon) -> ()");
+  m.def(
+      "masked_adam_(Tensor(a!) table, Tensor index, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+      "Tensor(d!) steps, float lr, float beta1, float beta2, float eps, float? low, float? high) -> ()");
+}

@@ -1,0 +1,118 @@
+"""Checks of arguments: one error that names the argument, what was expected and what came.
+
+``csrc/checks.h`` makes the same checks for the kernels, so on the fast path these run only to word the error.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastmeta.losses import LOSSES
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SHAPES = {1: "1-D [N]", 2: "2-D [N, C]"}
+Result = TypeVar("Result")
+
+
+def floating(tensor: object, name: str) -> Tensor:
+    """A floating tensor of one of the four supported dtypes."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {_name(tensor.dtype)}")
+    return tensor
+
+
+def matrix(tensor: object, name: str, symbols: str) -> Tensor:
+    """A floating 2-D tensor; ``symbols`` names its dimensions, ``"[N, D]"``."""
+    checked = floating(tensor, name)
+    if checked.dim() != 2:
+        raise ValueError(f"{name} must be 2-D {symbols}, got {checked.dim()}-D {list(checked.shape)}")
+    return checked
+
+
+def shaped(tensor: object, name: str, symbols: str, shape: Sequence[int]) -> Tensor:
+    """A floating tensor of exactly this shape."""
+    checked = floating(tensor, name)
+    if tuple(checked.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {symbols} = {list(shape)}, got {list(checked.shape)}")
+    return checked
+
+
+def like(first: Tensor, first_name: str, **others: Tensor | None) -> None:
+    """Every other tensor has the first one's dtype and device."""
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.device != first.device:
+            raise ValueError(f"{name} must be on {first.device} like {first_name}, got {other.device}")
+        if other.dtype != first.dtype:
+            raise TypeError(f"{name} must be {_name(first.dtype)} like {first_name}, got {_name(other.dtype)}")
+
+
+def targets(tensor: object, features: Tensor, num_classes: int) -> Tensor:
+    """``[N, C]`` probabilities in the features' dtype, or ``[N]`` int64 classes in range (checked on the CPU only)."""
+    count = features.shape[0]
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"targets must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype == torch.int64:
+        if tuple(tensor.shape) != (count,):
+            raise ValueError(f"targets of int64 classes must be [N] = [{count}], got {list(tensor.shape)}")
+        if tensor.device != features.device:
+            raise ValueError(f"targets must be on {features.device} like features, got {tensor.device}")
+        # On a GPU the check would wait for the device.
+        if tensor.is_cpu and count and not torch.compiler.is_compiling():
+            low, high = int(tensor.min()), int(tensor.max())
+            if low < 0 or high >= num_classes:
+                raise ValueError(f"targets must be classes in [0, {num_classes}), got {low if low < 0 else high}")
+        return tensor
+    if not tensor.is_floating_point():
+        raise TypeError(f"targets must be [N, C] probabilities or [N] int64 classes, got {_name(tensor.dtype)}")
+    shaped(tensor, "targets", "[N, C]", (count, num_classes))
+    like(features, "features", targets=tensor)
+    return tensor
+
+
+def loss_code(loss: object) -> int:
+    """The kernels' number of a loss."""
+    code = LOSSES.get(loss) if isinstance(loss, str) else None
+    if code is None:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    return code
+
+
+def number(value: object, name: str, *, low: float | None = None, high: float | None = None) -> float:
+    """A finite number within ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+    return float(value)
+
+
+def run(kernel: Callable[..., Result], arguments: tuple[Any, ...], check: Callable[[], None]) -> Result:
+    """Run a kernel; if it refuses its arguments, let the Python check word the error."""
+    if torch.compiler.is_compiling():
+        check()
+        return kernel(*arguments)
+    try:
+        return kernel(*arguments)
+    except (RuntimeError, TypeError) as error:
+        _explain(error, check)
+
+
+def _explain(error: Exception, check: Callable[[], None]) -> NoReturn:
+    try:
+        check()
+    except (TypeError, ValueError) as worded:
+        raise worded from None
+    raise error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

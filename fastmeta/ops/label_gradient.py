@@ -1,0 +1,81 @@
+"""Label gradient of the last layer: how the predictions on unlabeled examples move along a direction."""
+
+from torch import Tensor
+
+from fastmeta import checks, losses
+from fastmeta.dispatch import Operator
+from fastmeta.head import Head
+from fastmeta.losses import LOSSES
+from fastmeta.ops import _last_layer
+
+OPERATOR = Operator("label_gradient")
+
+
+def label_gradient_reference(
+    features: Tensor,  # [N, D]
+    logits: Tensor,  # [N, C]
+    direction_weight: Tensor,  # [C, D]
+    direction_bias: Tensor | None,  # [C]
+    loss: str,
+    scale: float,
+) -> Tensor:  # [N, C]
+    """``scale t(z_i)`` with ``z = h V^T + b``."""
+    z = _last_layer.logit_tangent(features, direction_weight, direction_bias)
+    return scale * losses.label_tangent(logits, z, loss)
+
+
+def label_gradient(
+    features: Tensor,
+    logits: Tensor | Head,
+    direction_weight: Tensor,
+    direction_bias: Tensor | None = None,
+    *,
+    loss: str = "cross_entropy",
+    scale: float = 1.0,
+    impl: str | None = None,
+) -> Tensor:
+    r"""Gradient of an outer loss G with respect to the labels of an inner step on the last layer.
+
+    For ``theta' = theta - eta grad (1/B) sum_i w_i l(f_i, y_i)`` and ``(V, b) = grad G(theta')``,
+
+    .. math:: \frac{\partial G}{\partial y_i} = \frac{\eta w_i}{B} t(z_i), \qquad z_i = V h_i + b
+
+    with ``t(z) = z - <p, z>`` for cross-entropy and ``2 J z`` for the squared error of probabilities: Learning to
+    Impute, update rule V1, where only the last layer moves. ``scale`` stands for ``eta / B``.
+
+    Args:
+        features: input of the last layer, ``[N, D]``.
+        logits: its output ``[N, C]``, or a :class:`fastmeta.Head` from which it is computed inside.
+        direction_weight: ``V``, ``[C, D]``.
+        direction_bias: ``b``, ``[C]``; None means the bias does not move.
+        loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
+        scale: factor of the result.
+        impl: implementation to use; see :func:`fastmeta.use_impl`.
+
+    Returns:
+        ``[N, C]``.
+
+    Raises:
+        ValueError: a shape or the loss does not fit.
+        TypeError: dtypes are not floating or not the same.
+        RuntimeError: the named ``impl`` is not available.
+
+    >>> import torch
+    >>> label_gradient(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    tensor([[ 1., -1.]])
+    """
+    f, head_weight, head_bias = _last_layer.split(logits)
+    kernel = OPERATOR.select(impl, features, f, head_weight, head_bias, direction_weight, direction_bias)
+
+    def check() -> None:
+        checks.loss_code(loss)
+        checks.number(scale, "scale")
+        h, num_classes = _last_layer.check_outputs(features, logits)
+        _last_layer.check_direction(h, num_classes, direction_weight, direction_bias)
+
+    if kernel is not None:
+        arguments = (features, f, head_weight, head_bias, direction_weight, direction_bias, LOSSES.get(loss), scale)
+        return checks.run(kernel, arguments, check)
+    check()
+    f = logits.logits(features) if isinstance(logits, Head) else logits
+    return label_gradient_reference(features, f, direction_weight, direction_bias, loss, scale)
