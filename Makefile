@@ -3,7 +3,7 @@
 TORCH ?= torch==2.13.0
 VENV := .venv
 ifdef PYTHON
-  RUN := $(PYTHON)
+  RUN := $(shell command -v $(PYTHON))
   READY := in-place
 else
   RUN := $(VENV)/bin/python
@@ -25,8 +25,7 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m clang_format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp') 2>/dev/null || \
-	  $(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(dir $(RUN))clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
 
 # make bench: the operator microbenchmarks, against what users have today.
 bench: $(READY)
@@ -36,7 +35,7 @@ bench: $(READY)
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
 	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(VENV)/bin/pip install $(TORCH)
-	$(VENV)/bin/pip install 'setuptools>=77' wheel ninja pybind11
+	$(VENV)/bin/pip install 'setuptools>=77' wheel ninja
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pip install --no-build-isolation -e '.[test]'
 	touch $@
 

@@ -1,8 +1,10 @@
 // fastmeta._C: build_info(), and the import that loads the operators of operators.cpp.
-#include <pybind11/pybind11.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/isa.h"
+// torch 2.11 and 2.12 bundle a pybind11 that refuses to be included beside the stable ABI; nothing of torch follows.
+#undef TORCH_TARGET_VERSION
+#include <pybind11/pybind11.h>
 
 namespace py = pybind11;
 
