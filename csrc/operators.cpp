@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(fastmeta, m) {
       "finite_difference_labels(Tensor logits_plus, Tensor logits_minus, Tensor labels, Tensor epsilon, float step, "
       "bool project) -> Tensor");
   // Lists of tensors, in place.
-  m.def("perturb_norm(Tensor[] direction) -> Tensor");
+  m.def("perturb_epsilon(Tensor[] direction, float radius) -> Tensor");
   m.def(
       "perturb_(Tensor(a!)[] params, Tensor[] direction, Tensor(b!) backup, Tensor epsilon, float sign, bool save) -> "
       "()");

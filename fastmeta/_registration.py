@@ -110,9 +110,9 @@ def _finite_difference_labels(logits_plus: Tensor, *rest: Any) -> Tensor:
     return logits_plus.new_empty(logits_plus.shape)
 
 
-def _perturb_norm(direction: list[Tensor]) -> Tensor:
-    first = direction[0]
-    return first.new_empty((), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32)
+def _perturb_epsilon(direction: list[Tensor], radius: float) -> Tensor:
+    wide = torch.float64 if any(v.dtype == torch.float64 for v in direction) else torch.float32
+    return torch.empty((), dtype=wide, device=direction[0].device if direction else "cpu")
 
 
 def _in_place(*arguments: Any) -> None:
@@ -126,7 +126,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "hessian_vector_product": _hessian_vector_product,
     "feature_similarity": _feature_similarity,
     "finite_difference_labels": _finite_difference_labels,
-    "perturb_norm": _perturb_norm,
+    "perturb_epsilon": _perturb_epsilon,
     "perturb_": _in_place,
     "perturb_restore_": _in_place,
     "alignment_direction_": _in_place,

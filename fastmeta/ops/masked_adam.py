@@ -1,0 +1,152 @@
+"""Masked Adam: an Adam step on the rows of a table that a batch touched, with statistics of their own."""
+
+import torch
+from torch import Tensor
+
+from fastmeta import checks
+from fastmeta.dispatch import Operator
+from fastmeta.ops import _in_place
+
+OPERATOR = Operator("masked_adam_")
+
+
+def masked_adam_reference_(
+    table: Tensor,  # [M] or [M, C]
+    index: Tensor,  # [n]
+    grad: Tensor,  # [n] or [n, C]
+    exp_avg: Tensor,  # [M] or [M, C]
+    exp_avg_sq: Tensor,  # [M] or [M, C]
+    steps: Tensor,  # [M]
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    low: float | None,
+    high: float | None,
+) -> None:
+    """``m, v, t`` of the touched rows alone, then ``clip(w - lr m^ / (sqrt(v^) + eps))``."""
+    wide = torch.float64 if table.dtype == torch.float64 else torch.float32
+    rows, place = torch.unique(index, return_inverse=True)
+    g = torch.zeros(len(rows), *table.shape[1:], dtype=wide, device=table.device)
+    g.index_add_(0, place, grad.to(wide))
+    t = steps[rows] + 1
+    m = betas[0] * exp_avg[rows].to(wide) + (1 - betas[0]) * g
+    v = betas[1] * exp_avg_sq[rows].to(wide) + (1 - betas[1]) * g * g
+    # float64: 1 - beta^t has lost its digits in float32 while t is small.
+    count = t.double().view(-1, *[1] * (table.dim() - 1))
+    m_hat = m / (1 - betas[0] ** count).to(wide)
+    v_hat = v / (1 - betas[1] ** count).to(wide)
+    w = table[rows].to(wide) - lr * m_hat / (v_hat.sqrt() + eps)
+    if low is not None or high is not None:
+        w = w.clamp(low, high)
+    for target, value in ((table, w), (exp_avg, m), (exp_avg_sq, v), (steps, t)):
+        target[rows] = value.to(target.dtype)
+
+
+def masked_adam_(
+    table: Tensor,
+    index: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    low: float | None = None,
+    high: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    r"""Masked Adam step, in place on the rows ``index`` of a table; nothing else of it is touched.
+
+    .. math::
+        m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        w \leftarrow \operatorname{clip}\Bigl(w - \text{lr}\,
+        \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \text{eps}}\Bigr)
+
+    with ``t`` the number of updates the row itself has had: M(asked)-Adam of Not All Unlabeled Data Are Equal,
+    Section 3.3 and Appendix C. ``eps`` stands where :class:`torch.optim.Adam` has it, outside the corrected root;
+    :class:`torch.optim.SparseAdam` adds it before the correction. A row repeated in ``index`` takes one step with the
+    sum of its gradients, added in the order they come.
+
+    Args:
+        table: ``w``, ``[M]`` or ``[M, C]``; any strides.
+        index: rows, int64 ``[n]``.
+        grad: gradients of those rows, ``[n]`` or ``[n, C]``, in the table's dtype.
+        exp_avg: ``m``, of the table's shape, in its dtype or float32.
+        exp_avg_sq: ``v``, like ``exp_avg``.
+        steps: ``t``, int32 ``[M]``.
+        lr: learning rate.
+        betas: decay rates ``(beta1, beta2)`` in [0, 1).
+        eps: added to the denominator, >= 0.
+        low: lower bound of the touched entries.
+        high: upper bound of the touched entries.
+        impl: implementation to use; see :func:`fastmeta.use_impl`.
+
+    Returns:
+        ``table``.
+
+    Raises:
+        ValueError: a shape does not fit, a number is out of range, or arguments share memory.
+        IndexError: a row is not in ``[0, M)``; nothing has been written (on the CPU; a GPU does not wait to look).
+        TypeError: a dtype does not fit.
+        RuntimeError: an argument requires grad outside ``torch.no_grad()``, or the named ``impl`` is not available.
+
+    >>> weights, m, v, steps = torch.ones(3), torch.zeros(3), torch.zeros(3), torch.zeros(3, dtype=torch.int32)
+    >>> masked_adam_(weights, torch.tensor([2, 0]), torch.tensor([0.5, -9.0]), m, v, steps, lr=0.1, high=1.05)
+    tensor([1.0500, 1.0000, 0.9000])
+    >>> steps
+    tensor([1, 0, 1], dtype=torch.int32)
+    """
+    tensors = (table, index, grad, exp_avg, exp_avg_sq, steps)
+
+    def check() -> None:
+        _check(*tensors)
+        checks.number(lr, "lr")
+        for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
+            if checks.number(beta, name, low=0.0, high=1.0) == 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got 1.0")
+        checks.number(eps, "eps", low=0.0)
+        bounds = [checks.number(bound, name) for name, bound in (("low", low), ("high", high)) if bound is not None]
+        if len(bounds) == 2 and bounds[0] > bounds[1]:
+            raise ValueError(f"low must be <= high = {high}, got {low}")
+
+    check()
+    with torch.no_grad():
+        masked_adam_reference_(*tensors, lr, betas, eps, low, high)
+    return table
+
+
+def _check(table: Tensor, index: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor) -> None:
+    checks.floating(table, "table")
+    if table.dim() not in (1, 2):
+        raise ValueError(f"table must be [M] or [M, C], got {table.dim()}-D {list(table.shape)}")
+    for name, tensor, dtype in (("index", index, torch.int64), ("steps", steps, torch.int32)):
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be {str(dtype)[6:]}, got {str(got).removeprefix('torch.')}")
+        if tensor.device != table.device:
+            raise ValueError(f"{name} must be on {table.device} like table, got {tensor.device}")
+    rows, width = table.shape[0], tuple(table.shape[1:])
+    if index.dim() != 1:
+        raise ValueError(f"index must be 1-D [n], got {index.dim()}-D {list(index.shape)}")
+    if tuple(steps.shape) != (rows,):
+        raise ValueError(f"steps must be [M] = [{rows}], got {list(steps.shape)}")
+    checks.shaped(grad, "grad", "[n, C]" if width else "[n]", (index.shape[0], *width))
+    checks.like(table, "table", grad=grad)
+    checks.shaped(exp_avg, "exp_avg", "the shape of table", table.shape)
+    checks.shaped(exp_avg_sq, "exp_avg_sq", "the shape of table", table.shape)
+    checks.like(table if exp_avg.dtype != torch.float32 else exp_avg, "table", exp_avg=exp_avg)
+    if exp_avg.device != table.device or (table.dtype == torch.float64 and exp_avg.dtype != torch.float64):
+        checks.like(table, "table", exp_avg=exp_avg)
+    checks.like(exp_avg, "exp_avg", exp_avg_sq=exp_avg_sq)
+    _in_place.disjoint(
+        [("table", table), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("steps", steps)],
+        [("index", index), ("grad", grad)],
+    )
+    # On a GPU the check would wait for the device.
+    if index.is_cpu and index.numel() and not torch.compiler.is_compiling():
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= rows:
+            raise IndexError(f"index must be rows in [0, {rows}), got {low if low < 0 else high}")
+    _in_place.refuse_grad("masked_adam_", (table, grad, exp_avg, exp_avg_sq))
