@@ -28,6 +28,15 @@ def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
     return found
 
 
+_NO_BACKWARD = (
+    "the kernel of fastmeta::{} is not differentiable; call fastmeta.ops with impl=None for the differentiable "
+    "reference, or detach its inputs"
+)
+_NO_FORWARD = (
+    "fastmeta::{} has no forward-mode derivative; call fastmeta.ops with impl=None for the differentiable reference"
+)
+
+
 class _NotDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, call: Callable[..., Any], arguments: tuple[Any, ...], *tensors: Tensor) -> Any:
@@ -36,10 +45,7 @@ class _NotDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            f"the kernel of fastmeta::{ctx.name} is not differentiable; call fastmeta.ops with impl=None for the "
-            "differentiable reference, or detach its inputs"
-        )
+        raise RuntimeError(_NO_BACKWARD.format(ctx.name))
 
 
 def _guard(name: str, mutates: bool) -> Callable[..., Any]:
@@ -48,10 +54,7 @@ def _guard(name: str, mutates: bool) -> Callable[..., Any]:
     def guarded(keys: Any, *arguments: Any) -> Any:
         tensors = _tensors(arguments)
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            raise RuntimeError(
-                f"fastmeta::{name} has no forward-mode derivative; call fastmeta.ops with impl=None for the "
-                "differentiable reference"
-            )
+            raise RuntimeError(_NO_FORWARD.format(name))
 
         def below(*values: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
@@ -60,6 +63,8 @@ def _guard(name: str, mutates: bool) -> Callable[..., Any]:
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             if mutates:
                 raise RuntimeError(f"fastmeta::{name} works in place and is not differentiable; use torch.no_grad()")
+            if torch._C._are_functorch_transforms_active():  # torch.func.grad and its kin differentiate at once
+                raise RuntimeError(_NO_BACKWARD.format(name))
             return _NotDifferentiable.apply(name, below, arguments, *tensors)
         return below(*arguments)
 

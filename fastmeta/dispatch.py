@@ -6,29 +6,43 @@ reference does, because it is plain PyTorch and right under every kind of differ
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from enum import Enum
+from functools import partial, reduce
+from operator import or_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from fastmeta import _extension
 
 IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
 
-_override: ContextVar[str | None] = ContextVar("fastmeta_impl", default=None)
-_CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_functorch_active = torch._C._are_functorch_transforms_active
+
+class _Override(threading.local):
+    # Per thread like torch.no_grad; a ContextVar is opaque to torch.compile.
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+_override = _Override()
+# Straight to the CPU kernel, past autograd. The other two keys resolve lazy negation and zero tensors on the way:
+# without them a kernel would read the memory behind `x.conj().imag` with the wrong sign.
+_DIRECT_KEYS = reduce(
+    or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in ("CPU", "Negative", "ZeroTensor"))
+)
+_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_functorch_active = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
 
 
 @contextlib.contextmanager
 def use_impl(name: str) -> Iterator[None]:
-    """Use implementation ``name`` for every operator called in the block.
+    """Use implementation ``name`` for every operator called in the block, in this thread.
 
     Raises:
         ValueError: the name is none of ``reference``, ``cpp``, ``cuda``, ``triton``.
@@ -37,36 +51,17 @@ def use_impl(name: str) -> Iterator[None]:
     ...     pass
     """
     _known(name)
-    token = _override.set(name)
+    before = _override.name
+    _override.name = name
     try:
         yield
     finally:
-        _override.reset(token)
+        _override.name = before
 
 
 def _known(name: str) -> None:
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
-
-
-class _Call(Enum):
-    DIRECT = "plain tensors, nothing watches: straight to the kernel"
-    WATCHED = "a dispatch mode or a tensor subclass must see the call: through the dispatcher"
-    BACKWARD = "an input requires grad"
-    FORWARD = "a functorch transform or forward-mode level is active"
-
-
-def _kind_of_call(tensors: tuple[Tensor | None, ...]) -> _Call:
-    if _functorch_active() or forward_ad._current_level >= 0:
-        return _Call.FORWARD
-    grad = torch.is_grad_enabled()
-    watched = _dispatch_modes() > 0
-    for tensor in tensors:
-        if tensor is not None:
-            if grad and tensor.requires_grad:
-                return _Call.BACKWARD
-            watched = watched or type(tensor) not in _PLAIN_TYPES
-    return _Call.WATCHED if watched else _Call.DIRECT
 
 
 class Operator:
@@ -78,19 +73,17 @@ class Operator:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._cpu: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        self._direct: Callable[..., Any] | None = None  # no autograd, no dispatch modes
+        self._dispatched: Callable[..., Any] | None = None
         if _extension.has_kernel(name, "CPU"):
-            packet = getattr(torch.ops.fastmeta, name)
-            default = packet.default
-
-            def direct(*args: Any) -> Any:
-                return default.redispatch(_CPU_KEYS, *args)
-
-            self._cpu = direct, default
+            self._dispatched = getattr(torch.ops.fastmeta, name).default
+            self._direct = partial(
+                torch._C._dispatch_find_schema_or_throw(f"fastmeta::{name}", "").redispatch_boxed, _DIRECT_KEYS
+            )
 
     def implementations(self) -> tuple[str, ...]:
         """Names of the implementations this installation has."""
-        return ("reference", "cpp") if self._cpu is not None else ("reference",)
+        return ("reference", "cpp") if self._direct is not None else ("reference",)
 
     def select(self, impl: str | None, *tensors: Tensor | None) -> Callable[..., Any] | None:
         """The kernel that serves a call with these tensors, or None for the reference.
@@ -100,40 +93,42 @@ class Operator:
             RuntimeError: the named implementation is not available, not for this device, or not differentiable
                 in forward mode.
         """
-        named = impl if impl is not None else _override.get()
-        if named is None:
-            return self._fastest(tensors)
-        _known(named)
-        if named == "reference":
+        named = impl if impl is not None else _override.name
+        if (named is not None and not self._is_kernel(named)) or self._direct is None:
             return None
-        if named != "cpp":
-            raise RuntimeError(f"{self.name} has no {named!r} implementation in this version of fastmeta")
-        if self._cpu is None:
-            raise RuntimeError(_extension.REASON or f"{self.name} has no 'cpp' implementation")
-        for tensor in tensors:
-            if tensor is not None and tensor.device.type != "cpu":
-                raise RuntimeError(f"impl='cpp' needs CPU tensors, got one on {tensor.device}")
-        if torch.compiler.is_compiling():
-            return self._cpu[1]
-        kind = _kind_of_call(tensors)
-        if kind is _Call.FORWARD:
+        if _functorch_active() or forward_ad._current_level >= 0:
+            if named is None:
+                return None
             raise RuntimeError(
-                f"impl='cpp' of {self.name} has no forward-mode derivative or vmap rule; leave impl=None for the "
+                f"impl={named!r} of {self.name} has no forward-mode derivative or vmap rule; leave impl=None for the "
                 "differentiable reference"
             )
-        return self._cpu[0] if kind is _Call.DIRECT else self._cpu[1]
-
-    def _fastest(self, tensors: tuple[Tensor | None, ...]) -> Callable[..., Any] | None:
-        if self._cpu is None:
-            return None
+        grad = torch.is_grad_enabled()
+        watched = _compiling() or _dispatch_modes() > 0 or _tracing() is not None
         for tensor in tensors:
-            if tensor is not None and not tensor.is_cpu:
-                return None
-        if torch.compiler.is_compiling():
-            grad = torch.is_grad_enabled()
-            tracked = grad and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-            return None if tracked else self._cpu[1]
-        kind = _kind_of_call(tensors)
-        if kind is _Call.DIRECT:
-            return self._cpu[0]
-        return self._cpu[1] if kind is _Call.WATCHED else None
+            if tensor is None:
+                continue
+            kind = type(tensor)
+            if kind is not Tensor and kind is not Parameter:
+                if not isinstance(tensor, Tensor):
+                    return None  # the reference's check words the error
+                watched = True
+            if not tensor.is_cpu:
+                if named is None:
+                    return None
+                raise RuntimeError(f"impl={named!r} needs CPU tensors, got one on {tensor.device}")
+            if grad and tensor.requires_grad:
+                if named is None:
+                    return None
+                watched = True  # the guard on the Autograd key raises when a backward reaches the kernel
+        return self._dispatched if watched else self._direct
+
+    def _is_kernel(self, name: str) -> bool:
+        _known(name)
+        if name == "reference":
+            return False
+        if name != "cpp":
+            raise RuntimeError(f"{self.name} has no {name!r} implementation in this version of fastmeta")
+        if self._direct is None:
+            raise RuntimeError(_extension.REASON or f"{self.name} has no 'cpp' implementation")
+        return True
