@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -85,7 +86,7 @@ def loss_code(loss: object) -> int:
 
 def number(value: object, name: str, *, low: float | None = None, high: float | None = None) -> float:
     """A finite number within ``[low, high]``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"{name} must be finite, got {value}")
@@ -102,7 +103,7 @@ def run(kernel: Callable[..., Result], arguments: tuple[Any, ...], check: Callab
         return kernel(*arguments)
     try:
         return kernel(*arguments)
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:
         _explain(error, check)
 
 

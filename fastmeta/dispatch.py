@@ -8,9 +8,9 @@ reference does, because it is plain PyTorch and right under every kind of differ
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial, reduce
+from functools import partial, reduce, wraps
 from operator import or_
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch.nn import Parameter
 
 from fastmeta import _extension
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
 
 
@@ -62,6 +64,20 @@ def use_impl(name: str) -> Iterator[None]:
 def _known(name: str) -> None:
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+
+
+def in_own_dtype(reference: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorates a reference: it computes in its arguments' dtype within an autocast region too, as the kernels do."""
+
+    @wraps(reference)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return reference(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return reference(*args, **kwargs)
+
+    return call
 
 
 class Operator:

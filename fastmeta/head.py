@@ -5,6 +5,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional
 
+from fastmeta.dispatch import in_own_dtype
+
 
 class Head(NamedTuple):
     """Weight and bias of the last linear layer, given to an operator in place of ``logits``.
@@ -15,6 +17,7 @@ class Head(NamedTuple):
     weight: Tensor  # [C, D]
     bias: Tensor | None = None  # [C]
 
+    @in_own_dtype
     def logits(self, features: Tensor) -> Tensor:
         """``h W^T + b``. ``[N, C]``."""
         return functional.linear(features, self.weight, self.bias)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.dispatch import Operator
+from fastmeta.dispatch import Operator, in_own_dtype
 
 OPERATOR = Operator("feature_similarity")
 
@@ -19,6 +19,7 @@ def gram_is_cheaper(count_u: int, count_h: int, num_features: int, num_classes: 
     return gram < product
 
 
+@in_own_dtype
 def feature_similarity_reference(
     features_u: Tensor,  # [Nu, D]
     features_h: Tensor,  # [Nh, D]

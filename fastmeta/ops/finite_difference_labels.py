@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.dispatch import Operator
+from fastmeta.dispatch import Operator, in_own_dtype
 
 OPERATOR = Operator("finite_difference_labels")
 
@@ -17,6 +17,7 @@ def project_to_simplex_rows(labels: Tensor) -> Tensor:
     return torch.where(total == 0, uniform, clipped / torch.where(total == 0, torch.ones_like(total), total))
 
 
+@in_own_dtype
 def finite_difference_labels_reference(
     logits_plus: Tensor,  # [N, C]
     logits_minus: Tensor,  # [N, C]

@@ -3,13 +3,14 @@
 from torch import Tensor
 
 from fastmeta import checks, losses
-from fastmeta.dispatch import Operator
+from fastmeta.dispatch import Operator, in_own_dtype
 from fastmeta.losses import LOSSES
 from fastmeta.ops import _last_layer
 
 OPERATOR = Operator("hessian_vector_product")
 
 
+@in_own_dtype
 def hessian_vector_product_reference(
     features: Tensor,  # [N, D]
     logits: Tensor,  # [N, C]
@@ -76,6 +77,7 @@ def hessian_vector_product(
     def check() -> None:
         checks.loss_code(loss)
         checks.number(damping, "damping", low=0.0)
+        checks.matrix(logits, "logits", "[N, C]")
         h, num_classes = _last_layer.check_outputs(features, logits)
         _last_layer.check_direction(h, num_classes, direction_weight, direction_bias)
         _last_layer.check_weights(h, weights)

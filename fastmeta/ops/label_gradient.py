@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastmeta import checks, losses
-from fastmeta.dispatch import Operator
+from fastmeta.dispatch import Operator, in_own_dtype
 from fastmeta.head import Head
 from fastmeta.losses import LOSSES
 from fastmeta.ops import _last_layer
@@ -11,6 +11,7 @@ from fastmeta.ops import _last_layer
 OPERATOR = Operator("label_gradient")
 
 
+@in_own_dtype
 def label_gradient_reference(
     features: Tensor,  # [N, D]
     logits: Tensor,  # [N, C]

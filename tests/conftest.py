@@ -1,0 +1,30 @@
+"""Seeds: fresh in every run, printed with a failure, fixed by FASTMETA_SEED."""
+
+import os
+import secrets
+import zlib
+
+import pytest
+import torch
+from cases import Draw
+
+SEED = int(os.environ.get("FASTMETA_SEED") or secrets.randbelow(2**31))
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """A generator of this test's own: its numbers depend on the seed and the test's name, not on the order of tests."""
+    return torch.Generator().manual_seed(SEED ^ zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def draw(generator: torch.Generator) -> Draw:
+    return Draw(generator)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = yield
+    if report.failed:
+        report.sections.append(("seed", f"run again with FASTMETA_SEED={SEED}"))
+    return report
