@@ -2,8 +2,23 @@
 
 from fastmeta import _registration as _registration
 from fastmeta import ops
+from fastmeta.capture import FeatureTape, Outputs, capture_features
 from fastmeta.dispatch import use_impl
 from fastmeta.head import Head
+from fastmeta.methods import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient, Method, Refined
 
 __version__ = "0.1.0"
-__all__ = ["Head", "ops", "use_impl"]
+__all__ = [
+    "L2I",
+    "ExampleWeights",
+    "FeatureTape",
+    "Head",
+    "LabelGradientAlignment",
+    "MetaGradient",
+    "Method",
+    "Outputs",
+    "Refined",
+    "capture_features",
+    "ops",
+    "use_impl",
+]

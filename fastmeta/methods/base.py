@@ -1,0 +1,219 @@
+"""A method is a direction, a derivative and an update; this is what all of them share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta import checks
+from fastmeta.capture import Outputs
+from fastmeta.derivatives import Derivative
+from fastmeta.directions import DirectionRule
+from fastmeta.problem import Problem, Refined, Rows
+from fastmeta.updates import Update
+
+
+class Method:
+    """Any direction, derivative and update as one method at the last layer.
+
+    The published methods are subclasses that choose the three; every other choice works as well.
+
+    Args:
+        direction: a rule of :mod:`fastmeta.directions`.
+        derivative: one of :mod:`fastmeta.derivatives`.
+        update: one of :mod:`fastmeta.updates`; it must fit the derivative (labels or example weights).
+
+    >>> import torch
+    >>> from fastmeta import capture_features
+    >>> from fastmeta.derivatives import LabelGradient
+    >>> from fastmeta.directions import HoldoutGradient, UnitLength
+    >>> from fastmeta.updates import LabelStep
+    >>> method = Method(UnitLength(HoldoutGradient()), LabelGradient(reduction="sum"), LabelStep(step=0.1))
+    >>> model = torch.nn.Linear(4, 2)
+    >>> with capture_features(model) as tape:
+    ...     logits_l, logits_u = model(torch.ones(5, 4)), model(torch.ones(6, 4))
+    >>> targets = torch.zeros(5, dtype=torch.int64)
+    >>> refined = method.refine(unlabeled=tape.outputs(logits_u), holdout=tape.outputs(logits_l), targets=targets)
+    >>> refined.labels.shape, bool((refined.labels[:, 0] > logits_u.softmax(1)[:, 0]).all())
+    (torch.Size([6, 2]), True)
+    """
+
+    def __init__(self, direction: DirectionRule, derivative: Derivative, update: Update) -> None:
+        self.direction = direction
+        self.derivative = derivative
+        self.update = update
+
+    def refine(
+        self,
+        *,
+        unlabeled: Outputs,
+        holdout: Outputs,
+        targets: Tensor,
+        index: Tensor | None = None,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        labeled: Outputs | None = None,
+        labeled_targets: Tensor | None = None,
+    ) -> Refined:
+        """Refine the labels or weights of one batch of unlabeled examples.
+
+        Args:
+            unlabeled: the unlabeled examples, ``tape.outputs(logits_u)``.
+            holdout: the examples whose loss is to fall, ``tape.outputs(logits_l)``: labeled or validation examples.
+            targets: their labels, int64 classes ``[Nh]`` or probabilities ``[Nh, C]``.
+            index: places of the unlabeled examples in the unlabeled set ``[N]``, int64; methods with a table need it.
+            labels: imputed labels ``[N, C]``; None: ``softmax`` of the unlabeled logits. A method that pulls the
+                gradient back through the imputer needs them on the graph.
+            mask: 0 for an unlabeled example that the training loss leaves out, else 1, ``[N]``.
+            labeled: labeled examples of the training loss, where they are not the hold-out examples.
+            labeled_targets: their labels.
+
+        Returns:
+            Labels ``[N, C]`` and weights ``[N]``, detached, and a loss to be added to the step's.
+
+        Raises:
+            ValueError: a shape does not fit, or something that the method needs is missing.
+            TypeError: a dtype does not fit.
+            IndexError: an index is outside the unlabeled set (checked on the CPU only).
+        """
+        # A GEMM of float32 must not become one of bfloat16 because the caller trains under autocast.
+        with torch.autocast(_outputs(unlabeled, "unlabeled").logits.device.type, enabled=False):
+            imputed = impute(unlabeled, labels, self.update.needs_graph)
+            with torch.no_grad():
+                check_index(index, len(imputed), self.update.needs_index, type(self).__name__)
+                start = self.update.labels(imputed, index)
+                problem = self._problem(
+                    unlabeled, holdout, targets, start.detach(), index, mask, labeled, labeled_targets
+                )
+                return self._step(problem, start, index)
+
+    def _step(self, problem: Problem, labels: Tensor, index: Tensor | None) -> Refined:
+        gradient = self.derivative(problem, self.direction(problem))
+        return self.update.apply(gradient, labels, index)
+
+    def _problem(
+        self,
+        unlabeled: Outputs,
+        holdout: Outputs,
+        targets: Tensor,
+        labels: Tensor,
+        index: Tensor | None,
+        mask: Tensor | None,
+        labeled: Outputs | None,
+        labeled_targets: Tensor | None,
+    ) -> Problem:
+        """The step's problem, everything detached, checked and in one dtype."""
+        dtype = labels.dtype
+        rows_u = rows(unlabeled, "unlabeled", dtype)
+        rows_h = rows(holdout, "holdout", dtype, like=rows_u)
+        rows_l = None
+        if labeled is None or labeled_targets is None:
+            if labeled is not labeled_targets:
+                raise ValueError("labeled and labeled_targets must be given together")
+        else:
+            rows_l = rows(labeled, "labeled", dtype, like=rows_u)
+            labeled_targets = _targets(labeled_targets, rows_l, "labeled_targets")
+        return Problem(
+            unlabeled=rows_u,
+            labels=labels,
+            holdout=rows_h,
+            targets=_targets(targets, rows_h, "targets"),
+            weights=self.update.weights(labels, index),
+            mask=None if mask is None else _mask(mask, labels),
+            labeled=rows_l,
+            labeled_targets=labeled_targets,
+            has_bias=unlabeled.bias is not None,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that refining changes: tables, moments, averages, counters."""
+        state: dict[str, Any] = {"update": self.update.state_dict()}
+        if hasattr(self.direction, "state_dict"):
+            state["direction"] = self.direction.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`state_dict`; refining then goes on bit for bit.
+
+        Raises:
+            ValueError: a tensor is missing or of another shape.
+        """
+        self.update.load_state_dict(state["update"])
+        if hasattr(self.direction, "load_state_dict"):
+            self.direction.load_state_dict(state["direction"])
+
+
+def impute(outputs: Outputs, labels: Tensor | None, needs_graph: bool) -> Tensor:
+    """Imputed labels ``[N, C]`` in float32 or float64: those given, or ``softmax`` of the logits."""
+    logits = outputs.logits
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if labels is None:
+        if needs_graph and not logits.requires_grad:
+            raise ValueError("unlabeled.logits must be on the graph for this method; run the model with gradients")
+        logits = logits if needs_graph else logits.detach()
+        return logits.to(dtype).softmax(-1)
+    checks.shaped(labels, "labels", "[N, C]", logits.shape)
+    if needs_graph and not labels.requires_grad:
+        raise ValueError("labels must be on the graph for this method, which pulls back through the imputer")
+    return (labels if needs_graph else labels.detach()).to(dtype)
+
+
+def rows(outputs: Outputs, name: str, dtype: torch.dtype, like: Rows | None = None) -> Rows:
+    """Features and logits, detached, checked and in ``dtype``."""
+    _outputs(outputs, name)
+    features = checks.matrix(outputs.features, f"{name}.features", "[N, D]")
+    logits = checks.matrix(outputs.logits, f"{name}.logits", "[N, C]")
+    if len(features) != len(logits):
+        raise ValueError(
+            f"{name}.features must be [N, D] with N = {len(logits)} like its logits, got {list(features.shape)}"
+        )
+    if like is not None:
+        expected = like.features.shape[1], like.logits.shape[1]
+        got = features.shape[1], logits.shape[1]
+        if got != expected:
+            raise ValueError(f"{name} must have D, C = {expected} like unlabeled, got {got}")
+        if features.device != like.features.device:
+            raise ValueError(f"{name} must be on {like.features.device} like unlabeled, got {features.device}")
+    return Rows(features.detach().to(dtype), logits.detach().to(dtype))
+
+
+def _outputs(outputs: object, name: str) -> Outputs:
+    if not isinstance(outputs, Outputs):
+        raise TypeError(f"{name} must be Outputs, from tape.outputs(logits), got {type(outputs).__name__}")
+    return outputs
+
+
+def _targets(targets: Tensor, of: Rows, name: str) -> Tensor:
+    if isinstance(targets, Tensor) and targets.is_floating_point():
+        targets = targets.detach().to(of.logits.dtype)
+    try:
+        return checks.targets(targets, of.features, of.logits.shape[1])
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("targets", name, 1)) from None
+
+
+def _mask(mask: Tensor, labels: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != (len(labels),):
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask must be [N] = [{len(labels)}], got {got}")
+    return mask.detach().to(labels)
+
+
+def check_index(index: Tensor | None, count: int, needed: bool, method: str) -> None:
+    """Raise unless ``index`` is int64 ``[count]``, or None where it is not needed."""
+    if index is None:
+        if needed:
+            raise ValueError(f"index is needed by {method}: the examples' places in the unlabeled set, int64 [N]")
+        return
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index must be an int64 tensor, got {got}")
+    if tuple(index.shape) != (count,):
+        raise ValueError(f"index must be [N] = [{count}] like unlabeled, got {list(index.shape)}")
+
+
+def choice(value: object, name: str, *allowed: str) -> None:
+    """Raise unless ``value`` is one of the names."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
