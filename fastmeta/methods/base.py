@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta import checks
+from fastmeta import checks, losses
 from fastmeta.capture import Outputs
 from fastmeta.derivatives import Derivative
 from fastmeta.directions import DirectionRule
@@ -38,6 +38,9 @@ class Method:
     >>> refined.labels.shape, bool((refined.labels[:, 0] > logits_u.softmax(1)[:, 0]).all())
     (torch.Size([6, 2]), True)
     """
+
+    # Labels are imputed as this loss's prediction: softmax(f), or f itself for regression.
+    inner_loss = "cross_entropy"
 
     def __init__(self, direction: DirectionRule, derivative: Derivative, update: Update) -> None:
         self.direction = direction
@@ -79,7 +82,7 @@ class Method:
         """
         # A GEMM of float32 must not become one of bfloat16 because the caller trains under autocast.
         with torch.autocast(_outputs(unlabeled, "unlabeled").logits.device.type, enabled=False):
-            imputed = impute(unlabeled, labels, self.update.needs_graph)
+            imputed = impute(unlabeled, labels, self.update.needs_graph, self.inner_loss)
             with torch.no_grad():
                 check_index(index, len(imputed), self.update.needs_index, type(self).__name__)
                 start = self.update.labels(imputed, index)
@@ -129,8 +132,9 @@ class Method:
     def state_dict(self) -> dict[str, Any]:
         """Everything that refining changes: tables, moments, averages, counters."""
         state: dict[str, Any] = {"update": self.update.state_dict()}
-        if hasattr(self.direction, "state_dict"):
-            state["direction"] = self.direction.state_dict()
+        rule = _stateful(self.direction)
+        if rule is not None:
+            state["direction"] = rule.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -139,20 +143,31 @@ class Method:
         Raises:
             ValueError: a tensor is missing or of another shape.
         """
+        rule = _stateful(self.direction)
+        for part in ("update",) if rule is None else ("update", "direction"):
+            if part not in state:
+                raise ValueError(f"state must have {part!r} for {type(self).__name__}, got {sorted(state)}")
         self.update.load_state_dict(state["update"])
-        if hasattr(self.direction, "load_state_dict"):
-            self.direction.load_state_dict(state["direction"])
+        if rule is not None:
+            rule.load_state_dict(state["direction"])
 
 
-def impute(outputs: Outputs, labels: Tensor | None, needs_graph: bool) -> Tensor:
-    """Imputed labels ``[N, C]`` in float32 or float64: those given, or ``softmax`` of the logits."""
+def _stateful(rule: Any) -> Any:
+    """The rule with averages to save: this one, or the one that it refines; None if there is none."""
+    while rule is not None and not hasattr(rule, "state_dict"):
+        rule = getattr(rule, "of", None)
+    return rule
+
+
+def impute(outputs: Outputs, labels: Tensor | None, needs_graph: bool, loss: str = "cross_entropy") -> Tensor:
+    """Imputed labels ``[N, C]`` in float32 or float64: those given, or what the model predicts."""
     logits = outputs.logits
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if labels is None:
         if needs_graph and not logits.requires_grad:
             raise ValueError("unlabeled.logits must be on the graph for this method; run the model with gradients")
         logits = logits if needs_graph else logits.detach()
-        return logits.to(dtype).softmax(-1)
+        return losses.prediction(logits.to(dtype), loss)
     checks.shaped(labels, "labels", "[N, C]", logits.shape)
     if needs_graph and not labels.requires_grad:
         raise ValueError("labels must be on the graph for this method, which pulls back through the imputer")

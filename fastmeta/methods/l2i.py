@@ -28,7 +28,7 @@ class L2I(Method):
         variant: ``V1`` or ``V2``.
         derivative: ``exact``, or ``eq6``: Eq. (6) of the journal version as printed (feature similarity, no bias, no
             softmax Jacobian).
-        inner_loss: ``mse_probs`` or ``cross_entropy``, of the unlabeled examples.
+        inner_loss: of the unlabeled examples; the labels are imputed as its prediction. Any loss of the operators.
         outer_loss: of the hold-out examples.
         reduction: of the inner loss over its examples, ``mean`` or ``sum``; with ``eq6``, ``sum`` also leaves out the
             division by the number of hold-out examples, as printed.
@@ -36,7 +36,7 @@ class L2I(Method):
         look_ahead: take the hold-out gradient at theta* (as published) or at theta.
         labeled_weight: weight of the labeled loss C^T in the inner step.
         unit_length: scale the hold-out gradient to length 1.
-        label_space: V1: step on the ``probabilities`` (Eq. (5)) or on the ``logits`` of the labels (the code).
+        label_space: V1: step on the labels themselves (``probabilities``) or on their ``logits`` (the code).
         label_step: V1: size of that step.
         project: V1 on probabilities: bring the result back to a probability.
         weight: V2: of the surrogate.
@@ -69,6 +69,9 @@ class L2I(Method):
         checks.loss_code(inner_loss)
         checks.loss_code(outer_loss)
         checks.number(rate, "rate", low=0.0)
+        softmax = inner_loss in ("mse_probs", "cross_entropy")
+        if variant == "V1" and not softmax and (label_space == "logits" or project):
+            raise ValueError(f"V1 with {inner_loss} needs label_space='probabilities' and project=False")
         similarity = derivative == "eq6"
         direction: DirectionRule = HoldoutGradient(
             loss=outer_loss,
@@ -94,6 +97,7 @@ class L2I(Method):
             update = LabelLogitStep(step=checks.number(label_step, "label_step"))
         else:
             update = LabelStep(step=checks.number(label_step, "label_step"), project=project)
+        self.inner_loss = inner_loss
         super().__init__(direction, gradient, update)
 
     @classmethod

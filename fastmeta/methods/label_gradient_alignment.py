@@ -85,16 +85,29 @@ class LabelGradientAlignment(Method):
         """
         return cls(num_examples, num_classes, **{**asdict(presets.preset(name)), **overrides})
 
-    def refine(self, *, holdout: Outputs, targets: Tensor, **batch: Any) -> Refined:
-        """See :meth:`fastmeta.methods.Method.refine`; ``index`` is needed."""
-        refined = super().refine(holdout=holdout, targets=targets, **batch)
+    def refine(
+        self,
+        *,
+        holdout: Outputs,
+        targets: Tensor,
+        labeled: Outputs | None = None,
+        labeled_targets: Tensor | None = None,
+        **batch: Any,
+    ) -> Refined:
+        """See :meth:`fastmeta.methods.Method.refine`; ``index`` is needed, ``holdout`` are labeled examples."""
+        refined = super().refine(
+            holdout=holdout, targets=targets, labeled=labeled, labeled_targets=labeled_targets, **batch
+        )
         weight = 1.0 if self.labeled_weight is None else self.labeled_weight(self.calls)
         self.calls += 1
         if weight == 1.0:
             return refined
-        labeled = batch.get("labeled") or holdout
-        labeled_targets = targets if batch.get("labeled_targets") is None else batch["labeled_targets"]
-        return refined._replace(loss=(weight - 1) * functional.cross_entropy(labeled.logits, labeled_targets))
+        if labeled is not None and labeled_targets is not None:
+            holdout, targets = labeled, labeled_targets
+        logits = holdout.logits.to(refined.labels.dtype)
+        if targets.is_floating_point():
+            targets = targets.to(logits.dtype)
+        return refined._replace(loss=(weight - 1) * functional.cross_entropy(logits, targets))
 
     def state_dict(self) -> dict[str, Any]:
         """Table, moments, averages and the number of calls."""
