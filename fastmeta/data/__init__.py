@@ -1,0 +1,19 @@
+"""Datasets, splits, data order and augmentation."""
+
+from fastmeta.data.augment import StrongAugment, weak_augment
+from fastmeta.data.dataset import ImageDataset
+from fastmeta.data.digits import load_digits
+from fastmeta.data.sampler import StatelessSampler
+from fastmeta.data.seeding import generator_for
+from fastmeta.data.split import Split, make_split
+
+__all__ = [
+    "ImageDataset",
+    "Split",
+    "StatelessSampler",
+    "StrongAugment",
+    "generator_for",
+    "load_digits",
+    "make_split",
+    "weak_augment",
+]

@@ -1,0 +1,5 @@
+"""Networks."""
+
+from fastmeta.models.conv_net import ConvNet
+
+__all__ = ["ConvNet"]

@@ -1,0 +1,214 @@
+"""What every base algorithm shares: the batch it is given, the loss it returns, and where a method comes in."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.capture import FeatureTape, capture_features
+from fastmeta.methods import Method
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's data.
+
+    Args:
+        labeled: weakly augmented labeled images ``[B_l, channels, height, width]``.
+        targets: their classes ``[B_l]``.
+        weak: weakly augmented unlabeled images ``[B_u, channels, height, width]``.
+        second: another view of the same images, as :attr:`Algorithm.second_view` asks; ``[B_u, ...]`` or None.
+        index: their places in the unlabeled set ``[B_u]``.
+        holdout: images with labels for a method's outer objective only ``[B_h, ...]``; None: the labeled batch.
+        holdout_targets: their classes ``[B_h]``.
+    """
+
+    labeled: Tensor
+    targets: Tensor
+    weak: Tensor
+    second: Tensor | None
+    index: Tensor
+    holdout: Tensor | None = None
+    holdout_targets: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Used:
+    """Labels and weights of the unlabeled loss.
+
+    Args:
+        soft: labels before hardening ``[B_u, C]``, detached.
+        labels: labels of the loss ``[B_u, C]``, detached; the same unless hardened.
+        weights: mask times example weights ``[B_u]``.
+        mask: ``[B_u]``.
+        loss: to be added to the step's loss.
+    """
+
+    soft: Tensor
+    labels: Tensor
+    weights: Tensor
+    mask: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one step minimizes, and the labels behind it.
+
+    Args:
+        total: scalar on the graph.
+        labeled: the labeled part, scalar.
+        unlabeled: the unlabeled part before its weight, scalar.
+        imputed: probabilities that the base imputes ``[B_u, C]``, detached; None for a base that imputes none.
+        used: what the unlabeled part was computed from.
+    """
+
+    total: Tensor
+    labeled: Tensor
+    unlabeled: Tensor
+    imputed: Tensor | None = None
+    used: Used | None = None
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """A method, and where it meets the loss of a base algorithm.
+
+    Args:
+        method: refines labels or weights.
+        view: the unlabeled images whose predictions it differentiates: ``imputed``, those the labels come from, or
+            ``learned``, those that learn from them (the inner loss as it is written).
+        hard: it is given labels as the loss uses them (one-hot, with the mask) and not the probabilities behind them.
+    """
+
+    method: Method
+    view: Literal["imputed", "learned"] = "imputed"
+    hard: bool = False
+
+
+class Algorithm(Protocol):
+    """A base algorithm: a loss for one step."""
+
+    imputes: ClassVar[bool]
+    second_view: ClassVar[Literal["weak", "strong"] | None]
+
+    def loss(
+        self, model: nn.Module, batch: Batch, *, teacher: nn.Module, progress: float, refiner: Refiner | None = None
+    ) -> Loss:
+        """The loss of ``model`` on ``batch``.
+
+        Args:
+            model: the student, in training mode.
+            batch: the step's data.
+            teacher: the exponential moving average of the student's weights.
+            progress: fraction of the training steps already taken, in [0, 1).
+            refiner: refines the imputed labels; None for the base alone.
+        """
+        ...
+
+
+@contextlib.contextmanager
+def features_for(refiner: Refiner | None, model: nn.Module) -> Iterator[FeatureTape | None]:
+    """Capture the last layer's features if there is a method to use them."""
+    if refiner is None:
+        yield None
+        return
+    with capture_features(model) as tape:
+        yield tape
+
+
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch normalization uses the batch's statistics in the block and leaves the running ones alone."""
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+
+
+def harden(labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """One-hot labels ``[N, C]``, and a mask ``[N]`` that is 1 where the largest probability reaches ``threshold``.
+
+    >>> harden(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), 0.8)[1]
+    tensor([1., 0.])
+    """
+    confidence, place = labels.max(dim=1)
+    hard = torch.zeros_like(labels).scatter_(1, place.unsqueeze(1), 1.0)
+    return hard, (confidence >= threshold).to(labels.dtype)
+
+
+def ramp_up(progress: float, length: float) -> float:
+    """``exp(-5 (1 - t)^2)``, ``t = min(1, progress / length)`` (Laine and Aila, 2017): from 0.007 to 1.
+
+    >>> ramp_up(1.0, 0.4)
+    1.0
+    """
+    remaining = 1 - min(1.0, progress / length)
+    return math.exp(-5 * remaining * remaining)
+
+
+def refine(
+    refiner: Refiner | None,
+    tape: FeatureTape | None,
+    model: nn.Module,
+    batch: Batch,
+    *,
+    imputed: Tensor,
+    views: dict[str, Tensor],
+    labeled_logits: Tensor,
+    threshold: float | None,
+) -> Used:
+    """The labels to learn from: ``imputed`` or what a method makes of them, then hardened.
+
+    Args:
+        refiner: None for the base alone.
+        tape: the features of the forward pass that gave the logits.
+        model: forwards the hold-out images, if the batch has any.
+        batch: the step's data.
+        imputed: probabilities ``[B_u, C]``; on the graph where a method may pull a gradient back through them.
+        views: logits ``[B_u, C]`` of the unlabeled images that the labels come from (``imputed``) and of those that
+            learn from them (``learned``).
+        labeled_logits: ``[B_l, C]``; the hold-out examples if the batch has none of its own.
+        threshold: confidence that a hard label needs; None leaves labels soft and uses all of them.
+    """
+
+    def harden_soft(labels: Tensor) -> tuple[Tensor, Tensor]:
+        return (labels, labels.new_ones(len(labels))) if threshold is None else harden(labels, threshold)
+
+    soft = imputed.detach()
+    if refiner is None or tape is None:
+        labels, mask = harden_soft(soft)
+        return Used(soft, labels, mask, mask, soft.new_zeros(()))
+
+    labeled = tape.outputs(labeled_logits)
+    holdout, targets = labeled, batch.targets
+    inner_labeled, inner_targets = None, None
+    if batch.holdout is not None and batch.holdout_targets is not None:
+        with torch.no_grad(), frozen_statistics(model), capture_features(model) as holdout_tape:
+            holdout_logits = model(batch.holdout)
+        holdout, targets = holdout_tape.outputs(holdout_logits), batch.holdout_targets
+        inner_labeled, inner_targets = labeled, batch.targets
+    hard, confident = harden_soft(soft)
+    refined = refiner.method.refine(
+        unlabeled=tape.outputs(views[refiner.view]),
+        holdout=holdout,
+        targets=targets,
+        index=batch.index,
+        labels=hard if refiner.hard else imputed,
+        mask=confident if refiner.hard else None,
+        labeled=inner_labeled,
+        labeled_targets=inner_targets,
+    )
+    if refiner.hard:
+        return Used(soft, refined.labels, confident * refined.weights, confident, refined.loss)
+    labels, mask = harden_soft(refined.labels)
+    return Used(refined.labels, labels, mask * refined.weights, mask, refined.loss)

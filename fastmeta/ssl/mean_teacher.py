@@ -1,0 +1,58 @@
+"""Mean teacher (Tarvainen and Valpola, 2017)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fastmeta.ssl.base import Batch, Loss, Refiner, features_for, frozen_statistics, ramp_up, refine
+
+
+@dataclass(frozen=True)
+class MeanTeacher:
+    """The averaged model's predictions are soft labels for another weak view.
+
+    ``CE(f(x_l), y_l) + ramp(t) * weight * mean_i sum_c (softmax f(x'_i) - q_i)_c^2``, ``q = softmax teacher(x_i)``.
+    Every example counts, however unsure: the threshold of the hard-label algorithms has no place here.
+
+    Args:
+        weight: of the unlabeled loss after the ramp.
+        ramp: fraction of training over which that weight rises.
+    """
+
+    weight: float = 5.0
+    ramp: float = 0.4
+
+    imputes: ClassVar[bool] = True
+    second_view: ClassVar[Literal["weak", "strong"] | None] = "weak"
+
+    def loss(
+        self, model: nn.Module, batch: Batch, *, teacher: nn.Module, progress: float, refiner: Refiner | None = None
+    ) -> Loss:
+        """See :class:`fastmeta.ssl.Algorithm`. A method takes the student's derivative and the teacher's labels."""
+        assert batch.second is not None
+        teacher.train()  # batch statistics for teacher and student alike
+        with torch.no_grad(), frozen_statistics(teacher):
+            imputed = teacher(batch.weak).softmax(dim=1)
+        with features_for(refiner, model) as tape:
+            logits = model(torch.cat([batch.labeled, batch.second]))
+        labeled_logits, student_logits = logits.split([len(batch.labeled), len(batch.second)])
+        probabilities = student_logits.softmax(dim=1)
+        used = refine(
+            refiner,
+            tape,
+            model,
+            batch,
+            imputed=imputed + (probabilities - probabilities.detach()),  # the teacher's value, the student's derivative
+            views={"imputed": student_logits, "learned": student_logits},
+            labeled_logits=labeled_logits,
+            threshold=None,
+        )
+        per_example = (probabilities - used.labels).square().sum(dim=1)
+
+        labeled = functional.cross_entropy(labeled_logits, batch.targets)
+        unlabeled = (used.weights * per_example).mean()
+        total = labeled + self.weight * ramp_up(progress, self.ramp) * unlabeled + used.loss
+        return Loss(total, labeled.detach(), unlabeled.detach(), imputed, used)

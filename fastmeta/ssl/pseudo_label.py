@@ -1,0 +1,55 @@
+"""Pseudo-label (Lee, 2013)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fastmeta.ssl.base import Batch, Loss, Refiner, features_for, ramp_up, refine
+
+
+@dataclass(frozen=True)
+class PseudoLabel:
+    """The model's own confident predictions are hard labels for the same view.
+
+    ``CE(f(x_l), y_l) + ramp(t) * weight * mean_i [max q_i >= threshold] CE(f(x_i), argmax q_i)``,
+    ``q = softmax f(x_i)`` without gradient.
+
+    Args:
+        threshold: confidence below which an image is left out of the step.
+        weight: of the unlabeled loss after the ramp.
+        ramp: fraction of training over which that weight rises.
+    """
+
+    threshold: float = 0.95
+    weight: float = 1.0
+    ramp: float = 0.4
+
+    imputes: ClassVar[bool] = True
+    second_view: ClassVar[Literal["weak", "strong"] | None] = None
+
+    def loss(
+        self, model: nn.Module, batch: Batch, *, teacher: nn.Module, progress: float, refiner: Refiner | None = None
+    ) -> Loss:
+        """See :class:`fastmeta.ssl.Algorithm`."""
+        with features_for(refiner, model) as tape:
+            logits = model(torch.cat([batch.labeled, batch.weak]))
+        labeled_logits, logits_u = logits.split([len(batch.labeled), len(batch.weak)])
+        used = refine(
+            refiner,
+            tape,
+            model,
+            batch,
+            imputed=logits_u.softmax(dim=1),
+            views={"imputed": logits_u, "learned": logits_u},
+            labeled_logits=labeled_logits,
+            threshold=self.threshold,
+        )
+        per_example = functional.cross_entropy(logits_u, used.labels, reduction="none")
+
+        labeled = functional.cross_entropy(labeled_logits, batch.targets)
+        unlabeled = (used.weights * per_example).mean()
+        total = labeled + self.weight * ramp_up(progress, self.ramp) * unlabeled + used.loss
+        return Loss(total, labeled.detach(), unlabeled.detach(), logits_u.detach().softmax(dim=1), used)

@@ -1,0 +1,194 @@
+"""The main job: bases and methods on the same seeds, and what the difference is."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fastmeta.ssl import BASES
+from fastmeta.training.config import RunConfig
+from fastmeta.training.files import read_json, read_jsonl, write_json, write_jsonl
+from fastmeta.training.recipes import METHODS
+from fastmeta.training.summary import summarize, table
+from fastmeta.training.train import check_folder
+from fastmeta.training.workers import Job, available_cores, run_jobs
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Which runs to compare.
+
+    Args:
+        runs: every run, in the order they are trained.
+        out: folder of the whole comparison.
+        workers: processes; None: one per available core.
+    """
+
+    runs: Sequence[RunConfig]
+    out: Path
+    workers: int | None = None
+
+
+def grid(bases: Sequence[str], methods: Sequence[str], seeds: Sequence[int], **settings: Any) -> list[RunConfig]:
+    """Every base with every method that it can use, one seed after the other, so that what is finished is paired.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    >>> [run.arm for run in grid(["supervised", "fixmatch"], ["none", "l2i"], [0])]
+    ['supervised', 'fixmatch', 'fixmatch + l2i']
+    """
+    return [
+        RunConfig(base=base, method=method, seed=seed, **settings)
+        for seed in seeds
+        for base in bases
+        for method in methods
+        if method == "none" or base not in BASES or BASES[base].imputes
+    ]
+
+
+def compare(config: CompareConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Train what is not trained yet, and write config.json, metrics.jsonl, results.json and the plots.
+
+    Ctrl-C checkpoints the running runs and reports the finished ones; the same call continues.
+
+    Args:
+        config: the runs.
+        quiet: print nothing.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ConfigMismatch: a run's folder holds other settings.
+        WorkerError: a run failed.
+    """
+    jobs = [Job(run, run_folder(config.out, run)) for run in config.runs]
+    for job in jobs:
+        check_folder(job.config, job.folder)
+    config.out.mkdir(parents=True, exist_ok=True)
+    workers = config.workers if config.workers is not None else available_cores()
+    write_json(config.out / "config.json", {"runs": [run.as_dict() for run in config.runs]})
+    done = sum((job.folder / "results.json").exists() for job in jobs)
+    total = sum(run.steps for run in config.runs)
+    if not quiet:
+        print(f"{len(jobs)} runs, {done} of them finished before, in {config.out} ({workers} at a time)", flush=True)
+
+    def on_finish(number: int) -> None:
+        _write_results(config, jobs)
+
+    with _interruptible() as should_stop, _Progress(jobs, total, quiet) as progress:
+        run_jobs(jobs, workers=workers, on_step=progress.update, on_finish=on_finish, should_stop=should_stop)
+        stopped = should_stop()
+    results = _write_results(config, jobs)
+    if not quiet:
+        _report(config, results, stopped)
+    return results
+
+
+def run_folder(out: Path, run: RunConfig) -> Path:
+    """Where one run of a comparison lives."""
+    return out / "runs" / run.base / run.method / f"seed-{run.seed}"
+
+
+def _write_results(config: CompareConfig, jobs: Sequence[Job]) -> dict[str, Any]:
+    finished = [result for job in jobs if (result := read_json(job.folder / "results.json")) is not None]
+    results = {"finished": len(finished), "planned": len(jobs), "table": summarize(finished), "runs": finished}
+    write_json(config.out / "results.json", results)
+    write_jsonl(config.out / "metrics.jsonl", (row for job in jobs for row in read_jsonl(job.folder / "metrics.jsonl")))
+    return results
+
+
+def _report(config: CompareConfig, results: dict[str, Any], stopped: bool) -> None:
+    from fastmeta.training.plots import write_plots
+
+    if stopped:
+        print(f"\nstopped with {results['finished']} of {results['planned']} runs finished; the same command continues")
+    if not results["runs"]:
+        return
+    print()
+    print(table(results["table"]))
+    for note in notes(config.runs, results):
+        print(note)
+    try:
+        plots = write_plots(config.out)
+    except ImportError as error:
+        print(f"no plots: {error}")
+        plots = []
+    print(
+        f"results: {config.out / 'results.json'}"
+        + (f"; plots: {', '.join(path.name for path in plots)}" if plots else "")
+    )
+
+
+def notes(runs: Sequence[RunConfig], results: dict[str, Any]) -> list[str]:
+    """What a reader must know to read the table right."""
+    split = results["runs"][0]["split"]
+    lines = [
+        f"Trained on {split['labeled']} labels and {split['unlabeled']} unlabeled images; the weights reported are "
+        f"those with the least error on {split['validation']} validation images; tested on {split['test']} images."
+    ]
+    if any(METHODS[run.method].uses_holdout for run in runs):
+        names = ", ".join(sorted({run.method for run in runs if METHODS[run.method].uses_holdout}))
+        lines.append(f"{names} also learns from {split['holdout']} hold-out labels that the other rows do not see.")
+    return lines
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Within the block a first Ctrl-C only sets a flag; a second one interrupts as usual."""
+    state = {"stop": False}
+
+    def handle(number: int, frame: Any) -> None:
+        state["stop"] = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping at the next step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not the main thread: Ctrl-C goes elsewhere
+        yield lambda: False
+        return
+    try:
+        yield lambda: state["stop"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Progress(contextlib.AbstractContextManager["_Progress"]):
+    """One bar over the steps of all runs: time per step of one run, and time left of the whole."""
+
+    def __init__(self, jobs: Sequence[Job], total: int, quiet: bool) -> None:
+        self._jobs = jobs
+        self._steps = [0] * len(jobs)
+        self._clock: dict[int, tuple[int, float]] = {}
+        self._bar = tqdm(
+            total=total,
+            disable=quiet,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 15.0,
+            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}",
+        )
+
+    def update(self, number: int, step: int) -> None:
+        """Job ``number`` has finished ``step`` steps."""
+        now = time.perf_counter()
+        if number not in self._clock:  # found on disk rather than trained now: no news about speed
+            self._bar.initial += step - self._steps[number]
+        self._bar.update(step - self._steps[number])
+        self._steps[number] = step
+        since, begin = self._clock.setdefault(number, (step, now))
+        if step > since:
+            run = self._jobs[number].config
+            seconds = (now - begin) / (step - since)
+            self._bar.set_postfix_str(f"{1000 * seconds:.0f} ms/step, {run.arm}, seed {run.seed}", refresh=False)
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()

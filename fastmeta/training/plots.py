@@ -1,0 +1,246 @@
+"""Plots of a comparison; they need matplotlib."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastmeta.data import load_digits
+from fastmeta.training.files import read_json, read_jsonl
+from fastmeta.training.statistics import t_interval
+
+# Color-blind safe (Okabe and Ito); the base is black.
+_COLORS = {
+    "none": "#000000",
+    "l2i": "#0072B2",
+    "meta-gradient": "#E69F00",
+    "example-weights": "#009E73",
+    "label-gradient-alignment": "#CC79A7",
+}
+Details = dict[tuple[str, str, int], dict[str, Any]]  # by base, method, seed
+_RIGHT, _WRONG = "#009E73", "#D55E00"
+
+
+def write_plots(folder: Path) -> list[Path]:
+    """Draw what ``folder`` holds, finished or partial.
+
+    Returns:
+        The files written: errors.png, differences.png, weights.png, labels.png, as far as there is something to show.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("matplotlib is not installed (pip install matplotlib)") from error
+    matplotlib.use("agg")
+    results = read_json(folder / "results.json")
+    details = {
+        (run["base"], run["method"], run["seed"]): read_json(
+            folder / "runs" / run["base"] / run["method"] / f"seed-{run['seed']}" / "details.json"
+        )
+        for run in results["runs"]
+    }
+    drawn = [
+        _errors(folder, read_jsonl(folder / "metrics.jsonl")),
+        _differences(folder, results),
+        _weights(folder, details),
+        _labels(folder, details),
+    ]
+    return [path for path in drawn if path is not None]
+
+
+def _style(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def _errors(folder: Path, rows: list[dict[str, Any]]) -> Path | None:
+    """Test error of the averaged weights over steps: mean of the seeds, band from the lowest to the highest seed."""
+    from matplotlib import pyplot
+
+    if not rows:
+        return None
+    bases = list(dict.fromkeys(row["base"] for row in rows))
+    figure, panels = pyplot.subplots(
+        1, len(bases), figsize=(max(6.4, 4.2 * len(bases)), 4.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for base, axes in zip(bases, panels[0], strict=True):
+        _style(axes)
+        for method, color in _COLORS.items():
+            by_step: dict[int, list[float]] = {}
+            for row in rows:
+                if (row["base"], row["method"]) == (base, method):
+                    by_step.setdefault(row["step"], []).append(100 * row["test_error_average"])
+            if not by_step:
+                continue
+            steps = sorted(by_step)
+            means = [sum(by_step[step]) / len(by_step[step]) for step in steps]
+            label = "base alone" if method == "none" else f"+ {method}"
+            axes.plot(steps, means, color=color, linewidth=2, label=label)
+            axes.fill_between(
+                steps,
+                [min(by_step[step]) for step in steps],
+                [max(by_step[step]) for step in steps],
+                color=color,
+                alpha=0.12,
+                linewidth=0,
+            )
+        axes.set_xlabel("training step")
+        axes.set_title(base)
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+    panels[0][0].set_ylabel("test error of the averaged weights, %")
+    handles, labels = max((axes.get_legend_handles_labels() for axes in panels[0]), key=lambda pair: len(pair[0]))
+    panels[0][-1].legend(handles, labels, frameon=False, title="mean and range of the seeds", title_fontsize="small")
+    return _save(figure, folder / "errors.png")
+
+
+def _differences(folder: Path, results: dict[str, Any]) -> Path | None:
+    """Test error minus the base's: one dot per seed, mean and 95% interval."""
+    from matplotlib import pyplot
+
+    runs = {(run["base"], run["method"], run["seed"]): run["test_error"] for run in results["runs"]}
+    arms = [(row["base"], row["method"]) for row in results["table"] if row["difference"] is not None]
+    if not arms:
+        return None
+    several = len({base for base, _ in arms}) > 1
+    figure, axes = pyplot.subplots(figsize=(6.8, 1.3 + 0.5 * len(arms)), layout="constrained")
+    _style(axes)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color="0.9", linewidth=0.8)
+    axes.axvline(0, color="0.3", linewidth=1)
+    for place, (base, method) in enumerate(arms):
+        seeds = sorted(seed for b, m, seed in runs if (b, m) == (base, method) and (base, "none", seed) in runs)
+        values = [100 * (runs[base, method, seed] - runs[base, "none", seed]) for seed in seeds]
+        interval = t_interval(values)
+        if interval.low is not None and interval.high is not None:
+            axes.plot([interval.low, interval.high], [place, place], color=_COLORS[method], linewidth=2, alpha=0.5)
+        axes.plot(values, [place] * len(values), "o", color=_COLORS[method], markersize=5, alpha=0.7)
+        axes.plot(interval.mean, place, "|", color=_COLORS[method], markersize=18, markeredgewidth=3)
+    # An interval of two or three seeds can be far wider than anything measured; the table has its ends.
+    reach = max(
+        abs(100 * (runs[base, method, seed] - runs[base, "none", seed]))
+        for base, method, seed in runs
+        if method != "none" and (base, "none", seed) in runs
+    )
+    axes.set_xlim(-2.5 * reach - 1, 2.5 * reach + 1)
+    axes.set_yticks(range(len(arms)), [f"{base} + {method}" if several else method for base, method in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.set_xlabel(
+        "test error minus the base's on the same seed, percentage points\n(dots: seeds; bar: mean; line: 95% interval)"
+    )
+    axes.set_title("left of 0: the method helps" + ("" if several else f" {arms[0][0]}"), fontsize="medium")
+    return _save(figure, folder / "differences.png")
+
+
+def _weights(folder: Path, details: Details) -> Path | None:
+    """Histogram of the final example weights, images whose imputed label is right and wrong apart."""
+    from matplotlib import pyplot
+
+    right: list[float] = []
+    wrong: list[float] = []
+    for detail in details.values():
+        if detail["weights"] is not None:
+            for weight, label, target in zip(detail["weights"], detail["imputed"], detail["target"], strict=True):
+                (right if label == target else wrong).append(weight)
+    if not right and not wrong:
+        return None
+    figure, panels = pyplot.subplots(2, 1, figsize=(6.4, 4.4), sharex=True, layout="constrained")
+    groups = ((right, _RIGHT, "right"), (wrong, _WRONG, "wrong"))
+    for axes, (weights, color, name) in zip(panels, groups, strict=True):
+        _style(axes)
+        axes.hist(weights, bins=40, range=(0, 2), color=color, weights=[100 / max(1, len(weights))] * len(weights))
+        axes.axvline(1, color="0.3", linewidth=1, linestyle=":")
+        mean = sum(weights) / len(weights) if weights else math.nan
+        axes.set_title(
+            f"label imputed at the end is {name}: {len(weights)} images, mean weight {mean:.2f}", fontsize="medium"
+        )
+        axes.set_ylabel("% of them")
+    panels[1].set_xlabel("weight of an unlabeled image at the end (1 at the start)")
+    return _save(figure, folder / "weights.png")
+
+
+@dataclass(frozen=True)
+class _Change:
+    image: int  # place in the dataset
+    before: str
+    after: str
+    target: int
+    is_right: bool
+
+
+def _labels(folder: Path, details: Details, columns: int = 8) -> Path | None:
+    """For each method the images of the first seed whose labels changed most: before, after, true."""
+    from matplotlib import pyplot
+
+    rows: dict[str, list[_Change]] = {}
+    for (base, method, seed), detail in details.items():
+        if method == "none" or any(name.startswith(f"{base} + {method}:") for name in rows):
+            continue
+        changes = _by_method(detail)
+        title = f"{base} + {method}: imputed label → what the method made of it"
+        if not changes and (base, "none", seed) in details:
+            changes = _against_base(detail, details[base, "none", seed])
+            title = f"{base} + {method}: label imputed at the end by the base alone → with the method"
+        if changes:
+            rows[title] = changes[:columns]
+    if not rows:
+        return None
+    images = load_digits().images
+    figure, grid = pyplot.subplots(
+        len(rows), columns, figsize=(1.3 * columns, 2.1 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for (title, changes), line in zip(rows.items(), grid, strict=True):
+        line[0].text(0, 1.42, title, transform=line[0].transAxes, fontweight="bold", fontsize=9)
+        for change, axes in zip(changes, line, strict=False):
+            axes.imshow(images[change.image, 0], cmap="gray_r", vmin=0, vmax=1)
+            color = _RIGHT if change.is_right else _WRONG
+            axes.set_title(f"{change.before} → {change.after}\ntrue {change.target}", fontsize=8, color=color)
+    return _save(figure, folder / "labels.png")
+
+
+def _by_method(detail: dict[str, Any]) -> list[_Change]:
+    """The changes that the method itself made, largest first."""
+    changes = []
+    for row in detail["refinements"]:
+        before, after, target = row["before"], row["after"], detail["target"][row["index"]]
+        label = after.index(max(after))
+        changes.append(
+            _Change(
+                image=detail["unlabeled"][row["index"]],
+                before=f"{before.index(max(before))} ({max(before):.2f})",
+                after=f"{label} ({max(after):.2f})",
+                target=target,
+                is_right=label == target,
+            )
+        )
+    return changes
+
+
+def _against_base(detail: dict[str, Any], alone: dict[str, Any]) -> list[_Change]:
+    """For a method that leaves labels alone and moves the imputer: another label at the end, most confident first."""
+    places = [place for place, label in enumerate(detail["imputed"]) if label != alone["imputed"][place]]
+    places.sort(key=lambda place: -(detail["confidence"][place] + alone["confidence"][place]))
+    return [
+        _Change(
+            image=detail["unlabeled"][place],
+            before=f"{alone['imputed'][place]} ({alone['confidence'][place]:.2f})",
+            after=f"{detail['imputed'][place]} ({detail['confidence'][place]:.2f})",
+            target=detail["target"][place],
+            is_right=detail["imputed"][place] == detail["target"][place],
+        )
+        for place in places
+    ]

@@ -1,0 +1,40 @@
+"""Means, deviations and intervals over seeds."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95% interval; ``low`` and ``high`` are None for fewer than two values."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (``n - 1``); the latter None for a single value.
+
+    >>> mean_and_deviation([1.0, 3.0])
+    (2.0, 1.4142135623730951)
+    """
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """Student's 95% interval of the mean, ``mean +- t_{0.975, n-1} s / sqrt(n)``.
+
+    >>> interval = t_interval([1.0, 2.0, 3.0])
+    >>> round(interval.low, 3), round(interval.high, 3)
+    (-0.484, 4.484)
+    """
+    mean, deviation = mean_and_deviation(values)
+    if deviation is None:
+        return Interval(mean, None, None)
+    from scipy.stats import t  # comes with scikit-learn
+
+    reach = float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return Interval(mean, mean - reach, mean + reach)
