@@ -9,8 +9,12 @@ from fastmeta.ops.last_layer_gradient import last_layer_gradient
 from fastmeta.ops.masked_adam import masked_adam_
 from fastmeta.ops.per_example_dot import per_example_dot
 from fastmeta.ops.perturbed import perturbed
+from fastmeta.ops.solve_hessian import HessianSolution, NotConvergedWarning, SolverState, solve_hessian
 
 __all__ = [
+    "HessianSolution",
+    "NotConvergedWarning",
+    "SolverState",
     "alignment_direction",
     "feature_similarity",
     "finite_difference_labels",
@@ -20,4 +24,5 @@ __all__ = [
     "masked_adam_",
     "per_example_dot",
     "perturbed",
+    "solve_hessian",
 ]

@@ -1,0 +1,235 @@
+"""Chooses a solver, runs it, and checks its answer with the true residual."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmeta.ops._solvers import coordinates, cost
+from fastmeta.ops._solvers.cholesky import CholeskySolver
+from fastmeta.ops._solvers.conjugate_gradient import conjugate_gradient
+from fastmeta.ops._solvers.kronecker import KroneckerPreconditioner, OutputFactor
+from fastmeta.ops._solvers.state import Rows, SolverState
+from fastmeta.ops._solvers.system import DampedHessian
+
+# The recurrence of CG drifts from the true residual: stop it a little below the tolerance.
+MARGIN = 0.95
+# A pass of a solver that leaves more than this part of the true residual is at the precision of the dtype.
+STAGNATION = 0.5
+
+
+class Answer(NamedTuple):
+    """``x [C, K]`` and how it was reached."""
+
+    solution: Tensor
+    iterations: int
+    residual: float
+    solver: str
+
+
+class Step(NamedTuple):
+    """One pass of a solver: a correction to the solution, and whether another solver should go on."""
+
+    correction: Tensor
+    iterations: int
+    gave_up: bool = False
+
+
+def norm(tensor: Tensor) -> float:
+    """Frobenius norm, accumulated in float64."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+
+
+class Solve:
+    """One call: the system, its right-hand side, and what an earlier call left.
+
+    Args:
+        system: the damped Hessian.
+        rhs: ``[C, K]``.
+        rows: the caller's tensors behind ``system.features``; they identify a kept basis of their span.
+        tol: relative residual to reach.
+        max_iter: most iterations.
+        state: carrier of warm starts; None starts afresh.
+    """
+
+    def __init__(
+        self, system: DampedHessian, rhs: Tensor, rows: Rows, tol: float, max_iter: int, state: SolverState | None
+    ) -> None:
+        self.system = system
+        self.rhs = rhs
+        self.rows = rows
+        self.tol = tol
+        self.max_iter = max_iter
+        self.state = SolverState(refresh_every=1) if state is None else state
+        c, k = system.num_unknowns
+        self.size = cost.Size(system.logits.shape[0], c, k)
+
+    def run(self, solver: str) -> Answer:
+        """Solve by ``auto``, ``cholesky``, ``cg`` or ``pcg``."""
+        state = self.state
+        if state.age >= state.refresh_every:
+            state.drop_factors()
+        had_factors = state.output is not None
+        scale = norm(self.rhs)
+        if scale == 0:
+            return Answer(torch.zeros_like(self.rhs), 0, 0.0, solver)
+        automatic = solver == "auto"
+        if automatic:
+            solver = self._choose()
+        x, residual = self._start() if solver != "cholesky" else (torch.zeros_like(self.rhs), self.rhs)
+        size, iterations = norm(residual), 0
+        method = None
+        while size > self.tol * scale and iterations < self.max_iter:
+            method = method or self._method(solver, automatic)
+            step = method(residual, MARGIN * self.tol * scale, self.max_iter - iterations)
+            x = x + step.correction
+            iterations += step.iterations
+            residual = self.rhs - self.system(x)
+            previous, size = size, norm(residual)
+            if step.gave_up:
+                solver, method = "pcg", None
+            elif size > STAGNATION * previous:
+                break
+        self._keep(solver, x, iterations, had_factors)
+        return Answer(x, iterations, size / scale, solver)
+
+    def _start(self) -> tuple[Tensor, Tensor]:
+        """The last solution at the length that is best for this system, and its residual."""
+        last = self.state.solution
+        if last is None or last.shape != self.rhs.shape or last.device != self.rhs.device:
+            return torch.zeros_like(self.rhs), self.rhs
+        last = last.to(self.rhs.dtype)
+        image = self.system(last)
+        bend = (last * image).sum().item()
+        length = (last * self.rhs).sum().item() / bend if bend > 0 else math.nan
+        residual = self.rhs - length * image
+        if not norm(residual) < norm(self.rhs):
+            return torch.zeros_like(self.rhs), self.rhs
+        return length * last, residual
+
+    def _choose(self) -> str:
+        if self.system.damping == 0:
+            return "pcg"  # the only one that meets a singular system with a least-norm rule
+        pcg = self._price_of_pcg()
+        direct = cost.cholesky(self.size, self.system.loss)
+        iterative = pcg.setup + cost.pcg_iterations(-math.log10(self.tol)) * pcg.iteration
+        return "cholesky" if direct < iterative and self.max_iter > 0 else "cg"
+
+    def _price_of_pcg(self) -> cost.Price:
+        state = self.state
+        kept_basis = state.basis is not None if self.size.n >= self.size.k else state.span_of(self.rows) is not None
+        price = cost.pcg(self.size, self.system.loss, kept_basis=kept_basis, kept_output=state.output is not None)
+        fresh = price.setup / (1 if kept_basis else state.refresh_every)
+        return price._replace(setup=fresh)
+
+    def _method(self, solver: str, automatic: bool) -> "Cholesky | Krylov":
+        if solver == "cholesky":
+            return Cholesky(self.system)
+        if solver == "pcg":
+            inside, output = self._factors()
+            return Krylov(self.system, inside, output)
+        if automatic:
+            return Krylov(self.system, coordinates.identity(self.system.features), rival=self._price_of_pcg())
+        pays = cost.cg_in_span_pays(self.size)
+        features = self.system.features
+        return Krylov(self.system, coordinates.span(features) if pays else coordinates.identity(features))
+
+    def _factors(self) -> tuple[coordinates.Coordinates, OutputFactor]:
+        """Eigenbases of the second moment of the rows and of the mean output curvature, kept or new."""
+        state, system = self.state, self.system
+        features = system.features
+        if self.size.n < self.size.k:
+            inside = state.span_of(self.rows)
+            if inside is None:
+                inside = coordinates.eigenbasis(coordinates.span(features))
+                state.keep_span(self.rows, inside)
+        elif state.basis is not None and state.basis.shape[0] == self.size.k and state.basis.dtype == features.dtype:
+            inside = coordinates.Coordinates(features @ state.basis.T, state.basis, True)
+        else:
+            inside = coordinates.eigenbasis(coordinates.identity(features))
+            state.basis = inside.basis
+        if state.output is None or state.output.values.shape[0] != self.size.c:
+            state.output = OutputFactor.of(system.logits, self._weights(), system.loss)
+        return inside, state.output
+
+    def _weights(self) -> Tensor:
+        features, *weights = self.rows
+        return weights[0].abs().to(self.rhs.dtype) if weights else self.rhs.new_ones(features.shape[0])
+
+    def _keep(self, solver: str, x: Tensor, iterations: int, had_factors: bool) -> None:
+        state = self.state
+        state.solver, state.solution = solver, x
+        if state.output is None:
+            return
+        state.age += 1
+        if not had_factors:
+            state.iterations_when_new = iterations
+        elif iterations > 2 * max(state.iterations_when_new, 1):
+            state.drop_factors()
+
+
+class Cholesky:
+    """Direct solve; a second pass is a step of iterative refinement."""
+
+    def __init__(self, system: DampedHessian) -> None:
+        features = system.features
+        tall = features.shape[0] >= features.shape[1]
+        self._damping = system.damping
+        self._coordinates = coordinates.identity(features) if tall else coordinates.span(features)
+        self._factor = CholeskySolver(system.with_features(self._coordinates.features))
+
+    def __call__(self, rhs: Tensor, target: float, budget: int) -> Step:
+        inside = self._coordinates.inside(rhs)
+        solution = self._factor.solve(inside)
+        return Step(self._coordinates.lift(solution, rhs, inside, self._damping), 1)
+
+
+class Krylov:
+    """Conjugate gradients in some coordinates; with an output factor, preconditioned; with a rival, ready to give up.
+
+    Args:
+        system: the damped Hessian.
+        inside: coordinates; the eigenbasis of the rows' second moment if ``output`` is given.
+        output: output factor of the preconditioner.
+        rival: price of the preconditioned solver that would go on.
+    """
+
+    def __init__(
+        self,
+        system: DampedHessian,
+        inside: coordinates.Coordinates,
+        output: OutputFactor | None = None,
+        rival: cost.Price | None = None,
+    ) -> None:
+        self._coordinates = inside
+        self._system = system if inside.basis is None else system.with_features(inside.features)
+        self._precondition = (
+            None if output is None else KroneckerPreconditioner(inside.features, output, system.damping)
+        )
+        self._rival = rival
+        c, k = system.num_unknowns
+        self._iteration = cost.cg(cost.Size(system.logits.shape[0], c, k)).iteration
+
+    def __call__(self, rhs: Tensor, target: float, budget: int) -> Step:
+        inside = self._coordinates.inside(rhs)
+        solution, _, iterations, gave_up = conjugate_gradient(
+            self._system,
+            inside,
+            target=target,
+            max_iter=budget,
+            precondition=self._precondition,
+            give_up=None if self._rival is None else lambda norms: self._rival_is_cheaper(norms, target),
+            indefinite=self._system.signs is not None,
+        )
+        correction = self._coordinates.lift(solution, rhs, inside, self._system.damping)
+        return Step(correction, iterations, gave_up)
+
+    def _rival_is_cheaper(self, norms: list[float], target: float) -> bool:
+        """Whether going on at the rate of the last iterations costs more than starting the preconditioned solver."""
+        assert self._rival is not None
+        decades = math.log10(norms[-1] / target)
+        back = min(len(norms) - 1, 4)
+        rate = math.log10(norms[-1 - back] / norms[-1]) / back
+        go_on = decades / rate * self._iteration if rate > 0 else math.inf
+        return go_on > self._rival.setup + cost.pcg_iterations(decades) * self._rival.iteration

@@ -1,0 +1,66 @@
+"""The damped Hessian as a linear operator on ``[C, K]`` matrices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta.losses import LOSSES
+from fastmeta.ops import hvp
+
+
+class DampedHessian:
+    """``X -> H X + damping X`` for the rows ``g_i`` of ``features``.
+
+    Args:
+        features: rows ``g_i`` with weight and bias input folded in, ``[N, K]``.
+        logits: ``[N, C]``.
+        signs: signs of the example weights ``[N]``; None if all are positive.
+        loss: name of the loss.
+        damping: added multiple of the identity.
+        impl: implementation of the Hessian-vector product.
+    """
+
+    def __init__(
+        self, features: Tensor, logits: Tensor, signs: Tensor | None, loss: str, damping: float, impl: str | None
+    ) -> None:
+        self.features = features
+        self.logits = logits
+        self.signs = signs
+        self.loss = loss
+        self.damping = damping
+        self._kernel: Callable[..., Any] | None = hvp.OPERATOR.select(impl, features, logits, signs)
+        self._impl = impl
+
+    @property
+    def num_unknowns(self) -> tuple[int, int]:
+        """``(C, K)``."""
+        return self.logits.shape[1], self.features.shape[1]
+
+    def __call__(self, direction: Tensor) -> Tensor:
+        """``(H + damping I) V``. ``[C, K]``."""
+        if self._kernel is not None:
+            code = LOSSES[self.loss]
+            return self._kernel(self.features, self.logits, direction, None, self.signs, code, self.damping)[0]
+        return hvp.hessian_vector_product_reference(
+            self.features, self.logits, direction, None, self.signs, self.loss, self.damping
+        )[0]
+
+    def with_features(self, features: Tensor) -> "DampedHessian":
+        """The same examples with their rows in another basis, ``[N, r]``."""
+        return DampedHessian(features, self.logits, self.signs, self.loss, self.damping, self._impl)
+
+
+def fold(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Weight ``[C, D]`` and bias ``[C]`` side by side: ``[C, K]``."""
+    return weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], dim=1)
+
+
+def rows(features: Tensor, weights: Tensor | None, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """``g_i = sqrt(|w_i|) [h_i, 1]`` ``[N, K]`` and the signs of the weights, None if all are positive ``[N]``."""
+    g = torch.cat([features, features.new_ones(features.shape[0], 1)], dim=1) if bias else features
+    if weights is None:
+        return g, None
+    g = g * weights.abs().sqrt().unsqueeze(1)
+    return g, weights.sign() if bool((weights < 0).any()) else None

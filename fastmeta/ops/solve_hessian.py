@@ -1,0 +1,283 @@
+"""Solution of a linear system with the damped Hessian of the last layer."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmeta import checks
+from fastmeta.dispatch import in_own_dtype
+from fastmeta.ops import _last_layer
+from fastmeta.ops._solvers import system
+from fastmeta.ops._solvers.driver import Answer, Solve
+from fastmeta.ops._solvers.state import SolverState
+from fastmeta.ops.hvp import hessian_vector_product_reference
+
+SOLVERS = ("auto", "cholesky", "cg", "pcg")
+
+
+class HessianSolution(NamedTuple):
+    """Solution of :func:`solve_hessian`."""
+
+    weight: Tensor
+    """``[C, D]``"""
+    bias: Tensor | None
+    """``[C]``; None if the right-hand side has none"""
+    iterations: int
+    """products with the Hessian inside the solver; 1 for a direct solve, 0 if there was nothing to solve"""
+    residual: float
+    """``||rhs - (H + damping I) x|| / ||rhs||`` of the returned ``x``, computed from its definition"""
+
+
+class NotConvergedWarning(UserWarning):
+    """The residual of :func:`solve_hessian` stayed above ``tol``."""
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Everything but the tensors."""
+
+    loss: str
+    damping: float
+    solver: str
+    tol: float
+    max_iter: int
+    impl: str | None
+    state: SolverState | None = None
+
+
+def solve_hessian_reference(
+    features: Tensor,  # [N, D]
+    logits: Tensor,  # [N, C]
+    rhs_weight: Tensor,  # [C, D]
+    rhs_bias: Tensor | None,  # [C]
+    weights: Tensor | None,  # [N]
+    loss: str,
+    damping: float,
+) -> tuple[Tensor, Tensor | None]:  # [C, D], [C]
+    """Column by column from the Hessian-vector product: the definition, for small heads."""
+    shape = rhs_weight.shape
+    columns = []
+    rhs = torch.cat([rhs_weight.reshape(-1), *([] if rhs_bias is None else [rhs_bias])])
+    for unit in torch.eye(rhs.numel(), dtype=rhs.dtype, device=rhs.device):
+        weight, bias = unit[: shape.numel()].view(shape), None if rhs_bias is None else unit[shape.numel() :]
+        image = hessian_vector_product_reference(features, logits, weight, bias, weights, loss, damping)
+        columns.append(torch.cat([part.reshape(-1) for part in image if part is not None]))
+    x = torch.linalg.solve(torch.stack(columns, dim=1), rhs)
+    return x[: shape.numel()].view(shape), None if rhs_bias is None else x[shape.numel() :]
+
+
+@torch.compiler.disable
+def solve_hessian(
+    features: Tensor,
+    logits: Tensor,
+    rhs_weight: Tensor,
+    rhs_bias: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    loss: str = "cross_entropy",
+    damping: float,
+    solver: str = "auto",
+    tol: float = 1e-4,
+    max_iter: int = 100,
+    impl: str | None = None,
+    state: SolverState | None = None,
+) -> HessianSolution:
+    r"""Solve ``(H + damping I) x = rhs`` for the Hessian ``H`` of ``sum_i w_i l(f_i, y_i)`` in the last layer.
+
+    .. math:: H = \sum_i w_i\, \frac{\partial^2 l_i}{\partial f_i^2} \otimes \tilde h_i \tilde h_i^T, \qquad
+        \tilde h_i = [h_i, 1]
+
+    The inverse Hessian of the influence function, Not All Unlabeled Data Are Equal, Eq. (6). For cross-entropy the
+    targets sum to one; for ``mse_probs`` it is the Gauss-Newton matrix.
+
+    ``cholesky`` factors the dense Hessian in float64; ``cg`` needs one product with it for each iteration; ``pcg`` is
+    preconditioned by its Kronecker factors, the second moment of the features and the mean curvature of the outputs,
+    with the damping split in their eigenbases (exact for ``mse``: one iteration). ``auto`` takes ``cholesky`` where
+    it is cheapest by flops; otherwise it starts ``cg`` and changes to ``pcg`` once that is cheaper at the measured rate
+    of convergence. With fewer examples than features the solvers work in N coordinates for each output. float16 and
+    bfloat16 are solved in float32.
+
+    The derivative is that of the exact solution, by the implicit function theorem: a second solve in backward, as
+    exact as ``tol``. Forward mode and a second derivative raise.
+
+    Args:
+        features: input of the last layer, ``[N, D]``.
+        logits: its output, ``[N, C]``.
+        rhs_weight: weight part of the right-hand side, ``[C, D]``.
+        rhs_bias: bias part, ``[C]``; None restricts the Hessian to the weight.
+        weights: example weights ``[N]``; None means 1. With negative ones ``H + damping I`` may be indefinite.
+        loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
+        damping: added multiple of the identity, >= 0. With 0 a singular system has the part of ``rhs`` that no solution
+            meets left in ``residual`` (``cg``, ``pcg``) or raises (``cholesky``).
+        solver: ``auto``, ``cholesky``, ``cg`` or ``pcg``.
+        tol: relative residual to reach, > 0.
+        max_iter: most iterations, >= 0.
+        impl: implementation of the Hessian-vector product; see :func:`fastmeta.use_impl`.
+        state: carrier of a warm start from call to call.
+
+    Returns:
+        Weight ``[C, D]``, bias ``[C]`` or None, iterations, and the relative residual that was reached.
+
+    Raises:
+        ValueError: a shape, loss or solver does not fit, ``damping < 0``, or an input is not finite.
+        TypeError: dtypes are not floating or not the same.
+        RuntimeError: the named ``impl`` is not available; ``torch.linalg.LinAlgError``: not positive definite.
+
+    Warns:
+        NotConvergedWarning: the residual is above ``tol`` after ``max_iter`` iterations or at the dtype's precision.
+
+    >>> import torch
+    >>> solution = solve_hessian(torch.ones(1, 1), torch.zeros(1, 2), torch.ones(2, 1), loss="mse", damping=2.0)
+    >>> solution.weight.tolist(), solution.residual
+    ([[0.25], [0.25]], 0.0)
+    """
+    _check(features, logits, rhs_weight, rhs_bias, weights, loss)
+    problem = _Problem(
+        loss, checks.number(damping, "damping", low=0.0), solver, checks.number(tol, "tol"), max_iter, impl, state
+    )
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    if problem.tol <= 0:
+        raise ValueError(f"tol must be > 0, got {tol}")
+    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
+        raise ValueError(f"max_iter must be an integer >= 0, got {max_iter!r}")
+    report: dict[str, Any] = {}
+    weight, bias = _Solution.apply(features, logits, rhs_weight, rhs_bias, weights, problem, report)
+    answer: Answer = report["answer"]
+    if answer.residual > problem.tol or math.isnan(answer.residual):
+        _warn(problem, answer, rhs_weight.dtype)
+    return HessianSolution(weight, bias, answer.iterations, answer.residual)
+
+
+def _warn(problem: _Problem, answer: Answer, dtype: torch.dtype) -> None:
+    if answer.iterations >= problem.max_iter:
+        advice = "raise max_iter, tol or damping"
+    else:
+        advice = f"no solver gets further in {torch.promote_types(dtype, torch.float32)}: raise tol or damping"
+    warnings.warn(
+        f"solve_hessian ({answer.solver}) stopped at relative residual {answer.residual:.2e} after {answer.iterations} "
+        f"iterations, above tol={problem.tol:g}, with damping={problem.damping:g}; {advice}".replace("torch.", ""),
+        NotConvergedWarning,
+        stacklevel=4,  # past torch.compiler.disable
+    )
+
+
+@in_own_dtype
+def _solve(
+    features: Tensor,
+    logits: Tensor,
+    rhs_weight: Tensor,
+    rhs_bias: Tensor | None,
+    weights: Tensor | None,
+    problem: _Problem,
+) -> tuple[Tensor, Tensor | None, Answer]:
+    _check_finite(features=features, logits=logits, rhs_weight=rhs_weight, rhs_bias=rhs_bias, weights=weights)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    rhs = system.fold(rhs_weight, rhs_bias).to(dtype)
+    if features.shape[0] == 0 and problem.damping > 0:
+        answer = Answer(rhs / problem.damping, 0, 0.0, problem.solver)
+    elif features.shape[0] == 0:
+        answer = Answer(torch.zeros_like(rhs), 0, float(bool(rhs.any())), problem.solver)
+    else:
+        h, w = features.to(dtype), None if weights is None else weights.to(dtype)
+        rows, signs = system.rows(h, w, rhs_bias is not None)
+        hessian = system.DampedHessian(rows, logits.to(dtype), signs, problem.loss, problem.damping, problem.impl)
+        given = (features,) if weights is None else (features, weights)
+        answer = Solve(hessian, rhs, given, problem.tol, problem.max_iter, problem.state).run(problem.solver)
+    x = answer.solution.to(features.dtype)
+    if rhs_bias is None:
+        return x, None, answer
+    return x[:, :-1].contiguous(), x[:, -1].contiguous(), answer
+
+
+class _Solution(torch.autograd.Function):
+    """``x = (H + damping I)^-1 rhs``, with ``dx = (H + damping I)^-1 (d rhs - dH x)``."""
+
+    @staticmethod
+    def forward(
+        features: Tensor,
+        logits: Tensor,
+        rhs_weight: Tensor,
+        rhs_bias: Tensor | None,
+        weights: Tensor | None,
+        problem: _Problem,
+        report: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        weight, bias, report["answer"] = _solve(features, logits, rhs_weight, rhs_bias, weights, problem)
+        return weight, bias
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        features, logits, _, _, weights, ctx.problem, _ = inputs
+        ctx.save_for_backward(features, logits, weights, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        features, logits, weights, _, x_bias = ctx.saved_tensors
+        problem = ctx.problem
+        cotangent = None if x_bias is None else grad_bias
+        u_weight, u_bias = solve_hessian(
+            features,
+            logits,
+            grad_weight,
+            cotangent,
+            weights,
+            loss=problem.loss,
+            damping=problem.damping,
+            solver=problem.solver,
+            tol=problem.tol,
+            max_iter=problem.max_iter,
+            impl=problem.impl,
+        )[:2]
+        needed = [index for index, tensor in ((0, features), (1, logits), (4, weights)) if ctx.needs_input_grad[index]]
+        grads: dict[int, Tensor | None] = {2: u_weight, 3: u_bias}
+        if needed:
+            grads |= dict(zip(needed, _hessian_gradient(ctx, needed, (u_weight, u_bias)), strict=True))
+        return tuple(grads.get(index) for index in range(7))
+
+
+def _hessian_gradient(ctx: Any, needed: list[int], u: tuple[Tensor, Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradient of ``-<u, H x>`` in features, logits and weights, with ``u`` and ``x`` constant."""
+    features, logits, weights, x_weight, x_bias = ctx.saved_tensors
+    with torch.enable_grad():
+        leaves = {
+            index: tensor.detach().requires_grad_()
+            for index, tensor in ((0, features), (1, logits), (4, weights))
+            if index in needed
+        }
+        h, f, w = leaves.get(0, features), leaves.get(1, logits), leaves.get(4, weights)
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        x = x_weight.to(dtype), None if x_bias is None else x_bias.to(dtype)
+        w = None if w is None else w.to(dtype)
+        image = hessian_vector_product_reference(h.to(dtype), f.to(dtype), *x, w, ctx.problem.loss, 0.0)
+        pairing = -torch.stack(
+            [(a * b).sum() for a, b in zip(u, image, strict=True) if a is not None and b is not None]
+        )
+        return torch.autograd.grad(pairing.sum(), list(leaves.values()), allow_unused=True)
+
+
+def _check(
+    features: object, logits: object, rhs_weight: object, rhs_bias: object, weights: object, loss: object
+) -> None:
+    checks.loss_code(loss)
+    checks.matrix(logits, "logits", "[N, C]")
+    h, num_classes = _last_layer.check_outputs(features, logits)
+    _last_layer.check_direction(h, num_classes, rhs_weight, rhs_bias, name="rhs")
+    _last_layer.check_weights(h, weights)
+
+
+def _check_finite(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        # The sum of finite numbers may overflow, but one that is not finite never sums to a finite number.
+        if tensor is None or math.isfinite(tensor.sum().item()):
+            continue
+        bad = tensor.isfinite().logical_not()
+        if bool(bad.any()):
+            at = bad.nonzero()[0].tolist()
+            raise ValueError(f"{name} must be finite, got {tensor[tuple(at)].item()} at {at}")

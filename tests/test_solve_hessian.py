@@ -1,0 +1,437 @@
+"""solve_hessian against the dense autograd Hessian of the definition, and what its solvers promise of each other."""
+
+import math
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import Draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastmeta
+from fastmeta import losses
+from fastmeta.losses import LOSSES
+from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState, hessian_vector_product, solve_hessian
+from fastmeta.ops._solvers import coordinates, curvature
+from fastmeta.ops.solve_hessian import solve_hessian_reference
+
+ITERATIVE = ("cg", "pcg")
+SOLVERS = ("cholesky", "cg", "pcg", "auto")
+SIZES = {"n > D": (23, 5, 4), "n < D": (6, 9, 3), "n = D + 1": (6, 5, 3), "C = 1": (7, 4, 1), "n = 1": (1, 4, 3)}
+Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The systems are small: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(draw: Draw, n: int, d: int, c: int) -> Problem:
+    """Features, logits, right-hand side, example weights with a zero among them."""
+    weights = 2 * draw.uniform(n)
+    weights[n // 2 :][:1] *= n < 3
+    return draw.normal(n, d), draw.normal(n, c, scale=2.0), draw.normal(c, d), draw.normal(c), weights
+
+
+def power_law(n: int, d: int, c: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Problem:
+    """Features with standard deviations k^-0.75 in rotated axes, the setting of the iteration counts."""
+    draw = Draw(torch.Generator().manual_seed(seed))
+    rotation = torch.linalg.qr(draw.normal(d, d)).Q
+    h = draw.normal(n, d) * torch.arange(1, d + 1, dtype=torch.float64) ** -0.75 @ rotation.T
+    f = h @ draw.normal(d, c)
+    f = f / f.std()
+    r = f.softmax(-1) - torch.nn.functional.one_hot(draw.classes(n, c), c)
+    return tuple(t.to(dtype) for t in (h, f, r.T @ h / n, r.mean(0), torch.ones(n)))  # type: ignore[return-value]
+
+
+def dense_hessian(problem: Problem, loss: str, bias: bool, weighted: bool) -> Tensor:
+    """Hessian of ``sum_i w_i l_i`` in the flat ``[C, D]`` weight then bias, by autograd of the definition."""
+    h, f, _, _, w = problem
+    w = w if weighted else torch.ones_like(w)
+    (n, d), c = h.shape, f.shape[1]
+
+    def logits(theta: Tensor) -> Tensor:
+        moved = f + h @ theta[: c * d].view(c, d).T
+        return moved + theta[c * d :] if bias else moved
+
+    theta = torch.zeros(c * d + (c if bias else 0), dtype=h.dtype)
+    if loss == "mse_probs":  # Gauss-Newton: the Jacobian of the prediction, 2 J^T J
+        jacobian = torch.func.jacrev(lambda t: logits(t).softmax(-1))(theta)
+        return 2 * torch.einsum("n,nca,ncb->ab", w, jacobian, jacobian)
+    targets = torch.full((n, c), 1 / c, dtype=h.dtype)
+    return torch.func.hessian(lambda t: (w * losses.loss_per_example(logits(t), targets, loss)).sum())(theta)
+
+
+def solve(problem: Problem, bias: bool, weighted: bool, **options: object) -> HessianSolution:
+    h, f, rhs_weight, rhs_bias, w = problem
+    return solve_hessian(h, f, rhs_weight, rhs_bias if bias else None, w if weighted else None, **options)
+
+
+def flat(solution: tuple) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in solution[:2] if part is not None])
+
+
+def true_residual(problem: Problem, solution: HessianSolution, weighted: bool, loss: str, damping: float) -> float:
+    """In float64, from the public Hessian-vector product."""
+    h, f, rhs_weight, rhs_bias, w = (tensor.double() for tensor in problem)
+    bias = None if solution.bias is None else solution.bias.double()
+    image = hessian_vector_product(
+        h, f, solution.weight.double(), bias, w if weighted else None, loss=loss, damping=damping, impl="reference"
+    )
+    rhs = flat((rhs_weight, None if bias is None else rhs_bias))
+    return float((rhs - flat(image)).norm() / rhs.norm())
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_solver_inverts_the_autograd_hessian(
+    draw: Draw, loss: str, size: str, bias: bool, weighted: bool
+) -> None:
+    problem = make(draw, *SIZES[size])
+    damping = 0.3
+    hessian = dense_hessian(problem, loss, bias, weighted)
+    rhs = flat((problem[2], problem[3] if bias else None))
+    expected = torch.linalg.solve(hessian + damping * torch.eye(len(rhs), dtype=rhs.dtype), rhs)
+    for solver in SOLVERS:
+        solution = solve(problem, bias, weighted, loss=loss, damping=damping, solver=solver, tol=1e-11, max_iter=500)
+        torch.testing.assert_close(flat(solution), expected, rtol=1e-7, atol=1e-8)
+        assert solution.residual <= 1e-11
+        assert (solution.bias is None) is not bias
+    arguments = (*problem[:3], problem[3] if bias else None, problem[4] if weighted else None)
+    torch.testing.assert_close(flat(solve_hessian_reference(*arguments, loss, damping)), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 12),
+    d=st.integers(0, 9),
+    c=st.integers(1, 5),
+    loss=st.sampled_from(list(LOSSES)),
+    solver=st.sampled_from(SOLVERS),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_any_shape(n: int, d: int, c: int, loss: str, solver: str, bias: bool, seed: int) -> None:
+    problem = make(Draw(torch.Generator().manual_seed(seed)), n, d, c)
+    solution = solve(problem, bias, True, loss=loss, damping=0.5, solver=solver, tol=1e-10, max_iter=500)
+    assert solution.weight.shape == (c, d)
+    if flat(solution).numel():
+        true = true_residual(problem, solution, True, loss, 0.5)
+        assert true <= 1e-9
+        assert solution.residual == pytest.approx(true, rel=1e-3, abs=1e-14)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_output_curvature_is_the_curvature_row_function(draw: Draw, loss: str) -> None:
+    f, w = draw.normal(6, 4), draw.uniform(6)
+    columns = [losses.curvature(f, torch.eye(4, dtype=f.dtype)[k].expand(6, 4), loss) for k in range(4)]
+    expected = torch.einsum("n,nck->ck", w, torch.stack(columns, dim=2)) / w.sum()
+    mean = curvature.mean_curvature(f, w, loss)
+    torch.testing.assert_close(torch.diag(mean) if mean.dim() == 1 else mean, expected)
+
+
+def test_span_coordinates_are_the_same_problem(draw: Draw) -> None:
+    g = draw.normal(6, 15)
+    g[3] = g[2]  # a rank below N
+    inside = coordinates.eigenbasis(coordinates.span(g))
+    assert inside.basis is not None
+    torch.testing.assert_close(inside.basis @ inside.basis.T, torch.eye(6, dtype=g.dtype))
+    torch.testing.assert_close(inside.features @ inside.basis, g)
+    moment = inside.features.T @ inside.features
+    torch.testing.assert_close(moment, torch.diag(moment.diagonal()), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "pcg"])
+def test_a_right_hand_side_outside_the_span_is_divided_by_the_damping(draw: Draw, solver: str) -> None:
+    h, f, rhs, *_ = make(draw, 4, 9, 3)
+    outside = rhs - rhs @ torch.linalg.pinv(h) @ h
+    solution = solve_hessian(h, f, outside, damping=0.02, solver=solver, tol=1e-10)
+    torch.testing.assert_close(solution.weight, outside / 0.02)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_damping_leaves_what_cannot_be_solved_in_the_residual(draw: Draw, loss: str) -> None:
+    h, f, rhs, *_ = make(draw, 4, 9, 3)
+    with pytest.warns(NotConvergedWarning):
+        solution = solve_hessian(h, f, rhs, loss=loss, damping=0.0, solver="pcg", tol=1e-9, max_iter=200)
+    inside = rhs @ torch.linalg.pinv(h) @ h
+    torch.testing.assert_close(solution.weight @ torch.linalg.pinv(h) @ h, solution.weight)
+    assert solution.residual >= 0.99 * float((rhs - inside).norm() / rhs.norm())
+    reached = hessian_vector_product(h, f, solution.weight, loss=loss)[0]
+    solution = solve_hessian(h, f, reached, loss=loss, damping=0.0, tol=1e-9, max_iter=200)
+    assert solution.residual <= 1e-9
+    with pytest.raises(torch.linalg.LinAlgError, match=r"not positive definite.*damping"):
+        solve_hessian(h[:, :1].expand(4, 9), f, rhs, loss=loss, damping=0.0, solver="cholesky")
+
+
+def test_the_kronecker_factors_are_exact_for_squared_error(draw: Draw) -> None:
+    problem = make(draw, 40, 6, 5)
+    assert solve(problem, True, True, loss="mse", damping=0.1, solver="pcg", tol=1e-10).iterations == 1
+
+
+@pytest.mark.parametrize("size", [(256, 128, 10), (100, 128, 10)])
+def test_the_preconditioner_saves_iterations_on_power_law_features(size: tuple[int, int, int]) -> None:
+    problem = power_law(*size)
+    counts = {
+        s: solve(problem, True, False, damping=1e-2, solver=s, tol=1e-2, max_iter=300).iterations for s in ITERATIVE
+    }
+    assert counts["pcg"] <= 10 + 5 * (size[0] < 128)
+    assert 3 * counts["pcg"] <= counts["cg"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_residual_is_the_true_one(solver: str, dtype: torch.dtype) -> None:
+    problem = power_law(80, 30, 5, dtype=dtype)
+    solution = solve(problem, True, True, damping=0.1, solver=solver, tol=1e-4, max_iter=300)
+    assert solution.weight.dtype == dtype
+    assert solution.residual <= 1e-4
+    # What is returned in a narrow dtype carries its rounding on top.
+    slack = 0.05 if dtype == torch.float32 else 400 * torch.finfo(dtype).eps
+    assert true_residual(problem, solution, True, "cross_entropy", 0.1) == pytest.approx(
+        solution.residual, abs=slack * 1e-3 if dtype == torch.float32 else slack
+    )
+
+
+def test_float32_gets_as_far_as_its_precision() -> None:
+    problem = power_law(300, 60, 6, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConvergedWarning)
+        for solver in SOLVERS:
+            solution = solve(problem, True, False, damping=1e-2, solver=solver, tol=1e-12, max_iter=2000)
+            assert solution.residual < 2e-5, solver
+            true = true_residual(problem, solution, False, "cross_entropy", 1e-2)
+            assert true < 2e-5, solver
+
+
+def test_auto_never_needs_many_more_products_than_the_best() -> None:
+    for size in ((256, 128, 10), (40, 12, 3), (60, 100, 8)):
+        problem = power_law(*size)
+        state = SolverState()
+        solution = solve(problem, True, False, damping=1e-2, tol=1e-4, max_iter=400, state=state)
+        best = solve(problem, True, False, damping=1e-2, tol=1e-4, max_iter=400, solver="pcg").iterations
+        assert solution.residual <= 1e-4
+        assert state.solver == "cholesky" or solution.iterations <= best + 8, (size, state.solver)
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_warm_start_saves_iterations(draw: Draw, solver: str) -> None:
+    problem = power_law(200, 40, 5, dtype=torch.float64)
+    state = SolverState(refresh_every=3)
+    options = {"damping": 0.05, "solver": solver, "tol": 1e-6, "max_iter": 400}
+    cold = solve(problem, True, False, state=state, **options)
+    assert solve(problem, True, False, state=state, **options).iterations == 0
+    moved = (problem[0] + 1e-3 * draw.normal(200, 40), *problem[1:])
+    warm = solve(moved, True, False, state=state, **options)
+    assert 0 < warm.iterations < 0.8 * cold.iterations
+    assert warm.residual <= 1e-6
+    torch.testing.assert_close(flat(warm), flat(solve(moved, True, False, **options)), rtol=1e-3, atol=1e-4)
+
+
+def test_kept_factors_fit_rows_of_another_scale(draw: Draw) -> None:
+    state = SolverState()
+    options = {"solver": "pcg", "tol": 1e-8, "max_iter": 400}
+    problem = power_law(200, 40, 5, dtype=torch.float64)
+    solve(problem, False, True, damping=0.05, state=state, **options)
+    output = state.output
+    drifted = 30 * (problem[0] + 1e-3 * draw.normal(200, 40))  # kept eigenvalues would be out by a factor of 900
+    other = (drifted, *problem[1:])
+    state.solution = None
+    kept = solve(other, False, True, damping=45.0, state=state, **options)
+    fresh = solve(other, False, True, damping=45.0, **options)
+    torch.testing.assert_close(flat(kept), flat(fresh), rtol=1e-5, atol=1e-6)
+    assert state.output is output
+    assert kept.iterations <= fresh.iterations + 3
+
+
+@pytest.mark.parametrize("size", [(200, 40, 5), (30, 40, 5)])
+def test_kept_factors_never_change_the_solution(size: tuple[int, int, int]) -> None:
+    state = SolverState()
+    options = {"damping": 0.05, "solver": "pcg", "tol": 1e-8, "max_iter": 400}
+    solve(power_law(*size, dtype=torch.float64), True, True, state=state, **options)
+    other = power_law(*size, seed=1, dtype=torch.float64)  # nothing in common with the rows before
+    kept, fresh = solve(other, True, True, state=state, **options), solve(other, True, True, **options)
+    torch.testing.assert_close(flat(kept), flat(fresh), rtol=1e-5, atol=1e-6)
+    if size[0] > size[1]:
+        assert kept.iterations > fresh.iterations
+        assert state.output is None, "factors that cost more than twice the iterations are given up"
+
+
+def test_factors_are_refreshed_every_so_many_solves() -> None:
+    problem = power_law(60, 12, 3)
+    state = SolverState(refresh_every=2)
+    outputs = []
+    for scale in (1.0, -1.0, 2.0, -2.0):
+        moved = (*problem[:2], scale * problem[2], scale * problem[3], problem[4])
+        state.solution = None
+        solve(moved, True, False, damping=0.1, solver="pcg", state=state)
+        outputs.append(state.output)
+    assert outputs[0] is outputs[1] is not outputs[2]
+    assert outputs[2] is outputs[3]
+
+
+def test_the_span_is_kept_for_the_same_rows_only() -> None:
+    problem = power_law(10, 30, 4)
+    state = SolverState()
+    options = {"damping": 0.1, "solver": "pcg", "state": state}
+    solve(problem, True, True, **options)
+    span = state._span
+    assert span is not None
+    state.solution = None
+    solve(problem, True, True, **options)
+    assert state._span is span
+    problem[0].mul_(2.0)
+    changed = solve(problem, True, True, **options)
+    assert state._span is not span
+    assert true_residual(problem, changed, True, "cross_entropy", 0.1) <= 1e-4
+
+
+def test_a_restored_state_goes_on_bit_for_bit() -> None:
+    problem = power_law(60, 12, 3)
+    other = power_law(60, 12, 3, seed=1)
+    state, restored = SolverState(), SolverState()
+    solve(problem, True, True, damping=0.1, solver="pcg", state=state)
+    restored.load_state_dict(state.state_dict())
+    first = solve(other, True, True, damping=0.1, solver="pcg", state=state)
+    second = solve(other, True, True, damping=0.1, solver="pcg", state=restored)
+    assert torch.equal(flat(first), flat(second))
+    assert first.iterations == second.iterations
+
+
+def test_a_state_of_another_shape_is_not_used(draw: Draw) -> None:
+    state = SolverState()
+    solve(make(draw, 20, 5, 4), True, True, damping=0.1, state=state, solver="pcg")
+    solution = solve(make(draw, 20, 6, 3), True, True, damping=0.1, state=state, solver="pcg")
+    assert solution.residual <= 1e-4
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_nothing_to_solve(draw: Draw, solver: str) -> None:
+    h, f, rhs, bias, _ = make(draw, 5, 4, 3)
+    solution = solve_hessian(h, f, 0 * rhs, 0 * bias, damping=0.1, solver=solver)
+    assert (solution.iterations, solution.residual, float(flat(solution).abs().sum())) == (0, 0.0, 0.0)
+    empty = solve_hessian(h[:0], f[:0], rhs, bias, damping=0.1, solver=solver)
+    assert (empty.iterations, empty.residual) == (0, 0.0)
+    torch.testing.assert_close(empty.weight, rhs / 0.1)
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_not_converged_warns_with_residual_and_damping(solver: str) -> None:
+    problem = power_law(100, 30, 5)
+    with pytest.warns(NotConvergedWarning, match=r"residual \d.*2 iterations.*tol=1e-06.*damping=0.001") as caught:
+        solution = solve(problem, True, False, damping=1e-3, solver=solver, tol=1e-6, max_iter=2)
+    assert solution.iterations == 2
+    assert f"{solution.residual:.2e}" in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_indefinite_systems_raise(draw: Draw, solver: str) -> None:
+    h, f, rhs, bias, w = make(draw, 30, 5, 4)
+    with pytest.raises(torch.linalg.LinAlgError, match=r"not positive definite.*weights are negative; raise damping"):
+        solve_hessian(h, f, rhs, bias, -1 - w, damping=1e-3, solver=solver, max_iter=200)
+    definite = solve_hessian(h, f, rhs, bias, w - 0.1, damping=50.0, solver=solver, tol=1e-9)
+    assert true_residual((h, f, rhs, bias, w - 0.1), definite, True, "cross_entropy", 50.0) <= 1e-9
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["features", "logits", "rhs_weight", "rhs_bias", "weights"])
+def test_input_that_is_not_finite_is_named(draw: Draw, name: str, value: float) -> None:
+    names = ("features", "logits", "rhs_weight", "rhs_bias", "weights")
+    arguments = dict(zip(names, make(draw, 5, 4, 3), strict=True))
+    arguments[name].view(-1)[2] = value
+    with pytest.raises(ValueError, match=f"{name} must be finite, got {value}"):
+        solve_hessian(**arguments, damping=0.1)
+
+
+def test_finite_numbers_whose_sum_overflows_are_finite(draw: Draw) -> None:
+    h, f, rhs, bias, _ = (tensor.half() for tensor in make(draw, 8, 4, 3))
+    rhs[:] = 6e4
+    assert solve_hessian(h, f, rhs, bias, damping=10.0).residual <= 1e-4
+    with pytest.raises(ValueError, match="features must be small enough"):
+        solve_hessian(h.float() * 1e25, f.float(), rhs.float(), damping=1.0, solver="pcg")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"damping": -1.0}, ValueError, "damping must be >= 0"),
+        ({"damping": math.nan}, ValueError, "damping must be finite"),
+        ({"solver": "lu"}, ValueError, "solver must be one of auto, cholesky, cg, pcg, got 'lu'"),
+        ({"loss": "hinge"}, ValueError, "loss must be one of"),
+        ({"tol": 0.0}, ValueError, "tol must be > 0"),
+        ({"max_iter": -1}, ValueError, "max_iter must be an integer >= 0"),
+        ({"impl": "opencl"}, ValueError, "impl must be one of"),
+        ({"impl": "triton"}, RuntimeError, "triton"),
+        ({"features": torch.ones(5, 4, dtype=torch.int64)}, TypeError, "features must be float32"),
+        ({"logits": torch.ones(6, 3, dtype=torch.float64)}, ValueError, "logits must be"),
+        ({"logits": torch.ones(5, 3)}, TypeError, "logits must be float64 like features"),
+        ({"rhs_weight": torch.ones(3, 5, dtype=torch.float64)}, ValueError, r"rhs_weight must be \[C, D\]"),
+        ({"rhs_bias": torch.ones(4, dtype=torch.float64)}, ValueError, r"rhs_bias must be \[C\]"),
+        ({"weights": torch.ones(4, dtype=torch.float64)}, ValueError, r"weights must be \[N\]"),
+        ({"logits": fastmeta.Head(torch.ones(3, 4), None)}, TypeError, "logits must be a tensor, got Head"),
+    ],
+)
+def test_bad_arguments(draw: Draw, change: dict, error: type[Exception], message: str) -> None:
+    names = ("features", "logits", "rhs_weight", "rhs_bias", "weights")
+    arguments = dict(zip(names, make(draw, 5, 4, 3), strict=True)) | {"damping": 0.1} | change
+    with pytest.raises(error, match=message):
+        solve_hessian(**arguments)
+
+
+def test_a_dense_hessian_that_does_not_fit_is_refused() -> None:
+    h, f, rhs = torch.ones(400, 300), torch.zeros(400, 200), torch.ones(200, 300)
+    with pytest.raises(ValueError, match=r"60000 x 60000 float64 .27 GiB.*use solver='pcg'"):
+        solve_hessian(h, f, rhs, damping=1.0, solver="cholesky")
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "pcg"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_derivative_is_that_of_the_exact_solution(draw: Draw, loss: str, solver: str) -> None:
+    inputs = [tensor.requires_grad_() for tensor in make(draw, 4, 3, 3)]
+
+    def solution(*arguments: Tensor) -> Tensor:
+        h, f, rhs, bias, w = arguments
+        return flat(solve_hessian(h, f, rhs, bias, w.exp(), loss=loss, damping=0.5, solver=solver, tol=1e-12))
+
+    assert torch.autograd.gradcheck(solution, inputs, atol=1e-5)
+
+
+def test_derivatives_that_are_not_there_raise(draw: Draw) -> None:
+    h, f, rhs, *_ = make(draw, 5, 4, 3)
+
+    def solution(x: Tensor) -> Tensor:
+        return solve_hessian(x, f, rhs, damping=0.5, tol=1e-10).weight
+
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(solution, (h,), (h,))
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(solution)(h.expand(2, 5, 4))
+    x = h.clone().requires_grad_()
+    (first,) = torch.autograd.grad(solution(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        first.sum().backward()
+
+
+def test_autocast_does_not_narrow_the_solver(draw: Draw) -> None:
+    problem = tuple(tensor.float() for tensor in make(draw, 30, 6, 4))
+    expected = solve(problem, True, True, damping=0.1, solver="pcg", tol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = solve(problem, True, True, damping=0.1, solver="pcg", tol=1e-4)
+    assert torch.equal(flat(expected), flat(inside))
+
+
+def test_reference_implementation_gives_the_same(draw: Draw) -> None:
+    problem = make(draw, 30, 6, 4)
+    with fastmeta.use_impl("reference"):
+        expected = solve(problem, True, True, damping=0.1, solver="cg", tol=1e-10)
+    torch.testing.assert_close(flat(solve(problem, True, True, damping=0.1, solver="cg", tol=1e-10)), flat(expected))
