@@ -1,0 +1,227 @@
+"""Influence weights against a dense Hessian from autograd, and the weights' own bookkeeping."""
+
+import pytest
+import torch
+from brute_force import Layer, assert_close, make_layer, per_example
+from torch import Tensor
+from torch.nn import functional
+
+from fastmeta import ExampleWeights
+
+DOUBLE = {"dtype": torch.float64}
+
+
+def gradient_seen_by_adam(method: ExampleWeights, index: Tensor) -> Tensor:
+    """After one update the first moment is (1 - beta1) times the gradient."""
+    return method.state_dict()["update"]["exp_avg"][index] / (1 - 0.9)
+
+
+def influence(
+    layer: Layer,
+    pseudo: Tensor,
+    *,
+    damping: float,
+    weights: Tensor | None = None,
+    bias: bool = True,
+    hessian: bool = True,
+    view: Tensor | None = None,
+    labeled: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Eq. (6) with every matrix dense, over the flattened last layer."""
+    c, d = layer.weight.shape
+    flat = torch.cat([layer.weight.flatten(), layer.bias]) if bias else layer.weight.flatten()
+    flat = flat.detach().requires_grad_()
+    x_u = layer.features_u if view is None else view
+    x_l, y_l = (layer.features_h, layer.classes) if labeled is None else labeled
+
+    def forward(parameters: Tensor, x: Tensor) -> Tensor:
+        return functional.linear(x, parameters[: c * d].view(c, d), parameters[c * d :] if bias else layer.bias.detach())
+
+    def training_loss(parameters: Tensor) -> Tensor:
+        unlabeled = per_example(forward(parameters, x_u), pseudo, "cross_entropy")
+        unlabeled = unlabeled if weights is None else weights * unlabeled
+        return functional.cross_entropy(forward(parameters, x_l), y_l) + unlabeled.mean()
+
+    validation = functional.cross_entropy(forward(flat, layer.features_h), layer.classes)
+    g_val = torch.autograd.grad(validation, flat)[0]
+    h = torch.autograd.functional.hessian(training_loss, flat) if hessian else torch.zeros(len(flat), len(flat))
+    solved = torch.linalg.solve(h + damping * torch.eye(len(flat), dtype=torch.float64), g_val)
+    g_u = torch.autograd.functional.jacobian(lambda p: per_example(forward(p, x_u), pseudo, "cross_entropy"), flat)
+    return -g_u @ solved
+
+
+def one_hot(classes: Tensor) -> Tensor:
+    return torch.eye(4, dtype=torch.float64)[classes]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("solver", ["cholesky", "cg", "pcg", "auto"])
+def test_influence_is_that_of_the_dense_hessian(draw, solver, bias):
+    layer = make_layer(draw)
+    index = torch.tensor([4, 0, 9, 7, 2, 5])
+    method = ExampleWeights(10, inverse_hessian=solver, damping=0.1, tol=1e-12, max_iter=500, bias=bias, **DOUBLE)
+    method.refine(**layer.batch(), index=index)
+    pseudo = one_hot(layer.unlabeled.logits.argmax(-1))
+    assert_close(gradient_seen_by_adam(method, index), influence(layer, pseudo, damping=0.1, bias=bias))
+
+
+def test_identity_hessian(draw):
+    layer = make_layer(draw)
+    method = ExampleWeights(6, inverse_hessian="identity", **DOUBLE)
+    method.refine(**layer.batch(), index=torch.arange(6))
+    pseudo = one_hot(layer.unlabeled.logits.argmax(-1))
+    expected = influence(layer, pseudo, damping=1.0, hessian=False)
+    assert_close(gradient_seen_by_adam(method, torch.arange(6)), expected)
+
+
+def test_a_layer_without_bias(draw):
+    layer = make_layer(draw, bias=False)
+    method = ExampleWeights(6, inverse_hessian="cholesky", **DOUBLE)
+    method.refine(**layer.batch(), index=torch.arange(6))
+    layer.bias = torch.zeros(4, dtype=torch.float64)
+    pseudo = one_hot(layer.unlabeled.logits.argmax(-1))
+    assert_close(gradient_seen_by_adam(method, torch.arange(6)), influence(layer, pseudo, damping=0.1, bias=False))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_strong_view_pseudo_labels_mask_and_labeled_batch(draw, masked):
+    """Everything optional at once, at weights that are no longer 1."""
+    layer = make_layer(draw)
+    index = torch.arange(6)
+    method = ExampleWeights(6, inverse_hessian="cholesky", masked=masked, **DOUBLE)
+    weights = 2 * draw.uniform(6)
+    state = method.state_dict()
+    state["update"]["values"] = weights
+    method.load_state_dict(state)
+    view, mask = draw.normal(6, 5), (draw.uniform(6) > 0.4).double()
+    labeled = draw.normal(3, 5), draw.classes(3, 4)
+    pseudo = draw.probabilities(6, 4)
+    refined = method.refine(
+        **layer.batch(),
+        index=index,
+        strong=layer.outputs(view),
+        pseudo_labels=pseudo,
+        mask=mask,
+        labeled=layer.outputs(labeled[0]),
+        labeled_targets=labeled[1],
+    )
+    expected = influence(layer, pseudo, damping=0.1, weights=weights * mask, view=view, labeled=labeled)
+    assert_close(gradient_seen_by_adam(method, index), expected * mask if masked else expected)
+    assert torch.equal(refined.labels, layer.unlabeled.logits.detach().softmax(-1))
+
+
+def test_classes_as_pseudo_labels(draw):
+    layer = make_layer(draw)
+    classes = draw.classes(6, 4)
+    first, second = ExampleWeights(6, **DOUBLE), ExampleWeights(6, **DOUBLE)
+    first.refine(**layer.batch(), index=torch.arange(6), pseudo_labels=classes)
+    second.refine(**layer.batch(), index=torch.arange(6), pseudo_labels=one_hot(classes))
+    assert torch.equal(first.weights, second.weights)
+
+
+def test_weights_follow_masked_adam_and_stay_in_their_bounds(draw):
+    layer = make_layer(draw)
+    index = torch.tensor([1, 3, 4, 6, 8, 9])
+    method = ExampleWeights(10, inverse_hessian="identity", lr=0.3, **DOUBLE)
+    expected = torch.ones(6, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([expected], lr=0.3)
+    for _ in range(5):
+        refined = method.refine(**layer.batch(), index=index)
+        expected.grad = influence(layer, one_hot(layer.unlabeled.logits.argmax(-1)), damping=1.0, hessian=False)
+        adam.step()
+        with torch.no_grad():
+            expected.clamp_(0, 2)
+        assert_close(refined.weights, expected, 1e-8)
+    assert bool((expected == 0).any() or (expected == 2).any())
+    untouched = torch.tensor([0, 2, 5, 7])
+    assert torch.equal(method.weights[untouched], torch.ones(4, dtype=torch.float64))
+    assert method.state_dict()["update"]["steps"].tolist() == [0, 5, 0, 5, 5, 0, 5, 0, 5, 5]
+
+
+def test_weights_read_before_or_after_their_update(draw):
+    layer = make_layer(draw)
+    before, after = (ExampleWeights(6, read=read, **DOUBLE) for read in ("before", "after"))
+    batch = layer.batch() | {"index": torch.arange(6)}
+    first = before.refine(**batch).weights, after.refine(**batch).weights
+    assert torch.equal(first[0], torch.ones(6, dtype=torch.float64))
+    assert torch.equal(first[1], after.weights)
+    assert torch.equal(before.refine(**batch).weights, first[1])
+
+
+def test_an_update_every_interval_calls(draw):
+    layer = make_layer(draw)
+    method = ExampleWeights(6, interval=3, **DOUBLE)
+    changed = []
+    for _ in range(7):
+        before = method.weights.clone()
+        refined = method.refine(**layer.batch(), index=torch.arange(6))
+        assert torch.equal(refined.weights, method.weights)
+        changed.append(not torch.equal(before, method.weights))
+    assert changed == [False, False, True, False, False, True, False]
+
+
+PRESET_DIFFERENCES = {
+    "damping": {"damping": 1.0},
+    "bias": {"bias": False},
+    "mask": {"masked": False},
+}
+
+
+def preset_gradient(layer: Layer, name: str, mask: Tensor, **overrides) -> Tensor:
+    method = ExampleWeights.from_preset(name, 6, interval=1, **DOUBLE, **overrides)
+    method.refine(**layer.batch(), index=torch.arange(6), mask=mask)
+    return gradient_seen_by_adam(method, torch.arange(6))
+
+
+def test_presets_are_what_they_say(draw):
+    layer = make_layer(draw, (6, 3, 4), holdout=30)
+    mask = torch.tensor([1.0, 0, 1, 1, 0, 1], dtype=torch.float64)
+    pseudo = one_hot(layer.unlabeled.logits.argmax(-1))
+    paper = influence(layer, pseudo, damping=5e-4, weights=mask)
+    assert_close(preset_gradient(layer, "paper", mask), paper * mask, 1e-8)
+    code = influence(layer, pseudo, damping=1.0, weights=mask, bias=False)
+    assert_close(preset_gradient(layer, "official_code", mask), code)
+
+
+@pytest.mark.parametrize("left_out", [None, *PRESET_DIFFERENCES])
+def test_presets_differ_exactly_there(draw, left_out):
+    """The paper's preset with the differences put in is the code's; with one of them missing it is not."""
+    layer = make_layer(draw, (6, 3, 4), holdout=30)
+    mask = torch.tensor([1.0, 0, 1, 1, 0, 1], dtype=torch.float64)
+    overrides = {k: v for name, change in PRESET_DIFFERENCES.items() if name != left_out for k, v in change.items()}
+    same = torch.equal(preset_gradient(layer, "paper", mask, **overrides), preset_gradient(layer, "official_code", mask))
+    assert same == (left_out is None)
+
+
+def test_presets_read_the_weights_after_and_before(draw):
+    layer = make_layer(draw)
+    for name, unchanged in (("paper", False), ("official_code", True)):
+        method = ExampleWeights.from_preset(name, 6, interval=1)
+        weights = method.refine(**layer.batch(), index=torch.arange(6)).weights
+        assert torch.equal(weights, torch.ones(6, dtype=torch.float64)) == unchanged
+        assert ExampleWeights.from_preset(name, 6).interval == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"inverse_hessian": "lu"}, ValueError, "inverse_hessian must be one of"),
+        ({"damping": -1.0}, ValueError, "damping must be >= 0"),
+        ({"interval": 0}, ValueError, "interval must be >= 1"),
+        ({"read": "never"}, ValueError, "read must be"),
+        ({"num_examples": 0}, ValueError, "num_examples must be >= 1"),
+        ({"num_examples": 2.5}, TypeError, "num_examples must be an int"),
+    ],
+)
+def test_options_are_checked(options, error, message):
+    with pytest.raises(error, match=message):
+        ExampleWeights(**{"num_examples": 5, **options})
+
+
+def test_pseudo_labels_are_checked(draw):
+    layer = make_layer(draw)
+    batch = layer.batch() | {"index": torch.arange(6)}
+    with pytest.raises(ValueError, match="pseudo_labels must be"):
+        ExampleWeights(6).refine(**batch, pseudo_labels=torch.zeros(6, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"labels must be \[N, C\]"):
+        ExampleWeights(6).refine(**batch, strong=layer.outputs(draw.normal(5, 5)))
