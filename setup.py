@@ -32,6 +32,8 @@ setup(
                     "-std=c++20",
                     "-fvisibility=hidden",
                     "-ffp-contract=fast",
+                    "-fno-math-errno",
+                    "-fno-trapping-math",
                     STABLE_ABI,
                     f'-DFASTMETA_BUILT_FOR_TORCH="{torch.__version__}"',
                 ]

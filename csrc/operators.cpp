@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(fastmeta, m) {
   m.def(
       "perturb_(Tensor(a!)[] params, Tensor[] direction, Tensor(b!) backup, Tensor epsilon, float sign, bool save) -> "
       "()");
-  m.def("perturb_restore_(Tensor(a!)[] params, Tensor backup) -> ()");
+  m.def("perturb_restore_(Tensor(a!)[] params, Tensor(b!) backup) -> ()");
   m.def(
       "alignment_direction_(Tensor[] grads_labeled, Tensor[] grads_unlabeled, Tensor(a!)[] ema_labeled, "
       "Tensor(b!)[] ema_fourth, Tensor(c!)[] out, float decay, float decay_norm, float epsilon) -> ()");

@@ -1,5 +1,6 @@
 """The operators. Each file holds one: its reference in plain PyTorch, directly above the public function."""
 
+from fastmeta.ops._workspace import free_workspace
 from fastmeta.ops.alignment_direction import alignment_direction
 from fastmeta.ops.feature_similarity import feature_similarity
 from fastmeta.ops.finite_difference_labels import finite_difference_labels
@@ -18,6 +19,7 @@ __all__ = [
     "alignment_direction",
     "feature_similarity",
     "finite_difference_labels",
+    "free_workspace",
     "hessian_vector_product",
     "label_gradient",
     "last_layer_gradient",

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from fastmeta import checks
+
 Named = Sequence[tuple[str, Tensor]]
 
 
@@ -20,6 +22,16 @@ def written(tensors: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(tensors)
 
 
+def average(tensor: object, name: str, first: Tensor, first_name: str) -> Tensor:
+    """A running average: the shape, device and dtype of ``first``, or float32 beside 16-bit numbers."""
+    checked = checks.shaped(tensor, name, f"the shape of {first_name}", first.shape)
+    if checked.device != first.device:
+        raise ValueError(f"{name} must be on {first.device} like {first_name}, got {checked.device}")
+    if checked.dtype != torch.float32 or first.dtype == torch.float64:
+        checks.like(first, first_name, **{name: checked})
+    return checked
+
+
 def disjoint(writes: Named, reads: Named = ()) -> None:
     """No memory is written twice, nor written under one name and read under another.
 
@@ -29,8 +41,8 @@ def disjoint(writes: Named, reads: Named = ()) -> None:
     if torch.compiler.is_compiling() or any(not _has_memory(tensor) for _, tensor in [*writes, *reads]):
         return
     for name, tensor in writes:
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise ValueError(f"{name} must have memory of its own for each element, got an expanded tensor")
+        if not _has_own_memory(tensor):
+            raise ValueError(f"{name} must have memory of its own for each element, got strides {tensor.stride()}")
     spans = sorted(
         (tensor.data_ptr(), _end(tensor), index, index < len(writes))
         for index, (_, tensor) in enumerate([*writes, *reads])
@@ -49,6 +61,16 @@ def disjoint(writes: Named, reads: Named = ()) -> None:
 
 def _has_memory(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type not in ("meta", "lazy")
+
+
+def _has_own_memory(tensor: Tensor) -> bool:
+    inner = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= inner:
+                return False
+            inner += (size - 1) * stride
+    return True
 
 
 def _end(tensor: Tensor) -> int:

@@ -32,7 +32,7 @@ def alignment_direction_reference(
         fourth = decay_norm * q.to(wide) + (1 - decay_norm) * v**4
         m.copy_(mean)
         q.copy_(fourth)
-        directions.append((2 * v / (epsilon + fourth.sqrt())).to(m.dtype).contiguous())
+        directions.append(torch.empty_like(g_l).copy_(2 * v / (epsilon + fourth.sqrt())))
     return directions
 
 
@@ -59,18 +59,19 @@ def alignment_direction(
     Args:
         grads_labeled: ``g_l``, one tensor for each parameter.
         grads_unlabeled: ``g_u``, of the same shapes.
-        ema_labeled: ``m``, updated in place.
-        ema_fourth: ``q``, updated in place.
+        ema_labeled: ``m``, updated in place; in the gradients' dtype, or float32 beside 16-bit ones.
+        ema_fourth: ``q``, updated in place, like ``m``. In float16 it overflows from ``|v|`` = 16.
         decay: ``d`` in [0, 1].
         decay_norm: ``d'`` in [0, 1].
         epsilon: added to the denominator, >= 0.
         impl: implementation to use; see :func:`fastmeta.use_impl`.
 
     Returns:
-        New contiguous tensors of the same shapes. Those of one dtype may be views of one allocation.
+        New tensors, contiguous where the gradients are. They may be views of one allocation.
 
     Raises:
-        ValueError: lengths or shapes differ, a number is out of range, or averages share memory with another argument.
+        ValueError: lengths or shapes differ, a number is out of range, or an average shares memory with another
+            tensor.
         TypeError: dtypes are not floating or not the same.
         RuntimeError: an argument requires grad outside ``torch.no_grad()``, or the named ``impl`` is not available.
 
@@ -89,22 +90,41 @@ def alignment_direction(
         checks.number(decay_norm, "decay_norm", low=0.0, high=1.0)
         checks.number(epsilon, "epsilon", low=0.0)
 
-    check()
-    with torch.no_grad():
-        return alignment_direction_reference(*lists, decay, decay_norm, epsilon)
+    kernel = OPERATOR.select(impl, *(tensor for tensors in lists for tensor in tensors if isinstance(tensor, Tensor)))
+    if kernel is None:
+        check()
+        with torch.no_grad():
+            return alignment_direction_reference(*lists, decay, decay_norm, epsilon)
+    directions = _outputs(lists[0])
+    checks.run(kernel, (*lists, directions, decay, decay_norm, epsilon), check)
+    _in_place.written(lists[2] + lists[3])
+    return directions
+
+
+def _outputs(grads: list[Tensor]) -> list[Tensor]:
+    """Uninitialized tensors like the gradients; views of one allocation where that is simple."""
+    tensors = [grad for grad in grads if isinstance(grad, Tensor)]  # anything else the kernel refuses
+    if len({grad.dtype for grad in tensors}) == 1 and all(grad.is_contiguous() for grad in tensors):
+        with torch.no_grad():
+            flat = tensors[0].new_empty(sum(grad.numel() for grad in tensors))
+            return list(torch._utils._unflatten_dense_tensors(flat, tensors))
+    return [torch.empty_like(grad, requires_grad=False) for grad in tensors]
 
 
 def _check(lists: tuple[list[Tensor], ...]) -> None:
-    for name, tensors in zip(_LISTS, lists, strict=True):
-        if len(tensors) != len(lists[0]):
-            raise ValueError(f"{name} must have {len(lists[0])} tensors like grads_labeled, got {len(tensors)}")
-        for index, (tensor, first) in enumerate(zip(tensors, lists[0], strict=True)):
-            checks.floating(first, f"grads_labeled[{index}]")
-            checks.shaped(tensor, f"{name}[{index}]", f"the shape of grads_labeled[{index}]", first.shape)
-            checks.like(first, f"grads_labeled[{index}]", **{f"{name}[{index}]": tensor})
     named = [
         [(f"{name}[{index}]", tensor) for index, tensor in enumerate(tensors)]
         for name, tensors in zip(_LISTS, lists, strict=True)
     ]
+    for name, tensors in zip(_LISTS, lists, strict=True):
+        if len(tensors) != len(lists[0]):
+            raise ValueError(f"{name} must have {len(lists[0])} tensors like grads_labeled, got {len(tensors)}")
+    for (name_l, g_l), (name_u, g_u), (name_m, m), (name_q, q) in zip(*named, strict=True):
+        checks.floating(g_l, name_l)
+        checks.shaped(g_u, name_u, f"the shape of {name_l}", g_l.shape)
+        checks.like(g_l, name_l, **{name_u: g_u})
+        _in_place.average(m, name_m, g_l, name_l)
+        checks.shaped(q, name_q, f"the shape of {name_l}", g_l.shape)
+        checks.like(m, name_m, **{name_q: q})
     _in_place.disjoint(named[2] + named[3], named[0] + named[1])
     _in_place.refuse_grad("alignment_direction", [tensor for tensors in lists for tensor in tensors])

@@ -111,9 +111,14 @@ def masked_adam_(
         if len(bounds) == 2 and bounds[0] > bounds[1]:
             raise ValueError(f"low must be <= high = {high}, got {low}")
 
-    check()
-    with torch.no_grad():
-        masked_adam_reference_(*tensors, lr, betas, eps, low, high)
+    kernel = OPERATOR.select(impl, *tensors)
+    if kernel is None:
+        check()
+        with torch.no_grad():
+            masked_adam_reference_(*tensors, lr, betas, eps, low, high)
+        return table
+    checks.run(kernel, (*tensors, lr, *betas, eps, low, high), check)
+    _in_place.written((table, exp_avg, exp_avg_sq, steps))
     return table
 
 
@@ -134,11 +139,8 @@ def _check(table: Tensor, index: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_
         raise ValueError(f"steps must be [M] = [{rows}], got {list(steps.shape)}")
     checks.shaped(grad, "grad", "[n, C]" if width else "[n]", (index.shape[0], *width))
     checks.like(table, "table", grad=grad)
-    checks.shaped(exp_avg, "exp_avg", "the shape of table", table.shape)
+    _in_place.average(exp_avg, "exp_avg", table, "table")
     checks.shaped(exp_avg_sq, "exp_avg_sq", "the shape of table", table.shape)
-    checks.like(table if exp_avg.dtype != torch.float32 else exp_avg, "table", exp_avg=exp_avg)
-    if exp_avg.device != table.device or (table.dtype == torch.float64 and exp_avg.dtype != torch.float64):
-        checks.like(table, "table", exp_avg=exp_avg)
     checks.like(exp_avg, "exp_avg", exp_avg_sq=exp_avg_sq)
     _in_place.disjoint(
         [("table", table), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("steps", steps)],

@@ -1,18 +1,21 @@
 """Parameters moved along a direction for two forward passes, and put back bit for bit."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmeta import checks
 from fastmeta.dispatch import Operator
-from fastmeta.ops import _in_place
+from fastmeta.ops import _in_place, _workspace
 
-NORM = Operator("perturb_epsilon")
+EPSILON = Operator("perturb_epsilon")
 MOVE = Operator("perturb_")
 RESTORE = Operator("perturb_restore_")
+_ALIGN = 64  # of each tensor's copy in the backup, and the size of its header; as in csrc/cpu/perturbed.cpp
 
 
 def perturb_epsilon_reference(direction: Sequence[Tensor], radius: float) -> Tensor:  # []
@@ -89,9 +92,9 @@ class perturbed:
         self._radius = radius
         self._impl = impl
         self._epsilon: Tensor | None = None
-        self._saved: list[Tensor] | None = None
+        self._moved: _ByReference | _ByKernel | None = None
         self._versions: list[int] = []
-        self._sign = 0.0
+        self._sign = 1.0
 
     @property
     def epsilon(self) -> Tensor:
@@ -101,26 +104,31 @@ class perturbed:
         return self._epsilon
 
     def __enter__(self) -> "perturbed":
-        if self._saved is not None:
+        if self._moved is not None:
             raise RuntimeError("perturbed: already entered; leave the block first")
-        self._check()
         with torch.no_grad():
-            self._epsilon = perturb_epsilon_reference(self._direction, self._radius)
-            self._versions = [-1 if p.is_inference() else p._version for p in self._params]
-            self._saved = [p.clone() for p in self._params]
+            tensors = [t for t in (*self._params, *self._direction) if isinstance(t, Tensor)]
+            kernel = MOVE.select(self._impl, *tensors)
+            if kernel is None:
+                self._check()
+            how = _ByReference if kernel is None else partial(_ByKernel, kernel, self._check)
+            self._versions = [-1 if p.is_inference() else p._version for p in self._params if isinstance(p, Tensor)]
+            self._moved = how(self._params, self._direction)
             try:
-                self._move(1.0)
-            except BaseException:
+                self._epsilon = self._moved.enter(self._radius)
+            except BaseException:  # an interrupt, too
                 self._restore()
                 raise
+        self._sign = 1.0
         return self
 
     def flip(self) -> None:
         """Go from ``theta + epsilon v`` to ``theta - epsilon v``, or back."""
-        if self._saved is None:
+        if self._moved is None:
             raise RuntimeError("perturbed: flip() is for inside the block")
         with torch.no_grad():
-            self._move(-self._sign)
+            self._moved.move(self.epsilon, -self._sign)
+        self._sign = -self._sign
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -128,20 +136,17 @@ class perturbed:
         with torch.no_grad():
             self._restore()
 
-    def _move(self, sign: float) -> None:
-        assert self._saved is not None
-        perturb_reference_(self._params, self._saved, self._direction, self.epsilon, sign)
-        self._sign = sign
-
     def _restore(self) -> None:
-        assert self._saved is not None
-        for theta, start in zip(self._params, self._saved, strict=True):
-            theta.copy_(start)
-        self._saved = None
-        # The values are those that autograd saved, so their version is too.
-        versioned = [(p, version) for p, version in zip(self._params, self._versions, strict=True) if version >= 0]
-        if versioned:
-            torch._C._autograd._unsafe_set_version_counter(*map(tuple, zip(*versioned, strict=True)))
+        if self._moved is None:
+            return
+        try:
+            self._moved.leave()
+        finally:
+            self._moved = None
+            # The values are those that autograd saved, so their version is too.
+            versioned = [(p, version) for p, version in zip(self._params, self._versions, strict=True) if version >= 0]
+            if versioned:
+                torch._C._autograd._unsafe_set_version_counter(*map(tuple, zip(*versioned, strict=True)))
 
     def _check(self) -> None:
         checks.number(self._radius, "radius", low=0.0)
@@ -153,6 +158,60 @@ class perturbed:
             [(f"params{name}", theta) for name, theta in zip(self._names, self._params, strict=True)],
             [(f"direction{name}", v) for name, v in zip(self._names, self._direction, strict=True)],
         )
+
+
+class _ByReference:
+    """Moves parameters with torch, the copies one for each parameter."""
+
+    def __init__(self, params: list[Tensor], direction: list[Tensor]) -> None:
+        self.params, self.direction = params, direction
+        self.saved: list[Tensor] = []
+
+    def enter(self, radius: float) -> Tensor:
+        epsilon = perturb_epsilon_reference(self.direction, radius)
+        self.saved = [theta.clone() for theta in self.params]
+        self.move(epsilon, 1.0)
+        return epsilon
+
+    def move(self, epsilon: Tensor, sign: float) -> None:
+        perturb_reference_(self.params, self.saved, self.direction, epsilon, sign)
+
+    def leave(self) -> None:
+        for theta, start in zip(self.params, self.saved, strict=False):  # none saved: none moved
+            theta.copy_(start)
+        self.saved = []
+
+
+class _ByKernel:
+    """Moves parameters with a kernel, the copies in one buffer."""
+
+    def __init__(
+        self, move: Callable[..., Any], check: Callable[[], None], params: list[Tensor], direction: list[Tensor]
+    ) -> None:
+        self.params, self.direction, self.check = params, direction, check
+        self.kernels = EPSILON.select("cpp"), move, RESTORE.select("cpp")
+        self.backup: Tensor | None = None
+
+    def enter(self, radius: float) -> Tensor:
+        size_epsilon, move, _ = self.kernels
+        assert size_epsilon is not None
+        epsilon = checks.run(size_epsilon, (self.direction, radius), self.check)
+        copies = (-(-theta.numel() * theta.element_size() // _ALIGN) * _ALIGN for theta in self.params)
+        self.backup = _workspace.take(_ALIGN + sum(copies))
+        checks.run(move, (self.params, self.direction, self.backup, epsilon, 1.0, True), self.check)
+        _in_place.written(self.params)
+        return epsilon
+
+    def move(self, epsilon: Tensor, sign: float) -> None:
+        self.kernels[1](self.params, self.direction, self.backup, epsilon, sign, False)
+        _in_place.written(self.params)
+
+    def leave(self) -> None:
+        if self.backup is not None:
+            self.kernels[2](self.params, self.backup)  # does nothing if the backup was not filled
+            _in_place.written(self.params)
+            _workspace.give(self.backup)
+            self.backup = None
 
 
 def _pair(

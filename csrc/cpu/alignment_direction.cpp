@@ -1,0 +1,109 @@
+// alignment_direction: both running averages and the direction in one pass.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+
+#include "cpu/convert.h"
+#include "cpu/stream.h"
+#include "cpu/tensor_list.h"
+
+namespace fastmeta {
+namespace {
+
+struct Constants {
+  double decay, decay_norm, epsilon;
+};
+
+// G: type of the gradients and the direction, E: of the averages.
+template <class G, class E>
+struct Align {
+  using W = typename Wide<G>::type;
+  static FASTMETA_INLINE void run(const G* __restrict grad_labeled, const G* __restrict grad_unlabeled,
+                                  E* __restrict ema_labeled, E* __restrict ema_fourth, G* __restrict out,
+                                  const Constants* constants, int64_t count, bool stream) {
+    const W decay = constants->decay, decay_norm = constants->decay_norm, epsilon = constants->epsilon;
+    const W fresh = 1 - constants->decay, fresh_norm = 1 - constants->decay_norm;
+    alignas(64) G direction[kTile];
+    for (int64_t i = 0; i < count; ++i) {
+      const W mean = decay * widen(ema_labeled[i]) + fresh * widen(grad_labeled[i]);
+      const W v = mean - widen(grad_unlabeled[i]);
+      const W square = v * v;
+      const W fourth = decay_norm * widen(ema_fourth[i]) + fresh_norm * (square * square);
+      ema_labeled[i] = narrow<E>(mean);
+      ema_fourth[i] = narrow<E>(fourth);
+      direction[i] = narrow<G>(2 * v / (epsilon + std::sqrt(fourth)));
+    }
+    store(out, direction, count * static_cast<int64_t>(sizeof(G)), stream);
+  }
+};
+
+template <class G, class E>
+void align_tile(char* const (&run)[5], const Constants& constants, int64_t count, bool stream) {
+  run_best<Align<G, E>>(reinterpret_cast<const G*>(run[0]), reinterpret_cast<const G*>(run[1]),
+                        reinterpret_cast<E*>(run[2]), reinterpret_cast<E*>(run[3]), reinterpret_cast<G*>(run[4]),
+                        &constants, count, stream);
+}
+
+void check_rate(double value, const char* name) {
+  STD_TORCH_CHECK(value >= 0 && value <= 1, name, " must be in [0, 1], got ", value);
+}
+
+void alignment_direction_(const std::vector<Tensor>& grads_labeled, const std::vector<Tensor>& grads_unlabeled,
+                          const std::vector<Tensor>& ema_labeled, const std::vector<Tensor>& ema_fourth,
+                          const std::vector<Tensor>& out, double decay, double decay_norm, double epsilon) {
+  check_rate(decay, "decay");
+  check_rate(decay_norm, "decay_norm");
+  STD_TORCH_CHECK(std::isfinite(epsilon) && epsilon >= 0, "epsilon must be >= 0 and finite, got ", epsilon);
+  const std::vector<Tensor>* const lists[] = {&grads_labeled, &grads_unlabeled, &ema_labeled, &ema_fourth, &out};
+  const char* const names[] = {"grads_labeled", "grads_unlabeled", "ema_labeled", "ema_fourth", "out"};
+  for (int k = 1; k < 5; ++k) check_same_length(*lists[k], names[k], grads_labeled, names[0]);
+  std::vector<Group<5>> groups;
+  groups.reserve(out.size());
+  Overlap overlap;
+  int64_t bytes = 0;
+  for (size_t i = 0; i < out.size(); ++i) {
+    const Tensor& first = grads_labeled[i];
+    check_floating(first, names[0]);
+    for (int k = 0; k < 5; ++k) {
+      const Tensor& tensor = (*lists[k])[i];
+      if (k > 0) check_same_shape(tensor, names[k], i, first, names[0]);
+      overlap.add(tensor, names[k], i, k >= 2);
+    }
+    check_like(grads_unlabeled[i], names[1], first, names[0]);
+    check_like(out[i], names[4], first, names[0]);
+    check_like(ema_fourth[i], names[3], ema_labeled[i], names[2]);
+    if (first.scalar_type() == ScalarType::Double || ema_labeled[i].scalar_type() != ScalarType::Float) {
+      check_like(ema_labeled[i], names[2], first, names[0]);
+    }
+    groups.push_back(make_group<5>({&first, &grads_unlabeled[i], &ema_labeled[i], &ema_fourth[i], &out[i]}));
+    bytes += groups[i].numel * (3 * groups[i].element_size[0] + 2 * groups[i].element_size[2]);
+  }
+  overlap.check();
+  const Constants constants = {decay, decay_norm, epsilon};
+  const bool stream = exceeds_cache(bytes);
+  for_each_tile<5>(
+      Units<5>(groups), {0b01111, 0b11100},
+      [&](size_t g, char* const(&run)[5], int64_t, int64_t count, int64_t) {
+        const bool wide = groups[g].type[2] == ScalarType::Float;
+        switch (groups[g].type[0]) {
+          case ScalarType::Float:
+            return align_tile<float, float>(run, constants, count, stream);
+          case ScalarType::Double:
+            return align_tile<double, double>(run, constants, count, stream);
+          case ScalarType::BFloat16:
+            return wide ? align_tile<Bfloat16, float>(run, constants, count, stream)
+                        : align_tile<Bfloat16, Bfloat16>(run, constants, count, stream);
+          default:
+            return wide ? align_tile<Float16, float>(run, constants, count, stream)
+                        : align_tile<Float16, Float16>(run, constants, count, stream);
+        }
+      },
+      [stream] { store_fence(stream); });
+}
+
+}  // namespace
+}  // namespace fastmeta
+
+STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) {
+  m.impl("alignment_direction_", TORCH_BOX(&fastmeta::alignment_direction_));
+}

@@ -1,0 +1,313 @@
+// masked_adam_: an Adam step on the rows that `index` names, each once, with the sum of its gradients.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <type_traits>
+
+#include "checks.h"
+#include "cpu/convert.h"
+#include "cpu/tensor_list.h"
+
+namespace fastmeta {
+namespace {
+
+constexpr int kLanes = 256;     // entries updated together
+constexpr int64_t kAhead = 24;  // rows whose memory is asked for before it is their turn
+
+// beta^t from its powers by hexadecimal digits: exact to a few units, and cheaper than pow for every row.
+class Powers {
+ public:
+  explicit Powers(double beta) : beta_(beta) {
+    double step = beta;
+    for (auto& digit : digits_) {
+      digit[0] = 1;
+      for (int i = 1; i < 16; ++i) digit[i] = digit[i - 1] * step;
+      step *= digit[15];
+    }
+  }
+  double operator()(uint32_t t) const {
+    if (t >> 16) return std::pow(beta_, t);
+    return digits_[0][t & 15] * digits_[1][t >> 4 & 15] * (digits_[2][t >> 8 & 15] * digits_[3][t >> 12]);
+  }
+
+ private:
+  double beta_;
+  std::array<std::array<double, 16>, 4> digits_;
+};
+
+struct Settings {
+  double lr, beta1, beta2, eps, low, high;
+  Powers power1, power2;
+};
+
+// Rows and columns of a table, in bytes.
+struct Matrix {
+  char* data;
+  int64_t row, column;
+
+  explicit Matrix(const Tensor& tensor)
+      : data(static_cast<char*>(tensor.data_ptr())),
+        row(tensor.stride(0) * static_cast<int64_t>(tensor.element_size())),
+        column(tensor.dim() > 1 ? tensor.stride(1) * static_cast<int64_t>(tensor.element_size()) : 0) {}
+  char* at(int64_t r, int64_t c) const { return data + r * row + c * column; }
+};
+
+// The rows of a call without repetition, in order of first appearance. The gradients of one row form a chain.
+struct Unique {
+  int64_t count = 0;
+  std::unique_ptr<int64_t[]> row;
+  std::unique_ptr<int32_t[]> head, next;  // next[i] < 0 ends a chain
+
+  Unique(const char* index, int64_t stride, int64_t n)
+      : row(std::make_unique_for_overwrite<int64_t[]>(n)),
+        head(std::make_unique_for_overwrite<int32_t[]>(n)),
+        next(std::make_unique_for_overwrite<int32_t[]>(n)) {
+    const auto tail = std::make_unique_for_overwrite<int32_t[]>(n);
+    const auto slots = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(2 * n)));
+    const int shift = 64 - std::countr_zero(static_cast<uint64_t>(slots));
+    const auto place = std::make_unique_for_overwrite<int32_t[]>(slots);
+    std::fill_n(place.get(), slots, -1);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t r = *reinterpret_cast<const int64_t*>(index + i * stride);
+      uint64_t slot = static_cast<uint64_t>(r) * 0x9e3779b97f4a7c15u >> shift;
+      while (place[slot] >= 0 && row[place[slot]] != r) slot = (slot + 1) & (slots - 1);
+      next[i] = -1;
+      if (place[slot] < 0) {
+        place[slot] = static_cast<int32_t>(count);
+        row[count] = r;
+        head[count] = tail[count] = static_cast<int32_t>(i);
+        ++count;
+      } else {
+        int32_t& last = tail[place[slot]];
+        last = next[last] = static_cast<int32_t>(i);
+      }
+    }
+  }
+};
+
+struct Task {
+  Matrix table, grad, exp_avg, exp_avg_sq, steps;
+  int64_t columns;
+  const Unique& unique;
+  const Settings& settings;
+};
+
+// A count of columns known when compiled: the common table of one number for each example has no loops over columns.
+using One = std::integral_constant<int, 1>;
+
+template <class T, class W>
+FASTMETA_INLINE void load(const char* from, int64_t stride, auto count, W* __restrict to) {
+  if (stride == static_cast<int64_t>(sizeof(T))) {
+    for (int i = 0; i < count; ++i) to[i] = widen(reinterpret_cast<const T*>(from)[i]);
+  } else {
+    for (int i = 0; i < count; ++i) to[i] = widen(*reinterpret_cast<const T*>(from + i * stride));
+  }
+}
+
+template <class T, class W>
+FASTMETA_INLINE void save(char* to, int64_t stride, auto count, const W* __restrict from) {
+  if (stride == static_cast<int64_t>(sizeof(T))) {
+    for (int i = 0; i < count; ++i) reinterpret_cast<T*>(to)[i] = narrow<T>(from[i]);
+  } else {
+    for (int i = 0; i < count; ++i) *reinterpret_cast<T*>(to + i * stride) = narrow<T>(from[i]);
+  }
+}
+
+// T: type of the table and the gradients, S: of the statistics.
+template <class T, class S>
+struct Step {
+  using W = typename Wide<T>::type;
+  struct Lanes {
+    alignas(64) W w[kLanes], m[kLanes], v[kLanes], g[kLanes], unbias1[kLanes], unbias2[kLanes];
+  };
+
+  static FASTMETA_INLINE void update(Lanes& lanes, int count, const Settings& settings) {
+    const W beta1 = settings.beta1, beta2 = settings.beta2, fresh1 = 1 - settings.beta1, fresh2 = 1 - settings.beta2;
+    const W lr = settings.lr, eps = settings.eps, low = settings.low, high = settings.high;
+    for (int i = 0; i < count; ++i) {
+      const W g = lanes.g[i];
+      const W m = beta1 * lanes.m[i] + fresh1 * g;
+      const W v = beta2 * lanes.v[i] + fresh2 * g * g;
+      W w = lanes.w[i] - lr * (m / lanes.unbias1[i]) / (std::sqrt(v / lanes.unbias2[i]) + eps);
+      w = w < low ? low : w;  // NaN stays NaN
+      w = w > high ? high : w;
+      lanes.w[i] = w;
+      lanes.m[i] = m;
+      lanes.v[i] = v;
+    }
+  }
+
+  static FASTMETA_INLINE void run(const Task* task, int64_t begin, int64_t end) {
+    Lanes lanes;
+    if (task->columns == 1) {
+      for (int64_t first = begin; first < end; first += kLanes) {
+        step_rows(*task, first, std::min<int64_t>(first + kLanes, end), end, 0, One(), lanes);
+      }
+      return;
+    }
+    const int64_t width = std::min<int64_t>(task->columns, kLanes), rows = kLanes / width;
+    for (int64_t first = begin; first < end; first += rows) {
+      for (int64_t c = 0; c < task->columns; c += width) {
+        const auto count = static_cast<int>(std::min(width, task->columns - c));
+        step_rows(*task, first, std::min(first + rows, end), end, c, count, lanes);
+      }
+    }
+  }
+
+  // Columns [c, c + count) of the rows [first, last); rows before `end` are still to come.
+  static FASTMETA_INLINE void step_rows(const Task& task, int64_t first, int64_t last, int64_t end, int64_t c,
+                                        auto count, Lanes& lanes) {
+    for (int64_t u = first; u < last; ++u) {
+      if (c == 0 && u + kAhead < end) prefetch(task, task.unique.row[u + kAhead]);
+      gather(task, u, c, count, lanes, static_cast<int>(u - first) * count);
+    }
+    update(lanes, static_cast<int>(last - first) * count, task.settings);
+    for (int64_t u = first; u < last; ++u) scatter(task, u, c, count, lanes, static_cast<int>(u - first) * count);
+  }
+
+  static FASTMETA_INLINE void prefetch(const Task& task, int64_t row) {
+    __builtin_prefetch(task.table.at(row, 0), 1);
+    __builtin_prefetch(task.exp_avg.at(row, 0), 1);
+    __builtin_prefetch(task.exp_avg_sq.at(row, 0), 1);
+    __builtin_prefetch(task.steps.at(row, 0), 1);
+  }
+
+  static FASTMETA_INLINE void gather(const Task& task, int64_t u, int64_t c, auto count, Lanes& lanes, int lane) {
+    const int64_t row = task.unique.row[u];
+    load<T>(task.table.at(row, c), task.table.column, count, lanes.w + lane);
+    load<S>(task.exp_avg.at(row, c), task.exp_avg.column, count, lanes.m + lane);
+    load<S>(task.exp_avg_sq.at(row, c), task.exp_avg_sq.column, count, lanes.v + lane);
+    int32_t i = task.unique.head[u];
+    load<T>(task.grad.at(i, c), task.grad.column, count, lanes.g + lane);
+    while ((i = task.unique.next[i]) >= 0) {
+      const char* g = task.grad.at(i, c);
+      for (int j = 0; j < count; ++j) {
+        lanes.g[lane + j] += widen(*reinterpret_cast<const T*>(g + j * task.grad.column));
+      }
+    }
+    auto& steps = *reinterpret_cast<int32_t*>(task.steps.at(row, 0));
+    if (c == 0 && steps < std::numeric_limits<int32_t>::max()) ++steps;
+    const auto t = static_cast<uint32_t>(steps);
+    const W unbias1 = 1 - task.settings.power1(t), unbias2 = 1 - task.settings.power2(t);
+    for (int j = 0; j < count; ++j) {
+      lanes.unbias1[lane + j] = unbias1;
+      lanes.unbias2[lane + j] = unbias2;
+    }
+  }
+
+  static FASTMETA_INLINE void scatter(const Task& task, int64_t u, int64_t c, auto count, Lanes& lanes, int lane) {
+    const int64_t row = task.unique.row[u];
+    save<T>(task.table.at(row, c), task.table.column, count, lanes.w + lane);
+    save<S>(task.exp_avg.at(row, c), task.exp_avg.column, count, lanes.m + lane);
+    save<S>(task.exp_avg_sq.at(row, c), task.exp_avg_sq.column, count, lanes.v + lane);
+  }
+};
+
+// Whether the rows of two tables of one row stride lie beside each other, as state[:, 0] and state[:, 1] do.
+bool interleaved(const Tensor& a, const Tensor& b) {
+  const auto size_a = static_cast<int64_t>(a.element_size()), size_b = static_cast<int64_t>(b.element_size());
+  const int64_t period = a.stride(0) * size_a;
+  if (period == 0 || b.stride(0) * size_b != period) return false;
+  const int64_t width_a = ((a.dim() > 1 ? (a.size(1) - 1) * a.stride(1) : 0) + 1) * size_a;
+  const int64_t width_b = ((b.dim() > 1 ? (b.size(1) - 1) * b.stride(1) : 0) + 1) * size_b;
+  const int64_t distance = static_cast<char*>(b.data_ptr()) - static_cast<char*>(a.data_ptr());
+  const int64_t offset = (distance % period + period) % period;
+  return width_a <= offset && offset + width_b <= period;
+}
+
+void check_memory(const Tensor* const (&tensors)[6], const char* const (&names)[6]) {
+  for (int a = 0; a < 4; ++a) {  // the four that are written
+    STD_TORCH_CHECK(has_own_memory(*tensors[a]), names[a], " must have memory of its own for each element");
+    const auto* begin_a = static_cast<const char*>(tensors[a]->data_ptr());
+    for (int b = a + 1; b < 6; ++b) {
+      const auto* begin_b = static_cast<const char*>(tensors[b]->data_ptr());
+      const bool apart = begin_a + span_of(*tensors[a]) <= begin_b || begin_b + span_of(*tensors[b]) <= begin_a;
+      STD_TORCH_CHECK(apart || interleaved(*tensors[a], *tensors[b]), names[a], " and ", names[b],
+                      " must not share memory");
+    }
+  }
+}
+
+void check_arguments(const Tensor& table, const Tensor& index, const Tensor& grad, const Tensor& exp_avg,
+                     const Tensor& exp_avg_sq, const Tensor& steps) {
+  check_floating(table, "table");
+  const int64_t dims = table.dim();
+  STD_TORCH_CHECK(dims == 1 || dims == 2, "table must be [M] or [M, C], got ", shape_of(table));
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.dim() == 1 && index.is_cpu(),
+                  "index must be int64 [n] on the CPU, got ", shape_of(index));
+  STD_TORCH_CHECK(index.numel() < int64_t{1} << 30, "index must have less than 2^30 rows, got ", index.numel());
+  STD_TORCH_CHECK(steps.scalar_type() == ScalarType::Int && steps.is_cpu(), "steps must be int32 on the CPU");
+  check_vector(steps, "steps", "[M]", table.size(0));
+  check_same_shape(exp_avg, "exp_avg", 0, table, "table");
+  check_same_shape(exp_avg_sq, "exp_avg_sq", 0, table, "table");
+  STD_TORCH_CHECK(grad.dim() == dims && grad.size(0) == index.size(0) && (dims == 1 || grad.size(1) == table.size(1)),
+                  "grad must have a row of the table for each of index, got ", shape_of(grad));
+  check_like(grad, "grad", table, "table");
+  if (table.scalar_type() == ScalarType::Double || exp_avg.scalar_type() != ScalarType::Float) {
+    check_like(exp_avg, "exp_avg", table, "table");
+  }
+  check_like(exp_avg_sq, "exp_avg_sq", exp_avg, "exp_avg");
+  check_memory({&table, &exp_avg, &exp_avg_sq, &steps, &grad, &index},
+               {"table", "exp_avg", "exp_avg_sq", "steps", "grad", "index"});
+}
+
+void check_rows(const char* index, int64_t stride, int64_t n, int64_t rows) {
+  bool inside = true;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto row = *reinterpret_cast<const uint64_t*>(index + i * stride);  // a negative one is very large
+    inside &= row < static_cast<uint64_t>(rows);
+  }
+  STD_TORCH_CHECK(inside, "index must be rows in [0, ", rows, ")");
+}
+
+template <class T, class S>
+void run_step(const Task& task) {
+  const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, task.columns));
+  torch::stable::parallel_for(0, task.unique.count, grain,
+                              [&](int64_t begin, int64_t end) { run_best<Step<T, S>>(&task, begin, end); });
+}
+
+void masked_adam_(const Tensor& table, const Tensor& index, const Tensor& grad, const Tensor& exp_avg,
+                  const Tensor& exp_avg_sq, const Tensor& steps, double lr, double beta1, double beta2, double eps,
+                  std::optional<double> low, std::optional<double> high) {
+  check_arguments(table, index, grad, exp_avg, exp_avg_sq, steps);
+  check_finite(lr, "lr");
+  STD_TORCH_CHECK(beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1, "betas must be in [0, 1)");
+  STD_TORCH_CHECK(std::isfinite(eps) && eps >= 0, "eps must be >= 0 and finite, got ", eps);
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  const Settings settings = {
+      lr, beta1, beta2, eps, low.value_or(-infinity), high.value_or(infinity), Powers(beta1), Powers(beta2)};
+  STD_TORCH_CHECK(settings.low <= settings.high, "low must be <= high, got ", settings.low, " and ", settings.high);
+  if (low) check_finite(*low, "low");
+  if (high) check_finite(*high, "high");
+  const int64_t n = index.numel(), columns = table.dim() > 1 ? table.size(1) : 1;
+  const auto* rows = static_cast<const char*>(index.data_ptr());
+  const int64_t stride = index.stride(0) * static_cast<int64_t>(sizeof(int64_t));
+  check_rows(rows, stride, n, table.size(0));
+  if (n == 0 || columns == 0) return;
+  const Unique unique(rows, stride, n);
+  const Task task = {Matrix(table), Matrix(grad), Matrix(exp_avg), Matrix(exp_avg_sq),
+                     Matrix(steps), columns,      unique,          settings};
+  const bool wide = exp_avg.scalar_type() == ScalarType::Float;
+  switch (table.scalar_type()) {
+    case ScalarType::Float:
+      return run_step<float, float>(task);
+    case ScalarType::Double:
+      return run_step<double, double>(task);
+    case ScalarType::BFloat16:
+      return wide ? run_step<Bfloat16, float>(task) : run_step<Bfloat16, Bfloat16>(task);
+    default:
+      return wide ? run_step<Float16, float>(task) : run_step<Float16, Float16>(task);
+  }
+}
+
+}  // namespace
+}  // namespace fastmeta
+
+STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) { m.impl("masked_adam_", TORCH_BOX(&fastmeta::masked_adam_)); }

@@ -1,0 +1,238 @@
+// Lists of tensors walked together, in parallel over equal blocks: one pass over memory whatever the sizes.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+
+namespace fastmeta {
+
+constexpr int64_t kUnit = 16384;  // elements a thread takes at a time
+constexpr int64_t kTile = 1024;   // elements that a kernel sees at a time: all operands fit the first cache
+
+// Bytes from the first element to the end of the last.
+inline int64_t span_of(const Tensor& tensor) {
+  if (tensor.numel() == 0) return 0;
+  int64_t last = 0;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (int64_t d = 0; d < tensor.dim(); ++d) last += (sizes[d] - 1) * strides[d];
+  return (last + 1) * static_cast<int64_t>(tensor.element_size());
+}
+
+// Whether no two elements share a place, for certain: each stride steps over everything within it.
+inline bool has_own_memory(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t inner = 0, counted = 0;  // the last place of the dimensions taken so far, innermost first
+  for (int64_t d = 0; d < tensor.dim(); ++d) counted += sizes[d] <= 1;
+  for (int64_t least = 0; counted < tensor.dim();) {
+    int64_t next = -1;
+    for (int64_t d = 0; d < tensor.dim(); ++d) {
+      if (sizes[d] > 1 && strides[d] > least && (next < 0 || strides[d] < strides[next])) next = d;
+    }
+    if (next < 0 || strides[next] <= inner) return false;
+    inner += (sizes[next] - 1) * strides[next];
+    least = strides[next];
+    ++counted;
+  }
+  return true;
+}
+
+// The i-th tensors of K lists. Flat: all of them lie in memory in one order and without gaps.
+template <int K>
+struct Group {
+  char* data[K];
+  int64_t element_size[K];
+  int64_t numel;
+  bool flat;
+  ScalarType type[K];
+  std::vector<int64_t> sizes, strides[K];
+};
+
+template <int K>
+Group<K> make_group(const Tensor* const (&tensors)[K]) {
+  Group<K> group;
+  group.numel = tensors[0]->numel();
+  bool contiguous = true, same = true;
+  const auto strides0 = tensors[0]->strides();
+  for (int k = 0; k < K; ++k) {
+    const Tensor& tensor = *tensors[k];
+    group.data[k] = static_cast<char*>(tensor.data_ptr());
+    group.element_size[k] = static_cast<int64_t>(tensor.element_size());
+    group.type[k] = tensor.scalar_type();
+    contiguous = contiguous && tensor.is_contiguous();
+    for (int64_t d = 0; d < tensor.dim(); ++d) {
+      same = same && (tensor.size(d) <= 1 || tensor.stride(d) == strides0[d]);
+    }
+  }
+  // Equal strides that leave no gap: a permuted layout such as channels_last. No element shares its place (checked).
+  group.flat = contiguous || (same && span_of(*tensors[0]) == group.numel * group.element_size[0]);
+  if (!group.flat) {
+    const auto sizes = tensors[0]->sizes();
+    group.sizes.assign(sizes.begin(), sizes.end());
+    for (int k = 0; k < K; ++k) {
+      const auto strides = tensors[k]->strides();
+      group.strides[k].assign(strides.begin(), strides.end());
+    }
+  }
+  return group;
+}
+
+// Elements [begin, begin + count) of a strided tensor, in the order of its indices, to or from a buffer.
+template <bool gather>
+void move_strided(char* data, char* buffer, int64_t element_size, const std::vector<int64_t>& sizes,
+                  const std::vector<int64_t>& strides, int64_t begin, int64_t count) {
+  const int dims = static_cast<int>(sizes.size());
+  std::vector<int64_t> place(dims);
+  int64_t offset = 0, rest = begin;
+  for (int d = dims - 1; d >= 0; --d) {
+    place[d] = rest % sizes[d];
+    rest /= sizes[d];
+    offset += place[d] * strides[d];
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    char* element = data + offset * element_size;
+    char* slot = buffer + i * element_size;
+    if (gather) {
+      std::memcpy(slot, element, element_size);
+    } else {
+      std::memcpy(element, slot, element_size);
+    }
+    for (int d = dims - 1; d >= 0; --d) {
+      offset += strides[d];
+      if (++place[d] < sizes[d]) break;
+      offset -= sizes[d] * strides[d];
+      place[d] = 0;
+    }
+  }
+}
+
+// Which operands a pass reads and writes, as bits.
+struct Access {
+  unsigned reads, writes;
+};
+
+// The lists laid end to end and cut into units of one size, whatever the tensors' sizes: threads get equal shares.
+template <int K>
+struct Units {
+  const std::vector<Group<K>>& groups;
+  std::vector<int64_t> begin;  // of each group, in elements; aligned, so that runs stay aligned
+  int64_t count = 0;
+
+  explicit Units(const std::vector<Group<K>>& groups) : groups(groups) {
+    int64_t end = 0;
+    begin.reserve(groups.size() + 1);
+    for (const auto& group : groups) {
+      begin.push_back(end);
+      end += (group.numel + 63) / 64 * 64;
+    }
+    begin.push_back(end);
+    count = (end + kUnit - 1) / kUnit;
+  }
+};
+
+template <int K, class Tile>
+void run_tile(const Group<K>& group, size_t g, int64_t first, int64_t count, int64_t unit, Access access,
+              std::vector<char>& buffers, const Tile& tile) {
+  char* run[K];
+  if (group.flat) {
+    for (int k = 0; k < K; ++k) run[k] = group.data[k] + first * group.element_size[k];
+    return tile(g, run, first, count, unit);
+  }
+  buffers.resize(K * kTile * sizeof(double));
+  for (int k = 0; k < K; ++k) {
+    run[k] = buffers.data() + k * kTile * sizeof(double);
+    if (access.reads >> k & 1) {
+      move_strided<true>(group.data[k], run[k], group.element_size[k], group.sizes, group.strides[k], first, count);
+    }
+  }
+  tile(g, run, first, count, unit);
+  for (int k = 0; k < K; ++k) {
+    if (access.writes >> k & 1) {
+      move_strided<false>(group.data[k], run[k], group.element_size[k], group.sizes, group.strides[k], first, count);
+    }
+  }
+}
+
+// Calls tile(group index, pointers to K runs of `count` elements, first element, count, unit) over everything, and
+// at_thread_end() once on each thread.
+template <int K, class Tile>
+void for_each_tile(const Units<K>& units, Access access, const Tile& tile, const auto& at_thread_end) {
+  torch::stable::parallel_for(0, units.count, 2, [&](int64_t begin_unit, int64_t end_unit) {
+    std::vector<char> buffers;
+    const auto& begin = units.begin;
+    size_t g = std::upper_bound(begin.begin(), begin.end(), begin_unit * kUnit) - begin.begin() - 1;
+    for (int64_t unit = begin_unit; unit < end_unit; ++unit) {
+      const int64_t from = unit * kUnit, to = from + kUnit;
+      for (; g < units.groups.size() && begin[g] < to; ++g) {
+        const Group<K>& group = units.groups[g];
+        const int64_t last = std::min(to - begin[g], group.numel);
+        for (int64_t first = std::max<int64_t>(from - begin[g], 0); first < last; first += kTile) {
+          run_tile(group, g, first, std::min(kTile, last - first), unit, access, buffers, tile);
+        }
+        if (begin[g + 1] > to) break;  // its rest is the next unit's
+      }
+    }
+    at_thread_end();
+  });
+}
+
+inline std::string item(const char* list, size_t index) {
+  return std::string(list) + "[" + std::to_string(index) + "]";
+}
+
+// Shape of `first`; the list's name and the index are put together only for an error.
+inline void check_same_shape(const Tensor& tensor, const char* list, size_t index, const Tensor& first,
+                             const char* first_list) {
+  bool same = tensor.dim() == first.dim();
+  for (int64_t d = 0; same && d < tensor.dim(); ++d) same = tensor.size(d) == first.size(d);
+  STD_TORCH_CHECK(same, item(list, index), " must be the shape of ", item(first_list, index), " = ", shape_of(first),
+                  ", got ", shape_of(tensor));
+}
+
+inline void check_same_length(const std::vector<Tensor>& list, const char* name, const std::vector<Tensor>& first,
+                              const char* first_name) {
+  STD_TORCH_CHECK(list.size() == first.size(), name, " must have ", first.size(), " tensors like ", first_name,
+                  ", got ", list.size());
+}
+
+// Memory that is written appears under no other name.
+class Overlap {
+ public:
+  void add(const Tensor& tensor, const char* list, size_t index, bool written) {
+    STD_TORCH_CHECK(!written || tensor.is_contiguous() || has_own_memory(tensor), item(list, index),
+                    " must have memory of its own for each element");
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+    if (const int64_t bytes = span_of(tensor)) spans_.push_back({begin, begin + bytes, list, index, written});
+  }
+
+  void check() {
+    std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+    const Span *read = nullptr, *written = nullptr;  // those that reach furthest
+    for (const Span& span : spans_) {
+      const Span* other = written && written->end > span.begin ? written : nullptr;
+      if (span.written && !other && read && read->end > span.begin) other = read;
+      STD_TORCH_CHECK(!other, item(span.list, span.index), " and ", item(other->list, other->index),
+                      " must not share memory");
+      const Span*& furthest = span.written ? written : read;
+      if (!furthest || span.end > furthest->end) furthest = &span;
+    }
+  }
+
+ private:
+  struct Span {
+    uintptr_t begin, end;
+    const char* list;
+    size_t index;
+    bool written;
+  };
+  std::vector<Span> spans_;
+};
+
+}  // namespace fastmeta
