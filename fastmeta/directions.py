@@ -224,6 +224,9 @@ class NormalizedGap:
         if not self.ema_labeled:
             self.ema_labeled = [g.clone() for g in g_l]
             self.ema_fourth = [(first - second) ** 4 for first, second in zip(g_l, g_u, strict=True)]
+        shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (self.ema_labeled, g_l)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"the averages of {shapes[0]} do not fit gradients of {shapes[1]}; use one rule a layer")
         self.ema_labeled = [ema.to(g) for ema, g in zip(self.ema_labeled, g_l, strict=True)]
         self.ema_fourth = [ema.to(g) for ema, g in zip(self.ema_fourth, g_l, strict=True)]
         direction = ops.alignment_direction(

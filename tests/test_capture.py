@@ -103,7 +103,7 @@ def test_cast_of_another_call_is_not_recognized(model):
     unseen = model(inputs).double()
     with capture_features(model) as tape:
         model(inputs + 1)
-    with pytest.raises(RuntimeError, match="are not rows of any output of the layer 'classifier.head.1'"):
+    with pytest.raises(RuntimeError, match=r"are not rows of any output of the layer 'classifier\.head\.1'"):
         tape.outputs(unseen)
 
 
@@ -155,11 +155,12 @@ def test_a_layer_that_did_not_run_is_named(model):
 
 
 def test_unsuitable_modules_are_refused():
-    with pytest.raises(ValueError, match=r"must be or contain an nn.Linear, got Conv2d"), capture_features(
-        nn.Conv2d(1, 1, 1)
+    with (
+        pytest.raises(ValueError, match=r"must be or contain an nn.Linear, got Conv2d"),
+        capture_features(nn.Conv2d(1, 1, 1)),
     ):
         pass
-    with pytest.raises(TypeError, match="must be a torch.nn.Module, got int"), capture_features(3):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got int"), capture_features(3):
         pass
     with pytest.raises(ValueError, match="is lazy"), capture_features(nn.LazyLinear(3)):
         pass
@@ -179,7 +180,7 @@ def test_the_wrong_one_of_two_heads_is_refused():
     with capture_features(model) as tape:
         classes, rotations = model(inputs)
     assert tape.outputs(rotations).features.shape == (5, 4)
-    with pytest.raises(RuntimeError, match="'rotations' .*last of 2 nn.Linear in TwoHeads.*capture that one"):
+    with pytest.raises(RuntimeError, match=r"'rotations' .*last of 2 nn.Linear in TwoHeads.*capture that one"):
         tape.outputs(classes)
 
 

@@ -35,7 +35,9 @@ def influence(
     x_l, y_l = (layer.features_h, layer.classes) if labeled is None else labeled
 
     def forward(parameters: Tensor, x: Tensor) -> Tensor:
-        return functional.linear(x, parameters[: c * d].view(c, d), parameters[c * d :] if bias else layer.bias.detach())
+        return functional.linear(
+            x, parameters[: c * d].view(c, d), parameters[c * d :] if bias else layer.bias.detach()
+        )
 
     def training_loss(parameters: Tensor) -> Tensor:
         unlabeled = per_example(forward(parameters, x_u), pseudo, "cross_entropy")
@@ -189,7 +191,9 @@ def test_presets_differ_exactly_there(draw, left_out):
     layer = make_layer(draw, (6, 3, 4), holdout=30)
     mask = torch.tensor([1.0, 0, 1, 1, 0, 1], dtype=torch.float64)
     overrides = {k: v for name, change in PRESET_DIFFERENCES.items() if name != left_out for k, v in change.items()}
-    same = torch.equal(preset_gradient(layer, "paper", mask, **overrides), preset_gradient(layer, "official_code", mask))
+    same = torch.equal(
+        preset_gradient(layer, "paper", mask, **overrides), preset_gradient(layer, "official_code", mask)
+    )
     assert same == (left_out is None)
 
 

@@ -146,9 +146,7 @@ def test_v1_lowers_the_holdout_loss_of_the_next_inner_step(draw):
     labels = draw.probabilities(6, 4)
     method = published(variant="V1", label_space="logits", label_step=0.1)
     refined = method.refine(**layer.batch(), labels=labels).labels
-    before, after = (
-        layer.outer(layer.inner_step(z, rate=RATE, loss="mse_probs")) for z in (labels, refined)
-    )
+    before, after = (layer.outer(layer.inner_step(z, rate=RATE, loss="mse_probs")) for z in (labels, refined))
     assert after.item() < before.item()
 
 
@@ -284,7 +282,7 @@ def test_v2_needs_the_graph(draw):
     layer = make_layer(draw)
     batch = layer.batch()
     batch["unlabeled"] = batch["unlabeled"]._replace(logits=batch["unlabeled"].logits.detach())
-    with pytest.raises(ValueError, match="unlabeled.logits must be on the graph"):
+    with pytest.raises(ValueError, match=r"unlabeled\.logits must be on the graph"):
         L2I("V2").refine(**batch)
     with pytest.raises(ValueError, match="labels must be on the graph"):
         L2I("V2").refine(**batch, labels=draw.probabilities(6, 4))

@@ -30,7 +30,9 @@ def probe(layer: Layer, radius: float) -> Tensor:
     """``(p(theta + epsilon v) - p(theta - epsilon v)) / epsilon`` with the parameters really perturbed."""
     v = layer.gradient(layer.outer(layer.parameters), layer.parameters)
     epsilon = radius / math.sqrt(sum(float(g.square().sum()) for g in v if g is not None))
-    plus, minus = (functional.linear(layer.features_u, *layer.step(layer.parameters, v, s)) for s in (-epsilon, epsilon))
+    plus, minus = (
+        functional.linear(layer.features_u, *layer.step(layer.parameters, v, s)) for s in (-epsilon, epsilon)
+    )
     return ((plus.softmax(-1) - minus.softmax(-1)) / epsilon).detach()
 
 
@@ -118,9 +120,7 @@ def test_the_step_follows_a_schedule(draw):
     layer = make_layer(draw)
     method = MetaGradient(step=0.1)
     method.step = 0.7
-    assert torch.equal(
-        method.refine(**layer.batch()).labels, MetaGradient(step=0.7).refine(**layer.batch()).labels
-    )
+    assert torch.equal(method.refine(**layer.batch()).labels, MetaGradient(step=0.7).refine(**layer.batch()).labels)
     with pytest.raises(ValueError, match="step must be finite"):
         method.step = float("nan")
     with pytest.raises(ValueError, match="derivative must be one of exact, finite_difference"):

@@ -81,7 +81,7 @@ class Method:
             IndexError: an index is outside the unlabeled set (checked on the CPU only).
         """
         # A GEMM of float32 must not become one of bfloat16 because the caller trains under autocast.
-        with torch.autocast(_outputs(unlabeled, "unlabeled").logits.device.type, enabled=False):
+        with torch.autocast(as_outputs(unlabeled, "unlabeled").logits.device.type, enabled=False):
             imputed = impute(unlabeled, labels, self.update.needs_graph, self.inner_loss)
             with torch.no_grad():
                 check_index(index, len(imputed), self.update.needs_index, type(self).__name__)
@@ -161,22 +161,22 @@ def _stateful(rule: Any) -> Any:
 
 def impute(outputs: Outputs, labels: Tensor | None, needs_graph: bool, loss: str = "cross_entropy") -> Tensor:
     """Imputed labels ``[N, C]`` in float32 or float64: those given, or what the model predicts."""
-    logits = outputs.logits
+    logits = as_outputs(outputs, "unlabeled").logits
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if labels is None:
-        if needs_graph and not logits.requires_grad:
-            raise ValueError("unlabeled.logits must be on the graph for this method; run the model with gradients")
-        logits = logits if needs_graph else logits.detach()
-        return losses.prediction(logits.to(dtype), loss)
-    checks.shaped(labels, "labels", "[N, C]", logits.shape)
-    if needs_graph and not labels.requires_grad:
-        raise ValueError("labels must be on the graph for this method, which pulls back through the imputer")
-    return (labels if needs_graph else labels.detach()).to(dtype)
+        name, imputed = "unlabeled.logits", losses.prediction(logits.to(dtype), loss)
+    else:
+        name, imputed = "labels", checks.shaped(labels, "labels", "[N, C]", logits.shape).to(dtype)
+    if not needs_graph:
+        return imputed.detach()
+    if not imputed.requires_grad:
+        raise ValueError(f"{name} must be on the graph: this method pulls the gradient back through the imputer")
+    return imputed
 
 
 def rows(outputs: Outputs, name: str, dtype: torch.dtype, like: Rows | None = None) -> Rows:
     """Features and logits, detached, checked and in ``dtype``."""
-    _outputs(outputs, name)
+    as_outputs(outputs, name)
     features = checks.matrix(outputs.features, f"{name}.features", "[N, D]")
     logits = checks.matrix(outputs.logits, f"{name}.logits", "[N, C]")
     if len(features) != len(logits):
@@ -193,7 +193,8 @@ def rows(outputs: Outputs, name: str, dtype: torch.dtype, like: Rows | None = No
     return Rows(features.detach().to(dtype), logits.detach().to(dtype))
 
 
-def _outputs(outputs: object, name: str) -> Outputs:
+def as_outputs(outputs: object, name: str) -> Outputs:
+    """Raise unless it is :class:`fastmeta.Outputs`."""
     if not isinstance(outputs, Outputs):
         raise TypeError(f"{name} must be Outputs, from tape.outputs(logits), got {type(outputs).__name__}")
     return outputs
