@@ -3,12 +3,15 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
+
+#include "loss.h"
 
 namespace fastmeta {
 
@@ -21,11 +24,15 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
+inline bool is_supported(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+         type == ScalarType::Double;
+}
+
 inline void check_floating(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
-                      type == ScalarType::Double,
-                  name, " must be float32, bfloat16, float16 or float64");
+  STD_TORCH_CHECK(is_supported(type), name, " must be float32, bfloat16, float16 or float64, got ",
+                  torch::headeronly::toString(type));
 }
 
 inline void check_matrix(const Tensor& tensor, const char* name, const char* symbols) {
@@ -36,7 +43,9 @@ inline void check_matrix(const Tensor& tensor, const char* name, const char* sym
 // Same dtype and device as the first argument.
 inline void check_like(const Tensor& tensor, const char* name, const Tensor& first, const char* first_name) {
   STD_TORCH_CHECK(tensor.device() == first.device(), name, " must be on the device of ", first_name);
-  STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), name, " must have the dtype of ", first_name);
+  STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), name, " must be ",
+                  torch::headeronly::toString(first.scalar_type()), " like ", first_name, ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
 }
 
 inline void check_vector(const Tensor& tensor, const char* name, const char* symbols, int64_t size) {
@@ -51,6 +60,81 @@ inline void check_shape(const Tensor& tensor, const char* name, const char* symb
 
 inline void check_finite(double value, const char* name) {
   STD_TORCH_CHECK(std::isfinite(value), name, " must be finite, got ", value);
+}
+
+inline Loss check_loss(int64_t loss) {
+  STD_TORCH_CHECK(loss >= 0 && loss < num_losses, "loss must be in [0, ", num_losses, "), got ", loss);
+  return static_cast<Loss>(loss);
+}
+
+struct LastLayerSizes {
+  int64_t examples, features, outputs;  // N, D, C
+};
+
+// Features [N, D], and logits [N, C] or a head [C, D], [C].
+inline LastLayerSizes check_outputs(const Tensor& features, const std::optional<Tensor>& logits,
+                                    const std::optional<Tensor>& head_weight, const std::optional<Tensor>& head_bias) {
+  check_matrix(features, "features", "[N, D]");
+  STD_TORCH_CHECK(logits.has_value() != head_weight.has_value(), "either logits or a head must be given, got ",
+                  logits.has_value() ? "both" : "none");
+  LastLayerSizes sizes{features.size(0), features.size(1), 0};
+  if (logits.has_value()) {
+    check_matrix(*logits, "logits", "[N, C]");
+    sizes.outputs = logits->size(1);
+    check_shape(*logits, "logits", "[N, C]", sizes.examples, sizes.outputs);
+    check_like(*logits, "logits", features, "features");
+  } else {
+    check_matrix(*head_weight, "head weight", "[C, D]");
+    sizes.outputs = head_weight->size(0);
+    check_shape(*head_weight, "head weight", "[C, D]", sizes.outputs, sizes.features);
+    check_like(*head_weight, "head weight", features, "features");
+    if (head_bias.has_value()) {
+      check_vector(*head_bias, "head bias", "[C]", sizes.outputs);
+      check_like(*head_bias, "head bias", features, "features");
+    }
+  }
+  return sizes;
+}
+
+// Direction [C, D] and [C] or nothing.
+inline void check_direction(const LastLayerSizes& sizes, const Tensor& weight, const std::optional<Tensor>& bias,
+                            const Tensor& features) {
+  check_shape(weight, "direction_weight", "[C, D]", sizes.outputs, sizes.features);
+  check_like(weight, "direction_weight", features, "features");
+  if (bias.has_value()) {
+    check_vector(*bias, "direction_bias", "[C]", sizes.outputs);
+    check_like(*bias, "direction_bias", features, "features");
+  }
+}
+
+// Example weights [N] or nothing.
+inline void check_weights(const LastLayerSizes& sizes, const std::optional<Tensor>& weights, const Tensor& features) {
+  if (!weights.has_value()) return;
+  check_vector(*weights, "weights", "[N]", sizes.examples);
+  check_like(*weights, "weights", features, "features");
+}
+
+// Probabilities [N, C], or int64 classes [N]; their range is checked where they are read (check_classes).
+inline void check_targets(const LastLayerSizes& sizes, const Tensor& targets, const Tensor& features) {
+  if (targets.scalar_type() == ScalarType::Long) {
+    STD_TORCH_CHECK(targets.device() == features.device(), "targets must be on the device of features");
+    check_vector(targets, "targets of int64 classes", "[N]", sizes.examples);
+  } else {
+    check_floating(targets, "targets");
+    check_shape(targets, "targets", "[N, C]", sizes.examples, sizes.outputs);
+    check_like(targets, "targets", features, "features");
+  }
+}
+
+// Every class in [0, C), before any is used as an index.
+inline void check_classes(const int64_t* classes /* [N] */, int64_t count, int64_t outputs) {
+  bool inside = true;
+  for (int64_t i = 0; i < count; ++i) inside &= static_cast<uint64_t>(classes[i]) < static_cast<uint64_t>(outputs);
+  if (inside) return;
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(classes[i] >= 0 && classes[i] < outputs, "targets must be classes in [0, ", outputs, "), got ",
+                    classes[i]);
+  }
 }
 
 }  // namespace fastmeta

@@ -40,6 +40,17 @@ inline Isa isa() {
   return chosen;
 }
 
+// Whether torch's GEMM has bfloat16 instructions to use.
+inline bool has_bfloat16_products() {
+#if FASTMETA_X86
+  __builtin_cpu_init();
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return true;
+#endif
+}
+
 inline const char* isa_in_use() {
   static const char* const names[] = {"baseline", "avx2", "avx512"};
   return names[static_cast<int>(isa())];

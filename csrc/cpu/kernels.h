@@ -1,0 +1,122 @@
+// All kernels of one instruction set and the table of them. Included by kernels_<set>.cpp after the target is switched
+// on; the ordinary headers come before it (kernel_headers.h), so nothing they define is compiled for that set.
+// clang-format off
+#include "vec.h"
+#include "../losses.h"
+#include "elements.h"
+#include "products.h"
+#include "rows.h"
+// clang-format on
+
+namespace fastmeta::FASTMETA_TARGET {
+
+template <class A>
+int64_t whole_vectors(int64_t n) {
+  return (n + lanes<A> - 1) / lanes<A> * lanes<A>;
+}
+
+template <class A, class T>
+FASTMETA_INLINE A scalar_at(const T* p) {
+  if constexpr (std::is_floating_point_v<T>) {
+    return *p;
+  } else {
+    return widen(Bits16{} + p->bits, T{})[0];
+  }
+}
+
+// Blocks of one vector of rows by 16 columns: every line read is used up before it leaves the cache.
+template <class A, class T>
+void pack_of(const T* source, int64_t stride, int64_t rows, int64_t padded, int64_t begin, int64_t end, A* packed) {
+  for (int64_t row = 0; row < padded; row += lanes<A>) {
+    const int64_t last = row + lanes<A> < rows ? row + lanes<A> : rows;
+    for (int64_t column = begin; column < end; ++column) {
+      A* out = packed + column * padded;
+      for (int64_t r = row; r < last; ++r) out[r] = scalar_at<A>(source + r * stride + column);
+      for (int64_t r = last; r < row + lanes<A>; ++r) out[r] = 0;
+    }
+  }
+}
+
+template <class A>
+void pack(const Matrix& source, int64_t rows, int64_t padded, int64_t begin, int64_t end, A* packed) {
+  if constexpr (std::is_same_v<A, double>) {
+    pack_of<A>(static_cast<const double*>(source.data), source.stride, rows, padded, begin, end, packed);
+  } else if (source.element == Element::float32) {
+    pack_of<A>(static_cast<const float*>(source.data), source.stride, rows, padded, begin, end, packed);
+  } else if (source.element == Element::bfloat16) {
+    pack_of<A>(static_cast<const BFloat16*>(source.data), source.stride, rows, padded, begin, end, packed);
+  } else {
+    pack_of<A>(static_cast<const Float16*>(source.data), source.stride, rows, padded, begin, end, packed);
+  }
+}
+
+template <class A>
+void widen_row(const Matrix& src, int64_t n, A* dst) {
+  load_row<A>(src, 0, n, 0.0, dst);
+}
+
+template <class A>
+void combine(const Combination<A>& c, int64_t begin, int64_t end) {
+  const int64_t padded = whole_vectors<A>(c.columns);
+  Buffer<A> scratch(2 * padded);
+  A *total = scratch.data(), *part = total + padded;
+  for (int64_t row = begin; row < end; ++row) {
+    load_row<A>(c.parts, row, c.columns, 0.0, total);
+    for (int64_t chunk = 1; chunk < c.chunks; ++chunk) {
+      load_row<A>(c.parts, chunk * c.rows + row, c.columns, 0.0, part);
+      for (int64_t i = 0; i < padded; i += lanes<A>) store<A>(total + i, load<A>(total + i) + load<A>(part + i));
+    }
+    if (c.addend) {
+      load_row<A>(c.addend, row, c.columns, 0.0, part);
+      for (int64_t i = 0; i < padded; i += lanes<A>) {
+        store<A>(total + i, c.scale * load<A>(total + i) + c.factor * load<A>(part + i));
+      }
+    }
+    store_row<A>(total, c.columns, c.addend ? A{1} : c.scale, c.out, row);
+  }
+}
+
+template <class A>
+void label_step(const LabelStep<A>& s, int64_t begin, int64_t end) {
+  using V = Vec<A>;
+  const int64_t padded = whole_vectors<A>(s.outputs);
+  const int count = static_cast<int>(padded / lanes<A>);
+  const double padding = padding_logit(Loss::cross_entropy);
+  Buffer<A> scratch(3 * padded);
+  A *plus = scratch.data(), *minus = plus + padded, *labels = minus + padded;
+  auto *p = reinterpret_cast<V*>(plus), *m = reinterpret_cast<V*>(minus), *y = reinterpret_cast<V*>(labels);
+  const V zero = splat<V>(0);
+  for (int64_t row = begin; row < end; ++row) {
+    load_row<A>(s.plus, row, s.outputs, padding, plus);
+    load_row<A>(s.minus, row, s.outputs, padding, minus);
+    load_row<A>(s.labels, row, s.outputs, 0.0, labels);
+    softmax(count, p, p, LaneReduce<A>());
+    softmax(count, m, m, LaneReduce<A>());
+    V total = zero;
+    for (int k = 0; k < count; ++k) {
+      y[k] -= s.step * (p[k] - m[k]);
+      if (s.project) y[k] = y[k] < zero ? zero : y[k];
+      total += y[k];
+    }
+    if (s.project) {
+      total = LaneReduce<A>::sum(total);
+      if (total[0] == 0) {
+        for (int k = 0; k < count; ++k) y[k] = splat<V>(1.0 / static_cast<double>(s.outputs));
+      } else {
+        for (int k = 0; k < count; ++k) y[k] /= total;
+      }
+    }
+    store_row<A>(labels, s.outputs, A{1}, s.out, row);
+  }
+}
+
+template <class A>
+const RowKernels<A>& kernels() {
+  static constexpr RowKernels<A> table{lanes<A>, pack<A>, widen_row<A>, run<A>, combine<A>, label_step<A>};
+  return table;
+}
+
+template const RowKernels<float>& kernels<float>();
+template const RowKernels<double>& kernels<double>();
+
+}  // namespace fastmeta::FASTMETA_TARGET

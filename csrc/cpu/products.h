@@ -1,0 +1,129 @@
+// The two small matrix products of a block of rows: features times a packed factor, and rows^T times features.
+// Included once for each instruction set (multi_isa.h).
+namespace fastmeta::FASTMETA_TARGET {
+
+// 32 vector registers hold 16 accumulators and their operands, 16 registers hold 8.
+constexpr bool many_registers = FASTMETA_AVX512 || !FASTMETA_X86;
+constexpr int most_columns = many_registers ? 4 : 2;  // vectors of columns in a tile of `multiply`
+constexpr int depth = 32;                             // features summed in one go: short sums round less
+
+// out [R, K vectors] = h [R, features] factor [features, K vectors]
+template <class A, int R, int K>
+FASTMETA_INLINE void multiply_tile(const A* h, int64_t h_stride, const A* factor, int64_t padded, int64_t features,
+                                   A* out) {
+  Vec<A> total[R][K] = {};
+  for (int64_t first = 0; first < features; first += depth) {
+    const int64_t last = first + depth < features ? first + depth : features;
+    Vec<A> sum[R][K] = {};
+    for (int64_t d = first; d < last; ++d) {
+      Vec<A> column[K];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) column[k] = load<A>(factor + d * padded + k * lanes<A>);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int k = 0; k < K; ++k) sum[r][k] += column[k] * h[r * h_stride + d];
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) total[r][k] += sum[r][k];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int k = 0; k < K; ++k) store<A>(out + r * padded + k * lanes<A>, total[r][k]);
+  }
+}
+
+template <class A, int R, int K>
+void multiply_rows(const A* h, int64_t h_stride, const A* factor, int64_t padded, int64_t features, int64_t rows,
+                   A* out) {
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) {
+    multiply_tile<A, R, K>(h + r * h_stride, h_stride, factor, padded, features, out + r * padded);
+  }
+  if constexpr (R > 1) {
+    if (r < rows) {
+      multiply_rows<A, R / 2, K>(h + r * h_stride, h_stride, factor, padded, features, rows - r, out + r * padded);
+    }
+  }
+}
+
+// out [rows, padded] = h [rows, features] factor [features, padded]
+template <class A>
+void multiply(const A* h, int64_t h_stride, const A* factor, int64_t padded, int64_t features, int64_t rows, A* out) {
+  const int64_t vectors = padded / lanes<A>;
+  for (int64_t k = 0; k < vectors;) {
+    const A* columns = factor + k * lanes<A>;
+    A* target = out + k * lanes<A>;
+    const int64_t left = vectors - k;
+    if (most_columns == 4 && left >= 4) {
+      multiply_rows<A, 4, 4>(h, h_stride, columns, padded, features, rows, target);
+      k += 4;
+    } else if (most_columns == 4 && left == 3) {
+      multiply_rows<A, 4, 3>(h, h_stride, columns, padded, features, rows, target);
+      k += 3;
+    } else if (left >= 2) {
+      multiply_rows<A, many_registers ? 8 : 4, 2>(h, h_stride, columns, padded, features, rows, target);
+      k += 2;
+    } else {
+      multiply_rows<A, 8, 1>(h, h_stride, columns, padded, features, rows, target);
+      k += 1;
+    }
+  }
+}
+
+// gradient [C vectors of K * lanes features] += rows [n, C]^T h [n, K * lanes features]
+template <class A, int C, int K>
+FASTMETA_INLINE void accumulate_tile(const A* rows, int64_t padded, const A* h, int64_t h_stride, int64_t n,
+                                     A* gradient, int64_t gradient_stride) {
+  Vec<A> sum[C][K] = {};
+  for (int64_t r = 0; r < n; ++r) {
+    Vec<A> feature[K];
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) feature[k] = load<A>(h + r * h_stride + k * lanes<A>);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) sum[c][k] += feature[k] * rows[r * padded + c];
+    }
+  }
+  for (int c = 0; c < C; ++c) {
+    for (int k = 0; k < K; ++k) {
+      A* place = gradient + c * gradient_stride + k * lanes<A>;
+      store<A>(place, load<A>(place) + sum[c][k]);
+    }
+  }
+}
+
+template <class A, int K>
+void accumulate_columns(const A* rows, int64_t padded, int64_t outputs, const A* h, int64_t h_stride, int64_t n,
+                        A* gradient, int64_t gradient_stride) {
+  int64_t c = 0;
+  for (; c + 4 <= outputs; c += 4) {
+    accumulate_tile<A, 4, K>(rows + c, padded, h, h_stride, n, gradient + c * gradient_stride, gradient_stride);
+  }
+  for (; c + 2 <= outputs; c += 2) {
+    accumulate_tile<A, 2, K>(rows + c, padded, h, h_stride, n, gradient + c * gradient_stride, gradient_stride);
+  }
+  for (; c < outputs; ++c) {
+    accumulate_tile<A, 1, K>(rows + c, padded, h, h_stride, n, gradient + c * gradient_stride, gradient_stride);
+  }
+}
+
+// gradient [C, padded_features] += rows [n, C]^T h [n, padded_features]
+template <class A>
+void accumulate(const A* rows, int64_t padded, int64_t outputs, const A* h, int64_t h_stride, int64_t n, A* gradient,
+                int64_t padded_features) {
+  constexpr int wide = many_registers ? 4 : 2;
+  int64_t d = 0;
+  for (; d + wide * lanes<A> <= padded_features; d += wide * lanes<A>) {
+    accumulate_columns<A, wide>(rows, padded, outputs, h + d, h_stride, n, gradient + d, padded_features);
+  }
+  for (; d < padded_features; d += lanes<A>) {
+    accumulate_columns<A, 1>(rows, padded, outputs, h + d, h_stride, n, gradient + d, padded_features);
+  }
+}
+
+}  // namespace fastmeta::FASTMETA_TARGET
