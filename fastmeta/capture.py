@@ -6,6 +6,7 @@ subclass traces without a graph break; a compiled model is compiled once more fo
 """
 
 import contextlib
+import copyreg
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -42,6 +43,15 @@ class _Recording:
         self._fastmeta_calls = (input.detach(), output, version, self._fastmeta_calls)  # type: ignore[has-type]
         return output
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy made inside the block, by deepcopy or pickle, is of the plain layer.
+        state = {name: value for name, value in self.__dict__.items() if name != "_fastmeta_calls"}
+        return copyreg._reconstructor, (_plain_class(self), object, None), state  # type: ignore[attr-defined]
+
+
+def _plain_class(layer: object) -> type:
+    return type(layer).__mro__[2]
+
 
 _recording_classes: dict[type, type] = {}
 
@@ -70,7 +80,7 @@ class FeatureTape:
         return [(call.features, call.output) for call in self._recorded()]
 
     def outputs(self, logits: Tensor) -> Outputs:
-        """The features that gave ``logits``, with the layer's weight and bias.
+        """The features that gave ``logits``, with the layer's weight and bias as they are now.
 
         Args:
             logits: what the layer returned ``[N, C]``, or rows of it: a slice, or a part from ``split`` or ``chunk``
@@ -165,7 +175,7 @@ def capture_features(module: nn.Module) -> Iterator[FeatureTape]:
     finally:
         tape._close()
         if outermost:
-            layer.__class__ = type(layer).__mro__[2]
+            layer.__class__ = _plain_class(layer)
             del layer.__dict__["_fastmeta_calls"]
     if not tape.calls:
         raise RuntimeError(

@@ -164,7 +164,7 @@ class MaskedAdamTable:
         gradient = gradient.to(self.values.dtype)
         ops.masked_adam_(
             self.values,
-            self._checked(index),
+            index,
             gradient,
             self.exp_avg,
             self.exp_avg_sq,

@@ -1,8 +1,11 @@
 """capture_features: the right rows of features, from any model, with nothing left behind."""
 
+import copy
 import gc
+import pickle
 import shutil
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -194,6 +197,76 @@ def test_the_model_is_left_as_it_was(model):
     assert model.fc.__dict__ == before
 
 
+@pytest.mark.parametrize("run_first", [False, True])
+def test_a_copy_made_in_the_block_is_a_plain_model(model, run_first):
+    with capture_features(model):
+        if run_first:
+            model(torch.randn(2, 4))
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        model(torch.randn(2, 4))
+    for copied in copies:
+        assert type(copied.fc) is nn.Linear
+        assert copied.fc.__dict__.keys() == model.fc.__dict__.keys()
+        assert torch.equal(copied.fc.weight, model.fc.weight)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.run = run
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.run(self.model, inputs)
+
+
+def checkpointed(model: nn.Module, inputs: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=False)
+
+
+def functional(model: nn.Module, inputs: Tensor) -> Tensor:
+    return torch.func.functional_call(model, dict(model.named_parameters()), (inputs,))
+
+
+@pytest.mark.parametrize("run", [checkpointed, functional])
+def test_other_ways_to_run_a_model(model, run):
+    inputs = torch.randn(5, 4)
+    with capture_features(Wrapper(model, run)) as tape:
+        logits = Wrapper(model, run)(inputs)
+    logits.sum().backward()
+    assert_reproduces(tape.outputs(logits), logits, model.body(inputs), model.fc)
+
+
+def test_reparametrized_layer(model):
+    nn.utils.parametrizations.weight_norm(model.fc)
+    inputs = torch.randn(5, 4)
+    with capture_features(model) as tape:
+        logits = model(inputs)
+    assert_reproduces(tape.outputs(logits), logits, model.body(inputs), model.fc)
+
+
+def test_hooks_of_others_still_run(model):
+    """A pre-hook changes the features that the layer sees; a hook that changes the output makes other logits of it."""
+    inputs = torch.randn(5, 4)
+    handle = model.fc.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    with capture_features(model) as tape:
+        logits = model(inputs)
+    assert_reproduces(tape.outputs(logits), logits, 2 * model.body(inputs), model.fc)
+    handle.remove()
+    model.fc.register_forward_hook(lambda module, args, output: 2 * output)
+    with capture_features(model) as tape:
+        logits = model(inputs)
+    with pytest.raises(RuntimeError, match="are not rows"):
+        tape.outputs(logits)
+
+
+def test_inference_mode(model):
+    inputs = torch.randn(5, 4)
+    with torch.inference_mode(), capture_features(model) as tape:
+        logits = model(inputs)
+    assert_reproduces(tape.outputs(logits), logits, model.body(inputs), model.fc)
+
+
 def test_only_the_tape_keeps_tensors(model):
     with capture_features(model) as tape:
         logits = model(torch.randn(8, 4))
@@ -256,6 +329,33 @@ def test_compiled_before_the_block(model, backend):
     # One graph without the recording and one with it, whatever the number of blocks and calls.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_compiled_under_autocast(model):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    inputs = torch.randn(6, 4)
+    with torch.autocast("cpu", torch.bfloat16), capture_features(compiled) as tape:
+        logits = compiled(inputs).float()
+    for rows in (slice(None), slice(2, 5)):
+        part = logits[rows]
+        outputs = tape.outputs(part)
+        torch.testing.assert_close(outputs.features.float(), model.body(inputs)[rows], rtol=2e-2, atol=2e-2)
+
+
+def test_a_whole_compiled_step(model):
+    """The block itself inside a compiled function."""
+    torch._dynamo.reset()
+
+    def step(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        with capture_features(model) as tape:
+            logits = model(inputs)
+        outputs = tape.outputs(logits)
+        return outputs.features, outputs.logits
+
+    inputs = torch.randn(6, 4)
+    torch.testing.assert_close(torch.compile(step, backend="aot_eager")(inputs), step(inputs))
+    assert type(model.fc) is nn.Linear
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ class Method:
         with torch.autocast(as_outputs(unlabeled, "unlabeled").logits.device.type, enabled=False):
             imputed = impute(unlabeled, labels, self.update.needs_graph, self.inner_loss)
             with torch.no_grad():
-                check_index(index, len(imputed), self.update.needs_index, type(self).__name__)
+                index = check_index(index, imputed, self.update.needs_index, type(self).__name__)
                 start = self.update.labels(imputed, index)
                 problem = self._problem(
                     unlabeled, holdout, targets, start.detach(), index, mask, labeled, labeled_targets
@@ -216,17 +216,18 @@ def _mask(mask: Tensor, labels: Tensor) -> Tensor:
     return mask.detach().to(labels)
 
 
-def check_index(index: Tensor | None, count: int, needed: bool, method: str) -> None:
-    """Raise unless ``index`` is int64 ``[count]``, or None where it is not needed."""
+def check_index(index: Tensor | None, labels: Tensor, needed: bool, method: str) -> Tensor | None:
+    """``index`` on the device of the labels ``[N, C]``; raises unless it is int64 ``[N]``, or None if not needed."""
     if index is None:
         if needed:
             raise ValueError(f"index is needed by {method}: the examples' places in the unlabeled set, int64 [N]")
-        return
+        return None
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         got = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"index must be an int64 tensor, got {got}")
-    if tuple(index.shape) != (count,):
-        raise ValueError(f"index must be [N] = [{count}] like unlabeled, got {list(index.shape)}")
+    if tuple(index.shape) != (len(labels),):
+        raise ValueError(f"index must be [N] = [{len(labels)}] like unlabeled, got {list(index.shape)}")
+    return index.to(labels.device, non_blocking=True)
 
 
 def choice(value: object, name: str, *allowed: str) -> None:

@@ -125,7 +125,7 @@ class ExampleWeights(Method):
         """
         with torch.no_grad():
             imputed = impute(unlabeled, labels, needs_graph=False)
-            check_index(index, len(imputed), needed=True, method="ExampleWeights")
+            index = check_index(index, imputed, needed=True, method="ExampleWeights")
             if (self.calls + 1) % self.interval:
                 refined = Refined(imputed, self._weights.weights(imputed, index), imputed.new_zeros(()))
             else:
