@@ -1,0 +1,43 @@
+"""``pytest bench``: every case once, right or not. ``pytest bench --benchmark-enable`` times them for regressions."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench.case import Case, Problem, Variant
+from bench.ops import CASES
+
+RUNS = [
+    pytest.param(case, dtype, id=f"{case.operator}-{case.label}-{dtype}".replace(" ", "").replace("torch.", ""))
+    for case in CASES
+    for dtype in case.dtypes
+]
+SMALLEST = {case.operator: case for case in reversed(CASES)}
+
+
+def assert_right(problem: Problem, variant: Variant) -> None:
+    if variant.prepare is not None:
+        variant.prepare()
+    with torch.set_grad_enabled(variant.grad):
+        error = problem.error((variant.check or variant.call)())
+    assert error <= problem.tolerance, f"{variant.name}: error {error:.1e}, tolerance {problem.tolerance:.1e}"
+
+
+@pytest.mark.parametrize(("case", "dtype"), RUNS)
+def test_fastmeta(benchmark: Any, case: Case, dtype: torch.dtype) -> None:
+    problem = case.build(dtype)
+    variant = next(variant for variant in problem.variants if variant.name == case.main)
+    assert_right(problem, variant)
+    benchmark.group = f"{case.operator} ({case.label})"
+    with torch.no_grad():
+        benchmark(variant.call)
+
+
+@pytest.mark.parametrize("case", SMALLEST.values(), ids=SMALLEST.keys())
+def test_every_variant_computes_the_same(case: Case) -> None:
+    for dtype in case.dtypes:
+        problem = case.build(dtype)
+        for variant in problem.variants:
+            assert_right(problem, variant)
+    torch.compiler.reset()
