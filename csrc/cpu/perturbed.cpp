@@ -67,26 +67,31 @@ struct Copy {
   }
 };
 
-// Where each tensor's copy begins in the backup, and where the last one ends.
-struct Layout {
-  std::vector<int64_t> begin;
-  int64_t bytes = kAlign;
-};
-
-template <int K>
-Layout layout_of(const std::vector<Group<K>>& groups) {
-  Layout layout;
-  for (const auto& group : groups) {
-    layout.begin.push_back(layout.bytes);
-    layout.bytes += (group.numel * group.element_size[0] + kAlign - 1) / kAlign * kAlign;
-  }
-  return layout;
+int64_t bytes_of_copy(const Tensor& tensor) {
+  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
+  return (bytes + kAlign - 1) / kAlign * kAlign;
 }
 
-char* check_backup(const Tensor& backup, const Layout& layout) {
-  STD_TORCH_CHECK(backup.scalar_type() == ScalarType::Byte && backup.is_contiguous() && backup.numel() >= layout.bytes,
-                  "backup must be contiguous uint8 of at least ", layout.bytes, " bytes, got ", backup.numel());
+char* check_backup(const Tensor& backup, const std::vector<Tensor>& params) {
+  int64_t bytes = kAlign;
+  for (const Tensor& theta : params) bytes += bytes_of_copy(theta);
+  STD_TORCH_CHECK(backup.scalar_type() == ScalarType::Byte && backup.is_contiguous() && backup.numel() >= bytes,
+                  "backup must be contiguous uint8 of at least ", bytes, " bytes, got ", backup.numel());
   return static_cast<char*>(backup.data_ptr());
+}
+
+// Each group with its copy in the backup as the last operand.
+template <int K>
+std::vector<Group<K + 1>> with_backup(const std::vector<Group<K>>& groups, const std::vector<Tensor>& params,
+                                      char* backup) {
+  std::vector<Group<K + 1>> joined;
+  joined.reserve(groups.size());
+  char* copy = backup + kAlign;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    joined.push_back(with_copy(groups[i], params[i], copy));
+    copy += bytes_of_copy(params[i]);
+  }
+  return joined;
 }
 
 Tensor perturb_epsilon(const std::vector<Tensor>& direction, double radius) {
@@ -133,12 +138,13 @@ Tensor perturb_epsilon(const std::vector<Tensor>& direction, double radius) {
 }
 
 template <class T>
-void perturb_tile(char* const (&run)[2], char* saved, double factor, int64_t count, bool save, bool stream) {
+void perturb_tile(char* const (&run)[3], double factor, int64_t count, bool save, bool stream) {
   auto* theta = reinterpret_cast<T*>(run[0]);
   const auto* v = reinterpret_cast<const T*>(run[1]);
+  auto* saved = reinterpret_cast<T*>(run[2]);
   const auto wide = static_cast<typename Wide<T>::type>(factor);
-  if (save) return run_best<SaveAndMove<T>>(theta, v, reinterpret_cast<T*>(saved), wide, count, stream);
-  run_best<Move<T>>(theta, v, reinterpret_cast<T*>(saved), wide, count, stream);
+  if (save) return run_best<SaveAndMove<T>>(theta, v, saved, wide, count, stream);
+  run_best<Move<T>>(theta, v, saved, wide, count, stream);
 }
 
 void perturb_(const std::vector<Tensor>& params, const std::vector<Tensor>& direction, Tensor backup,
@@ -160,26 +166,25 @@ void perturb_(const std::vector<Tensor>& params, const std::vector<Tensor>& dire
     groups.push_back(make_group<2>({&params[i], &direction[i]}));
   }
   overlap.check();
-  const Layout layout = layout_of(groups);
-  char* saved = check_backup(backup, layout);
+  char* saved = check_backup(backup, params);
   STD_TORCH_CHECK(save != static_cast<bool>(saved[0]), save ? "backup holds parameters already" : "backup is empty");
   const double factor =
       sign * (epsilon.scalar_type() == ScalarType::Double ? *static_cast<const double*>(epsilon.data_ptr())
                                                           : *static_cast<const float*>(epsilon.data_ptr()));
-  const bool stream = exceeds_cache(3 * layout.bytes);
-  for_each_tile<2>(
-      Units<2>(groups), {save ? 3u : 2u, 1},
-      [&](size_t g, char* const(&run)[2], int64_t first, int64_t count, int64_t) {
-        char* copy = saved + layout.begin[g] + first * groups[g].element_size[0];
-        switch (groups[g].type[0]) {
+  const auto joined = with_backup(groups, params, saved);
+  const bool stream = exceeds_cache(3 * backup.numel());
+  for_each_tile<3>(
+      Units<3>(joined), save ? Access{0b011, 0b101} : Access{0b110, 0b001},
+      [&](size_t g, char* const(&run)[3], int64_t, int64_t count, int64_t) {
+        switch (joined[g].type[0]) {
           case ScalarType::Float:
-            return perturb_tile<float>(run, copy, factor, count, save, stream);
+            return perturb_tile<float>(run, factor, count, save, stream);
           case ScalarType::Double:
-            return perturb_tile<double>(run, copy, factor, count, save, stream);
+            return perturb_tile<double>(run, factor, count, save, stream);
           case ScalarType::BFloat16:
-            return perturb_tile<Bfloat16>(run, copy, factor, count, save, stream);
+            return perturb_tile<Bfloat16>(run, factor, count, save, stream);
           default:
-            return perturb_tile<Float16>(run, copy, factor, count, save, stream);
+            return perturb_tile<Float16>(run, factor, count, save, stream);
         }
       },
       [stream] { store_fence(stream); });
@@ -193,15 +198,14 @@ void perturb_restore_(const std::vector<Tensor>& params, Tensor backup) {
     check_floating(theta, "params");
     groups.push_back(make_group<1>({&theta}));
   }
-  const Layout layout = layout_of(groups);
-  char* saved = check_backup(backup, layout);
+  char* saved = check_backup(backup, params);
   if (!saved[0]) return;
-  const bool stream = exceeds_cache(3 * layout.bytes);
-  for_each_tile<1>(
-      Units<1>(groups), {0, 1},
-      [&](size_t g, char* const(&run)[1], int64_t first, int64_t count, int64_t) {
-        const int64_t size = groups[g].element_size[0];
-        run_best<Copy>(run[0], saved + layout.begin[g] + first * size, count * size, stream);
+  const auto joined = with_backup(groups, params, saved);
+  const bool stream = exceeds_cache(3 * backup.numel());
+  for_each_tile<2>(
+      Units<2>(joined), {0b10, 0b01},
+      [&](size_t g, char* const(&run)[2], int64_t, int64_t count, int64_t) {
+        run_best<Copy>(run[0], run[1], count * joined[g].element_size[0], stream);
       },
       [stream] { store_fence(stream); });
   saved[0] = 0;

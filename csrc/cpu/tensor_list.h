@@ -84,6 +84,33 @@ Group<K> make_group(const Tensor* const (&tensors)[K]) {
   return group;
 }
 
+// The same group with a buffer as one operand more: a copy of `tensor`, in its own order where it leaves no gaps.
+template <int K>
+Group<K + 1> with_copy(const Group<K>& group, const Tensor& tensor, char* data) {
+  Group<K + 1> joined;
+  joined.numel = group.numel;
+  joined.flat = group.flat;
+  joined.sizes = group.sizes;
+  for (int k = 0; k < K; ++k) {
+    joined.data[k] = group.data[k];
+    joined.element_size[k] = group.element_size[k];
+    joined.type[k] = group.type[k];
+    joined.strides[k] = group.strides[k];
+  }
+  joined.data[K] = data;
+  joined.element_size[K] = static_cast<int64_t>(tensor.element_size());
+  joined.type[K] = tensor.scalar_type();
+  if (!group.flat) {
+    auto& strides = joined.strides[K];
+    strides.assign(tensor.strides().begin(), tensor.strides().end());
+    if (span_of(tensor) != tensor.numel() * joined.element_size[K]) {
+      int64_t stride = 1;
+      for (size_t d = strides.size(); d-- > 0; stride *= group.sizes[d]) strides[d] = stride;
+    }
+  }
+  return joined;
+}
+
 // Elements [begin, begin + count) of a strided tensor, in the order of its indices, to or from a buffer.
 template <bool gather>
 void move_strided(char* data, char* buffer, int64_t element_size, const std::vector<int64_t>& sizes,

@@ -107,12 +107,11 @@ class perturbed:
         if self._moved is not None:
             raise RuntimeError("perturbed: already entered; leave the block first")
         with torch.no_grad():
-            tensors = [t for t in (*self._params, *self._direction) if isinstance(t, Tensor)]
-            kernel = MOVE.select(self._impl, *tensors)
-            if kernel is None:
+            kernel = MOVE.select(self._impl, *self._params, *self._direction)
+            if kernel is None or not all(isinstance(p, Tensor) for p in self._params):
                 self._check()
             how = _ByReference if kernel is None else partial(_ByKernel, kernel, self._check)
-            self._versions = [-1 if p.is_inference() else p._version for p in self._params if isinstance(p, Tensor)]
+            self._versions = [-1 if p.is_inference() else p._version for p in self._params]
             self._moved = how(self._params, self._direction)
             try:
                 self._epsilon = self._moved.enter(self._radius)
