@@ -2,7 +2,7 @@
 
 A derivative maps a problem and a direction to the gradient of the outer loss G after an inner step of SGD at ``rate``,
 with respect to the labels ``[N, C]`` or to the example weights ``[N]``. Here only the last layer moves, which has a
-closed form: no double backward, no gradient for each example.
+closed form: no double backward, no gradient for each example. Anything with the same call can take their place.
 """
 
 from collections.abc import Callable

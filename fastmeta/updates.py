@@ -5,7 +5,7 @@ of them into :class:`fastmeta.problem.Refined`.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +23,12 @@ def _unchanged(labels: Tensor) -> tuple[Tensor, Tensor]:
 class Update:
     """An update without state. Subclasses with a table override :meth:`labels` or :meth:`weights`."""
 
+    takes: Literal["labels", "weights"] = "labels"
+    """what the gradient is with respect to"""
     needs_index = False
+    """whether it has a table"""
     needs_graph = False
+    """whether the imputed labels must be on the graph"""
 
     def labels(self, imputed: Tensor, index: Tensor | None) -> Tensor:
         """Labels at the start of the step ``[N, C]``."""
@@ -245,6 +249,8 @@ class WeightTable(_TableUpdate):
         read: ``before`` the update or ``after`` it: which weights the current step uses.
         dtype: of the table.
     """
+
+    takes = "weights"
 
     def __init__(
         self,

@@ -272,6 +272,19 @@ def test_unpublished_combinations_run_and_resume(model, make):
     test_state_goes_through_a_file_and_resumes_bit_for_bit(model, make)
 
 
+@pytest.mark.parametrize(
+    ("derivative", "update", "message"),
+    [
+        (ExampleWeightGradient(), LabelStep(step=1.0), r"LabelStep takes the gradient of labels, .* gives \[4\]"),
+        (LabelGradient(), WeightTable(M), r"WeightTable takes the gradient of weights, .* gives \[4, 4\]"),
+    ],
+)
+def test_a_derivative_that_does_not_fit_the_update(draw, derivative, update, message):
+    layer = make_layer(draw, (C, 5, C))
+    with pytest.raises(ValueError, match=message):
+        Method(HoldoutGradient(), derivative, update).refine(**layer.batch(), index=torch.arange(C))
+
+
 @pytest.fixture
 def layer(draw) -> Layer:
     return make_layer(draw)

@@ -93,6 +93,12 @@ class Method:
 
     def _step(self, problem: Problem, labels: Tensor, index: Tensor | None) -> Refined:
         gradient = self.derivative(problem, self.direction(problem))
+        # Broadcasting would hide the mistake where N happens to be C.
+        if gradient.dim() != (2 if self.update.takes == "labels" else 1):
+            raise ValueError(
+                f"{type(self.update).__name__} takes the gradient of {self.update.takes}, but "
+                f"{type(self.derivative).__name__} gives {list(gradient.shape)}"
+            )
         return self.update.apply(gradient, labels, index)
 
     def _problem(

@@ -18,8 +18,8 @@ class MetaGradientPreset:
 
 
 PRESETS = {
-    # Eq. (16) has alpha / B before the difference; alpha is the learning rate, 0.1. The slides print no beta: 128, the
-    # batch size over alpha's share of Algorithm 2, is the one for which Eq. (6) and the code make the same step there.
+    # Eq. (16) has alpha / B before the difference; alpha is the learning rate, 0.1. The slides print no beta: with 128
+    # the step is that of the code, 0.1, at its batch size of 128.
     "paper": MetaGradientPreset(step=128.0, rate=0.1, project=False),
     # train_meta.py: beta is the learning rate, no alpha / B, then relu and division by the row sum.
     "official_code": MetaGradientPreset(step=0.1, rate=None, project=True),
