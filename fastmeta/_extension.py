@@ -17,7 +17,9 @@ except ImportError as error:
 
 def has_kernel(name: str, key: str) -> bool:
     """Whether operator ``name`` has a kernel registered for dispatch key ``key`` (``"CPU"``, ``"CUDA"``)."""
-    return _C is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmeta::{name}", key)
+    # hasattr: a build older than this source may lack the operator.
+    defined = _C is not None and hasattr(torch.ops.fastmeta, name)
+    return defined and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmeta::{name}", key)
 
 
 def build_info() -> dict[str, object] | None:

@@ -144,6 +144,8 @@ def register() -> None:
     if _extension._C is None:
         return
     for name, fake in _FAKES.items():
+        if not hasattr(torch.ops.fastmeta, name):
+            continue  # a build older than this source
         torch.library.register_fake(f"fastmeta::{name}", fake, lib=_LIBRARY)
         _LIBRARY.impl(name, _guard(name, mutates=name.endswith("_")), "Autograd", with_keyset=True)
 

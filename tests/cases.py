@@ -28,10 +28,10 @@ class Draw:
     dtype: torch.dtype = torch.float64
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, generator=self.generator, dtype=torch.float64)).to(self.dtype)
+        return (scale * torch.randn(shape, generator=self.generator, dtype=torch.float64)).to(self.dtype)
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
 
     def probabilities(self, rows: int, columns: int) -> Tensor:
         return (

@@ -10,6 +10,8 @@ from torch import Tensor
 from fastmeta import Head
 from fastmeta.losses import as_probabilities
 
+UNDERFLOW = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
+
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     """``|x| |W|^T + |b|``."""
@@ -21,17 +23,21 @@ def logits_and_size(features: Tensor, logits: Tensor | Head) -> tuple[Tensor, Te
     """The logits, and what an error of one unit of rounding in each may be (softmax shifts them by their maximum)."""
     if isinstance(logits, Head):
         return logits.logits(features), product(features, logits.weight, logits.bias)
-    return logits, logits.abs() if logits.shape[1] < 2 else logits.abs().maximum(logits.max(-1, keepdim=True)[0].abs())
+    if logits.shape[1] == 0:
+        return logits, logits
+    return logits, logits.abs().maximum(logits.max(-1, keepdim=True)[0].abs())
 
 
 def predictions(logits: Tensor, size: Tensor, loss: str) -> Tensor:
-    """``p`` times its own relative sensitivity: ``1 + df + <p, df>``."""
+    """``p`` times its own relative sensitivity: ``1 + df + <p, df>``; below the normal numbers p may become 0."""
     if loss == "binary_cross_entropy":
-        return logits.sigmoid() * (1 + size)
+        return logits.sigmoid() * (1 + size) + UNDERFLOW
     p = logits.softmax(-1)
+    if logits.shape[1] == 0:
+        return p
     spread = (logits - logits.max(-1, keepdim=True)[0]).abs().minimum(size)
     spread = torch.where(torch.isfinite(spread), spread, 0)
-    return p * (1 + spread + (p * spread).sum(-1, keepdim=True))
+    return p * (1 + spread + (p * spread).sum(-1, keepdim=True)) + UNDERFLOW
 
 
 def jacobian(p: Tensor, vector: Tensor) -> Tensor:

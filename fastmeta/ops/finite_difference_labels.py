@@ -82,7 +82,8 @@ def finite_difference_labels(
         checks.like(plus, "logits_plus", logits_minus=minus, labels=y)
         if isinstance(epsilon, Tensor):
             if epsilon.numel() != 1 or not epsilon.is_floating_point():
-                raise ValueError(f"epsilon must be a floating tensor of one element, got {list(epsilon.shape)}")
+                got = f"{str(epsilon.dtype).removeprefix('torch.')} {list(epsilon.shape)}"
+                raise ValueError(f"epsilon must be a floating tensor of one element, got {got}")
             if epsilon.device != plus.device:
                 raise ValueError(f"epsilon must be on {plus.device} like logits_plus, got {epsilon.device}")
         elif checks.number(epsilon, "epsilon", low=0.0) == 0:

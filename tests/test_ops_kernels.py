@@ -1,0 +1,392 @@
+"""Every implementation that is not the reference, against float64 truth.
+
+The budget is relative to PyTorch: the error may be twice that of the same formula in eager PyTorch and the same dtype,
+both in units of ``error_scale``. The truth is the reference in float64, which test_ops_reference.py holds to autograd.
+"""
+
+import itertools
+import os
+import threading
+
+import pytest
+import torch
+from cases import CASE_LOSS_IDS, CASE_LOSSES, CASES, DTYPES, SIZES, Case, Draw, map_tensors, tensors, to
+from guarded import guarded
+from poison import poisoned_memory
+from torch import Tensor
+
+from fastmeta.ops.feature_similarity import gram_is_cheaper
+
+IN_CHILD = os.environ.get("FASTMETA_CHILD") == "1"  # see test_instruction_sets.py
+# Larger than one block of rows or columns, for several threads and for the products of larger heads.
+LARGE = [(2049, 33, 10), (700, 129, 65), (300, 257, 300), (64, 515, 130)]
+
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+case_losses = pytest.mark.parametrize(("case", "loss"), CASE_LOSSES, ids=CASE_LOSS_IDS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+row_cases = pytest.mark.parametrize("case", [c for c in CASES if c.per_row], ids=lambda case: case.name)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors in one thread: on a shared machine the others are waited for. Tests of threads set their own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def kernels(case: Case) -> list[str]:
+    """The implementations under test; a missing one skips, or fails where a build was promised."""
+    names = [name for name in case.operator.implementations() if name != "reference"]
+    if not names:
+        assert os.environ.get("FASTMETA_REQUIRE_CPP") != "1", f"{case.name} has no cpp kernel"
+        pytest.skip("the C++ extension has no kernel for it")
+    return names
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def assert_within_budget(case: Case, got: list[Tensor], arguments: dict, note: str) -> None:
+    """Each entry's error against twice eager's worst, both in units of ``error_scale``, beyond rounding the result once.
+
+    Nothing here is more precise than float64: there eager's error in float32, in units of its own rounding, stands for
+    it, and once more for that of the truth.
+    """
+    dtype = got[0].dtype
+    double = dtype == torch.float64
+    truth = case.call(to(arguments, torch.float64), "reference")
+    eager = case.call(to(arguments, torch.float32) if double else arguments, "reference")
+    exact = case.call(to(to(arguments, torch.float32), torch.float64), "reference") if double else truth
+    assert len(got) == len(eager) == len(truth)
+    for i, (g, e, x, t, s) in enumerate(zip(got, eager, exact, truth, case.error_scale(arguments), strict=True)):
+        where = f"result {i} of {note}"
+        assert g.shape == t.shape, where
+        assert g.dtype == dtype, where
+        assert g.is_contiguous(), where
+        if not t.numel():
+            continue
+        s = s.maximum(t.abs()) + torch.finfo(torch.float64).tiny
+        info = torch.finfo(dtype)
+        unit = torch.finfo(accumulation(dtype)).eps
+        error = (g.double() - t).abs() - info.eps / 2 * t.abs() - info.smallest_normal * info.eps
+        assert not error.isnan().any(), f"NaN in {where}"
+        worst_of_eager = ((e.double() - x).abs() / s).max() * (
+            1.5 * unit / torch.finfo(torch.float32).eps if double else 1
+        )
+        worst, allowed = (error / s).max(), 2 * worst_of_eager + 4 * unit
+        assert worst <= allowed, f"{where}: error {worst:.3g}, allowed {allowed:.3g} (eager {worst_of_eager:.3g})"
+
+
+def check(case: Case, arguments: dict, impl: str, note: str, plain: dict | None = None) -> None:
+    """``plain``: the same values in plain memory, for the eager run and the truth."""
+    plain = arguments if plain is None else plain
+    before = [t.clone() for t in tensors(arguments)]
+    versions = [t._version for t in tensors(arguments)]
+    with poisoned_memory():
+        got = case.call(arguments, impl)
+    for tensor, old, version in zip(tensors(arguments), before, versions, strict=True):
+        assert tensor._version == version, f"an argument was written to: {note}"
+        assert torch.equal(tensor.nan_to_num(), old.nan_to_num()), f"an argument changed: {note}"
+    assert_within_budget(case, got, plain, note)
+
+
+def shapes(draw: Draw) -> list[tuple[int, int, int]]:
+    """Each size as N, as D and as C, beside two others at random."""
+    found = []
+    for size, place in itertools.product(SIZES, range(3)):
+        shape = [draw.choice(SIZES) for _ in range(3)]
+        shape[place] = size
+        found.append(tuple(shape))
+    return found
+
+
+@case_losses
+@dtypes
+def test_matches_float64(case, loss, dtype, generator):
+    draw = Draw(generator, dtype)
+    variants = itertools.cycle(case.variants)
+    for impl in kernels(case):
+        for shape, variant in zip(shapes(draw)[:: 4 if IN_CHILD else 1], variants, strict=False):
+            arguments = case.arguments(draw, shape, loss, variant)
+            check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
+
+
+@case_losses
+@dtypes
+def test_matches_float64_on_large_shapes(case, loss, dtype, generator):
+    draw = Draw(generator, dtype)
+    torch.set_num_threads(2)
+    for impl in kernels(case):
+        for i, shape in enumerate(LARGE):
+            variant = case.variants[i % len(case.variants)]
+            arguments = case.arguments(draw, shape, loss, variant)
+            check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
+
+
+def strided(tensor: Tensor, kind: str) -> Tensor:
+    """The same values behind other strides; whatever lies between them is NaN."""
+    if not tensor.is_floating_point():  # classes [N]
+        if kind != "column-step":
+            return tensor
+        wide = torch.full((2 * len(tensor),), -(2**40), dtype=tensor.dtype)
+        wide[::2] = tensor
+        return wide[::2]
+    if tensor.dim() == 0:
+        return tensor
+    *rows, columns = tensor.shape
+    nan = float("nan")
+    if kind == "transposed":
+        return tensor.mT.contiguous().mT if tensor.dim() == 2 else tensor
+    if kind == "row-stride":
+        view = tensor.new_full((*rows, columns + 5), nan)[..., 2 : 2 + columns]
+    elif kind == "column-step":
+        view = tensor.new_full((*rows, 3 * columns), nan)[..., ::3]
+    elif kind == "row-step":
+        view = tensor.new_full((2 * tensor.shape[0], *tensor.shape[1:]), nan)[1::2]
+    else:  # an odd address
+        view = tensor.new_full((tensor.numel() + 1,), nan)[1:].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+@case_losses
+@dtypes
+@pytest.mark.parametrize("kind", ["transposed", "row-stride", "column-step", "row-step", "offset"])
+def test_strides(case, loss, dtype, kind, generator):
+    draw = Draw(generator, dtype)
+    for impl in kernels(case):
+        for variant in case.variants:
+            for shape in [(5, 19, 6), (33, 16, 16), (9, 40, 35)]:
+                plain = case.arguments(draw, shape, loss, variant)
+                arguments = map_tensors(lambda t: strided(t, kind), plain)
+                check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}", plain)
+
+
+@case_losses
+@dtypes
+@pytest.mark.parametrize("axis", [0, 1, "both"])
+def test_expanded_with_stride_zero(case, loss, dtype, axis, generator):
+    draw = Draw(generator, dtype)
+
+    def expand(tensor: Tensor) -> Tensor:
+        for dim in range(tensor.dim()) if axis == "both" else [axis]:
+            if dim < tensor.dim():
+                tensor = tensor.narrow(dim, 0, 1).expand(tensor.shape)
+        return tensor
+
+    for impl in kernels(case):
+        for variant in case.variants:
+            arguments = map_tensors(expand, case.arguments(draw, (9, 20, 17), loss, variant))
+            check(case, arguments, impl, f"{case.name} {loss} {variant!r} {dtype} {impl}")
+
+
+@case_losses
+@dtypes
+@pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (0, 0, 3), (3, 4, 0), (0, 4, 0)], ids=str)
+def test_empty(case, loss, dtype, shape, generator):
+    for impl in kernels(case):
+        for variant in case.variants:
+            if "classes" in variant and shape[2] == 0:
+                continue
+            arguments = case.arguments(Draw(generator, dtype), shape, loss, variant)
+            check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
+
+
+@case_losses
+@dtypes
+@pytest.mark.parametrize("extreme", ["huge", "one-hot", "equal", "spread"])
+def test_extreme_logits(case, loss, dtype, extreme, generator):
+    draw = Draw(generator, dtype)
+
+    def logits(n: int, c: int) -> Tensor:
+        values = {
+            "huge": lambda: 1e4 * torch.sign(draw.normal(n, c)),
+            "one-hot": lambda: torch.where(torch.arange(c) == draw.classes(n, c)[:, None], 1e4, -1e4),
+            "equal": lambda: torch.full((n, c), -1e4),
+            "spread": lambda: draw.normal(n, c, scale=50.0),
+        }
+        return values[extreme]().to(dtype)
+
+    for impl in kernels(case):
+        for variant, shape in itertools.product(case.variants, [(7, 9, 5), (18, 20, 33), (40, 17, 200)]):
+            if "head" in variant:
+                continue
+            arguments = case.arguments(draw, shape, loss, variant)
+            for name in ("logits", "logits_plus", "logits_minus"):
+                if name in arguments:
+                    arguments[name] = logits(shape[0], shape[2])
+            if dtype == torch.float16 and loss == "mse":  # 2 (f - y) z must stay below 65,504
+                arguments["features"] = arguments["features"] / 1024
+            check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
+
+
+@case_losses
+@dtypes
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_numbers_end_where_the_reference_has_them(case, loss, dtype, bad, generator):
+    """In results per row they stay in their row; sums over rows do not lose them, even at a weight of zero."""
+    draw = Draw(generator, dtype)
+    for impl, shape in itertools.product(kernels(case), [(6, 5, 4), (21, 18, 17), (70, 33, 40)]):
+        for variant in case.variants:
+            for name, symbols in case.shapes.items():
+                arguments = case.arguments(draw, shape, loss, variant)
+                target = arguments.get(name)
+                if not isinstance(target, Tensor) or not target.is_floating_point() or symbols[0] != "N":
+                    continue
+                note = f"{bad} in {name}: {case.name} {shape} {loss} {variant!r} {dtype} {impl}"
+                clean = case.call(arguments, impl)
+                row = draw.integer(0, shape[0])
+                dirty = arguments | {name: target.clone()}
+                dirty[name][(row, *(draw.integer(0, size) for size in target.shape[1:]))] = bad
+                if dirty.get("weights") is not None and name != "weights":
+                    dirty["weights"] = dirty["weights"].clone()
+                    dirty["weights"][row] = 0
+                with poisoned_memory():
+                    got = case.call(dirty, impl)
+                for g, c, r in zip(got, clean, case.call(dirty, "reference"), strict=True):
+                    if case.per_row:
+                        others = torch.arange(shape[0]) != row
+                        assert torch.equal(g[others], c[others]), f"left its row, {note}"
+                        g, r = g[row], r[row]
+                    assert torch.equal(g.isfinite(), r.isfinite()), note
+                    # inf times what a half type rounds to 0 is NaN there and inf in float32: only NaN is compared.
+                    assert bad == bad or torch.equal(g.isnan(), r.isnan()), note
+
+
+@case_losses
+def test_logits_of_minus_infinity_have_probability_zero(case, loss, generator):
+    """A mask over classes is finite work, not NaN."""
+    draw = Draw(generator, torch.float32)
+    for impl, c in itertools.product(kernels(case), [3, 17, 40]):
+        for variant in case.variants:
+            arguments = case.arguments(draw, (9, 8, c), loss, variant)
+            if "head" in variant or loss in ("mse", "binary_cross_entropy"):
+                continue
+            for name in ("logits", "logits_plus", "logits_minus"):
+                if name in arguments:
+                    arguments[name][::2, 1] = float("-inf")
+            check(case, arguments, impl, f"{case.name} {loss} {variant!r} {impl}")
+
+
+@cases
+@dtypes
+def test_deterministic_and_independent_of_the_number_of_threads(case, dtype, generator):
+    draw = Draw(generator, dtype)
+    for impl, shape in itertools.product(kernels(case), [(33, 20, 10), *LARGE]):
+        arguments = case.arguments(draw, shape, case.losses[0], case.variants[0])
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            note = f"{case.name} {shape} {dtype} {impl} with {threads} threads"
+            first = case.call(arguments, impl)
+            for _ in range(2):
+                for again, once in zip(case.call(arguments, impl), first, strict=True):
+                    assert torch.equal(again, once), note
+            check(case, arguments, impl, note)
+
+
+@cases
+def test_calls_from_several_threads(case, generator):
+    draw = Draw(generator, torch.float32)
+    for impl in kernels(case):
+        jobs = [case.arguments(draw, shape, case.losses[0], case.variants[0]) for shape in [(64, 20, 10), (40, 30, 70)]]
+        expected = [case.call(job, impl) for job in jobs]
+        wrong: list[str] = []
+
+        def work(k: int, impl: str = impl, jobs: list = jobs, expected: list = expected, wrong: list = wrong) -> None:
+            for _ in range(50):
+                for got, want in zip(case.call(jobs[k % 2], impl), expected[k % 2], strict=True):
+                    if not torch.allclose(got, want, rtol=1e-4, atol=1e-4):
+                        wrong.append(f"thread {k}")
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+
+@case_losses
+def test_lazy_negation_is_resolved(case, loss, generator):
+    """``x.conj().imag`` is a view that says "negate me": its memory holds the opposite sign."""
+    draw = Draw(generator, torch.float32)
+
+    def negative(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        view = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+        assert view.is_neg()
+        return view
+
+    for impl in kernels(case):
+        for variant in case.variants:
+            plain = to(case.arguments(draw, (7, 9, 5), loss, variant), torch.float32)
+            for named in (impl, None):
+                arguments = map_tensors(negative, plain)
+                for got, want in zip(case.call(arguments, named), case.call(plain, impl), strict=True):
+                    torch.testing.assert_close(got, want)
+
+
+@cases
+def test_a_result_is_memory_of_its_own(case, generator):
+    for impl, variant in itertools.product(kernels(case), case.variants):
+        arguments = case.arguments(Draw(generator, torch.float32), (6, 6, 6), case.losses[0], variant)
+        addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors(arguments)}
+        first, second = case.call(arguments, impl), case.call(arguments, impl)
+        for result in first:
+            assert result.untyped_storage().data_ptr() not in addresses
+        for a, b in zip(first, second, strict=True):
+            assert a.data_ptr() != b.data_ptr()
+
+
+@cases
+def test_unnamed_implementation_is_the_kernel(case, generator):
+    """With nothing to differentiate, impl=None gives the kernel's bits; so do ``nn.Parameter`` and inference mode."""
+    draw = Draw(generator, torch.float32)
+    for impl in kernels(case):
+        arguments = case.arguments(draw, (19, 23, 11), case.losses[0], case.variants[0])
+        expected = case.call(arguments, impl)
+        with torch.no_grad():
+            parameters = map_tensors(
+                lambda t: torch.nn.Parameter(t) if t.is_floating_point() and t.dim() else t, arguments
+            )
+            results = [case.call(arguments), case.call(parameters)]
+        with torch.inference_mode():
+            results.append(case.call(arguments))
+        for result in results:
+            for got, want in zip(result, expected, strict=True):
+                assert torch.equal(got, want)
+                assert not got.requires_grad
+
+
+def test_feature_similarity_takes_the_cheaper_order(generator):
+    """Both orders are within budget on both sides of the turning point, whichever the kernel takes."""
+    case = next(case for case in CASES if case.name == "feature_similarity")
+    draw = Draw(generator, torch.float32)
+    for impl in kernels(case):
+        for count_u, count_h, d, c in [(30, 40, 300, 200), (300, 200, 20, 10), (1, 1, 64, 64), (64, 64, 1, 1)]:
+            assert gram_is_cheaper(count_u, count_h, d, c) == (c > 10)
+            arguments = {
+                "features_u": draw.normal(count_u, d),
+                "features_h": draw.normal(count_h, d),
+                "residual_h": draw.normal(count_h, c),
+            }
+            for bias in (True, False):
+                check(case, arguments | {"bias": bias}, impl, f"{count_u, count_h, d, c} bias={bias}")
+
+
+@pytest.mark.skipif(not IN_CHILD, reason="a fault would end pytest: runs in a child, see test_instruction_sets.py")
+@case_losses
+@dtypes
+def test_reads_nothing_beyond_its_arguments(case, loss, dtype, generator):
+    draw = Draw(generator, dtype)
+    for impl, shape in itertools.product(
+        kernels(case), [(3, 7, 5), (17, 33, 10), (5, 65, 31), (1, 1, 1), (40, 9, 129)]
+    ):
+        for variant, edge in itertools.product(case.variants, ("start", "end")):
+            plain = case.arguments(draw, shape, loss, variant)
+            arguments = map_tensors(lambda t, edge=edge: guarded(t, edge), plain)
+            check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}", plain)
