@@ -45,6 +45,8 @@ def weak_augment(images: Tensor, generator: torch.Generator, *, max_shift: int =
     torch.Size([3, 1, 8, 8])
     """
     count, channels, height, width = images.shape
+    if count == 0:
+        return images.clone()
     shift = torch.randint(0, 2 * max_shift + 1, (2, count, 1), generator=generator).to(images.device)
     rows = shift[0] + torch.arange(height, device=images.device)  # [N, height], places in the padded image
     columns = shift[1] + torch.arange(width, device=images.device)  # [N, width]
@@ -75,6 +77,8 @@ class StrongAugment:
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Augmented copies of ``images`` ``[N, channels, height, width]`` in [0, 1], same shape and range."""
         count = images.shape[0]
+        if count == 0:
+            return images.clone()
         drawn = torch.rand(count, len(OPERATIONS), generator=generator).topk(self.operations_per_image).indices
         limits = torch.tensor(list(OPERATIONS.values())) * self.strength
         values = (2 * torch.rand(count, len(OPERATIONS), generator=generator) - 1) * limits

@@ -168,6 +168,7 @@ class _Progress(contextlib.AbstractContextManager["_Progress"]):
         self._jobs = jobs
         self._steps = [0] * len(jobs)
         self._clock: dict[int, tuple[int, float]] = {}
+        self._found = 0
         self._bar = tqdm(
             total=total,
             disable=quiet,
@@ -180,8 +181,9 @@ class _Progress(contextlib.AbstractContextManager["_Progress"]):
     def update(self, number: int, step: int) -> None:
         """Job ``number`` has finished ``step`` steps."""
         now = time.perf_counter()
-        if number not in self._clock:  # found on disk rather than trained now: no news about speed
-            self._bar.initial += step - self._steps[number]
+        if number not in self._clock:  # steps found on disk say nothing about speed
+            self._found += step
+        self._bar.initial = self._found
         self._bar.update(step - self._steps[number])
         self._steps[number] = step
         since, begin = self._clock.setdefault(number, (step, now))

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from fastmeta.ssl import BASES
 from fastmeta.training.recipes import METHODS
 
@@ -50,6 +52,9 @@ class RunConfig:
         for name in ("labels", "steps", "labeled_batch", "unlabeled_batch", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _one_of("device", self.device, {"cpu": None, "cuda": None})
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device must be cpu where torch sees no GPU, got 'cuda'")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if not self.learning_rate > 0:

@@ -1,0 +1,201 @@
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+tyro = pytest.importorskip("tyro")
+
+from fastmeta import cli  # noqa: E402
+from fastmeta.training.doctor import availability, doctor  # noqa: E402
+
+ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "fastmeta", *map(str, arguments)]
+
+
+def run(*arguments, **options):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare")
+    arguments = ("compare", "--steps", 12, "--seeds", 2, "--workers", 2, "--out", out)
+    return arguments, out, run(*arguments)
+
+
+def test_compare_writes_everything(comparison):
+    _, out, finished = comparison
+    assert finished.returncode == 0, finished.stderr
+    config = json.loads((out / "config.json").read_text())
+    assert len(config["runs"]) == 10
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {(row["method"], row["seed"]) for row in rows} == {
+        (method, seed) for method in cli.METHODS for seed in (0, 1)
+    }
+    assert all(0 <= row["test_error_average"] <= 1 and row["seconds_per_step"] > 0 for row in rows)
+    pytest.importorskip("matplotlib")
+    for plot in ("errors", "differences", "weights", "labels"):
+        assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_is_what_the_runs_say(comparison):
+    _, out, finished = comparison
+    results = json.loads((out / "results.json").read_text())
+    assert (results["finished"], results["planned"]) == (10, 10)
+    for method in cli.METHODS:
+        folders = [out / "runs" / "fixmatch" / method / f"seed-{seed}" for seed in (0, 1)]
+        alone = [out / "runs" / "fixmatch" / "none" / f"seed-{seed}" for seed in (0, 1)]
+        errors = [json.loads((folder / "results.json").read_text())["test_error"] for folder in folders]
+        base = [json.loads((folder / "results.json").read_text())["test_error"] for folder in alone]
+        name = "fixmatch " if method == "none" else f"  + {method} "
+        line = next(line for line in finished.stdout.splitlines() if line.startswith(name))
+        words = line.removeprefix(name).replace("[", "").replace("]", "").replace(",", "").split()
+        assert words[0] == f"{100 * statistics.mean(errors):.1f}"
+        assert words[1] == f"{100 * statistics.stdev(errors):.1f}"
+        if method == "none":
+            continue
+        differences = [100 * (error - other) for error, other in zip(errors, base, strict=True)]
+        half = 12.706205 * statistics.stdev(differences) / 2**0.5  # t with one degree of freedom
+        mean = statistics.mean(differences)
+        assert words[2:5] == [f"{mean:+.1f}", f"{mean - half:+.1f}", f"{mean + half:+.1f}"]
+
+
+def test_the_same_command_trains_nothing_again(comparison):
+    arguments, out, _ = comparison
+    model = out / "runs" / "fixmatch" / "l2i" / "seed-0" / "model.pt"
+    written = model.stat().st_mtime_ns
+    again = run(*arguments)
+    assert again.returncode == 0
+    assert "10 runs, 10 of them finished before" in again.stdout
+    assert model.stat().st_mtime_ns == written
+
+
+def test_other_settings_in_the_same_folder_are_refused(comparison):
+    _, out, _ = comparison
+    refused = run("compare", "--steps", 13, "--seeds", 1, "--out", out)
+    assert refused.returncode == 2
+    assert "steps=12 (now 13); give another --out" in refused.stderr
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "ended too early"
+        assert time.monotonic() < end, "never happened"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_leaves_a_readable_partial_result_and_the_same_command_goes_on(tmp_path):
+    arguments = ("compare", "--base", "supervised", "--steps", 250, "--seeds", 4, "--workers", 2, "--out", tmp_path)
+    process = subprocess.Popen(
+        command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    first = tmp_path / "runs" / "supervised" / "none" / "seed-0" / "results.json"
+    wait_for(first.exists, process)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert 1 <= results["finished"] < results["planned"] == 4
+    assert f"stopped with {results['finished']} of 4 runs finished; the same command continues" in output
+    assert "test error %" in output
+    error = json.loads(first.read_text())["test_error"]
+    resumed = run(*arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["finished"] == 4
+    assert results["runs"][0]["test_error"] == error
+
+
+def test_a_killed_process_resumes_bit_for_bit(tmp_path):
+    settings = ("train", "--method", "l2i", "--steps", 40, "--checkpoint-every", 2, "--evaluate-every", 7)
+    whole = run(*settings, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = tmp_path / "killed" / "runs" / "fixmatch" / "l2i" / "seed-0"
+    process = subprocess.Popen(
+        command(*settings, "--out", tmp_path / "killed"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    )
+    wait_for((killed / "checkpoint.pt").exists, process)
+    process.kill()
+    process.wait()
+    assert not (killed / "results.json").exists()
+    assert run(*settings, "--out", tmp_path / "killed").returncode == 0
+    first, second = (
+        torch.load(tmp_path / name / "runs/fixmatch/l2i/seed-0/model.pt", weights_only=True)
+        for name in ("whole", "killed")
+    )
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare", "--base", "mixmatch"], ["--base", "mixmatch", "fixmatch"]),
+        (["compare", "--labels", "few"], ["--labels", "few"]),
+        (["compare", "--labels", "0"], ["labels must be at least 1, got 0"]),
+        (["compare", "--seeds", "0"], ["seeds must be at least 1, got 0"]),
+        (["compare", "--steps", "0"], ["steps must be at least 1, got 0"]),
+        (["compare", "--workers", "0"], ["workers must be at least 1, got 0"]),
+        (["compare", "--methods", "maml"], ["--methods", "maml"]),
+        (["compare", "--base", "supervised", "--methods", "l2i"], ["methods must be none for base supervised"]),
+        (["compare", "--device", "cuda"], ["device"]),
+        (["train", "--learning-rate", "-1"], ["learning_rate must be above 0, got -1.0"]),
+    ],
+)
+def test_bad_flags_say_what_was_expected(arguments, words, tmp_path, monkeypatch, capsys):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("cuda is a good value here")
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = cli.main(arguments)
+    except SystemExit as leaving:
+        status = leaving.code
+    captured = capsys.readouterr()
+    assert status == 2
+    for word in words:
+        assert word in captured.err + captured.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_agrees_with_the_operators():
+    import fastmeta
+
+    report = doctor()
+    found = availability()
+    assert {"label_gradient", "hessian_vector_product", "masked_adam_", "perturbed"} <= set(found)
+    assert all(row["reference"] for row in found.values())
+    features, logits, direction = torch.ones(2, 3), torch.ones(2, 4), torch.ones(4, 3)
+    for implementation, there in found["label_gradient"].items():
+        if there:
+            fastmeta.ops.label_gradient(features, logits, direction, impl=implementation)
+        else:
+            with pytest.raises(RuntimeError):
+                fastmeta.ops.label_gradient(features, logits, direction, impl=implementation)
+            assert f"no {implementation}: " in report
+
+
+def test_training_imports_without_the_command_lines_packages():
+    code = (
+        "import sys; sys.modules['tyro'] = None; sys.modules['matplotlib'] = None\n"
+        "import fastmeta.training, fastmeta.ssl, fastmeta.data, fastmeta.models\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert finished.returncode == 0, finished.stderr
