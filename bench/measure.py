@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from bench.case import Case, Problem, Variant
 from bench.memory import peak_bytes
-from bench.roofline import Ceilings
+from bench.roofline import Ceilings, Cost
 from bench.timing import Timed, Timing, interleave
 
 
@@ -54,7 +54,7 @@ def _entry(problem: Problem, variant: Variant, dtype: torch.dtype) -> dict[str, 
     return entry | {"tolerance": problem.tolerance} | _checked(problem, variant)
 
 
-def _times(entry: dict[str, Any], timing: Timing, floor_us: float) -> None:
+def _times(entry: dict[str, Any], timing: Timing) -> None:
     factor = 1.0
     if "extrapolated" in entry:
         factor = entry["extrapolated"]["all_examples"] / entry["extrapolated"]["measured_examples"]
@@ -65,23 +65,26 @@ def _times(entry: dict[str, Any], timing: Timing, floor_us: float) -> None:
     entry["calls_per_sample"] = timing.calls
     entry["rejected_samples"] = timing.rejected
     entry["contended_samples"] = timing.contended
-    entry["times_floor"] = entry["median_us"] / floor_us
 
 
-def measure_case(case: Case, dtypes: Sequence[torch.dtype], ceilings: Ceilings, settings: Settings) -> dict[str, Any]:
+def add_floors(case: dict[str, Any], ceilings: Ceilings) -> None:
+    """The floor of a measured case in each dtype, and each time as a multiple of it."""
+    for dtype, cost in case["cost"].items():
+        cost["floor_us"] = ceilings.floor_us(Cost(cost["flops"], cost["bytes"], cost["working_set"]), dtype)
+    for variant in case["variants"]:
+        if "median_us" in variant:
+            variant["times_floor"] = variant["median_us"] / case["cost"][variant["dtype"]]["floor_us"]
+
+
+def measure_case(case: Case, dtypes: Sequence[torch.dtype], settings: Settings) -> dict[str, Any]:
     """One case: the variants of all its dtypes in one round robin."""
     start = time.monotonic()
     entries: list[dict[str, Any]] = []
     running: list[tuple[dict[str, Any], Variant]] = []
-    costs: dict[str, dict[str, float]] = {}
+    costs: dict[str, dict[str, float | None]] = {}
     for dtype in dtypes:
         problem = case.build(dtype)
-        name = dtype_name(dtype)
-        costs[name] = {
-            "flops": problem.cost.flops,
-            "bytes": problem.cost.bytes,
-            "floor_us": ceilings.floor_us(problem.cost, name),
-        }
+        costs[dtype_name(dtype)] = asdict(problem.cost)
         for variant in problem.variants:
             entries.append(_entry(problem, variant, dtype))
             if entries[-1]["status"] == "measured":
@@ -93,7 +96,7 @@ def measure_case(case: Case, dtypes: Sequence[torch.dtype], ceilings: Ceilings, 
         budget_s=settings.budget_s,
     )
     for (entry, variant), timing in zip(running, timings, strict=True):
-        _times(entry, timing, costs[entry["dtype"]]["floor_us"])
+        _times(entry, timing)
         if variant.examples is None:
             with torch.set_grad_enabled(variant.grad):
                 entry["peak_bytes"] = peak_bytes(variant.call)

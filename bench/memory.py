@@ -4,13 +4,16 @@ from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
 
+from fastmeta.ops import free_workspace
+
 
 def peak_bytes(call: Callable[[], object]) -> int:
     """Most bytes allocated at one time during the call, its results included, its arguments not.
 
-    Counted at torch's own allocator, so kernels that ask it for memory are seen, and workspace that a BLAS keeps for
-    itself is not. Exact and the same in every run, unlike the resident size of the process.
+    Counted at torch's own allocator: exact and the same in every run, unlike the resident size of the process. What
+    a kernel or a BLAS takes from malloc for its tiles is not seen, what fastmeta keeps from call to call is.
     """
+    free_workspace()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()  # kept: what is returned counts
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -105,8 +105,14 @@ def summary(results: Row) -> list[str]:
     lines = _table(header, [_summary_row(case) for case in results["cases"]])
     for operator, verdict in results["tests"].items():
         if not verdict["green"]:
-            lines.append(f"**{operator}: not measured, {verdict['reason']}.**")
+            lines += [f"**{operator}: not measured, {verdict['reason']}.**", ""]
     return lines
+
+
+def contended_share(results: Row) -> float:
+    """Share of the samples that were taken although other processes ran."""
+    timed = [v for case in results["cases"] for v in case["variants"] if "median_us" in v]
+    return sum(v["contended_samples"] for v in timed) / max(1, sum(v["samples"] for v in timed))
 
 
 def _cell(case: Row, variant: Row) -> str:
@@ -141,8 +147,6 @@ def markdown(results: Row) -> str:
     environment, ceilings = results["environment"], results["ceilings"]
     gemm = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in ceilings["gemm_gflops"].items())
     copy = ", ".join(f"{_memory(float(size))} {rate:.0f} GB/s" for size, rate in ceilings["copy_gb_per_s"].items())
-    samples = [v for case in results["cases"] for v in case["variants"] if "median_us" in v]
-    contended = sum(v["contended_samples"] for v in samples)
     lines = [
         "# Operators on the CPU",
         "",
@@ -155,7 +159,7 @@ def markdown(results: Row) -> str:
         "Medians of interleaved samples in one process, with data in cache where it fits. The floor is max(flops / "
         "GEMM rate, bytes / copy bandwidth). A factor is a variant's time over fastmeta's, so above "
         "1 fastmeta is faster. "
-        f"{contended} of {sum(v['samples'] for v in samples)} samples were taken while another process ran.",
+        f"Other processes ran during {contended_share(results):.0%} of the samples.",
         "",
         *summary(results),
     ]

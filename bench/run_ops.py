@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench import environment, gate, report, roofline
-from bench.measure import Settings, measure_case
+from bench.measure import Settings, add_floors, measure_case
 from bench.ops import CASES, OPERATORS, STEMS
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,14 +58,17 @@ def run(options: argparse.Namespace) -> int:
 
     settings = Settings(rounds=options.rounds)
     described = environment.describe()
-    ceilings = roofline.measure_ceilings()
+    before = roofline.measure_ceilings()
     measured = []
     for number, case in enumerate(cases, 1):
         if verdicts[case.operator].green:
             print(f"[{number}/{len(cases)}] {case.operator} ({case.label})", flush=True)
             dtypes = [DTYPES[name] for name in options.dtypes if DTYPES[name] in case.dtypes]
-            measured.append(measure_case(case, dtypes, ceilings, settings))
+            measured.append(measure_case(case, dtypes, settings))
             _complain(measured[-1])
+    ceilings = roofline.best_of(before, roofline.measure_ceilings())
+    for done in measured:
+        add_floors(done, ceilings)
     results = {
         "schema_version": report.SCHEMA_VERSION,
         "environment": described,
@@ -80,6 +83,10 @@ def run(options: argparse.Namespace) -> int:
     print(
         "\n".join(["", *report.summary(results), "", f"{results['seconds']:.0f} s; {', '.join(written)} in {folder}"])
     )
+    if (share := report.contended_share(results)) > 0.1:
+        print(
+            f"Other processes ran during {share:.0%} of the samples: measure again on a quiet machine.", file=sys.stderr
+        )
     wrong = any(v["status"] == "wrong" for case in measured for v in case["variants"])
     return 0 if all(verdict.green for verdict in verdicts.values()) and not wrong else 1
 

@@ -13,6 +13,7 @@ from bench.case import Case, Problem, Variant, distance_to
 from bench.ops import CASES, OPERATORS, STEMS
 from fastmeta import ops
 
+FUNCTIONS = {name for name in ops.__all__ if name.islower()} - {"free_workspace"}
 CEILINGS = roofline.Ceilings({"float32": 2e11, "bfloat16": 4e11}, {10**6: 1e11, 10**8: 4e10})
 
 
@@ -79,6 +80,12 @@ def test_a_dtype_without_fast_instructions_is_held_to_float32():
     assert slow.floor_us(roofline.Cost(2e6, 0), "bfloat16") == pytest.approx(10.0)
 
 
+def test_two_passes_join_to_the_better_of_each():
+    other = roofline.Ceilings({"float32": 3e11, "bfloat16": 1e11}, {10**6: 2e10, 10**8: 5e10})
+    joined = roofline.best_of(CEILINGS, other)
+    assert joined == roofline.Ceilings({"float32": 3e11, "bfloat16": 4e11}, {10**6: 1e11, 10**8: 5e10})
+
+
 def test_ceilings_are_measured():
     measured = roofline.measure_ceilings(rounds=3, gemm_size=128)
     assert set(measured.gemm) == {"float32", "bfloat16"}
@@ -105,7 +112,7 @@ def test_parameter_shapes_are_the_networks(network, tensors, numbers):
 
 
 def test_every_operator_has_cases():
-    assert {case.operator for case in CASES} == set(OPERATORS) == {name for name in ops.__all__ if name.islower()}
+    assert {case.operator for case in CASES} == set(OPERATORS) == FUNCTIONS
     for operator, stem in STEMS.items():
         function = getattr(ops, operator)
         assert function.__module__ == f"fastmeta.ops.{stem}"
@@ -155,7 +162,9 @@ def tiny_case(wrong: bool = False) -> Case:
 
 def measure_tiny(**options):
     dtypes = (torch.float32, torch.bfloat16)
-    return measure.measure_case(tiny_case(**options), dtypes, CEILINGS, measure.Settings(3, 1e-4, 0.1))
+    case = measure.measure_case(tiny_case(**options), dtypes, measure.Settings(3, 1e-4, 0.1))
+    measure.add_floors(case, CEILINGS)
+    return case
 
 
 def test_a_measured_case_has_what_the_report_needs():
@@ -174,6 +183,11 @@ def test_a_measured_case_has_what_the_report_needs():
     assert missing["status"] == "failed"
     assert "no_such_method" in missing["reason"]
     assert "median_us" not in missing
+
+
+def test_share_of_contended_samples():
+    variants = [{"median_us": 1, "samples": 3, "contended_samples": n} for n in (0, 3)]
+    assert report.contended_share({"cases": [{"variants": [*variants, {"status": "failed"}]}]}) == 0.5
 
 
 def test_a_variant_that_computes_something_else_is_not_timed():
