@@ -15,7 +15,7 @@ import fastmeta
 from fastmeta import losses
 from fastmeta.losses import LOSSES
 from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState, hessian_vector_product, solve_hessian
-from fastmeta.ops._solvers import coordinates, curvature
+from fastmeta.ops._solvers import coordinates, curvature, kronecker
 from fastmeta.ops.solve_hessian import solve_hessian_reference
 
 ITERATIVE = ("cg", "pcg")
@@ -135,8 +135,27 @@ def test_output_curvature_is_the_curvature_row_function(draw: Draw, loss: str) -
     f, w = draw.normal(6, 4), draw.uniform(6)
     columns = [losses.curvature(f, torch.eye(4, dtype=f.dtype)[k].expand(6, 4), loss) for k in range(4)]
     expected = torch.einsum("n,nck->ck", w, torch.stack(columns, dim=2)) / w.sum()
-    mean = curvature.mean_curvature(f, w, loss)
-    torch.testing.assert_close(torch.diag(mean) if mean.dim() == 1 else mean, expected)
+    torch.testing.assert_close(curvature.mean_curvature(f, w, loss), expected)
+    torch.testing.assert_close(curvature.mean_diagonal(f, w, loss), expected.diagonal())
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_preconditioner_is_the_inverse_of_its_factors(draw: Draw, loss: str, softmax: bool) -> None:
+    f, w, e, r = draw.normal(9, 4), draw.uniform(9), draw.normal(9, 5), draw.normal(4, 5)
+    output = kronecker.output_factor(f, w, loss, softmax=softmax)
+    b = torch.diag(output.b)
+    if output.softmax:
+        b = b - output.b.outer(output.b) / output.b.sum()
+        exact = curvature.mean_curvature(f, w, loss)
+        torch.testing.assert_close(b.diagonal(), exact.diagonal(), rtol=0.05, atol=0)
+        torch.testing.assert_close(b.sum(0), exact.sum(0), rtol=0, atol=1e-12)
+    elif output.vectors is not None:
+        b = output.vectors @ b @ output.vectors.T
+        torch.testing.assert_close(b, curvature.mean_curvature(f, w, loss))
+    dense = torch.kron(b, torch.diag(e.square().sum(0))) + 0.3 * torch.eye(20, dtype=e.dtype)
+    expected = torch.linalg.solve(dense, r.reshape(-1)).view(4, 5)
+    torch.testing.assert_close(kronecker.KroneckerPreconditioner(e, output, 0.3)(r), expected)
 
 
 def test_span_coordinates_are_the_same_problem(draw: Draw) -> None:
@@ -158,17 +177,20 @@ def test_a_right_hand_side_outside_the_span_is_divided_by_the_damping(draw: Draw
     torch.testing.assert_close(solution.weight, outside / 0.02)
 
 
+@pytest.mark.parametrize("solver", ITERATIVE)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_no_damping_leaves_what_cannot_be_solved_in_the_residual(draw: Draw, loss: str) -> None:
+def test_no_damping_leaves_what_cannot_be_solved_in_the_residual(draw: Draw, loss: str, solver: str) -> None:
     h, f, rhs, *_ = make(draw, 4, 9, 3)
     with pytest.warns(NotConvergedWarning):
-        solution = solve_hessian(h, f, rhs, loss=loss, damping=0.0, solver="pcg", tol=1e-9, max_iter=200)
+        solution = solve_hessian(h, f, rhs, loss=loss, damping=0.0, solver=solver, tol=1e-9, max_iter=200)
     inside = rhs @ torch.linalg.pinv(h) @ h
     torch.testing.assert_close(solution.weight @ torch.linalg.pinv(h) @ h, solution.weight)
     assert solution.residual >= 0.99 * float((rhs - inside).norm() / rhs.norm())
-    reached = hessian_vector_product(h, f, solution.weight, loss=loss)[0]
-    solution = solve_hessian(h, f, reached, loss=loss, damping=0.0, tol=1e-9, max_iter=200)
-    assert solution.residual <= 1e-9
+    # What a solution meets is solved: least squares, whose residual H cannot see.
+    missed = rhs - hessian_vector_product(h, f, solution.weight, loss=loss)[0]
+    assert float(hessian_vector_product(h, f, missed, loss=loss)[0].norm()) <= 1e-6 * float(rhs.norm())
+    met = hessian_vector_product(h, f, rhs, loss=loss)[0]
+    assert solve_hessian(h, f, met, loss=loss, damping=0.0, solver=solver, tol=1e-7, max_iter=200).residual <= 1e-7
     with pytest.raises(torch.linalg.LinAlgError, match=r"not positive definite.*damping"):
         solve_hessian(h[:, :1].expand(4, 9), f, rhs, loss=loss, damping=0.0, solver="cholesky")
 
@@ -178,13 +200,13 @@ def test_the_kronecker_factors_are_exact_for_squared_error(draw: Draw) -> None:
     assert solve(problem, True, True, loss="mse", damping=0.1, solver="pcg", tol=1e-10).iterations == 1
 
 
-@pytest.mark.parametrize("size", [(256, 128, 10), (100, 128, 10)])
+@pytest.mark.parametrize("size", [(256, 128, 10), (100, 128, 10), (96, 64, 48)])
 def test_the_preconditioner_saves_iterations_on_power_law_features(size: tuple[int, int, int]) -> None:
     problem = power_law(*size)
     counts = {
         s: solve(problem, True, False, damping=1e-2, solver=s, tol=1e-2, max_iter=300).iterations for s in ITERATIVE
     }
-    assert counts["pcg"] <= 10 + 5 * (size[0] < 128)
+    assert counts["pcg"] <= (10 if size[0] == 256 else 16)
     assert 3 * counts["pcg"] <= counts["cg"]
 
 

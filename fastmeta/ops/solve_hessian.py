@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fastmeta import checks
@@ -112,8 +113,8 @@ def solve_hessian(
         rhs_bias: bias part, ``[C]``; None restricts the Hessian to the weight.
         weights: example weights ``[N]``; None means 1. With negative ones ``H + damping I`` may be indefinite.
         loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
-        damping: added multiple of the identity, >= 0. With 0 a singular system has the part of ``rhs`` that no solution
-            meets left in ``residual`` (``cg``, ``pcg``) or raises (``cholesky``).
+        damping: added multiple of the identity, >= 0. With 0, ``cholesky`` raises if the Hessian is singular (that of a
+            softmax is); the others leave in ``residual`` what lies outside the span of the rows or along (1, ..., 1).
         solver: ``auto``, ``cholesky``, ``cg`` or ``pcg``.
         tol: relative residual to reach, > 0.
         max_iter: most iterations, >= 0.
@@ -147,7 +148,8 @@ def solve_hessian(
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
         raise ValueError(f"max_iter must be an integer >= 0, got {max_iter!r}")
     report: dict[str, Any] = {}
-    weight, bias = _Solution.apply(features, logits, rhs_weight, rhs_bias, weights, problem, report)
+    solve = _Solution.apply if _tracked(features, logits, rhs_weight, rhs_bias, weights) else _Solution.forward
+    weight, bias = solve(features, logits, rhs_weight, rhs_bias, weights, problem, report)
     answer: Answer = report["answer"]
     if answer.residual > problem.tol or math.isnan(answer.residual):
         _warn(problem, answer, rhs_weight.dtype)
@@ -260,6 +262,13 @@ def _hessian_gradient(ctx: Any, needed: list[int], u: tuple[Tensor, Tensor | Non
             [(a * b).sum() for a, b in zip(u, image, strict=True) if a is not None and b is not None]
         )
         return torch.autograd.grad(pairing.sum(), list(leaves.values()), allow_unused=True)
+
+
+def _tracked(*tensors: Tensor | None) -> bool:
+    """Whether a derivative of the solution may be asked for."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _check(

@@ -41,6 +41,8 @@ def conjugate_gradient(
     squared = torch.dot(flat_r, flat_r).item()
     slope = squared if precondition is None else torch.dot(flat_r, z.view(-1)).item()
     norms = [math.sqrt(squared)]
+    if norms[0] <= target:
+        return x, r, 0, False
     for iteration in range(1, max_iter + 1):
         q = matmul(p).reshape(-1)
         bend = torch.dot(flat_p, q).item()

@@ -33,11 +33,21 @@ def output_curvature(logits: Tensor, loss: str) -> OutputCurvature:
 
 
 def mean_curvature(logits: Tensor, weights: Tensor, loss: str) -> Tensor:
-    """``B = sum_i w_i C_i / sum_i w_i`` for weights >= 0 ``[N]``: ``[C, C]``, or ``[C]`` if it is diagonal."""
-    total = weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+    """``B = sum_i w_i C_i / sum_i w_i`` for weights >= 0 ``[N]``. ``[C, C]``."""
+    weights = weights / _total(weights)
     d, s, p = output_curvature(logits, loss)
-    diagonal = (weights @ d) / total
+    diagonal = torch.diag(weights @ d)
     if s is None or p is None:
         return diagonal
-    mixed = (weights.unsqueeze(1) * s).T @ p / total
-    return torch.diag(diagonal) - mixed - mixed.T
+    mixed = (weights.unsqueeze(1) * s).T @ p
+    return diagonal - mixed - mixed.T
+
+
+def mean_diagonal(logits: Tensor, weights: Tensor, loss: str) -> Tensor:
+    """The diagonal of B, in one pass over the logits. ``[C]``."""
+    d, s, p = output_curvature(logits, loss)
+    return weights / _total(weights) @ (d if s is None or p is None else d - 2 * s * p)
+
+
+def _total(weights: Tensor) -> Tensor:
+    return weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)

@@ -1,6 +1,7 @@
 """Chooses a solver, runs it, and checks its answer with the true residual."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from fastmeta.ops._solvers import coordinates, cost
 from fastmeta.ops._solvers.cholesky import CholeskySolver
 from fastmeta.ops._solvers.conjugate_gradient import conjugate_gradient
-from fastmeta.ops._solvers.kronecker import KroneckerPreconditioner, OutputFactor
+from fastmeta.ops._solvers.kronecker import KroneckerPreconditioner, OutputFactor, output_factor
 from fastmeta.ops._solvers.state import Rows, SolverState
 from fastmeta.ops._solvers.system import DampedHessian
 
@@ -131,7 +132,7 @@ class Solve:
             return Krylov(self.system, inside, output)
         if automatic:
             return Krylov(self.system, coordinates.identity(self.system.features), rival=self._price_of_pcg())
-        pays = cost.cg_in_span_pays(self.size)
+        pays = cost.cg_in_span_pays(self.size) or (self.system.damping == 0 and self.size.n < self.size.k)
         features = self.system.features
         return Krylov(self.system, coordinates.span(features) if pays else coordinates.identity(features))
 
@@ -149,9 +150,12 @@ class Solve:
         else:
             inside = coordinates.eigenbasis(coordinates.identity(features))
             state.basis = inside.basis
-        if state.output is None or state.output.values.shape[0] != self.size.c:
-            state.output = OutputFactor.of(system.logits, self._weights(), system.loss)
-        return inside, state.output
+        kept = state.output
+        fits = kept is not None and kept.b.shape[0] == self.size.c and kept.b.dtype == features.dtype
+        if kept is None or not fits or (kept.softmax and system.damping == 0):
+            softmax = system.damping > 0 and cost.softmax_factor_pays(self.size)
+            kept = state.output = output_factor(system.logits, self._weights(), system.loss, softmax=softmax)
+        return inside, kept
 
     def _weights(self) -> Tensor:
         features, *weights = self.rows
@@ -167,6 +171,17 @@ class Solve:
             state.iterations_when_new = iterations
         elif iterations > 2 * max(state.iterations_when_new, 1):
             state.drop_factors()
+
+
+def reachable(system: DampedHessian, rhs: Tensor) -> Tensor:
+    """Without what no solution meets when there is no damping. ``[C, r]``.
+
+    The Hessian of a softmax is zero along (1, ..., 1), and every Hessian in a coordinate that no row has.
+    """
+    moment = system.features.square().sum(0)
+    floor = torch.finfo(moment.dtype).eps * max(system.features.shape) * moment.amax()
+    inside = rhs * (moment > floor)
+    return inside - inside.mean(0) if system.loss in ("cross_entropy", "mse_probs") else inside
 
 
 class Cholesky:
@@ -204,15 +219,17 @@ class Krylov:
     ) -> None:
         self._coordinates = inside
         self._system = system if inside.basis is None else system.with_features(inside.features)
-        self._precondition = (
-            None if output is None else KroneckerPreconditioner(inside.features, output, system.damping)
-        )
+        self._precondition: Callable[[Tensor], Tensor] | None = None
+        if output is not None:
+            self._precondition = KroneckerPreconditioner(inside.features, output, system.damping)
         self._rival = rival
         c, k = system.num_unknowns
         self._iteration = cost.cg(cost.Size(system.logits.shape[0], c, k)).iteration
 
     def __call__(self, rhs: Tensor, target: float, budget: int) -> Step:
         inside = self._coordinates.inside(rhs)
+        if self._system.damping == 0:
+            inside = reachable(self._system, inside)
         solution, _, iterations, gave_up = conjugate_gradient(
             self._system,
             inside,

@@ -1,61 +1,78 @@
-"""Kronecker-factored preconditioner: ``H ~ B (x) A``, inverted with its damping in the eigenbases of A and B."""
+"""Kronecker-factored preconditioner: ``H ~ B (x) A``, inverted with its damping in the eigenbases of A and B.
+
+Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", split the damping
+between the factors; in the eigenbases there is nothing to split.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmeta.ops._solvers.curvature import mean_curvature
+from fastmeta.ops._solvers.curvature import mean_curvature, mean_diagonal
 
 
-class OutputFactor:
-    """Eigenvalues and eigenvectors of the mean output curvature ``B`` (James Martens and Roger Grosse, KFAC).
+class OutputFactor(NamedTuple):
+    """The mean curvature of the outputs, B, in one of three forms.
 
-    Args:
-        values: ``b [C]``.
-        vectors: ``U [C, C]``; None if B is diagonal.
+    ``U diag(b) U^T``; ``diag(b)`` for a loss without mixed curvature; or ``diag(b) - b b^T / sum(b)``, the curvature of
+    one softmax with probabilities ``b``: zero along (1, ..., 1) as B is, with the diagonal of B. It costs no product
+    with a ``[C, C]`` matrix, neither to find nor to apply.
     """
 
-    def __init__(self, values: Tensor, vectors: Tensor | None) -> None:
-        self.values = values
-        self.vectors = vectors
+    b: Tensor  # [C]
+    vectors: Tensor | None = None  # U [C, C]
+    softmax: bool = False
 
-    @classmethod
-    def of(cls, logits: Tensor, weights: Tensor, loss: str) -> "OutputFactor":
-        """Of the examples with these logits ``[N, C]`` and absolute weights ``[N]``."""
-        mean = mean_curvature(logits, weights, loss)
-        if mean.dim() == 1:
-            return cls(mean, None)
-        values, vectors = torch.linalg.eigh(mean)
-        return cls(values.clamp_min(0), vectors)
+
+def output_factor(logits: Tensor, weights: Tensor, loss: str, *, softmax: bool) -> OutputFactor:
+    """Of examples with these logits ``[N, C]`` and absolute weights ``[N]``; ``softmax`` asks for the third form."""
+    if loss in ("mse", "binary_cross_entropy"):
+        return OutputFactor(mean_diagonal(logits, weights, loss))
+    if not softmax:
+        values, vectors = torch.linalg.eigh(mean_curvature(logits, weights, loss))
+        return OutputFactor(values.clamp_min(0), vectors)
+    diagonal = mean_diagonal(logits, weights, loss)
+    b = diagonal
+    for _ in range(5):  # b - b^2 / sum(b) = diagonal
+        b = diagonal / (1 - b / b.sum().clamp_min(torch.finfo(b.dtype).tiny)).clamp_min(0.1)
+    return OutputFactor(b, softmax=True)
 
 
 class KroneckerPreconditioner:
-    """``R -> U ((U^T R) / (b_k a_j + damping))`` in coordinates where A is diagonal.
+    """``R -> (B (x) A + damping I)^-1 R`` in coordinates where A is diagonal.
 
-    The eigenvalues ``a`` are read off the rows, ``a_j = sum_i e_ij^2``: exact for a basis made of these rows, and the
+    The eigenvalues of A are read off the rows, ``a_j = sum_i e_ij^2``: exact for a basis made of these rows, and the
     best diagonal for a basis kept from earlier ones.
 
     Args:
         features: rows ``e_i`` in the eigenbasis of A, ``[N, r]``.
         output: the factor B.
-        damping: as in the system.
+        damping: as in the system; > 0 for the softmax form.
     """
 
     def __init__(self, features: Tensor, output: OutputFactor, damping: float) -> None:
-        moment = features.square().sum(0)
-        product = output.values.unsqueeze(1) * moment
-        denominator = product + damping
-        if damping > 0:
-            self._inverse = denominator.reciprocal()
-        else:
+        a = features.square().sum(0)
+        product = output.b.unsqueeze(1) * a
+        self._inverse = (product + damping).reciprocal()
+        if damping == 0:
             # The range of H lies in the range of B (x) A; outside it the pseudo-inverse is 0.
             floor = torch.finfo(product.dtype).eps * max(product.shape) * product.amax()
-            self._inverse = torch.where(product > floor, denominator.reciprocal(), torch.zeros_like(product))
+            self._inverse.masked_fill_(product <= floor, 0.0)
         self._vectors = output.vectors
-        self._rotated = torch.empty_like(self._inverse)
+        self._b = output.b
+        self._rank_one: Tensor | None = None
+        if output.softmax:
+            # Sherman-Morrison for each feature; sum_k b_k (1 - a b_k / (a b_k + damping)) without the cancellation.
+            share = output.b.unsqueeze(1) * self._inverse
+            share /= share.sum(0).clamp_min(torch.finfo(share.dtype).tiny)
+            self._rank_one = share.mul_(a / damping)
 
     def __call__(self, residual: Tensor) -> Tensor:
         """``[C, r]``."""
-        if self._vectors is None:
-            return residual * self._inverse
-        torch.mm(self._vectors.T, residual, out=self._rotated)
-        return self._vectors @ self._rotated.mul_(self._inverse)
+        if self._vectors is not None:
+            return self._vectors @ (self._vectors.T @ residual).mul_(self._inverse)
+        z = residual * self._inverse
+        if self._rank_one is not None:
+            z.addcmul_(self._rank_one, (self._b @ z).expand_as(z))
+        return z

@@ -73,7 +73,7 @@ class SolverState:
             "refresh_every": self.refresh_every,
             "solution": self.solution,
             "basis": self.basis,
-            "output": None if self.output is None else (self.output.values, self.output.vectors),
+            "output": None if self.output is None else tuple(self.output),
             "age": self.age,
             "iterations_when_new": self.iterations_when_new,
         }
