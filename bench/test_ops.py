@@ -1,18 +1,23 @@
 """``pytest bench``: every case once, right or not. ``pytest bench --benchmark-enable`` times them for regressions."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
 
 from bench.case import Case, Problem, Variant
+from bench.measure import dtype_name
 from bench.ops import CASES
 
-RUNS = [
-    pytest.param(case, dtype, id=f"{case.operator}-{case.label}-{dtype}".replace(" ", "").replace("torch.", ""))
-    for case in CASES
-    for dtype in case.dtypes
-]
+
+def name(case: Case, dtype: torch.dtype) -> str:
+    """As ``-k`` can take it: ``label_gradient-64x128x10-float32``."""
+    label = re.sub(r"[^\w-]+", "-", re.sub(r", (?=\d)", "x", case.label))
+    return f"{case.operator}-{label}-{dtype_name(dtype)}"
+
+
+RUNS = [pytest.param(case, dtype, id=name(case, dtype)) for case in CASES for dtype in case.dtypes]
 SMALLEST = {case.operator: case for case in reversed(CASES)}
 
 
