@@ -19,23 +19,21 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return size if bias is None else size + bias.abs()
 
 
-def logits_and_size(features: Tensor, logits: Tensor | Head) -> tuple[Tensor, Tensor]:
-    """The logits, and what an error of one unit of rounding in each may be (softmax shifts them by their maximum)."""
+def logits_and_size(features: Tensor, logits: Tensor | Head) -> tuple[Tensor, Tensor | float]:
+    """The logits, and the size of the sums they are made of, if the operator makes them."""
     if isinstance(logits, Head):
         return logits.logits(features), product(features, logits.weight, logits.bias)
-    if logits.shape[1] == 0:
-        return logits, logits
-    return logits, logits.abs().maximum(logits.max(-1, keepdim=True)[0].abs())
+    return logits, 0.0
 
 
-def predictions(logits: Tensor, size: Tensor, loss: str) -> Tensor:
+def predictions(logits: Tensor, size: Tensor | float, loss: str) -> Tensor:
     """``p`` times its own relative sensitivity: ``1 + df + <p, df>``; below the normal numbers p may become 0."""
     if loss == "binary_cross_entropy":
-        return logits.sigmoid() * (1 + size) + UNDERFLOW
+        return logits.sigmoid() * (1 + logits.abs() + size) + UNDERFLOW
     p = logits.softmax(-1)
     if logits.shape[1] == 0:
         return p
-    spread = (logits - logits.max(-1, keepdim=True)[0]).abs().minimum(size)
+    spread = (logits - logits.max(-1, keepdim=True)[0]).abs() + size
     spread = torch.where(torch.isfinite(spread), spread, 0)
     return p * (1 + spread + (p * spread).sum(-1, keepdim=True)) + UNDERFLOW
 
@@ -48,7 +46,7 @@ def residual(features: Tensor, logits: Tensor | Head, targets: Tensor, loss: str
     f, size = logits_and_size(features, logits)
     y = as_probabilities(targets, f.shape[1], f.dtype).abs()
     if loss == "mse":
-        return 2 * (size + y)
+        return 2 * (f.abs() + size + y)
     p = predictions(f, size, loss)
     if loss == "cross_entropy":
         return y.sum(-1, keepdim=True) * p + y
@@ -98,7 +96,7 @@ def feature_similarity(features_u, features_h, residual_h, *, scale=1.0, bias=Tr
 
 
 def finite_difference_labels(logits_plus, logits_minus, labels, epsilon, *, step, project=True):
-    p = [predictions(*logits_and_size(f, f), "cross_entropy") for f in (logits_plus, logits_minus)]
+    p = [predictions(f, 0.0, "cross_entropy") for f in (logits_plus, logits_minus)]
     moved = labels.abs() + abs(step) * (p[0] + p[1]) / epsilon.double().reshape(())
     if not project:
         return (moved,)
