@@ -235,6 +235,16 @@ def test_float32_gets_as_far_as_its_precision() -> None:
             assert true < 2e-5, solver
 
 
+def test_auto_takes_the_preconditioner_when_its_factors_are_kept() -> None:
+    problem, state = power_law(256, 64, 10), SolverState()
+    first = solve(problem, True, False, damping=1e-2, state=state)
+    assert state.solver == "pcg"
+    state.solution = None
+    kept = solve(problem, True, False, damping=1e-2, state=state)
+    assert state.solver == "pcg"
+    assert kept.iterations < first.iterations
+
+
 def test_auto_never_needs_many_more_products_than_the_best() -> None:
     for size in ((256, 128, 10), (40, 12, 3), (60, 100, 8)):
         problem = power_law(*size)
@@ -311,6 +321,9 @@ def test_the_span_is_kept_for_the_same_rows_only() -> None:
     state.solution = None
     solve(problem, True, True, **options)
     assert state._span is span
+    assert solve(problem, False, True, **options).residual <= 1e-4
+    solve(problem, True, True, **options)
+    span = state._span
     problem[0].mul_(2.0)
     changed = solve(problem, True, True, **options)
     assert state._span is not span

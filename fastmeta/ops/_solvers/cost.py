@@ -13,8 +13,8 @@ DOUBLE_GEMM = 4.0e10  # flop/s in float64, where the dense Hessian lives
 DOUBLE_CHOLESKY = 2.0e10  # flop/s
 QR = 6.5e10  # flop/s
 ELEMENT = 5e-10  # s an entry, in a pass over memory
-CALL = 1.5e-6  # s, one small tensor operation
-PRODUCT = 1.2e-5  # s, one Hessian-vector product of a small system
+CALL = 1.2e-6  # s, one small tensor operation
+PRODUCT = 4e-6  # s, one Hessian-vector product of a small system
 # Prior for the preconditioned iterations of one decade of the residual; plain CG is measured while it runs.
 PCG_PER_DECADE = 4.0
 # Prior for CG where its number of iterations must be guessed: whether the span of the rows pays.
@@ -50,7 +50,7 @@ def span(size: Size) -> float:
 
 def eigh(n: int) -> float:
     """Eigenvectors of a symmetric ``[n, n]``: n^2 while its panels fit the cache, n^3 later."""
-    return 1e-5 + 1.5e-8 * n**2 + 8.5e-11 * n**3
+    return 1e-5 + 2e-8 * n**2 + 8.5e-11 * n**3
 
 
 def product(size: Size) -> float:
@@ -77,7 +77,7 @@ def pcg(size: Size, loss: str, *, kept_basis: bool = False, kept_output: bool = 
     """CG with the Kronecker factors, in the span of the rows if that is smaller."""
     inside = size.in_span
     rotated = loss in ("cross_entropy", "mse_probs") and not softmax_factor_pays(size)
-    setup = 12 * CALL + 2 * size.n * inside.k**2 / GEMM  # the rows in the basis
+    setup = 60 * CALL + 2 * size.n * inside.k**2 / GEMM  # the rows in the basis
     if not kept_basis:
         setup += span(size) + 2 * size.n * inside.k**2 / GEMM + eigh(inside.k)
     setup += 4 * size.c * inside.k * size.k / GEMM  # there and back

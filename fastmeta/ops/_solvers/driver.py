@@ -20,6 +20,10 @@ MARGIN = 0.95
 STAGNATION = 0.5
 
 
+# The part of the rival's price that auto spends on CG before it judges the rate of convergence.
+TRIAL = 0.1
+
+
 class Answer(NamedTuple):
     """``x [C, K]`` and how it was reached."""
 
@@ -115,11 +119,15 @@ class Solve:
         pcg = self._price_of_pcg()
         direct = cost.cholesky(self.size, self.system.loss)
         iterative = pcg.setup + cost.pcg_iterations(-math.log10(self.tol)) * pcg.iteration
-        return "cholesky" if direct < iterative and self.max_iter > 0 else "cg"
+        if direct < iterative:
+            return "cholesky"
+        return "cg" if self.state.output is None else "pcg"  # with its factors at hand there is nothing to try first
 
     def _price_of_pcg(self) -> cost.Price:
         state = self.state
-        kept_basis = state.basis is not None if self.size.n >= self.size.k else state.span_of(self.rows) is not None
+        kept_basis = (
+            state.basis is not None if self.size.n >= self.size.k else state.span_of(self.rows, self.size.k) is not None
+        )
         price = cost.pcg(self.size, self.system.loss, kept_basis=kept_basis, kept_output=state.output is not None)
         fresh = price.setup / (1 if kept_basis else state.refresh_every)
         return price._replace(setup=fresh)
@@ -141,7 +149,7 @@ class Solve:
         state, system = self.state, self.system
         features = system.features
         if self.size.n < self.size.k:
-            inside = state.span_of(self.rows)
+            inside = state.span_of(self.rows, self.size.k)
             if inside is None:
                 inside = coordinates.eigenbasis(coordinates.span(features))
                 state.keep_span(self.rows, inside)
@@ -245,6 +253,10 @@ class Krylov:
     def _rival_is_cheaper(self, norms: list[float], target: float) -> bool:
         """Whether going on at the rate of the last iterations costs more than starting the preconditioned solver."""
         assert self._rival is not None
+        spent = (len(norms) - 1) * self._iteration
+        start_over = self._rival.setup + cost.pcg_iterations(math.log10(norms[0] / target)) * self._rival.iteration
+        if spent < TRIAL * start_over:
+            return False
         decades = math.log10(norms[-1] / target)
         back = min(len(norms) - 1, 4)
         rate = math.log10(norms[-1 - back] / norms[-1]) / back

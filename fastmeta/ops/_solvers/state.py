@@ -52,8 +52,10 @@ class SolverState:
         self._span_rows = ()
         self.age = 0
 
-    def span_of(self, rows: Rows) -> Coordinates | None:
-        """Coordinates kept for exactly these tensors, unchanged since."""
+    def span_of(self, rows: Rows, num_features: int) -> Coordinates | None:
+        """Coordinates kept for exactly these tensors, unchanged since; K tells those with a bias from those without."""
+        if self._span is None or self._span.basis is None or self._span.basis.shape[1] != num_features:
+            return None
         same = len(self._span_rows) == len(rows) and all(
             kept() is tensor and version == tensor._version
             for (kept, version), tensor in zip(self._span_rows, rows, strict=True)
