@@ -13,8 +13,10 @@
 
 #ifdef __CUDACC__
 #define FASTMETA_ROW_FUNCTION __host__ __device__ __forceinline__
+#define FASTMETA_TERM
 #else
 #define FASTMETA_ROW_FUNCTION inline __attribute__((always_inline))
+#define FASTMETA_TERM __attribute__((always_inline))
 #endif
 
 #ifndef FASTMETA_TARGET
@@ -44,12 +46,26 @@ FASTMETA_ROW_FUNCTION double padding_logit(Loss loss) {
   return loss == Loss::cross_entropy || loss == Loss::mse_probs ? -HUGE_VAL : 0.0;
 }
 
+// The sum of term(k) over the row. Four running sums: they need not wait for each other, and short sums round less.
+template <class V, class Term, class Reduce>
+FASTMETA_ROW_FUNCTION V row_sum(int count, const Term& term, const Reduce& reduce) {
+  V sum = splat<V>(0);
+  int k = 0;
+  if (count >= 8) {
+    V sums[4] = {sum, sum, sum, sum};
+    for (; k + 4 <= count; k += 4) {
+      for (int i = 0; i < 4; ++i) sums[i] += term(k + i);
+    }
+    sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+  for (; k < count; ++k) sum += term(k);
+  return reduce.sum(sum);
+}
+
 // <a, b> of the row.
 template <class V, class Reduce>
 FASTMETA_ROW_FUNCTION V dot(int count, const V* a, const V* b, const Reduce& reduce) {
-  V total = splat<V>(0);
-  for (int k = 0; k < count; ++k) total += a[k] * b[k];
-  return reduce.sum(total);
+  return row_sum<V>(count, [&](int k) FASTMETA_TERM { return a[k] * b[k]; }, reduce);
 }
 
 // p = softmax(f). A row with NaN, +inf or nothing but -inf becomes NaN. p may be f.
@@ -58,12 +74,8 @@ FASTMETA_ROW_FUNCTION void softmax(int count, const V* f, V* p, const Reduce& re
   V top = f[0];
   for (int k = 1; k < count; ++k) top = larger(top, f[k]);
   top = reduce.max(top);
-  V total = splat<V>(0);
-  for (int k = 0; k < count; ++k) {
-    p[k] = exp_nonpositive(f[k] - top);
-    total += p[k];
-  }
-  const V inverse = splat<V>(1) / reduce.sum(total);
+  for (int k = 0; k < count; ++k) p[k] = exp_nonpositive(f[k] - top);
+  const V inverse = splat<V>(1) / row_sum<V>(count, [&](int k) FASTMETA_TERM { return p[k]; }, reduce);
   for (int k = 0; k < count; ++k) p[k] *= inverse;
 }
 
@@ -91,9 +103,7 @@ template <Loss loss, class V, class Reduce>
 FASTMETA_ROW_FUNCTION void residual(int count, const V* f, const V* y, V* r, const Reduce& reduce) {
   const V two = splat<V>(2);
   if constexpr (loss == Loss::cross_entropy) {  // s p - y, s = sum(y)
-    V total = splat<V>(0);
-    for (int k = 0; k < count; ++k) total += y[k];
-    total = reduce.sum(total);
+    const V total = row_sum<V>(count, [&](int k) FASTMETA_TERM { return y[k]; }, reduce);
     softmax(count, f, r, reduce);
     for (int k = 0; k < count; ++k) r[k] = total * r[k] - y[k];
   } else if constexpr (loss == Loss::binary_cross_entropy) {  // sigmoid(f) - y
@@ -102,9 +112,7 @@ FASTMETA_ROW_FUNCTION void residual(int count, const V* f, const V* y, V* r, con
     for (int k = 0; k < count; ++k) r[k] = two * (f[k] - y[k]);
   } else {  // 2 J (p - y)
     softmax(count, f, r, reduce);
-    V mean = splat<V>(0);
-    for (int k = 0; k < count; ++k) mean += r[k] * (r[k] - y[k]);
-    mean = reduce.sum(mean);
+    const V mean = row_sum<V>(count, [&](int k) FASTMETA_TERM { return r[k] * (r[k] - y[k]); }, reduce);
     for (int k = 0; k < count; ++k) r[k] = two * r[k] * (r[k] - y[k] - mean);
   }
 }

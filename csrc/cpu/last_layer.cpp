@@ -1,7 +1,5 @@
 #include "last_layer.h"
 
-#include "isa.h"
-
 namespace fastmeta {
 
 namespace {
@@ -13,13 +11,6 @@ constexpr Element accumulation = sizeof(A) == 8 ? Element::float64 : Element::fl
 
 template <class A>
 constexpr ScalarType accumulation_type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-
-// What torch's GEMM gets. Its float16 product is slow on CPUs, and so is its bfloat16 one without the instruction.
-Tensor gemm_operand(const Tensor& matrix) {
-  const ScalarType type = matrix.scalar_type();
-  const bool widen = type == ScalarType::Half || (type == ScalarType::BFloat16 && !has_bfloat16_products());
-  return widen ? torch::stable::to(matrix, ScalarType::Float) : matrix;
-}
 
 }  // namespace
 
@@ -37,6 +28,7 @@ LastLayer<A>::LastLayer(const LastLayerSizes& sizes, LastLayerArguments argument
   kept_.reserve(4);
   packed_.reserve(4);
   if (arguments_.logits.has_value()) p.logits.rows = read(*arguments_.logits);
+  if (arguments_.tangent.has_value()) p.tangent.rows = read(*arguments_.tangent);
   if (arguments_.weights.has_value()) p.weights = read(*arguments_.weights);
   if (arguments_.targets.has_value()) {
     p.targets = read(*arguments_.targets);
@@ -47,9 +39,7 @@ LastLayer<A>::LastLayer(const LastLayerSizes& sizes, LastLayerArguments argument
   }
   p.logits.bias = pack_bias(arguments_.head_bias);
   p.tangent.bias = pack_bias(arguments_.direction_bias);
-  // A pass of its own beats torch's GEMM up to this many vectors of outputs.
-  small_ = p.padded <= 8 * kernels_.lanes;
-  if (const char* s = getenv("FASTMETA_SMALL")) small_ = p.padded <= atoi(s);
+  small_ = is_small_head<A>(sizes.outputs);
   if (small_) {
     p.features = read(arguments_.features);
     pack_factors();
@@ -174,10 +164,7 @@ void LastLayer<A>::combine(Combination<A> combination, const std::optional<Tenso
     combination.addend = matrix_of(*source);
   }
   combination.out = matrix_of(out);
-  const double operations =
-      2.0 * static_cast<double>(combination.chunks * combination.rows * combination.columns / kernels_.lanes);
-  for_chunks(combination.rows, parallel_chunks(combination.rows, operations),
-             [&](int64_t begin, int64_t end, int64_t) { kernels_.combine(combination, begin, end); });
+  run_combination(combination);
 }
 
 template <class A>

@@ -20,7 +20,14 @@ struct LastLayerArguments {
   std::optional<Tensor> weights;                 // [N]
   std::optional<Tensor> direction_weight;        // [C, D]
   std::optional<Tensor> direction_bias;          // [C]
+  std::optional<Tensor> tangent;                 // [N, C] in place of a direction, small heads only
 };
+
+// Whether a pass of our own over the rows beats torch's GEMM and a row pass.
+template <class A>
+bool is_small_head(int64_t outputs) {
+  return outputs <= 8 * row_kernels<A>().lanes;
+}
 
 // A is the type of accumulation, float or double. One object serves one call of one of the three results.
 template <class A>
@@ -28,8 +35,8 @@ class LastLayer {
  public:
   LastLayer(const LastLayerSizes& sizes, LastLayerArguments arguments, Loss loss, RowFunction function);
 
-  Tensor dots();                                                       // [N]: <row, tangent>
-  Tensor rows(double scale);                                           // [N, C]: scale * row
+  Tensor dots();                                                        // [N]: <row, tangent>
+  Tensor rows(double scale);                                            // [N, C]: scale * row
   std::tuple<Tensor, Tensor> gradient(bool with_bias, double damping);  // [C, D], and [C] or [0]
 
  private:
@@ -62,11 +69,5 @@ class LastLayer {
   std::vector<Tensor> kept_;       // what the program's matrices point to
   std::vector<Buffer<A>> packed_;  // and its factors and biases
 };
-
-// Calls f with a zero of the accumulation type.
-template <class F>
-auto with_accumulation(const Tensor& features, const F& f) {
-  return features.scalar_type() == ScalarType::Double ? f(0.0) : f(0.0F);
-}
 
 }  // namespace fastmeta

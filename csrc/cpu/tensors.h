@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "isa.h"
 #include "row_program.h"
 
 namespace fastmeta {
@@ -49,6 +50,13 @@ inline Tensor gemm(const Tensor& a, const Tensor& b) {
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
+// What torch's GEMM gets. Its float16 product is slow on CPUs, and so is its bfloat16 one without the instruction.
+inline Tensor gemm_operand(const Tensor& matrix) {
+  const ScalarType type = matrix.scalar_type();
+  const bool widen = type == ScalarType::Half || (type == ScalarType::BFloat16 && !has_bfloat16_products());
+  return widen ? torch::stable::to(matrix, ScalarType::Float) : matrix;
+}
+
 // Rows [first, first + n).
 inline Tensor rows_of(Tensor matrix, int64_t first, int64_t n) {
   return n == matrix.size(0) ? matrix : torch::stable::narrow(matrix, 0, first, n);
@@ -74,6 +82,22 @@ void for_chunks(int64_t items, int64_t chunks, const F& f) {
       f(std::min(items, chunk * size), std::min(items, (chunk + 1) * size), chunk);
     }
   });
+}
+
+// Calls f with a zero of the accumulation type.
+template <class F>
+auto with_accumulation(const Tensor& features, const F& f) {
+  return features.scalar_type() == ScalarType::Double ? f(0.0) : f(0.0F);
+}
+
+// Runs a combination of matrices, its rows in parallel.
+template <class A>
+void run_combination(const Combination<A>& combination) {
+  const RowKernels<A>& kernels = row_kernels<A>();
+  const double operations =
+      2.0 * static_cast<double>(combination.chunks * combination.rows * combination.columns / kernels.lanes);
+  for_chunks(combination.rows, parallel_chunks(combination.rows, operations),
+             [&](int64_t begin, int64_t end, int64_t) { kernels.combine(combination, begin, end); });
 }
 
 }  // namespace fastmeta
