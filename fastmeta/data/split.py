@@ -55,7 +55,7 @@ def make_split(
 
     >>> from fastmeta.data import load_digits
     >>> make_split(load_digits(), labels_per_class=1, seed=0).sizes()
-    {'labeled': 10, 'unlabeled': 1109, 'holdout': 30, 'validation': 200, 'test': 448}
+    {'labeled': 10, 'unlabeled': 1107, 'holdout': 30, 'validation': 200, 'test': 450}
     """
     if labels_per_class < 1:
         raise ValueError(f"labels_per_class must be at least 1, got {labels_per_class}")

@@ -41,6 +41,8 @@ class RunConfig:
     """Steps between evaluations."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+    labeled_view: str = "strong"
+    """Augmentation of the labeled images, weak or strong: with few of them, weak views are soon known by heart."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
 
@@ -52,6 +54,7 @@ class RunConfig:
         for name in ("labels", "steps", "labeled_batch", "unlabeled_batch", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _one_of("labeled_view", self.labeled_view, {"weak": None, "strong": None})
         _one_of("device", self.device, {"cpu": None, "cuda": None})
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device must be cpu where torch sees no GPU, got 'cuda'")

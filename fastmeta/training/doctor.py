@@ -18,7 +18,7 @@ def availability() -> dict[str, dict[str, bool]]:
     for name in ops.__all__:
         module = sys.modules[getattr(ops, name).__module__]
         kernels = [value for value in vars(module).values() if isinstance(value, Operator)]
-        if kernels:
+        if kernels:  # solve_hessian has none of its own: it is made of the others
             found[name] = {
                 implementation: all(implementation in kernel.implementations() for kernel in kernels)
                 for implementation in IMPLEMENTATIONS
@@ -26,20 +26,21 @@ def availability() -> dict[str, dict[str, bool]]:
     return found
 
 
-def reasons() -> dict[str, str]:
-    """Why an implementation is missing from some operator; names of those that are complete are absent."""
-    missing = {
-        implementation
-        for available in availability().values()
-        for implementation, is_there in available.items()
-        if not is_there
-    }
+def reasons() -> list[str]:
+    """Why an implementation is missing, one line for each that some operator lacks."""
     known = {
-        "cpp": _extension.REASON or "these operators have no C++ kernel",
+        "cpp": _extension.REASON or "no C++ kernel is written",
         "cuda": "this version of fastmeta has no CUDA kernels",
         "triton": "this version of fastmeta has no Triton kernels",
     }
-    return {implementation: known[implementation] for implementation in IMPLEMENTATIONS if implementation in missing}
+    found = availability()
+    lines = []
+    for implementation in IMPLEMENTATIONS:
+        missing = [name for name, available in found.items() if not available[implementation]]
+        if missing:
+            names = "every operator" if len(missing) == len(found) else ", ".join(missing)
+            lines.append(f"no {implementation} for {names}: {known[implementation]}")
+    return lines
 
 
 def doctor() -> str:
@@ -51,7 +52,7 @@ def doctor() -> str:
         marks = [("yes" if available[choice] else "-").ljust(len(choice)) for choice in IMPLEMENTATIONS]
         lines.append(f"{name.ljust(width)}  " + "  ".join(marks).rstrip())
     lines.append("")
-    lines.extend(f"no {implementation}: {reason}" for implementation, reason in reasons().items())
+    lines.extend(reasons())
     devices = f"{torch.get_num_threads()} CPU threads"
     if torch.cuda.is_available():
         devices += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"

@@ -1,5 +1,6 @@
 """Plots of a comparison; they need matplotlib."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,10 +175,20 @@ def _weights(folder: Path, details: Details) -> Path | None:
 @dataclass(frozen=True)
 class _Change:
     image: int  # place in the dataset
-    before: str
-    after: str
+    before: int
+    after: int
+    confidence_before: float
+    confidence_after: float
     target: int
-    is_right: bool
+
+    @property
+    def is_right(self) -> bool:
+        return self.after == self.target
+
+    @property
+    def title(self) -> str:
+        confidences = f"{self.confidence_before:.2f} → {self.confidence_after:.2f}"
+        return f"{self.before} → {self.after}, true {self.target}\n{confidences}"
 
 
 def _labels(folder: Path, details: Details, columns: int = 8) -> Path | None:
@@ -198,36 +209,31 @@ def _labels(folder: Path, details: Details, columns: int = 8) -> Path | None:
     if not rows:
         return None
     images = load_digits().images
-    figure, grid = pyplot.subplots(
-        len(rows), columns, figsize=(1.3 * columns, 2.1 * len(rows)), squeeze=False, layout="constrained"
-    )
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for (title, changes), line in zip(rows.items(), grid, strict=True):
-        line[0].text(0, 1.42, title, transform=line[0].transAxes, fontweight="bold", fontsize=9)
-        for change, axes in zip(changes, line, strict=False):
-            axes.imshow(images[change.image, 0], cmap="gray_r", vmin=0, vmax=1)
-            color = _RIGHT if change.is_right else _WRONG
-            axes.set_title(f"{change.before} → {change.after}\ntrue {change.target}", fontsize=8, color=color)
+    figure = pyplot.figure(figsize=(1.15 * columns, 2.1 * len(rows)), layout="constrained")
+    strips = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for (title, changes), strip in zip(rows.items(), strips, strict=True):
+        strip.suptitle(title, x=0.01, horizontalalignment="left", fontweight="bold", fontsize=9)
+        for change, axes in itertools.zip_longest(changes, strip.subplots(1, columns)):
+            axes.set_axis_off()
+            if change is not None:
+                axes.imshow(images[change.image, 0], cmap="gray_r", vmin=0, vmax=1)
+                axes.set_title(change.title, fontsize=8, color=_RIGHT if change.is_right else _WRONG)
     return _save(figure, folder / "labels.png")
 
 
 def _by_method(detail: dict[str, Any]) -> list[_Change]:
     """The changes that the method itself made, largest first."""
-    changes = []
-    for row in detail["refinements"]:
-        before, after, target = row["before"], row["after"], detail["target"][row["index"]]
-        label = after.index(max(after))
-        changes.append(
-            _Change(
-                image=detail["unlabeled"][row["index"]],
-                before=f"{before.index(max(before))} ({max(before):.2f})",
-                after=f"{label} ({max(after):.2f})",
-                target=target,
-                is_right=label == target,
-            )
+    return [
+        _Change(
+            image=detail["unlabeled"][row["index"]],
+            before=row["before"].index(max(row["before"])),
+            after=row["after"].index(max(row["after"])),
+            confidence_before=max(row["before"]),
+            confidence_after=max(row["after"]),
+            target=detail["target"][row["index"]],
         )
-    return changes
+        for row in detail["refinements"]
+    ]
 
 
 def _against_base(detail: dict[str, Any], alone: dict[str, Any]) -> list[_Change]:
@@ -237,10 +243,11 @@ def _against_base(detail: dict[str, Any], alone: dict[str, Any]) -> list[_Change
     return [
         _Change(
             image=detail["unlabeled"][place],
-            before=f"{alone['imputed'][place]} ({alone['confidence'][place]:.2f})",
-            after=f"{detail['imputed'][place]} ({detail['confidence'][place]:.2f})",
+            before=alone["imputed"][place],
+            after=detail["imputed"][place],
+            confidence_before=alone["confidence"][place],
+            confidence_after=detail["confidence"][place],
             target=detail["target"][place],
-            is_right=detail["imputed"][place] == detail["target"][place],
         )
         for place in places
     ]

@@ -11,6 +11,7 @@ class LargestRefinements:
     Args:
         capacity: how many images to remember.
 
+    >>> import torch
     >>> largest = LargestRefinements(capacity=1)
     >>> before, after = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.9, 0.1], [0.2, 0.8]])
     >>> largest.add(5, torch.tensor([7, 3]), before, after)

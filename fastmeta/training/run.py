@@ -74,13 +74,10 @@ class Run:
         labeled = self.split.labeled[self._labeled.batch(step)].to(device)
         index = self._unlabeled.batch(step)
         images = dataset.images[self.split.unlabeled[index].to(device)]
-        labeled_images = weak_augment(dataset.images[labeled], generator)
+        views = {"weak": weak_augment, "strong": self._strong}
+        labeled_images = views[self.config.labeled_view](dataset.images[labeled], generator)
         weak = weak_augment(images, generator)
-        second = None
-        if self.base.second_view == "weak":
-            second = weak_augment(images, generator)
-        elif self.base.second_view == "strong":
-            second = self._strong(images, generator)
+        second = None if self.base.second_view is None else views[self.base.second_view](images, generator)
         batch = Batch(labeled_images, dataset.targets[labeled], weak, second, index.to(device))
         if not self.uses_holdout:
             return batch

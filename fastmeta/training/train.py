@@ -107,6 +107,7 @@ def _finish(run: Run, folder: Path) -> dict[str, Any]:
         "base": config.base,
         "method": config.method,
         "seed": config.seed,
+        "labels": config.labels,
         "test_error": best["test_error"],
         "validation_error": best["validation_error"],
         "step": best["step"],
