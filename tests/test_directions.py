@@ -86,6 +86,22 @@ def test_look_ahead_twice_is_not_two_steps_from_theta(layer, problem):
     assert_same(LookAhead(LookAhead(rate=0.3), rate=0.3)(problem), expected)
 
 
+def test_look_ahead_moves_the_labeled_examples_too(draw, layer):
+    """Two nested steps on C^U + C^T, with labeled examples that are not the hold-out ones."""
+    labels, x_l, y_l = draw.probabilities(6, 4), draw.normal(3, 5), draw.classes(3, 4)
+
+    def stepped(parameters):
+        f_u, f_l = (functional.linear(h, *parameters) for h in (layer.features_u, x_l))
+        value = reduced(f_u, labels, "mse_probs") + 0.5 * functional.cross_entropy(f_l, y_l)
+        return layer.step(parameters, layer.gradient(value, parameters, create_graph=True), 0.3)
+
+    twice = stepped(stepped(layer.parameters))
+    labeled = Rows(x_l, functional.linear(x_l, *layer.parameters).detach())
+    problem = problem_of(layer, labels, labeled=labeled, labeled_targets=y_l)
+    inner = {"rate": 0.3, "labeled_weight": 0.5}
+    assert_same(LookAhead(LookAhead(**inner), **inner)(problem), layer.gradient(layer.outer(twice), twice))
+
+
 @pytest.mark.parametrize("factored", [True, False])
 def test_unit_length(problem, factored):
     raw = HoldoutGradient()(problem).dense()
