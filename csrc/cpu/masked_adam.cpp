@@ -17,8 +17,11 @@
 namespace fastmeta {
 namespace {
 
-constexpr int kLanes = 256;     // entries updated together
-constexpr int64_t kAhead = 24;  // rows whose memory is asked for before it is their turn
+constexpr int kLanes = 256;  // entries updated together
+// The rows of a batch lie anywhere in the table, so their memory is asked for early: of the first ones, as many as fit
+// the second cache, while duplicates are looked for, of all a few rows before their turn.
+constexpr int64_t kEarly = 2048;
+constexpr int64_t kAhead = 8;
 
 // beta^t from its powers by hexadecimal digits: exact to a few units, and cheaper than pow for every row.
 class Powers {
@@ -58,13 +61,25 @@ struct Matrix {
   char* at(int64_t r, int64_t c) const { return data + r * row + c * column; }
 };
 
+// What a step reads and writes by row.
+struct Rows {
+  Matrix table, exp_avg, exp_avg_sq, steps;
+
+  FASTMETA_INLINE void prefetch(int64_t row) const {
+    __builtin_prefetch(table.at(row, 0), 1);
+    __builtin_prefetch(exp_avg.at(row, 0), 1);
+    __builtin_prefetch(exp_avg_sq.at(row, 0), 1);
+    __builtin_prefetch(steps.at(row, 0), 1);
+  }
+};
+
 // The rows of a call without repetition, in order of first appearance. The gradients of one row form a chain.
 struct Unique {
   int64_t count = 0;
   std::unique_ptr<int64_t[]> row;
   std::unique_ptr<int32_t[]> head, next;  // next[i] < 0 ends a chain
 
-  Unique(const char* index, int64_t stride, int64_t n)
+  Unique(const char* index, int64_t stride, int64_t n, const Rows& rows)
       : row(std::make_unique_for_overwrite<int64_t[]>(n)),
         head(std::make_unique_for_overwrite<int32_t[]>(n)),
         next(std::make_unique_for_overwrite<int32_t[]>(n)) {
@@ -75,6 +90,7 @@ struct Unique {
     std::fill_n(place.get(), slots, -1);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t r = *reinterpret_cast<const int64_t*>(index + i * stride);
+      if (i < kEarly) rows.prefetch(r);
       uint64_t slot = static_cast<uint64_t>(r) * 0x9e3779b97f4a7c15u >> shift;
       while (place[slot] >= 0 && row[place[slot]] != r) slot = (slot + 1) & (slots - 1);
       next[i] = -1;
@@ -92,7 +108,8 @@ struct Unique {
 };
 
 struct Task {
-  Matrix table, grad, exp_avg, exp_avg_sq, steps;
+  Rows rows;
+  Matrix grad;
   int64_t columns;
   const Unique& unique;
   const Settings& settings;
@@ -164,25 +181,18 @@ struct Step {
   static FASTMETA_INLINE void step_rows(const Task& task, int64_t first, int64_t last, int64_t end, int64_t c,
                                         auto count, Lanes& lanes) {
     for (int64_t u = first; u < last; ++u) {
-      if (c == 0 && u + kAhead < end) prefetch(task, task.unique.row[u + kAhead]);
+      if (c == 0 && u + kAhead < end) task.rows.prefetch(task.unique.row[u + kAhead]);
       gather(task, u, c, count, lanes, static_cast<int>(u - first) * count);
     }
     update(lanes, static_cast<int>(last - first) * count, task.settings);
     for (int64_t u = first; u < last; ++u) scatter(task, u, c, count, lanes, static_cast<int>(u - first) * count);
   }
 
-  static FASTMETA_INLINE void prefetch(const Task& task, int64_t row) {
-    __builtin_prefetch(task.table.at(row, 0), 1);
-    __builtin_prefetch(task.exp_avg.at(row, 0), 1);
-    __builtin_prefetch(task.exp_avg_sq.at(row, 0), 1);
-    __builtin_prefetch(task.steps.at(row, 0), 1);
-  }
-
   static FASTMETA_INLINE void gather(const Task& task, int64_t u, int64_t c, auto count, Lanes& lanes, int lane) {
     const int64_t row = task.unique.row[u];
-    load<T>(task.table.at(row, c), task.table.column, count, lanes.w + lane);
-    load<S>(task.exp_avg.at(row, c), task.exp_avg.column, count, lanes.m + lane);
-    load<S>(task.exp_avg_sq.at(row, c), task.exp_avg_sq.column, count, lanes.v + lane);
+    load<T>(task.rows.table.at(row, c), task.rows.table.column, count, lanes.w + lane);
+    load<S>(task.rows.exp_avg.at(row, c), task.rows.exp_avg.column, count, lanes.m + lane);
+    load<S>(task.rows.exp_avg_sq.at(row, c), task.rows.exp_avg_sq.column, count, lanes.v + lane);
     int32_t i = task.unique.head[u];
     load<T>(task.grad.at(i, c), task.grad.column, count, lanes.g + lane);
     while ((i = task.unique.next[i]) >= 0) {
@@ -191,7 +201,7 @@ struct Step {
         lanes.g[lane + j] += widen(*reinterpret_cast<const T*>(g + j * task.grad.column));
       }
     }
-    auto& steps = *reinterpret_cast<int32_t*>(task.steps.at(row, 0));
+    auto& steps = *reinterpret_cast<int32_t*>(task.rows.steps.at(row, 0));
     if (c == 0 && steps < std::numeric_limits<int32_t>::max()) ++steps;
     const auto t = static_cast<uint32_t>(steps);
     const W unbias1 = 1 - task.settings.power1(t), unbias2 = 1 - task.settings.power2(t);
@@ -203,9 +213,9 @@ struct Step {
 
   static FASTMETA_INLINE void scatter(const Task& task, int64_t u, int64_t c, auto count, Lanes& lanes, int lane) {
     const int64_t row = task.unique.row[u];
-    save<T>(task.table.at(row, c), task.table.column, count, lanes.w + lane);
-    save<S>(task.exp_avg.at(row, c), task.exp_avg.column, count, lanes.m + lane);
-    save<S>(task.exp_avg_sq.at(row, c), task.exp_avg_sq.column, count, lanes.v + lane);
+    save<T>(task.rows.table.at(row, c), task.rows.table.column, count, lanes.w + lane);
+    save<S>(task.rows.exp_avg.at(row, c), task.rows.exp_avg.column, count, lanes.m + lane);
+    save<S>(task.rows.exp_avg_sq.at(row, c), task.rows.exp_avg_sq.column, count, lanes.v + lane);
   }
 };
 
@@ -222,14 +232,17 @@ bool interleaved(const Tensor& a, const Tensor& b) {
 }
 
 void check_memory(const Tensor* const (&tensors)[6], const char* const (&names)[6]) {
+  const char *begin[6], *end[6];
+  for (int i = 0; i < 6; ++i) {
+    begin[i] = static_cast<const char*>(tensors[i]->data_ptr());
+    end[i] = begin[i] + span_of(*tensors[i]);
+  }
   for (int a = 0; a < 4; ++a) {  // the four that are written
-    STD_TORCH_CHECK(has_own_memory(*tensors[a]), names[a], " must have memory of its own for each element");
-    const auto* begin_a = static_cast<const char*>(tensors[a]->data_ptr());
+    STD_TORCH_CHECK(tensors[a]->is_contiguous() || has_own_memory(*tensors[a]), names[a],
+                    " must have memory of its own for each element");
     for (int b = a + 1; b < 6; ++b) {
-      const auto* begin_b = static_cast<const char*>(tensors[b]->data_ptr());
-      const bool apart = begin_a + span_of(*tensors[a]) <= begin_b || begin_b + span_of(*tensors[b]) <= begin_a;
-      STD_TORCH_CHECK(apart || interleaved(*tensors[a], *tensors[b]), names[a], " and ", names[b],
-                      " must not share memory");
+      STD_TORCH_CHECK(end[a] <= begin[b] || end[b] <= begin[a] || interleaved(*tensors[a], *tensors[b]), names[a],
+                      " and ", names[b], " must not share memory");
     }
   }
 }
@@ -291,9 +304,9 @@ void masked_adam_(const Tensor& table, const Tensor& index, const Tensor& grad, 
   const int64_t stride = index.stride(0) * static_cast<int64_t>(sizeof(int64_t));
   check_rows(rows, stride, n, table.size(0));
   if (n == 0 || columns == 0) return;
-  const Unique unique(rows, stride, n);
-  const Task task = {Matrix(table), Matrix(grad), Matrix(exp_avg), Matrix(exp_avg_sq),
-                     Matrix(steps), columns,      unique,          settings};
+  const Rows all = {Matrix(table), Matrix(exp_avg), Matrix(exp_avg_sq), Matrix(steps)};
+  const Unique unique(rows, stride, n, all);
+  const Task task = {all, Matrix(grad), columns, unique, settings};
   const bool wide = exp_avg.scalar_type() == ScalarType::Float;
   switch (table.scalar_type()) {
     case ScalarType::Float:

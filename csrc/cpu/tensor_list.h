@@ -20,6 +20,7 @@ constexpr int64_t kTile = 1024;   // elements that a kernel sees at a time: all 
 // Bytes from the first element to the end of the last.
 inline int64_t span_of(const Tensor& tensor) {
   if (tensor.numel() == 0) return 0;
+  if (tensor.is_contiguous()) return tensor.numel() * static_cast<int64_t>(tensor.element_size());
   int64_t last = 0;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   for (int64_t d = 0; d < tensor.dim(); ++d) last += (sizes[d] - 1) * strides[d];
