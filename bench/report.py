@@ -92,7 +92,7 @@ def summary(results: Row) -> list[str]:
     """The table of all cases; an operator whose tests fail has a line and no figure."""
     header = [
         "operator",
-        "shape (N, D, C)",
+        "shape",
         "fastmeta",
         "x floor",
         "over best eager",

@@ -85,13 +85,13 @@ def build(network: str, dtype: torch.dtype) -> Problem:
         return Variant(name, partial(function, params, v, nothing), role, prepare=reset, check=check, note=note)
 
     drifts = "does not restore every bit"
-    variants = [variant("fastmeta", ours), variant("torch._foreach, copy kept", foreach_bitwise)]
-    if dtype == torch.float32:
-        variants += [
-            variant("torch._foreach", foreach, drifts),
-            variant("torch._foreach, on device", foreach_on_device, drifts),
-            variant("loop", loop, drifts),
-        ]
+    variants = [
+        variant("fastmeta", ours),
+        variant("torch._foreach, copy kept", foreach_bitwise),
+        variant("torch._foreach", foreach, drifts),
+        variant("torch._foreach, on device", foreach_on_device, drifts),
+        variant("loop", loop, drifts),
+    ]
     flat_v = torch.cat([t.double().reshape(-1) for t in v])
     moved = RADIUS / flat_v.norm() * flat_v
     rounding = float(torch.finfo(dtype).eps * torch.cat([t.double().reshape(-1) for t in start]).norm() / moved.norm())
