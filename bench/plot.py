@@ -64,7 +64,7 @@ def _panel(axes: Axes, title: str, rows: list[tuple[str, dict[str, Any]]]) -> No
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}×")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×" if value < 1000 else f"{value / 1000:g}k×")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.axvline(1, color=INK, linewidth=1.2)
     axes.grid(axis="x", color="#eef0f2", zorder=0)
@@ -102,7 +102,7 @@ def draw(results: dict[str, Any], folder: Path) -> Path | None:
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     height = 3.1 * rows + 1.4
-    figure, grid = plt.subplots(rows, columns, figsize=(4.6 * columns, height), squeeze=False, sharex=True)
+    figure, grid = plt.subplots(rows, columns, figsize=(max(10, 4.6 * columns), height), squeeze=False, sharex=True)
     for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
         _panel(axes, title, lines)
     for axes in list(grid.flat)[len(panels) :]:
