@@ -51,6 +51,12 @@ class _Problem:
     state: SolverState | None = None
 
 
+class _Report:
+    """Carries the answer out of an autograd function; torch.func copies lists and dicts."""
+
+    answer: Answer | None = None
+
+
 def solve_hessian_reference(
     features: Tensor,  # [N, D]
     logits: Tensor,  # [N, C]
@@ -147,10 +153,11 @@ def solve_hessian(
         raise ValueError(f"tol must be > 0, got {tol}")
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
         raise ValueError(f"max_iter must be an integer >= 0, got {max_iter!r}")
-    report: dict[str, Any] = {}
+    report = _Report()
     solve = _Solution.apply if _tracked(features, logits, rhs_weight, rhs_bias, weights) else _Solution.forward
     weight, bias = solve(features, logits, rhs_weight, rhs_bias, weights, problem, report)
-    answer: Answer = report["answer"]
+    answer = report.answer
+    assert answer is not None
     if answer.residual > problem.tol or math.isnan(answer.residual):
         _warn(problem, answer, rhs_weight.dtype)
     return HessianSolution(weight, bias, answer.iterations, answer.residual)
@@ -208,9 +215,9 @@ class _Solution(torch.autograd.Function):
         rhs_bias: Tensor | None,
         weights: Tensor | None,
         problem: _Problem,
-        report: dict[str, Any],
+        report: _Report,
     ) -> tuple[Tensor, Tensor | None]:
-        weight, bias, report["answer"] = _solve(features, logits, rhs_weight, rhs_bias, weights, problem)
+        weight, bias, report.answer = _solve(features, logits, rhs_weight, rhs_bias, weights, problem)
         return weight, bias
 
     @staticmethod
@@ -244,24 +251,24 @@ class _Solution(torch.autograd.Function):
         return tuple(grads.get(index) for index in range(7))
 
 
-def _hessian_gradient(ctx: Any, needed: list[int], u: tuple[Tensor, Tensor | None]) -> tuple[Tensor | None, ...]:
+def _hessian_gradient(ctx: Any, needed: list[int], u: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
     """Gradient of ``-<u, H x>`` in features, logits and weights, with ``u`` and ``x`` constant."""
     features, logits, weights, x_weight, x_bias = ctx.saved_tensors
-    with torch.enable_grad():
-        leaves = {
-            index: tensor.detach().requires_grad_()
-            for index, tensor in ((0, features), (1, logits), (4, weights))
-            if index in needed
-        }
-        h, f, w = leaves.get(0, features), leaves.get(1, logits), leaves.get(4, weights)
-        dtype = torch.promote_types(h.dtype, torch.float32)
-        x = x_weight.to(dtype), None if x_bias is None else x_bias.to(dtype)
-        w = None if w is None else w.to(dtype)
-        image = hessian_vector_product_reference(h.to(dtype), f.to(dtype), *x, w, ctx.problem.loss, 0.0)
-        pairing = -torch.stack(
-            [(a * b).sum() for a, b in zip(u, image, strict=True) if a is not None and b is not None]
-        )
-        return torch.autograd.grad(pairing.sum(), list(leaves.values()), allow_unused=True)
+    given = {0: features, 1: logits, 4: weights}
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    x_weight = x_weight.to(dtype)
+    x_bias = None if x_bias is None else x_bias.to(dtype)
+
+    def pairing(*moving: Tensor) -> Tensor:
+        inputs = given | dict(zip(needed, moving, strict=True))
+        h, f = inputs[0].to(dtype), inputs[1].to(dtype)
+        w = None if inputs[4] is None else inputs[4].to(dtype)
+        image = hessian_vector_product_reference(h, f, x_weight, x_bias, w, ctx.problem.loss, 0.0)
+        products = [(a * b).sum() for a, b in zip(u, image, strict=True) if a is not None and b is not None]
+        return -torch.stack(products).sum()
+
+    _, pull, *_ = torch.func.vjp(pairing, *(given[index] for index in needed))
+    return pull(features.new_ones((), dtype=dtype))
 
 
 def _tracked(*tensors: Tensor | None) -> bool:
