@@ -35,6 +35,7 @@ class Powers {
     }
   }
   double operator()(uint32_t t) const {
+    if (t < 256) return digits_[0][t & 15] * digits_[1][t >> 4];
     if (t >> 16) return std::pow(beta_, t);
     return digits_[0][t & 15] * digits_[1][t >> 4 & 15] * (digits_[2][t >> 8 & 15] * digits_[3][t >> 12]);
   }
@@ -58,8 +59,21 @@ struct Matrix {
       : data(static_cast<char*>(tensor.data_ptr())),
         row(tensor.stride(0) * static_cast<int64_t>(tensor.element_size())),
         column(tensor.dim() > 1 ? tensor.stride(1) * static_cast<int64_t>(tensor.element_size()) : 0) {}
-  char* at(int64_t r, int64_t c) const { return data + r * row + c * column; }
+  FASTMETA_INLINE char* at(int64_t r, int64_t c) const { return data + r * row + c * column; }
 };
+
+// A count of columns known when compiled: the common table of one number for each example, without gaps, has no loops
+// over columns and no products with strides.
+using One = std::integral_constant<int, 1>;
+
+template <class T>
+FASTMETA_INLINE char* at(const Matrix& matrix, int64_t r, int64_t, One) {
+  return matrix.data + r * static_cast<int64_t>(sizeof(T));
+}
+template <class T>
+FASTMETA_INLINE char* at(const Matrix& matrix, int64_t r, int64_t c, int) {
+  return matrix.at(r, c);
+}
 
 // What a step reads and writes by row.
 struct Rows {
@@ -115,9 +129,6 @@ struct Task {
   const Settings& settings;
 };
 
-// A count of columns known when compiled: the common table of one number for each example has no loops over columns.
-using One = std::integral_constant<int, 1>;
-
 template <class T, class W>
 FASTMETA_INLINE void load(const char* from, int64_t stride, auto count, W* __restrict to) {
   if (stride == static_cast<int64_t>(sizeof(T))) {
@@ -162,7 +173,7 @@ struct Step {
 
   static FASTMETA_INLINE void run(const Task* task, int64_t begin, int64_t end) {
     Lanes lanes;
-    if (task->columns == 1) {
+    if (task->columns == 1 && is_packed(*task)) {
       for (int64_t first = begin; first < end; first += kLanes) {
         step_rows(*task, first, std::min<int64_t>(first + kLanes, end), end, 0, One(), lanes);
       }
@@ -177,11 +188,17 @@ struct Step {
     }
   }
 
+  static bool is_packed(const Task& task) {
+    const Rows& rows = task.rows;
+    return rows.table.row == sizeof(T) && task.grad.row == sizeof(T) && rows.exp_avg.row == sizeof(S) &&
+           rows.exp_avg_sq.row == sizeof(S) && rows.steps.row == sizeof(int32_t);
+  }
+
   // Columns [c, c + count) of the rows [first, last); rows before `end` are still to come.
   static FASTMETA_INLINE void step_rows(const Task& task, int64_t first, int64_t last, int64_t end, int64_t c,
                                         auto count, Lanes& lanes) {
     for (int64_t u = first; u < last; ++u) {
-      if (c == 0 && u + kAhead < end) task.rows.prefetch(task.unique.row[u + kAhead]);
+      if (c == 0 && u + kAhead < end && u + kAhead >= kEarly) task.rows.prefetch(task.unique.row[u + kAhead]);
       gather(task, u, c, count, lanes, static_cast<int>(u - first) * count);
     }
     update(lanes, static_cast<int>(last - first) * count, task.settings);
@@ -190,18 +207,18 @@ struct Step {
 
   static FASTMETA_INLINE void gather(const Task& task, int64_t u, int64_t c, auto count, Lanes& lanes, int lane) {
     const int64_t row = task.unique.row[u];
-    load<T>(task.rows.table.at(row, c), task.rows.table.column, count, lanes.w + lane);
-    load<S>(task.rows.exp_avg.at(row, c), task.rows.exp_avg.column, count, lanes.m + lane);
-    load<S>(task.rows.exp_avg_sq.at(row, c), task.rows.exp_avg_sq.column, count, lanes.v + lane);
+    load<T>(at<T>(task.rows.table, row, c, count), task.rows.table.column, count, lanes.w + lane);
+    load<S>(at<S>(task.rows.exp_avg, row, c, count), task.rows.exp_avg.column, count, lanes.m + lane);
+    load<S>(at<S>(task.rows.exp_avg_sq, row, c, count), task.rows.exp_avg_sq.column, count, lanes.v + lane);
     int32_t i = task.unique.head[u];
-    load<T>(task.grad.at(i, c), task.grad.column, count, lanes.g + lane);
+    load<T>(at<T>(task.grad, i, c, count), task.grad.column, count, lanes.g + lane);
     while ((i = task.unique.next[i]) >= 0) {
-      const char* g = task.grad.at(i, c);
+      const char* g = at<T>(task.grad, i, c, count);
       for (int j = 0; j < count; ++j) {
         lanes.g[lane + j] += widen(*reinterpret_cast<const T*>(g + j * task.grad.column));
       }
     }
-    auto& steps = *reinterpret_cast<int32_t*>(task.rows.steps.at(row, 0));
+    auto& steps = *reinterpret_cast<int32_t*>(at<int32_t>(task.rows.steps, row, 0, count));
     if (c == 0 && steps < std::numeric_limits<int32_t>::max()) ++steps;
     const auto t = static_cast<uint32_t>(steps);
     const W unbias1 = 1 - task.settings.power1(t), unbias2 = 1 - task.settings.power2(t);
@@ -213,9 +230,9 @@ struct Step {
 
   static FASTMETA_INLINE void scatter(const Task& task, int64_t u, int64_t c, auto count, Lanes& lanes, int lane) {
     const int64_t row = task.unique.row[u];
-    save<T>(task.rows.table.at(row, c), task.rows.table.column, count, lanes.w + lane);
-    save<S>(task.rows.exp_avg.at(row, c), task.rows.exp_avg.column, count, lanes.m + lane);
-    save<S>(task.rows.exp_avg_sq.at(row, c), task.rows.exp_avg_sq.column, count, lanes.v + lane);
+    save<T>(at<T>(task.rows.table, row, c, count), task.rows.table.column, count, lanes.w + lane);
+    save<S>(at<S>(task.rows.exp_avg, row, c, count), task.rows.exp_avg.column, count, lanes.m + lane);
+    save<S>(at<S>(task.rows.exp_avg_sq, row, c, count), task.rows.exp_avg_sq.column, count, lanes.v + lane);
   }
 };
 
