@@ -188,12 +188,14 @@ class _ByKernel:
         self, move: Callable[..., Any], check: Callable[[], None], params: list[Tensor], direction: list[Tensor]
     ) -> None:
         self.params, self.direction, self.check = params, direction, check
-        self.kernels = EPSILON.select("cpp"), move, RESTORE.select("cpp")
+        size_epsilon, restore = EPSILON.select("cpp"), RESTORE.select("cpp")
+        assert size_epsilon is not None
+        assert restore is not None
+        self.kernels = size_epsilon, move, restore
         self.backup: Tensor | None = None
 
     def enter(self, radius: float) -> Tensor:
         size_epsilon, move, _ = self.kernels
-        assert size_epsilon is not None
         epsilon = checks.run(size_epsilon, (self.direction, radius), self.check)
         copies = (-(-theta.numel() * theta.element_size() // _ALIGN) * _ALIGN for theta in self.params)
         self.backup = _workspace.take(_ALIGN + sum(copies))
