@@ -1,5 +1,6 @@
 """The command line: ``fastmeta compare``, ``fastmeta train``, ``fastmeta doctor``."""
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,8 @@ class Compare:
     """Methods on top of it; the base alone ("none") is always among them."""
     labels: int = 1
     """Labeled images per class."""
-    seeds: int = 3
-    """Number of seeds: 0, 1, ..."""
+    seeds: int | None = None
+    """Number of seeds: 0, 1, ... (default: 3; 5 with --full)"""
     steps: int = 600
     """Training steps of a run."""
     full: bool = False
@@ -47,24 +48,23 @@ class Compare:
 
     def run(self) -> int:
         """Exit status: 0, or 130 if it was interrupted."""
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
-        wanted = METHODS if self.full else ("none", *self.methods)
-        if self.base == "supervised" and not self.full:
-            if any(method != "none" for method in self.methods) and self.methods != METHODS:
-                raise ValueError(f"methods must be none for base supervised (it imputes no labels), got {self.methods}")
-            wanted = ("none",)
-        seeds = 5 if self.full else self.seeds
-        runs = grid(
-            BASES if self.full else (self.base,),
-            [method for method in METHODS if method in wanted],
-            range(seeds),
-            labels=self.labels,
-            steps=self.steps,
-            device=self.device,
-        )
+        for name in ("seeds", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        bases: tuple[Base, ...] = (self.base,)
+        methods = [method for method in METHODS if method == "none" or method in self.methods]
+        if self.full:
+            if self.base != "fixmatch" or self.methods != METHODS:
+                raise ValueError("full must be given without base and methods: it compares all of them")
+            bases = BASES
+        elif self.base == "supervised":
+            if self.methods not in (METHODS, ("none",)):
+                chosen = " ".join(self.methods)
+                raise ValueError(f"methods must be none for base supervised (it imputes no labels), got {chosen}")
+            methods = ["none"]
+        seeds = self.seeds if self.seeds is not None else (5 if self.full else 3)
+        runs = grid(bases, methods, range(seeds), labels=self.labels, steps=self.steps, device=self.device)
         name = f"{'full' if self.full else self.base}-{self.labels}-per-class-{self.steps}-steps"
         out = self.out if self.out is not None else Path("runs") / name
         results = compare(CompareConfig(runs, out, self.workers))
@@ -77,6 +77,7 @@ class Train(RunConfig):
 
     base: Base = "fixmatch"
     method: Method = "none"
+    labeled_view: Literal["weak", "strong"] = "strong"
     device: Literal["cpu", "cuda"] = "cpu"
     out: Path | None = None
     """Folder for the results (default: a name under runs/ made from the settings)."""
@@ -114,7 +115,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return command.run()
     except (ValueError, ConfigMismatch, WorkerError) as error:
-        print(f"fastmeta: error: {error}", file=sys.stderr)
+        # the libraries name an argument, the command line its flag
+        text = re.sub(r"^\w+(?= must )", lambda match: "--" + match[0].replace("_", "-"), str(error))
+        print(f"fastmeta: error: {text}", file=sys.stderr)
         return 2
 
 

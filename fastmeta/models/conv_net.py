@@ -17,7 +17,7 @@ class ConvNet(nn.Module):
     torch.Size([2, 10])
     """
 
-    def __init__(self, channels: int, num_classes: int, width: int = 16) -> None:
+    def __init__(self, channels: int, num_classes: int, width: int = 32) -> None:
         super().__init__()
 
         def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:

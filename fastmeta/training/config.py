@@ -31,7 +31,7 @@ class RunConfig:
     """Labeled images in a step (repeated, differently augmented, when there are fewer)."""
     unlabeled_batch: int = 120
     """Unlabeled images in a step."""
-    learning_rate: float = 0.03
+    learning_rate: float = 0.2
     """Peak learning rate, decayed as cos(7 pi k / 16 K)."""
     weight_decay: float = 5e-4
     """L2 penalty of the optimizer."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastmeta.methods import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient
-from fastmeta.ssl import Refiner
+from fastmeta.ssl import BASES, Algorithm, FixMatch, Refiner
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,15 @@ class Recipe:
 
     build: Callable[[int, int], Refiner | None]
     uses_holdout: bool = False
+
+
+def make_base(name: str) -> Algorithm:
+    """The base algorithm of this name with the main job's settings.
+
+    >>> make_base("fixmatch").threshold
+    0.8
+    """
+    return FixMatch(threshold=0.8) if name == "fixmatch" else BASES[name]()
 
 
 def _base_alone(num_unlabeled: int, num_classes: int) -> None:

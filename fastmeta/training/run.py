@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from fastmeta.data import ImageDataset, StatelessSampler, StrongAugment, generator_for, make_split, weak_augment
 from fastmeta.models import ConvNet
-from fastmeta.ssl import BASES, Batch, Loss
+from fastmeta.ssl import Batch, Loss
 from fastmeta.training.config import RunConfig
 from fastmeta.training.ema import ExponentialMovingAverage
-from fastmeta.training.recipes import METHODS
+from fastmeta.training.recipes import METHODS, make_base
 from fastmeta.training.refinements import LargestRefinements
 
 # Averaged over the steps between two evaluations. The two errors compare labels with the truth that training never
@@ -48,7 +49,7 @@ class Run:
             weight_decay=config.weight_decay,
             foreach=True,
         )
-        self.base = BASES[config.base]()
+        self.base = make_base(config.base)
         recipe = METHODS[config.method]
         self.uses_holdout = recipe.uses_holdout
         self.refiner = recipe.build(len(self.split.unlabeled), dataset.num_classes)
@@ -58,7 +59,8 @@ class Run:
         self._unlabeled = StatelessSampler(
             len(self.split.unlabeled), config.unlabeled_batch, seed=config.seed, stream="unlabeled"
         )
-        self._strong = StrongAugment()
+        self._views: dict[str, Callable[[Tensor, torch.Generator], Tensor]]
+        self._views = {"weak": weak_augment, "strong": StrongAugment()}
 
         self.step = 0
         self.seconds: list[float] = []
@@ -74,10 +76,9 @@ class Run:
         labeled = self.split.labeled[self._labeled.batch(step)].to(device)
         index = self._unlabeled.batch(step)
         images = dataset.images[self.split.unlabeled[index].to(device)]
-        views = {"weak": weak_augment, "strong": self._strong}
-        labeled_images = views[self.config.labeled_view](dataset.images[labeled], generator)
+        labeled_images = self._views[self.config.labeled_view](dataset.images[labeled], generator)
         weak = weak_augment(images, generator)
-        second = None if self.base.second_view is None else views[self.base.second_view](images, generator)
+        second = None if self.base.second_view is None else self._views[self.base.second_view](images, generator)
         batch = Batch(labeled_images, dataset.targets[labeled], weak, second, index.to(device))
         if not self.uses_holdout:
             return batch
