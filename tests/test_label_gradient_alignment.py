@@ -84,8 +84,9 @@ def test_rows_that_were_not_sampled_stay(draw):
 
 
 def test_labels_come_to_explain_the_labeled_gradient(draw):
-    """On one fixed problem the gap that the method minimizes shrinks."""
-    layer = make_layer(draw)
+    """On one fixed problem that has a solution, the true labels, the gap that the method minimizes shrinks."""
+    layer = make_layer(draw, holdout=6)
+    layer.features_u = layer.features_h
     method = LabelGradientAlignment(6, 4, lr=0.1, dtype=torch.float64)
 
     def gap(labels: Tensor) -> float:
@@ -95,7 +96,7 @@ def test_labels_come_to_explain_the_labeled_gradient(draw):
         return sum((u - g).square().sum().item() for u, g in zip(g_u, g_l, strict=True))
 
     labels = [method.refine(**layer.batch(), index=torch.arange(6)).labels for _ in range(60)]
-    assert gap(labels[-1]) < 0.7 * gap(labels[0])
+    assert gap(labels[-1]) < 0.1 * gap(labels[0])
 
 
 @pytest.mark.parametrize("separate", [False, True])
