@@ -110,9 +110,9 @@ def shapes(draw: Draw) -> list[tuple[int, int, int]]:
 @dtypes
 def test_matches_float64(case, loss, dtype, generator):
     draw = Draw(generator, dtype)
-    variants = itertools.cycle(case.variants)
     for impl in kernels(case):
-        for shape, variant in zip(shapes(draw)[:: 4 if IN_CHILD else 1], variants, strict=False):
+        for shape in shapes(draw)[:: 4 if IN_CHILD else 1]:
+            variant = draw.choice(case.variants)
             arguments = case.arguments(draw, shape, loss, variant)
             check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
 
