@@ -3,6 +3,7 @@
 ``csrc/checks.h`` makes the same checks for the kernels, so on the fast path these run only to word the error.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, NoReturn, TypeVar
@@ -88,12 +89,13 @@ def number(value: object, name: str, *, low: float | None = None, high: float | 
     """A finite number within ``[low, high]``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if value != value or value in (float("inf"), float("-inf")):
+    checked = float(value)
+    if not math.isfinite(checked):
         raise ValueError(f"{name} must be finite, got {value}")
-    if (low is not None and value < low) or (high is not None and value > high):
+    if (low is not None and checked < low) or (high is not None and checked > high):
         bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {bounds}, got {value}")
-    return float(value)
+    return checked
 
 
 def run(kernel: Callable[..., Result], arguments: tuple[Any, ...], check: Callable[[], None]) -> Result:

@@ -28,7 +28,7 @@ def feature_similarity_reference(
     bias: bool,
 ) -> Tensor:  # [Nu, C]
     """``scale (h_u h_H^T + 1) r_H``, in the cheaper association order."""
-    if gram_is_cheaper(features_u.shape[0], *features_h.shape, residual_h.shape[1]):
+    if gram_is_cheaper(features_u.shape[0], features_h.shape[0], features_h.shape[1], residual_h.shape[1]):
         similarity = features_u @ features_h.T
         return scale * ((similarity + 1 if bias else similarity) @ residual_h)
     product = features_u @ (features_h.T @ residual_h)
