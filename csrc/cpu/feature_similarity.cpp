@@ -16,8 +16,8 @@ bool gram_is_cheaper(int64_t count_u, int64_t count_h, int64_t features, int64_t
 // G = r^T h_H and g_b = sum r are a last-layer gradient, scale (h_u G^T + g_b) a label gradient along it; the label
 // tangent of binary cross-entropy is the logit tangent itself.
 template <class A>
-Tensor small_similarity(const Tensor& features_u, const Tensor& features_h, const Tensor& residual_h, double scale,
-                        bool bias) {
+Tensor own_similarity(const Tensor& features_u, const Tensor& features_h, const Tensor& residual_h, double scale,
+                      bool bias) {
   const int64_t num_features = features_h.size(1), outputs = residual_h.size(1);
   LastLayer<A> sum({features_h.size(0), num_features, outputs}, {.features = features_h, .tangent = residual_h},
                    Loss::binary_cross_entropy, RowFunction::label_tangent);
@@ -31,8 +31,8 @@ Tensor small_similarity(const Tensor& features_u, const Tensor& features_h, cons
 }
 
 template <class A>
-Tensor large_similarity(const Tensor& features_u, const Tensor& features_h, const Tensor& residual_h, double scale,
-                        bool bias, bool gram) {
+Tensor gemm_similarity(const Tensor& features_u, const Tensor& features_h, const Tensor& residual_h, double scale,
+                       bool bias, bool gram) {
   const Tensor u = gemm_operand(features_u), h = gemm_operand(features_h), r = gemm_operand(residual_h);
   const Tensor product = gram ? gemm(gemm(u, transposed(h)), r) : gemm(u, gemm(transposed(h), r));
   if (!bias && scale == 1 && product.scalar_type() == features_u.scalar_type()) return product;
@@ -73,10 +73,10 @@ Tensor feature_similarity(const Tensor& features_u,   // [Nu, D]
   const bool gram = gram_is_cheaper(features_u.size(0), features_h.size(0), features_u.size(1), outputs);
   return with_accumulation(features_u, [&](auto zero) {
     using A = decltype(zero);
-    if (!gram && is_small_head<A>(outputs)) {
-      return small_similarity<A>(features_u, features_h, residual_h, scale, bias);
+    if (!gram && OwnProducts<A>({features_u.size(0), features_u.size(1), outputs}, features_u).gradient) {
+      return own_similarity<A>(features_u, features_h, residual_h, scale, bias);
     }
-    return large_similarity<A>(features_u, features_h, residual_h, scale, bias, gram);
+    return gemm_similarity<A>(features_u, features_h, residual_h, scale, bias, gram);
   });
 }
 

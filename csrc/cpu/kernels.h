@@ -24,29 +24,34 @@ FASTMETA_INLINE A scalar_at(const T* p) {
   }
 }
 
-// Blocks of one vector of rows by 16 columns: every line read is used up before it leaves the cache.
+// A panel holds `most_columns` vectors of rows, a column of the source after the other.
 template <class A, class T>
-void pack_of(const T* source, int64_t stride, int64_t rows, int64_t padded, int64_t begin, int64_t end, A* packed) {
-  for (int64_t row = 0; row < padded; row += lanes<A>) {
-    const int64_t last = row + lanes<A> < rows ? row + lanes<A> : rows;
+void pack_of(const T* source, int64_t stride, int64_t rows, int64_t padded, int64_t columns, int64_t begin, int64_t end,
+             A* packed) {
+  const int64_t vectors = padded / lanes<A>;
+  for (int64_t k = 0; k < vectors; ++k) {
+    const int64_t first = k / most_columns * most_columns, width = panel_vectors(first, vectors) * lanes<A>;
+    A* panel = packed + first * lanes<A> * columns + (k - first) * lanes<A>;
+    const T* row = source + k * lanes<A> * stride;
+    const int64_t count = rows - k * lanes<A> < lanes<A> ? rows - k * lanes<A> : lanes<A>;
     for (int64_t column = begin; column < end; ++column) {
-      A* out = packed + column * padded;
-      for (int64_t r = row; r < last; ++r) out[r] = scalar_at<A>(source + r * stride + column);
-      for (int64_t r = last; r < row + lanes<A>; ++r) out[r] = 0;
+      A* out = panel + column * width;
+      for (int64_t r = 0; r < count; ++r) out[r] = scalar_at<A>(row + r * stride + column);
+      for (int64_t r = count; r < lanes<A>; ++r) out[r] = 0;
     }
   }
 }
 
 template <class A>
-void pack(const Matrix& source, int64_t rows, int64_t padded, int64_t begin, int64_t end, A* packed) {
+void pack(const Matrix& source, int64_t rows, int64_t padded, int64_t columns, int64_t begin, int64_t end, A* packed) {
   if constexpr (std::is_same_v<A, double>) {
-    pack_of<A>(static_cast<const double*>(source.data), source.stride, rows, padded, begin, end, packed);
+    pack_of<A>(static_cast<const double*>(source.data), source.stride, rows, padded, columns, begin, end, packed);
   } else if (source.element == Element::float32) {
-    pack_of<A>(static_cast<const float*>(source.data), source.stride, rows, padded, begin, end, packed);
+    pack_of<A>(static_cast<const float*>(source.data), source.stride, rows, padded, columns, begin, end, packed);
   } else if (source.element == Element::bfloat16) {
-    pack_of<A>(static_cast<const BFloat16*>(source.data), source.stride, rows, padded, begin, end, packed);
+    pack_of<A>(static_cast<const BFloat16*>(source.data), source.stride, rows, padded, columns, begin, end, packed);
   } else {
-    pack_of<A>(static_cast<const Float16*>(source.data), source.stride, rows, padded, begin, end, packed);
+    pack_of<A>(static_cast<const Float16*>(source.data), source.stride, rows, padded, columns, begin, end, packed);
   }
 }
 

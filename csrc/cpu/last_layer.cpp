@@ -16,7 +16,7 @@ constexpr ScalarType accumulation_type = sizeof(A) == 8 ? ScalarType::Double : S
 
 template <class A>
 LastLayer<A>::LastLayer(const LastLayerSizes& sizes, LastLayerArguments arguments, Loss loss, RowFunction function)
-    : sizes_(sizes), arguments_(std::move(arguments)), kernels_(row_kernels<A>()) {
+    : sizes_(sizes), arguments_(std::move(arguments)), kernels_(row_kernels<A>()), own_(sizes, arguments_.features) {
   RowProgram<A>& p = program_;
   p.function = function;
   p.loss = loss;
@@ -24,26 +24,23 @@ LastLayer<A>::LastLayer(const LastLayerSizes& sizes, LastLayerArguments argument
   p.padded = round_up(sizes.outputs, kernels_.lanes);
   p.num_features = sizes.features;
   p.padded_features = round_up(sizes.features, kernels_.lanes);
-  if (sizes.outputs == 0) return;
   kept_.reserve(4);
   packed_.reserve(4);
+  if (arguments_.targets.has_value() && arguments_.targets->scalar_type() == ScalarType::Long) {
+    p.targets = read(*arguments_.targets);
+    p.classes = static_cast<const int64_t*>(p.targets.data);
+    check_classes(p.classes, sizes.examples, sizes.outputs);
+  }
+  if (sizes.outputs == 0) return;
+  if (arguments_.targets.has_value() && p.classes == nullptr) p.targets = read(*arguments_.targets);
   if (arguments_.logits.has_value()) p.logits.rows = read(*arguments_.logits);
   if (arguments_.tangent.has_value()) p.tangent.rows = read(*arguments_.tangent);
   if (arguments_.weights.has_value()) p.weights = read(*arguments_.weights);
-  if (arguments_.targets.has_value()) {
-    p.targets = read(*arguments_.targets);
-    if (arguments_.targets->scalar_type() == ScalarType::Long) {
-      p.classes = static_cast<const int64_t*>(p.targets.data);
-      check_classes(p.classes, sizes.examples, sizes.outputs);
-    }
-  }
   p.logits.bias = pack_bias(arguments_.head_bias);
   p.tangent.bias = pack_bias(arguments_.direction_bias);
-  small_ = is_small_head<A>(sizes.outputs);
-  if (small_) {
-    p.features = read(arguments_.features);
-    pack_factors();
-  }
+  if (own_.forward) p.features = read(arguments_.features);
+  if (own_.forward && arguments_.head_weight.has_value()) p.logits.factor = pack(*arguments_.head_weight);
+  if (own_.forward && arguments_.direction_weight.has_value()) p.tangent.factor = pack(*arguments_.direction_weight);
 }
 
 template <class A>
@@ -61,7 +58,7 @@ const A* LastLayer<A>::pack(const Tensor& weight) {
   A* packed = packed_.emplace_back(program_.padded * sizes_.features).data();
   const double operations = static_cast<double>(program_.padded * sizes_.features);
   for_chunks(sizes_.features, parallel_chunks(sizes_.features, operations), [&](int64_t begin, int64_t end, int64_t) {
-    kernels_.pack(matrix, sizes_.outputs, program_.padded, begin, end, packed);
+    kernels_.pack(matrix, sizes_.outputs, program_.padded, sizes_.features, begin, end, packed);
   });
   return packed;
 }
@@ -74,12 +71,6 @@ const A* LastLayer<A>::pack_bias(const std::optional<Tensor>& bias) {
   A* packed = packed_.emplace_back(program_.padded).data();
   kernels_.widen(matrix_of(source), sizes_.outputs, packed);
   return packed;
-}
-
-template <class A>
-void LastLayer<A>::pack_factors() {
-  if (arguments_.head_weight.has_value()) program_.logits.factor = pack(*arguments_.head_weight);
-  if (arguments_.direction_weight.has_value()) program_.tangent.factor = pack(*arguments_.direction_weight);
 }
 
 template <class A>
@@ -110,6 +101,7 @@ template <class A>
 typename LastLayer<A>::Slice LastLayer<A>::slice(int64_t first, int64_t rows, const Tensor& features) const {
   Slice slice{program_, rows_of(features, first, rows), std::nullopt, std::nullopt, rows};
   RowProgram<A>& p = slice.program;
+  p.features = p.features.from(first);
   p.logits.rows = p.logits.rows.from(first);
   p.targets = p.targets.from(first);
   if (p.classes != nullptr) p.classes += first;
@@ -121,6 +113,7 @@ typename LastLayer<A>::Slice LastLayer<A>::slice(int64_t first, int64_t rows, co
     outputs.rows = matrix_of(result);
     return result;
   };
+  if (own_.forward) return slice;
   if (arguments_.head_weight.has_value()) slice.logits = product(*arguments_.head_weight, p.logits);
   if (arguments_.direction_weight.has_value()) slice.tangent = product(*arguments_.direction_weight, p.tangent);
   return slice;
@@ -128,7 +121,7 @@ typename LastLayer<A>::Slice LastLayer<A>::slice(int64_t first, int64_t rows, co
 
 template <class A>
 void LastLayer<A>::run_all() {
-  if (small_) return run(program_, sizes_.examples, chunks_of(sizes_.examples));
+  if (own_.forward) return run(program_, sizes_.examples, chunks_of(sizes_.examples));
   const Tensor features = gemm_operand(arguments_.features);
   const int64_t step = slice_rows();
   for (int64_t first = 0; first < sizes_.examples; first += step) {
@@ -168,7 +161,7 @@ void LastLayer<A>::combine(Combination<A> combination, const std::optional<Tenso
 }
 
 template <class A>
-Tensor LastLayer<A>::gradient_small(const Buffer<A>& column_sums, int64_t chunks, double damping) {
+Tensor LastLayer<A>::gradient_own(const Buffer<A>& column_sums, int64_t chunks, double damping) {
   const Tensor out = torch::stable::new_empty(arguments_.features, {sizes_.outputs, sizes_.features});
   const Buffer<A> parts(chunks * sizes_.outputs * program_.padded_features);
   program_.gradient = parts.data();
@@ -184,7 +177,7 @@ Tensor LastLayer<A>::gradient_small(const Buffer<A>& column_sums, int64_t chunks
 }
 
 template <class A>
-Tensor LastLayer<A>::gradient_large(const Buffer<A>& column_sums, int64_t chunks, double damping) {
+Tensor LastLayer<A>::gradient_gemm(const Buffer<A>& column_sums, int64_t chunks, double damping) {
   const Tensor features = gemm_operand(arguments_.features);
   const int64_t step = slice_rows();
   program_.column_sums = column_sums.data();
@@ -224,12 +217,12 @@ template <class A>
 std::tuple<Tensor, Tensor> LastLayer<A>::gradient(bool with_bias, double damping) {
   const Tensor bias = torch::stable::new_empty(arguments_.features, {with_bias ? sizes_.outputs : 0});
   if (sizes_.outputs == 0) return {torch::stable::new_empty(arguments_.features, {0, sizes_.features}), bias};
-  const int64_t step = small_ ? sizes_.examples : slice_rows();
-  const int64_t slices = small_ ? 1 : std::max<int64_t>(1, (sizes_.examples + step - 1) / step);
-  const int64_t chunks = chunks_of(std::min(step, sizes_.examples), small_ ? 1 : 0);
+  const int64_t step = own_.gradient ? sizes_.examples : slice_rows();
+  const int64_t slices = own_.gradient ? 1 : std::max<int64_t>(1, (sizes_.examples + step - 1) / step);
+  const int64_t chunks = chunks_of(std::min(step, sizes_.examples), own_.gradient ? 1 : 0);
   const Buffer<A> column_sums(slices * chunks * program_.padded);
   const Tensor weight =
-      small_ ? gradient_small(column_sums, chunks, damping) : gradient_large(column_sums, chunks, damping);
+      own_.gradient ? gradient_own(column_sums, chunks, damping) : gradient_gemm(column_sums, chunks, damping);
   if (with_bias) {
     combine({.parts = {column_sums.data(), program_.padded, accumulation<A>},
              .chunks = slices * chunks,

@@ -1,5 +1,5 @@
-// One call of a last-layer operator: a small head in a single pass over the rows, a large one as torch's GEMM with one
-// fused pass before or after it.
+// One call of a last-layer operator: a single pass over the rows that multiplies as it goes, or one fused pass before
+// or after torch's GEMM.
 #pragma once
 
 #include <optional>
@@ -20,14 +20,30 @@ struct LastLayerArguments {
   std::optional<Tensor> weights;                 // [N]
   std::optional<Tensor> direction_weight;        // [C, D]
   std::optional<Tensor> direction_bias;          // [C]
-  std::optional<Tensor> tangent;                 // [N, C] in place of a direction, small heads only
+  std::optional<Tensor> tangent;                 // [N, C] in place of a direction
 };
 
-// Whether a pass of our own over the rows beats torch's GEMM and a row pass.
+// Which products the row engine does itself, and which are torch's GEMM. Crossovers measured on Zen 5: with AVX-512 the
+// engine multiplies twice as fast as torch's GEMM, with AVX2 as fast, with 128-bit vectors less than half as fast, so
+// that only the saved calls speak for it. Its sum of outer products needs each thread's [C, D] in the second-level
+// cache; a larger factor needs rows enough to pay for packing it. bfloat16 instructions multiply three times as fast.
 template <class A>
-bool is_small_head(int64_t outputs) {
-  return outputs <= 8 * row_kernels<A>().lanes;
-}
+struct OwnProducts {
+  bool forward, gradient;
+
+  OwnProducts(const LastLayerSizes& sizes, const Tensor& features) {
+    const int64_t lanes = row_kernels<A>().lanes;
+    const int64_t factor = sizes.features * ((sizes.outputs + lanes - 1) / lanes * lanes);
+    const bool few = sizes.outputs <= 16;
+    const bool cached = isa() != Isa::baseline && factor * static_cast<int64_t>(sizeof(A)) <= 1 << 20;
+    if (features.scalar_type() == ScalarType::BFloat16 && has_bfloat16_products()) {
+      forward = gradient = (few || cached) && sizes.examples * factor <= 2'000'000;
+    } else {
+      gradient = few || cached;
+      forward = gradient || (isa() == Isa::avx512 && sizes.examples >= 256);
+    }
+  }
+};
 
 // A is the type of accumulation, float or double. One object serves one call of one of the three results.
 template <class A>
@@ -40,7 +56,7 @@ class LastLayer {
   std::tuple<Tensor, Tensor> gradient(bool with_bias, double damping);  // [C, D], and [C] or [0]
 
  private:
-  // Some rows of a large head, with the products that stand in for what the program lacks.
+  // Some rows, with torch's products for what the program does not multiply itself.
   struct Slice {
     RowProgram<A> program;
     Tensor features;
@@ -51,21 +67,21 @@ class LastLayer {
   Matrix read(const Tensor& tensor);
   const A* pack(const Tensor& weight);
   const A* pack_bias(const std::optional<Tensor>& bias);
-  void pack_factors();
+
   int64_t slice_rows() const;
   Slice slice(int64_t first, int64_t rows, const Tensor& features) const;
   int64_t chunks_of(int64_t rows, int gradients = 0) const;
   void run(const RowProgram<A>& program, int64_t rows, int64_t chunks) const;
   void run_all();
-  Tensor gradient_small(const Buffer<A>& column_sums, int64_t chunks, double damping);
-  Tensor gradient_large(const Buffer<A>& column_sums, int64_t chunks, double damping);
+  Tensor gradient_own(const Buffer<A>& column_sums, int64_t chunks, double damping);
+  Tensor gradient_gemm(const Buffer<A>& column_sums, int64_t chunks, double damping);
   void combine(Combination<A> combination, const std::optional<Tensor>& addend, const Tensor& out) const;
 
   const LastLayerSizes sizes_;
   const LastLayerArguments arguments_;
   const RowKernels<A>& kernels_;
   RowProgram<A> program_;
-  bool small_ = false;
+  OwnProducts<A> own_;
   std::vector<Tensor> kept_;       // what the program's matrices point to
   std::vector<Buffer<A>> packed_;  // and its factors and biases
 };

@@ -4,13 +4,13 @@ namespace fastmeta::FASTMETA_TARGET {
 
 // 32 vector registers hold 16 accumulators and their operands, 16 registers hold 8.
 constexpr bool many_registers = FASTMETA_AVX512 || !FASTMETA_X86;
-constexpr int most_columns = many_registers ? 4 : 2;  // vectors of columns in a tile of `multiply`
+constexpr int most_columns = many_registers ? 4 : 2;  // vectors in a panel of a factor
 constexpr int depth = 32;                             // features summed in one go: short sums round less
 
-// out [R, K vectors] = h [R, features] factor [features, K vectors]
+// out [R, K vectors] = h [R, features] panel [features, K vectors]
 template <class A, int R, int K>
-FASTMETA_INLINE void multiply_tile(const A* h, int64_t h_stride, const A* factor, int64_t padded, int64_t features,
-                                   A* out) {
+FASTMETA_INLINE void multiply_tile(const A* h, int64_t h_stride, const A* panel, int64_t features, A* out,
+                                   int64_t padded) {
   Vec<A> total[R][K] = {};
   for (int64_t first = 0; first < features; first += depth) {
     const int64_t last = first + depth < features ? first + depth : features;
@@ -18,7 +18,7 @@ FASTMETA_INLINE void multiply_tile(const A* h, int64_t h_stride, const A* factor
     for (int64_t d = first; d < last; ++d) {
       Vec<A> column[K];
 #pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) column[k] = load<A>(factor + d * padded + k * lanes<A>);
+      for (int k = 0; k < K; ++k) column[k] = load<A>(panel + (d * K + k) * lanes<A>);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -37,39 +37,42 @@ FASTMETA_INLINE void multiply_tile(const A* h, int64_t h_stride, const A* factor
 }
 
 template <class A, int R, int K>
-void multiply_rows(const A* h, int64_t h_stride, const A* factor, int64_t padded, int64_t features, int64_t rows,
-                   A* out) {
+void multiply_rows(const A* h, int64_t h_stride, const A* panel, int64_t features, int64_t rows, A* out,
+                   int64_t padded) {
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
-    multiply_tile<A, R, K>(h + r * h_stride, h_stride, factor, padded, features, out + r * padded);
+    multiply_tile<A, R, K>(h + r * h_stride, h_stride, panel, features, out + r * padded, padded);
   }
   if constexpr (R > 1) {
     if (r < rows) {
-      multiply_rows<A, R / 2, K>(h + r * h_stride, h_stride, factor, padded, features, rows - r, out + r * padded);
+      multiply_rows<A, R / 2, K>(h + r * h_stride, h_stride, panel, features, rows - r, out + r * padded, padded);
     }
   }
 }
 
-// out [rows, padded] = h [rows, features] factor [features, padded]
+// Vectors in the panel that starts at vector k of `vectors`.
+constexpr int64_t panel_vectors(int64_t k, int64_t vectors) {
+  return vectors - k < most_columns ? vectors - k : most_columns;
+}
+
+// out [rows, padded] = h [rows, features] factor, the factor packed in panels [features, up to `most_columns` vectors].
 template <class A>
-void multiply(const A* h, int64_t h_stride, const A* factor, int64_t padded, int64_t features, int64_t rows, A* out) {
+void multiply(const A* h, int64_t h_stride, const A* factor, int64_t features, int64_t rows, A* out, int64_t padded) {
   const int64_t vectors = padded / lanes<A>;
-  for (int64_t k = 0; k < vectors;) {
-    const A* columns = factor + k * lanes<A>;
+  for (int64_t k = 0; k < vectors; k += most_columns) {
+    const A* panel = factor + k * lanes<A> * features;
     A* target = out + k * lanes<A>;
-    const int64_t left = vectors - k;
-    if (most_columns == 4 && left >= 4) {
-      multiply_rows<A, 4, 4>(h, h_stride, columns, padded, features, rows, target);
-      k += 4;
-    } else if (most_columns == 4 && left == 3) {
-      multiply_rows<A, 4, 3>(h, h_stride, columns, padded, features, rows, target);
-      k += 3;
-    } else if (left >= 2) {
-      multiply_rows<A, many_registers ? 8 : 4, 2>(h, h_stride, columns, padded, features, rows, target);
-      k += 2;
-    } else {
-      multiply_rows<A, 8, 1>(h, h_stride, columns, padded, features, rows, target);
-      k += 1;
+    const int64_t width = panel_vectors(k, vectors);
+    if (width == 1) {
+      multiply_rows<A, 8, 1>(h, h_stride, panel, features, rows, target, padded);
+    } else if (width == 2) {
+      multiply_rows<A, many_registers ? 8 : 4, 2>(h, h_stride, panel, features, rows, target, padded);
+    } else if constexpr (most_columns == 4) {
+      if (width == 3) {
+        multiply_rows<A, 4, 3>(h, h_stride, panel, features, rows, target, padded);
+      } else {
+        multiply_rows<A, 4, 4>(h, h_stride, panel, features, rows, target, padded);
+      }
     }
   }
 }

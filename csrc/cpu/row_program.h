@@ -28,7 +28,7 @@ struct Matrix {
 template <class A>
 struct Outputs {
   Matrix rows;                // [N, C], or null
-  const A* factor = nullptr;  // [D, padded], or null
+  const A* factor = nullptr;  // [D, padded] in panels of vectors (products.h), or null
   const A* bias = nullptr;    // [padded], added; or null
 };
 
@@ -86,8 +86,9 @@ struct LabelStep {
 template <class A>
 struct RowKernels {
   int lanes;
-  // packed [columns, padded] = source [rows, columns] transposed, for columns [begin, end); 0 beyond the rows.
-  void (*pack)(const Matrix& source, int64_t rows, int64_t padded, int64_t begin, int64_t end, A* packed);
+  // A factor of Outputs from source [rows, columns], for columns [begin, end); 0 beyond the rows.
+  void (*pack)(const Matrix& source, int64_t rows, int64_t padded, int64_t columns, int64_t begin, int64_t end,
+               A* packed);
   // dst [n rounded up to whole vectors] = row 0 of src [1, n], 0 beyond n.
   void (*widen)(const Matrix& src, int64_t n, A* dst);
   // Runs rows [begin, end) as chunk `chunk`, which owns a slice of the gradient and of the column sums.

@@ -10,6 +10,7 @@ struct Block {
   A* tangent;
   A* targets;
   A* result;
+  A* lost;      // [padded]: what the column sums have lost to rounding
   A* features;  // [block, padded_features], used where the features cannot be read in place
 };
 
@@ -37,7 +38,7 @@ template <class A>
 void outputs_of(const Outputs<A>& outputs, const RowProgram<A>& p, const FeatureRows<A>& h, int64_t first, int64_t n,
                 double padding, A* out) {
   if (outputs.factor != nullptr) {
-    multiply<A>(h.data, h.stride, outputs.factor, p.padded, p.num_features, n, out);
+    multiply<A>(h.data, h.stride, outputs.factor, p.num_features, n, out, p.padded);
   } else {
     for (int64_t r = 0; r < n; ++r) load_row<A>(outputs.rows, first + r, p.outputs, padding, out + r * p.padded);
   }
@@ -114,21 +115,27 @@ void row_functions(const RowProgram<A>& p, const Block<A>& block, int64_t n) {
   }
 }
 
-// Weights the rows in place and adds them to the column sums.
+// Weights the rows in place.
 template <class A>
-void weigh_and_sum(const RowProgram<A>& p, const Block<A>& block, int64_t first, int64_t n, A* column_sums) {
+void weigh(const RowProgram<A>& p, const Block<A>& block, int64_t first, int64_t n) {
   alignas(64) A weight[lanes<A>];
   for (int64_t r = 0; r < n; ++r) {
     A* row = block.result + r * p.padded;
-    if (p.weights) {
-      load_row<A>(p.weights, first + r, 1, 0.0, weight);
-      for (int64_t c = 0; c < p.padded; c += lanes<A>) store<A>(row + c, load<A>(row + c) * weight[0]);
-    }
-    if (column_sums != nullptr) {
-      for (int64_t c = 0; c < p.padded; c += lanes<A>) {
-        store<A>(column_sums + c, load<A>(column_sums + c) + load<A>(row + c));
-      }
-    }
+    load_row<A>(p.weights, first + r, 1, 0.0, weight);
+    for (int64_t c = 0; c < p.padded; c += lanes<A>) store<A>(row + c, load<A>(row + c) * weight[0]);
+  }
+}
+
+// Adds the block's rows to the column sums: four running sums in a block, compensated sums (Kahan) across blocks.
+template <class A>
+void sum_columns(const RowProgram<A>& p, const Block<A>& block, int64_t n, A* column_sums) {
+  for (int64_t c = 0; c < p.padded; c += lanes<A>) {
+    Vec<A> sums[4] = {};
+    for (int64_t r = 0; r < n; ++r) sums[r % 4] += load<A>(block.result + r * p.padded + c);
+    const Vec<A> part = (sums[0] + sums[1]) + (sums[2] + sums[3]) - load<A>(block.lost + c);
+    const Vec<A> before = load<A>(column_sums + c), after = before + part;
+    store<A>(block.lost + c, (after - before) - part);
+    store<A>(column_sums + c, after);
   }
 }
 
@@ -148,7 +155,8 @@ void results(const RowProgram<A>& p, const Block<A>& block, const FeatureRows<A>
     return;
   }
   A* column_sums = p.column_sums == nullptr ? nullptr : p.column_sums + chunk * p.padded;
-  if (p.weights || column_sums != nullptr) weigh_and_sum(p, block, first, n, column_sums);
+  if (p.weights) weigh(p, block, first, n);
+  if (column_sums != nullptr) sum_columns(p, block, n, column_sums);
   if (p.rows) {
     for (int64_t r = 0; r < n; ++r) store_row<A>(block.result + r * p.padded, p.outputs, p.scale, p.rows, first + r);
   }
@@ -158,10 +166,11 @@ void results(const RowProgram<A>& p, const Block<A>& block, const FeatureRows<A>
   }
 }
 
-// Rows to a block: all of its scratch memory stays in the first-level cache, the features of a wide layer in the
-// second.
+// Rows to a block: all of its scratch memory stays in the first-level cache, and the features of a wide layer in the
+// second, unless a factor comes from beyond that, which more rows pay for.
 template <class A>
-int64_t block_rows(const RowProgram<A>& p, bool uses_features) {
+int64_t block_rows(const RowProgram<A>& p, bool uses_features, bool uses_factor) {
+  if (uses_factor && p.padded * p.num_features > 65536) return 32;
   int64_t rows = 2048 / p.padded;
   if (uses_features && rows * p.padded_features > 32768) rows = 32768 / p.padded_features;
   return rows < 1 ? 1 : rows < 8 ? (uses_features ? 8 : rows) : rows > 32 ? 32 : rows / 8 * 8;
@@ -169,20 +178,23 @@ int64_t block_rows(const RowProgram<A>& p, bool uses_features) {
 
 template <class A>
 void run(const RowProgram<A>& p, int64_t begin, int64_t end, int64_t chunk) {
-  const bool uses_features = p.logits.factor != nullptr || p.tangent.factor != nullptr || p.gradient != nullptr;
-  const int64_t most = block_rows(p, uses_features), area = most * p.padded;
-  Buffer<A> scratch(4 * area + (uses_features ? most * p.padded_features : 0));
+  const bool uses_factor = p.logits.factor != nullptr || p.tangent.factor != nullptr;
+  const bool uses_features = uses_factor || p.gradient != nullptr;
+  const int64_t most = block_rows(p, uses_features, uses_factor), area = most * p.padded;
+  Buffer<A> scratch(4 * area + p.padded + (uses_features ? most * p.padded_features : 0));
   Block<A> block{most,
                  scratch.data(),
                  scratch.data() + area,
                  scratch.data() + 2 * area,
                  scratch.data() + 3 * area,
-                 scratch.data() + 4 * area};
+                 scratch.data() + 4 * area,
+                 scratch.data() + 4 * area + p.padded};
   if (p.gradient != nullptr) {
     const int64_t size = p.outputs * p.padded_features;
     std::memset(p.gradient + chunk * size, 0, static_cast<size_t>(size) * sizeof(A));
   }
   if (p.column_sums != nullptr) {
+    std::memset(block.lost, 0, static_cast<size_t>(p.padded) * sizeof(A));
     std::memset(p.column_sums + chunk * p.padded, 0, static_cast<size_t>(p.padded) * sizeof(A));
   }
   const double padding = padding_logit(p.loss);

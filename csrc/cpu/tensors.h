@@ -64,7 +64,7 @@ inline Tensor rows_of(Tensor matrix, int64_t first, int64_t n) {
 
 // How many threads to use for work of this many vector operations: one until a second saves more than waking it costs.
 inline int64_t parallel_chunks(int64_t items, double operations) {
-  constexpr double least = 8192;
+  constexpr double least = 12288;
   const double most = std::min<double>(torch::stable::get_num_threads(), static_cast<double>(items));
   return std::max<int64_t>(1, static_cast<int64_t>(std::min(most, operations / least)));
 }
