@@ -13,15 +13,15 @@ bool gram_is_cheaper(int64_t count_u, int64_t count_h, int64_t features, int64_t
   return u * h * (d + c) < (u + h) * d * c;
 }
 
-// G = r^T h_H and g_b = sum r are a last-layer gradient, scale (h_u G^T + g_b) a label gradient along it; the label
-// tangent of binary cross-entropy is the logit tangent itself.
+// G = r^T h_H and g_b = sum r, kept in the accumulation type, are a last-layer gradient, scale (h_u G^T + g_b) a label
+// gradient along it; the label tangent of binary cross-entropy is the logit tangent itself.
 template <class A>
 Tensor own_similarity(const Tensor& features_u, const Tensor& features_h, const Tensor& residual_h, double scale,
                       bool bias) {
   const int64_t num_features = features_h.size(1), outputs = residual_h.size(1);
   LastLayer<A> sum({features_h.size(0), num_features, outputs}, {.features = features_h, .tangent = residual_h},
                    Loss::binary_cross_entropy, RowFunction::label_tangent);
-  const auto [weight, total] = sum.gradient(bias, 0.0);
+  const auto [weight, total] = sum.gradient(bias, 0.0, accumulation_type<A>);
   LastLayer<A> spread({features_u.size(0), num_features, outputs},
                       {.features = features_u,
                        .direction_weight = weight,
@@ -44,9 +44,9 @@ Tensor gemm_similarity(const Tensor& features_u, const Tensor& features_h, const
                              .out = matrix_of(out)};
   std::optional<Tensor> total;  // [C], added to every row
   if (bias) {
-    const ScalarType type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
     const int64_t rows[] = {0};
-    total = torch::stable::sum(residual_h, torch::headeronly::IntHeaderOnlyArrayRef(rows, 1), false, type);
+    total =
+        torch::stable::sum(residual_h, torch::headeronly::IntHeaderOnlyArrayRef(rows, 1), false, accumulation_type<A>);
     combination.addend = matrix_of(*total);
     combination.addend.stride = 0;
     combination.factor = static_cast<A>(scale);
@@ -73,9 +73,9 @@ Tensor feature_similarity(const Tensor& features_u,   // [Nu, D]
   const bool gram = gram_is_cheaper(features_u.size(0), features_h.size(0), features_u.size(1), outputs);
   return with_accumulation(features_u, [&](auto zero) {
     using A = decltype(zero);
-    if (!gram && OwnProducts<A>({features_u.size(0), features_u.size(1), outputs}, features_u).gradient) {
-      return own_similarity<A>(features_u, features_h, residual_h, scale, bias);
-    }
+    const bool own = OwnProducts<A>({features_h.size(0), features_h.size(1), outputs}, features_h).gradient &&
+                     OwnProducts<A>({features_u.size(0), features_u.size(1), outputs}, features_u).forward;
+    if (!gram && own) return own_similarity<A>(features_u, features_h, residual_h, scale, bias);
     return gemm_similarity<A>(features_u, features_h, residual_h, scale, bias, gram);
   });
 }

@@ -9,9 +9,6 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 template <class A>
 constexpr Element accumulation = sizeof(A) == 8 ? Element::float64 : Element::float32;
 
-template <class A>
-constexpr ScalarType accumulation_type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-
 }  // namespace
 
 template <class A>
@@ -161,8 +158,8 @@ void LastLayer<A>::combine(Combination<A> combination, const std::optional<Tenso
 }
 
 template <class A>
-Tensor LastLayer<A>::gradient_own(const Buffer<A>& column_sums, int64_t chunks, double damping) {
-  const Tensor out = torch::stable::new_empty(arguments_.features, {sizes_.outputs, sizes_.features});
+Tensor LastLayer<A>::gradient_own(const Buffer<A>& column_sums, int64_t chunks, double damping, ScalarType type) {
+  const Tensor out = torch::stable::new_empty(arguments_.features, {sizes_.outputs, sizes_.features}, type);
   const Buffer<A> parts(chunks * sizes_.outputs * program_.padded_features);
   program_.gradient = parts.data();
   program_.column_sums = column_sums.data();
@@ -177,7 +174,7 @@ Tensor LastLayer<A>::gradient_own(const Buffer<A>& column_sums, int64_t chunks, 
 }
 
 template <class A>
-Tensor LastLayer<A>::gradient_gemm(const Buffer<A>& column_sums, int64_t chunks, double damping) {
+Tensor LastLayer<A>::gradient_gemm(const Buffer<A>& column_sums, int64_t chunks, double damping, ScalarType type) {
   const Tensor features = gemm_operand(arguments_.features);
   const int64_t step = slice_rows();
   program_.column_sums = column_sums.data();
@@ -205,8 +202,8 @@ Tensor LastLayer<A>::gradient_gemm(const Buffer<A>& column_sums, int64_t chunks,
               sum, *sum);
     }
   }
-  if (damping == 0 && sum->scalar_type() == arguments_.features.scalar_type()) return *sum;
-  const Tensor out = torch::stable::new_empty(arguments_.features, {sizes_.outputs, sizes_.features});
+  if (damping == 0 && sum->scalar_type() == type) return *sum;
+  const Tensor out = torch::stable::new_empty(arguments_.features, {sizes_.outputs, sizes_.features}, type);
   combine(
       {.parts = matrix_of(*sum), .rows = sizes_.outputs, .columns = sizes_.features, .factor = static_cast<A>(damping)},
       arguments_.direction_weight, out);
@@ -214,15 +211,16 @@ Tensor LastLayer<A>::gradient_gemm(const Buffer<A>& column_sums, int64_t chunks,
 }
 
 template <class A>
-std::tuple<Tensor, Tensor> LastLayer<A>::gradient(bool with_bias, double damping) {
-  const Tensor bias = torch::stable::new_empty(arguments_.features, {with_bias ? sizes_.outputs : 0});
-  if (sizes_.outputs == 0) return {torch::stable::new_empty(arguments_.features, {0, sizes_.features}), bias};
+std::tuple<Tensor, Tensor> LastLayer<A>::gradient(bool with_bias, double damping, std::optional<ScalarType> as) {
+  const ScalarType type = as.value_or(arguments_.features.scalar_type());
+  const Tensor bias = torch::stable::new_empty(arguments_.features, {with_bias ? sizes_.outputs : 0}, type);
+  if (sizes_.outputs == 0) return {torch::stable::new_empty(arguments_.features, {0, sizes_.features}, type), bias};
   const int64_t step = own_.gradient ? sizes_.examples : slice_rows();
   const int64_t slices = own_.gradient ? 1 : std::max<int64_t>(1, (sizes_.examples + step - 1) / step);
   const int64_t chunks = chunks_of(std::min(step, sizes_.examples), own_.gradient ? 1 : 0);
   const Buffer<A> column_sums(slices * chunks * program_.padded);
-  const Tensor weight =
-      own_.gradient ? gradient_own(column_sums, chunks, damping) : gradient_gemm(column_sums, chunks, damping);
+  const Tensor weight = own_.gradient ? gradient_own(column_sums, chunks, damping, type)
+                                      : gradient_gemm(column_sums, chunks, damping, type);
   if (with_bias) {
     combine({.parts = {column_sums.data(), program_.padded, accumulation<A>},
              .chunks = slices * chunks,

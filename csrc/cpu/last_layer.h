@@ -51,9 +51,11 @@ class LastLayer {
  public:
   LastLayer(const LastLayerSizes& sizes, LastLayerArguments arguments, Loss loss, RowFunction function);
 
-  Tensor dots();                                                        // [N]: <row, tangent>
-  Tensor rows(double scale);                                            // [N, C]: scale * row
-  std::tuple<Tensor, Tensor> gradient(bool with_bias, double damping);  // [C, D], and [C] or [0]
+  Tensor dots();              // [N]: <row, tangent>
+  Tensor rows(double scale);  // [N, C]: scale * row
+  // [C, D], [C] or [0]: row^T features and the sum of the rows, plus damping times the direction; in the features'
+  // dtype or another.
+  std::tuple<Tensor, Tensor> gradient(bool with_bias, double damping, std::optional<ScalarType> as = std::nullopt);
 
  private:
   // Some rows, with torch's products for what the program does not multiply itself.
@@ -73,8 +75,8 @@ class LastLayer {
   int64_t chunks_of(int64_t rows, int gradients = 0) const;
   void run(const RowProgram<A>& program, int64_t rows, int64_t chunks) const;
   void run_all();
-  Tensor gradient_own(const Buffer<A>& column_sums, int64_t chunks, double damping);
-  Tensor gradient_gemm(const Buffer<A>& column_sums, int64_t chunks, double damping);
+  Tensor gradient_own(const Buffer<A>& column_sums, int64_t chunks, double damping, ScalarType type);
+  Tensor gradient_gemm(const Buffer<A>& column_sums, int64_t chunks, double damping, ScalarType type);
   void combine(Combination<A> combination, const std::optional<Tensor>& addend, const Tensor& out) const;
 
   const LastLayerSizes sizes_;

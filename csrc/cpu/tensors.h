@@ -15,6 +15,9 @@ namespace fastmeta {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+template <class A>
+constexpr ScalarType accumulation_type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+
 inline Element element_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
