@@ -51,6 +51,7 @@ def test_the_table_is_what_the_runs_say(comparison):
     _, out, finished = comparison
     results = json.loads((out / "results.json").read_text())
     assert (results["finished"], results["planned"]) == (10, 10)
+    seconds = results["step_seconds"]
     for method in cli.METHODS:
         folders = [out / "runs" / "fixmatch" / method / f"seed-{seed}" for seed in (0, 1)]
         alone = [out / "runs" / "fixmatch" / "none" / f"seed-{seed}" for seed in (0, 1)]
@@ -62,7 +63,10 @@ def test_the_table_is_what_the_runs_say(comparison):
         assert words[0] == f"{100 * statistics.mean(errors):.1f}"
         assert words[1] == f"{100 * statistics.stdev(errors):.1f}"
         if method == "none":
+            assert words[2] == f"{1000 * seconds['fixmatch']:.1f}"
             continue
+        own = seconds[f"fixmatch + {method}"]
+        assert words[5:] == [f"{1000 * own:.1f}", f"{own / seconds['fixmatch']:.2f}", "2"]
         differences = [100 * (error - other) for error, other in zip(errors, base, strict=True)]
         half = 12.706205 * statistics.stdev(differences) / 2**0.5  # t with one degree of freedom
         mean = statistics.mean(differences)
@@ -95,7 +99,7 @@ def wait_for(condition, process, seconds=60):
 
 
 def test_ctrl_c_leaves_a_readable_partial_result_and_the_same_command_goes_on(tmp_path):
-    arguments = ("compare", "--base", "supervised", "--steps", 250, "--seeds", 4, "--workers", 2, "--out", tmp_path)
+    arguments = ("compare", "--base", "supervised", "--steps", 400, "--seeds", 4, "--workers", 2, "--out", tmp_path)
     process = subprocess.Popen(
         command(*arguments),
         stdout=subprocess.PIPE,

@@ -23,7 +23,8 @@ from fastmeta.training.recipes import METHODS
 from fastmeta.training.refinements import LargestRefinements
 from fastmeta.training.statistics import mean_and_deviation, t_interval
 from fastmeta.training.summary import summarize, table
-from fastmeta.training.workers import WorkerError
+from fastmeta.training.timing import interleaved_seconds
+from fastmeta.training.workers import Job, WorkerError
 
 SMALL = {"steps": 9, "labeled_batch": 10, "unlabeled_batch": 12, "evaluate_every": 3, "checkpoint_every": 4}
 TIMES = ("seconds_per_step",)
@@ -257,22 +258,38 @@ def test_summary_pairs_by_seed_and_ignores_the_unpaired():
         run_result("l2i", 2, 0.50, 0.900),  # the base has not finished this seed
         run_result("none", 0, 0.60, 0.001, base="mean-teacher"),
     ]
-    rows = {(row["base"], row["method"]): row for row in summarize(runs)}
+    rows = {(row["base"], row["method"]): row for row in summarize(runs, {"fixmatch": 0.04, "fixmatch + l2i": 0.05})}
     row = rows["fixmatch", "l2i"]
     assert row["difference"] == pytest.approx((-0.02 - 0.10) / 2)
     half = 12.7062 * math.sqrt(((-0.02 + 0.06) ** 2 + (-0.10 + 0.06) ** 2) / 1) / math.sqrt(2)
     assert row["difference_high"] == pytest.approx(-0.06 + half, rel=1e-5)
-    assert row["step_ratio"] == pytest.approx((1.5 + 1.1) / 2)
+    assert (row["seconds_per_step"], row["step_ratio"]) == (0.05, pytest.approx(1.25))
     assert row["test_error"] == pytest.approx((0.08 + 0.10 + 0.50) / 3)
     assert rows["fixmatch", "none"]["difference"] is None
     assert rows["mean-teacher", "none"]["test_error_sd"] is None
+    assert rows["mean-teacher", "none"]["seconds_per_step"] == 0.001
+    assert [row["step_ratio"] for row in summarize(runs, {})] == [None] * 3
 
 
 def test_table_prints_percent_and_leaves_unknowns_blank():
-    text = table(summarize([run_result("none", 0, 0.25, 0.0123), run_result("l2i", 0, 0.2, 0.0246)]))
+    runs = [run_result("none", 0, 0.25, 1.0), run_result("l2i", 0, 0.2, 1.0)]
+    text = table(summarize(runs, {"fixmatch": 0.0123, "fixmatch + l2i": 0.0246}))
     lines = text.splitlines()
     assert lines[2].split() == ["fixmatch", "25.0", "12.3", "1"]
     assert lines[3].split() == ["+", "l2i", "20.0", "-5.0", "24.6", "2.00", "1"]
+
+
+def test_steps_are_timed_in_turn(monkeypatch, tmp_path, digits):
+    order = []
+
+    def step(run):
+        order.append(run.config.method)
+        run.seconds.append(float(len(run.seconds)))
+
+    monkeypatch.setattr(Run, "train_step", step)
+    jobs = [Job(RunConfig(method=method, **SMALL), tmp_path) for method in ("none", "l2i")]
+    assert interleaved_seconds(jobs, digits, rounds=3) == [6.0, 6.0]  # of 5, 6 and 7: five steps warm up
+    assert order == ["none", "l2i"] * 8
 
 
 def test_largest_refinements_keeps_each_image_at_its_largest():
@@ -325,5 +342,15 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path):
 
 def test_config_is_plain_json():
     config = RunConfig(seed=3)
-    assert RunConfig(**json.loads(json.dumps(config.as_dict()))) == config
-    assert {field.name for field in dataclasses.fields(RunConfig)} == set(config.as_dict())
+    written = json.loads(json.dumps(config.as_dict()))
+    assert written == config.as_dict()
+    assert RunConfig(**{field.name: written[field.name] for field in dataclasses.fields(RunConfig)}) == config
+    assert written["base_settings"] == {"threshold": 0.8, "weight": 1.0}
+
+
+def test_a_changed_recipe_is_another_run(tmp_path, digits, monkeypatch):
+    train(RunConfig(method="l2i", **SMALL), tmp_path, dataset=digits)
+    changed = dataclasses.replace(METHODS["l2i"], settings={"weight": 0.1})
+    monkeypatch.setitem(METHODS, "l2i", changed)
+    with pytest.raises(ConfigMismatch, match="method_settings="):
+        train(RunConfig(method="l2i", **SMALL), tmp_path, dataset=digits)

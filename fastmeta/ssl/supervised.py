@@ -1,5 +1,6 @@
 """The labeled loss alone: what the unlabeled images have to beat."""
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -8,6 +9,7 @@ from torch.nn import functional
 from fastmeta.ssl.base import Batch, Loss, Refiner
 
 
+@dataclass(frozen=True)
 class Supervised:
     """Cross-entropy on the labeled images. It imputes no labels, so there is nothing for a method to refine."""
 

@@ -5,9 +5,10 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from fastmeta.training.files import read_json, read_jsonl, write_json, write_jso
 from fastmeta.training.recipes import METHODS
 from fastmeta.training.reference import support_vector_error
 from fastmeta.training.summary import summarize, table
+from fastmeta.training.timing import interleaved_seconds
 from fastmeta.training.train import check_folder
 from fastmeta.training.workers import Job, available_cores, run_jobs
 
@@ -78,18 +80,23 @@ def compare(config: CompareConfig, *, quiet: bool = False) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     workers = config.workers if config.workers is not None else available_cores()
     write_json(config.out / "config.json", {"runs": [run.as_dict() for run in config.runs]})
-    done = sum((job.folder / "results.json").exists() for job in jobs)
-    total = sum(run.steps for run in config.runs)
+    pending = [job for job in jobs if not (job.folder / "results.json").exists()]
     if not quiet:
+        done = len(jobs) - len(pending)
         print(f"{len(jobs)} runs, {done} of them finished before, in {config.out} ({workers} at a time)", flush=True)
 
     def on_finish(number: int) -> None:
-        _write_results(config, jobs)
+        _write(config, _results(jobs))
 
-    with _interruptible() as should_stop, _Progress(jobs, total, quiet) as progress:
-        run_jobs(jobs, workers=workers, on_step=progress.update, on_finish=on_finish, should_stop=should_stop)
-        stopped = should_stop()
-    results = _write_results(config, jobs)
+    stopped = False
+    if pending:
+        with _interruptible() as should_stop, _Progress(pending, quiet) as progress:
+            run_jobs(pending, workers=workers, on_step=progress.update, on_finish=on_finish, should_stop=should_stop)
+            stopped = should_stop()
+    step_seconds = {} if stopped else _step_seconds(config, jobs, changed=bool(pending))
+    results = _results(jobs, step_seconds)
+    results["support_vector_test_error"] = _support_vector_errors(results["runs"])
+    _write(config, results)
     if not quiet:
         _report(config, results, stopped)
     return results
@@ -100,22 +107,41 @@ def run_folder(out: Path, run: RunConfig) -> Path:
     return out / "runs" / run.base / run.method / f"seed-{run.seed}"
 
 
-def _write_results(config: CompareConfig, jobs: Sequence[Job]) -> dict[str, Any]:
+def _results(jobs: Sequence[Job], step_seconds: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
     finished = [result for job in jobs if (result := read_json(job.folder / "results.json")) is not None]
-    seeds = sorted({(run["seed"], run["labels"]) for run in finished})
-    results = {
+    return {
         "finished": len(finished),
         "planned": len(jobs),
-        "table": summarize(finished),
-        "support_vector_test_error": {
-            f"{labels} per class, seed {seed}": support_vector_error(load_digits(), labels, seed)
-            for seed, labels in seeds
-        },
+        "table": summarize(finished, step_seconds),
+        "step_seconds": dict(step_seconds),
         "runs": finished,
     }
+
+
+def _write(config: CompareConfig, results: dict[str, Any]) -> None:
     write_json(config.out / "results.json", results)
-    write_jsonl(config.out / "metrics.jsonl", (row for job in jobs for row in read_jsonl(job.folder / "metrics.jsonl")))
-    return results
+    folders = [run_folder(config.out, run) for run in config.runs]
+    write_jsonl(
+        config.out / "metrics.jsonl", (row for folder in folders for row in read_jsonl(folder / "metrics.jsonl"))
+    )
+
+
+def _step_seconds(config: CompareConfig, jobs: Sequence[Job], *, changed: bool) -> dict[str, float]:
+    """Seconds per step by arm; read from the results of an earlier call if nothing was trained since."""
+    arms: dict[str, Job] = {}
+    for job in jobs:
+        arms.setdefault(job.config.arm, job)
+    earlier = (read_json(config.out / "results.json") or {}).get("step_seconds", {})
+    if not changed and set(earlier) == set(arms):
+        return earlier
+    return dict(zip(arms, interleaved_seconds(list(arms.values()), load_digits()), strict=True))
+
+
+def _support_vector_errors(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Test error by seed, on the same labels."""
+    seeds = {run["seed"]: run["labels"] for run in runs}
+    dataset = load_digits()
+    return {str(seed): support_vector_error(dataset, labels, seed) for seed, labels in sorted(seeds.items())}
 
 
 def _report(config: CompareConfig, results: dict[str, Any], stopped: bool) -> None:
@@ -179,13 +205,13 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 class _Progress(contextlib.AbstractContextManager["_Progress"]):
     """One bar over the steps of all runs: time per step of one run, and time left of the whole."""
 
-    def __init__(self, jobs: Sequence[Job], total: int, quiet: bool) -> None:
+    def __init__(self, jobs: Sequence[Job], quiet: bool) -> None:
         self._jobs = jobs
         self._steps = [0] * len(jobs)
         self._clock: dict[int, tuple[int, float]] = {}
         self._found = 0
         self._bar = tqdm(
-            total=total,
+            total=sum(job.config.steps for job in jobs),
             disable=quiet,
             unit="step",
             dynamic_ncols=True,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fastmeta.ssl import BASES
-from fastmeta.training.recipes import METHODS
+from fastmeta.training.recipes import METHODS, settings_of
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class RunConfig:
         return self.base if self.method == "none" else f"{self.base} + {self.method}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON: these settings, and those of the base and the method."""
+        return {**asdict(self), **settings_of(self.base, self.method)}
 
 
 def _one_of(name: str, value: str, choices: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from fastmeta.models import ConvNet
 from fastmeta.ssl import Batch, Loss
 from fastmeta.training.config import RunConfig
 from fastmeta.training.ema import ExponentialMovingAverage
-from fastmeta.training.recipes import METHODS, make_base
+from fastmeta.training.recipes import BASE_RECIPES, METHODS
 from fastmeta.training.refinements import LargestRefinements
 
 # Averaged over the steps between two evaluations. The two errors compare labels with the truth that training never
@@ -49,7 +49,7 @@ class Run:
             weight_decay=config.weight_decay,
             foreach=True,
         )
-        self.base = make_base(config.base)
+        self.base = BASE_RECIPES[config.base]
         recipe = METHODS[config.method]
         self.uses_holdout = recipe.uses_holdout
         self.refiner = recipe.build(len(self.split.unlabeled), dataset.num_classes)

@@ -1,28 +1,31 @@
 """From runs to the numbers of the table."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastmeta.training.statistics import mean_and_deviation, t_interval
 
 
-def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(runs: Sequence[dict[str, Any]], step_seconds: Mapping[str, float]) -> list[dict[str, Any]]:
     """One row per base and method, in order of appearance.
 
     ``difference`` is the test error minus the base's, seed by seed (both runs share split, initialization and data
-    order); its interval is Student's over the seeds that both have finished. ``step_ratio`` compares medians.
+    order); its interval is Student's over the seeds that both have finished.
 
     Args:
         runs: what results.json of each finished run holds.
+        step_seconds: by base and method, ``fixmatch`` and ``fixmatch + l2i``, from runs timed in turn; the medians of
+            the runs themselves stand in where it is silent, and then there is no ratio.
 
     Returns:
-        Rows with errors and differences as fractions (0.05 is 5%); what a single seed cannot give is None.
+        Rows with errors and differences as fractions (0.05 is 5%); what is not known is None.
 
-    >>> run = {"base": "fixmatch", "seed": 0, "validation_error": 0.2, "seconds_per_step": 0.01}
-    >>> rows = summarize([{**run, "method": "none", "test_error": 0.5}, {**run, "method": "l2i", "test_error": 0.25}])
-    >>> rows[1]["difference"], rows[1]["step_ratio"]
-    (-0.25, 1.0)
+    >>> run = {"base": "fixmatch", "seed": 0, "validation_error": 0.2, "seconds_per_step": 0.02}
+    >>> runs = [{**run, "method": "none", "test_error": 0.5}, {**run, "method": "l2i", "test_error": 0.25}]
+    >>> row = summarize(runs, {"fixmatch": 0.5, "fixmatch + l2i": 0.625})[1]
+    >>> row["difference"], row["step_ratio"]
+    (-0.25, 1.25)
     """
     arms: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for run in runs:
@@ -30,7 +33,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (base, method), by_seed in arms.items():
         mean, deviation = mean_and_deviation([run["test_error"] for run in by_seed.values()])
-        seconds = statistics.median(run["seconds_per_step"] for run in by_seed.values())
+        timed = step_seconds.get(base if method == "none" else f"{base} + {method}")
         row: dict[str, Any] = {
             "base": base,
             "method": method,
@@ -38,7 +41,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "test_error": mean,
             "test_error_sd": deviation,
             "validation_error": statistics.fmean(run["validation_error"] for run in by_seed.values()),
-            "seconds_per_step": seconds,
+            "seconds_per_step": timed or statistics.median(run["seconds_per_step"] for run in by_seed.values()),
             "difference": None,
             "difference_low": None,
             "difference_high": None,
@@ -50,9 +53,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             interval = t_interval([by_seed[seed]["test_error"] - alone[seed]["test_error"] for seed in shared])
             row["difference"] = interval.mean
             row["difference_low"], row["difference_high"] = interval.low, interval.high
-            row["step_ratio"] = statistics.median(
-                by_seed[seed]["seconds_per_step"] / alone[seed]["seconds_per_step"] for seed in shared
-            )
+            row["step_ratio"] = timed / step_seconds[base] if timed and base in step_seconds else None
         rows.append(row)
     return rows
 

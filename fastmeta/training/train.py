@@ -59,7 +59,7 @@ def train(
     if finished is not None:
         on_step(config.steps)
         return finished
-    with torch.random.fork_rng(devices=[]), _single_thread():
+    with torch.random.fork_rng(devices=[]), single_thread():
         run = Run(config, load_digits() if dataset is None else dataset)
         checkpoint, metrics = folder / "checkpoint.pt", folder / "metrics.jsonl"
         saved = read_checkpoint(checkpoint)
@@ -138,7 +138,7 @@ def _details(run: Run) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _single_thread() -> Iterator[None]:
+def single_thread() -> Iterator[None]:
     """One thread: these nets are too small for more, and sums come out the same on every machine's core count."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
