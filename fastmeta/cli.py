@@ -35,7 +35,7 @@ class Compare:
     """Labeled images per class."""
     seeds: int | None = None
     """Number of seeds: 0, 1, ... (default: 3; 5 with --full)"""
-    steps: int = 600
+    steps: int = 1000
     """Training steps of a run."""
     full: bool = False
     """All bases with all methods and 5 seeds."""

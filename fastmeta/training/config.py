@@ -25,7 +25,7 @@ class RunConfig:
     """Labeled images per class."""
     seed: int = 0
     """Seed of the split, the initialization, the data order and the augmentation."""
-    steps: int = 600
+    steps: int = 1000
     """Training steps."""
     labeled_batch: int = 40
     """Labeled images in a step (repeated, differently augmented, when there are fewer)."""

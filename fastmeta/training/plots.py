@@ -74,7 +74,7 @@ def _errors(folder: Path, rows: list[dict[str, Any]]) -> Path | None:
         return None
     bases = list(dict.fromkeys(row["base"] for row in rows))
     figure, panels = pyplot.subplots(
-        1, len(bases), figsize=(max(6.4, 4.2 * len(bases)), 4.2), sharey=True, squeeze=False, layout="constrained"
+        1, len(bases), figsize=(max(8.4, 2.2 + 4.2 * len(bases)), 4.2), sharey=True, squeeze=False, layout="constrained"
     )
     for base, axes in zip(bases, panels[0], strict=True):
         _style(axes)
@@ -103,7 +103,14 @@ def _errors(folder: Path, rows: list[dict[str, Any]]) -> Path | None:
         axes.set_xlim(left=0)
     panels[0][0].set_ylabel("test error of the averaged weights, %")
     handles, labels = max((axes.get_legend_handles_labels() for axes in panels[0]), key=lambda pair: len(pair[0]))
-    panels[0][-1].legend(handles, labels, frameon=False, title="mean and range of the seeds", title_fontsize="small")
+    figure.legend(
+        handles,
+        labels,
+        loc="outside right upper",
+        frameon=False,
+        title="mean and range\nof the seeds",
+        alignment="left",
+    )
     return _save(figure, folder / "errors.png")
 
 
