@@ -34,9 +34,9 @@ bench: $(READY)
 # The stamp is younger than whatever the installation was made from, so a second run installs nothing.
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(VENV)/bin/pip install $(TORCH)
-	$(VENV)/bin/pip install 'setuptools>=77' wheel ninja
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pip install --no-build-isolation -e '.[test]'
+	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(VENV)/bin/pip install -q $(TORCH)
+	$(VENV)/bin/pip install -q 'setuptools>=77' wheel ninja
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pip install -q --no-build-isolation -e '.[test]'
 	touch $@
 
 in-place:

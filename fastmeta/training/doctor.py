@@ -52,6 +52,7 @@ def doctor() -> str:
         marks = [("yes" if available[choice] else "-").ljust(len(choice)) for choice in IMPLEMENTATIONS]
         lines.append(f"{name.ljust(width)}  " + "  ".join(marks).rstrip())
     lines.append("")
+    lines.append("solve_hessian: made of hessian_vector_product and torch's linear algebra")
     lines.extend(reasons())
     devices = f"{torch.get_num_threads()} CPU threads"
     if torch.cuda.is_available():
