@@ -59,8 +59,8 @@ def judge(report: Path, operators: Sequence[str], stems: dict[str, str]) -> dict
 
 
 def files_for(operators: Sequence[str], stems: dict[str, str], folder: Path = ROOT / "tests") -> list[str]:
-    """``test_ops*.py``, which hold what all operators have in common, and ``test_<stem>.py``."""
-    patterns = ["test_ops*.py", *(f"test_{stems[operator]}.py" for operator in operators)]
+    """``test_ops*.py``, which hold what all operators have in common, and ``test_<stem>*.py``."""
+    patterns = ["test_ops*.py", *(f"test_{stems[operator]}*.py" for operator in operators)]
     return [str(file) for pattern in patterns for file in sorted(folder.glob(pattern))]
 
 

@@ -1,4 +1,4 @@
-"""torch.library.opcheck of every registered operator: schema, fake kernel, autograd registration, AOT dispatch."""
+"""torch.library.opcheck of the last-layer operators: schema, fake kernel, autograd registration, AOT dispatch."""
 
 import pytest
 import torch
@@ -29,15 +29,6 @@ def test_fake_kernels_predict_results(case, dtype, generator):
         for variant in case.variants:
             arguments = case.raw(case.arguments(Draw(generator, dtype), (6, 5, 4), loss, variant))
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_opcheck_of_list_operators(draw):
-    tensors = [draw.normal(5), draw.normal(3, 4)]
-    if _extension.has_kernel("perturb_norm", "CPU"):
-        torch.library.opcheck(torch.ops.fastmeta.perturb_norm.default, (tensors,))
-    if _extension.has_kernel("alignment_direction_", "CPU"):
-        lists = [[t.clone() for t in tensors] for _ in range(2)] + [[t.abs() for t in tensors] for _ in range(3)]
-        torch.library.opcheck(torch.ops.fastmeta.alignment_direction_.default, (*lists, 0.9, 0.99, 1e-8))
 
 
 def test_every_operator_has_a_fake_kernel_and_the_guard():
