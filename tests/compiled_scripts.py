@@ -39,8 +39,10 @@ def one_opaque_call(backend: str = BACKEND, chosen: tuple[Case, ...] = CASES) ->
             compiled = torch.compile(lambda arguments, case=case: case.call(arguments), fullgraph=True, backend=counter)
             arguments = arguments_of(case, variant)
             assert_same(compiled(arguments), case.call(arguments, "reference"))
-            assert counter.frame_count == 1
-            calls = [node.target for node in counter.graphs[0].graph.nodes if node.op == "call_function"]
+            # Beside a float64 tensor without dimensions torch 2.13 compiles an empty graph first.
+            graphs = [graph for graph in counter.graphs if len(graph.graph.nodes)]
+            assert len(graphs) == 1
+            calls = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
             ours = [target for target in calls if "fastmeta" in str(target)]
             expected = [getattr(torch.ops.fastmeta, case.name).default] if has_kernel(case) else []
             assert ours == expected, (case.name, variant, calls)
