@@ -1,5 +1,5 @@
 // Loads and stores of float32, bfloat16, float16 and float64 as vectors of the accumulation type, whole or in part.
-// Included once for each instruction set (multi_isa.h).
+// Included once for each instruction set (kernels.h).
 namespace fastmeta::FASTMETA_TARGET {
 
 #define FASTMETA_AVX512 (FASTMETA_X86 && FASTMETA_VECTOR_BYTES == 64)

@@ -1,5 +1,5 @@
 // The row engine: a block of rows at a time, operands in, a row function, results out; nothing [N, C] in between.
-// Included once for each instruction set (multi_isa.h).
+// Included once for each instruction set (kernels.h).
 namespace fastmeta::FASTMETA_TARGET {
 
 // Scratch memory of a block of rows, all [block, padded] unless said otherwise.

@@ -1,5 +1,5 @@
 // SIMD vectors of float and double in the compiler's own vector type. Included once for each instruction set
-// (multi_isa.h), in its own namespace and with its target switched on.
+// (kernels.h), in its own namespace and with its target switched on.
 namespace fastmeta::FASTMETA_TARGET {
 
 #define FASTMETA_INLINE inline __attribute__((always_inline))
