@@ -33,7 +33,14 @@ Tensor own_similarity(const Tensor& features_u, const Tensor& features_h, const 
 template <class A>
 Tensor gemm_similarity(const Tensor& features_u, const Tensor& features_h, const Tensor& residual_h, double scale,
                        bool bias, bool gram) {
-  const Tensor u = gemm_operand(features_u), h = gemm_operand(features_h), r = gemm_operand(residual_h);
+  // Small products are not worth rounding the one between them to bfloat16 (the same size as in OwnProducts).
+  const int64_t rows_in_all = features_u.size(0) + features_h.size(0);
+  const bool small = rows_in_all * features_u.size(1) * residual_h.size(1) <= 2'000'000;
+  const auto operand = [small](const Tensor& matrix) {
+    const bool widen = small && matrix.scalar_type() == ScalarType::BFloat16;
+    return widen ? torch::stable::to(matrix, ScalarType::Float) : gemm_operand(matrix);
+  };
+  const Tensor u = operand(features_u), h = operand(features_h), r = operand(residual_h);
   const Tensor product = gram ? gemm(gemm(u, transposed(h)), r) : gemm(u, gemm(transposed(h), r));
   if (!bias && scale == 1 && product.scalar_type() == features_u.scalar_type()) return product;
   const Tensor out = torch::stable::new_empty(features_u, {product.size(0), product.size(1)});

@@ -40,11 +40,10 @@ inline Isa isa() {
   return chosen;
 }
 
-// Whether torch's GEMM has bfloat16 instructions to use.
+// Whether torch's GEMM has bfloat16 instructions to use; a lowered set stands for a processor without them.
 inline bool has_bfloat16_products() {
 #if FASTMETA_X86
-  __builtin_cpu_init();
-  static const bool has = __builtin_cpu_supports("avx512bf16");
+  static const bool has = isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
   return has;
 #else
   return true;
