@@ -1,11 +1,21 @@
 """Loads the compiled kernels, or says once how to build them."""
 
+import os
 import warnings
+from importlib import util
+from pathlib import Path
 
 import torch
 
 HOW_TO_BUILD = "build it with `pip install --no-build-isolation -e .` (needs a C++20 compiler)"
 REASON: str | None = None
+"""Why there are no C++ kernels."""
+CUDA_REASON: str | None = None
+"""Why there are no CUDA C++ kernels."""
+TRITON_REASON: str | None = None
+"""Why there are no Triton kernels."""
+EMULATED = False
+"""Whether the CUDA kernels compiled for the CPU are loaded, as the tests do."""
 
 try:
     from fastmeta import _C  # type: ignore[attr-defined]
@@ -14,12 +24,55 @@ except ImportError as error:
     REASON = f"fastmeta's C++ extension is not loaded ({error}); {HOW_TO_BUILD}"
     warnings.warn(f"{REASON}. The slower reference path is used instead.", RuntimeWarning, stacklevel=2)
 
+# Read by Triton when it is imported first: its interpreter runs kernels on the CPU, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
-def has_kernel(name: str, key: str) -> bool:
+
+def _load_cuda() -> str | None:
+    """Load ``_C_cuda.so``; returns why not."""
+    if _C is None:
+        return REASON
+    if not torch.backends.cuda.is_built():
+        return "this torch is built without CUDA"
+    library = Path(__file__).with_name("_C_cuda.so")
+    if not library.exists():
+        return f"fastmeta was built without nvcc; {HOW_TO_BUILD.removesuffix('(needs a C++20 compiler)')}where nvcc is"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        warnings.warn(f"fastmeta's CUDA library is not loaded ({error})", RuntimeWarning, stacklevel=3)
+        return f"fastmeta's CUDA library is not loaded ({error})"
+    return None
+
+
+def _load_emulated() -> bool:
+    library = os.environ.get("FASTMETA_CUDA_EMULATION")
+    if not library or _C is None:
+        return False
+    torch.ops.load_library(library)
+    return True
+
+
+def _why_no_triton() -> str | None:
+    if _C is None:
+        return REASON
+    if util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not (torch.backends.cuda.is_built() or INTERPRETED):
+        return "this torch is built without CUDA, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+CUDA_REASON = _load_cuda()
+EMULATED = _load_emulated()
+TRITON_REASON = _why_no_triton()
+
+
+def has_kernel(name: str, key: str, namespace: str = "fastmeta") -> bool:
     """Whether operator ``name`` has a kernel registered for dispatch key ``key`` (``"CPU"``, ``"CUDA"``)."""
     # hasattr: a build older than this source may lack the operator.
-    defined = _C is not None and hasattr(torch.ops.fastmeta, name)
-    return defined and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmeta::{name}", key)
+    defined = _C is not None and hasattr(getattr(torch.ops, namespace), name)
+    return defined and torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key)
 
 
 def build_info() -> dict[str, object] | None:

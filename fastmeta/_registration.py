@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastmeta import _extension
+from fastmeta import _extension, _kernels
 
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 # The library object holds the registrations; they go when it is collected.
@@ -140,7 +140,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 
 def register() -> None:
-    """Register the fake kernel and the guard of every operator the extension defines."""
+    """Register the fake kernel and the guard of every operator the extension defines, and Triton's kernels."""
     if _extension._C is None:
         return
     for name, fake in _FAKES.items():
@@ -148,6 +148,11 @@ def register() -> None:
             continue  # a build older than this source
         torch.library.register_fake(f"fastmeta::{name}", fake, lib=_LIBRARY)
         _LIBRARY.impl(name, _guard(name, mutates=name.endswith("_")), "Autograd", with_keyset=True)
+        # The CUDA library registers the operators that are not in TRITON itself.
+        if name in _kernels.TRITON and torch.backends.cuda.is_built() and not _extension.INTERPRETED:
+            kernel = _kernels.automatic(name)
+            if kernel is not None:
+                _LIBRARY.impl(name, kernel, "CUDA")
 
 
 register()

@@ -8,8 +8,7 @@ reference does, because it is plain PyTorch and right under every kind of differ
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial, reduce, wraps
-from operator import or_
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fastmeta import _extension
+from fastmeta import _extension, _kernels
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -31,11 +30,6 @@ class _Override(threading.local):
 
 
 _override = _Override()
-# Straight to the CPU kernel, past autograd. The other two keys resolve lazy negation and zero tensors on the way:
-# without them a kernel would read the memory behind `x.conj().imag` with the wrong sign.
-_DIRECT_KEYS = reduce(
-    or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in ("CPU", "Negative", "ZeroTensor"))
-)
 _compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -89,17 +83,15 @@ class Operator:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._direct: Callable[..., Any] | None = None  # no autograd, no dispatch modes
-        self._dispatched: Callable[..., Any] | None = None
-        if _extension.has_kernel(name, "CPU"):
-            self._dispatched = getattr(torch.ops.fastmeta, name).default
-            self._direct = partial(
-                torch._C._dispatch_find_schema_or_throw(f"fastmeta::{name}", "").redispatch_boxed, _DIRECT_KEYS
-            )
+        self._kernels = _kernels.by_device(name)
+        self._float64_on_cuda = name not in _kernels.TRITON
+        # Through autograd and the dispatch modes, for who watches the call.
+        self._dispatched = getattr(torch.ops.fastmeta, name).default if self._kernels else None
 
-    def implementations(self) -> tuple[str, ...]:
-        """Names of the implementations this installation has."""
-        return ("reference", "cpp") if self._direct is not None else ("reference",)
+    def implementations(self, device: str | None = None) -> tuple[str, ...]:
+        """Names of the implementations this installation has, on any device or on ``"cpu"`` or ``"cuda"``."""
+        found = {implementation for kind, implementation in self._kernels if device in (None, kind)}
+        return tuple(name for name in IMPLEMENTATIONS if name == "reference" or name in found)
 
     def select(self, impl: str | None, *tensors: Tensor | None) -> Callable[..., Any] | None:
         """The kernel that serves a call with these tensors, or None for the reference.
@@ -110,7 +102,7 @@ class Operator:
                 in forward mode.
         """
         named = impl if impl is not None else _override.name
-        if (named is not None and not self._is_kernel(named)) or self._direct is None:
+        if (named is not None and not self._is_kernel(named)) or not self._kernels:
             return None
         if _functorch_active() or forward_ad._current_level >= 0:
             if named is None:
@@ -121,6 +113,8 @@ class Operator:
             )
         grad = torch.is_grad_enabled()
         watched = _compiling() or _dispatch_modes() > 0 or _tracing() is not None
+        tracked = False
+        device: str | None = None
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -129,22 +123,50 @@ class Operator:
                 if not isinstance(tensor, Tensor):
                     return None  # the reference's check words the error
                 watched = True
-            if not tensor.is_cpu:
-                if named is None:
+            place = "cpu" if tensor.is_cpu else tensor.device.type
+            if place != device:
+                if device is not None and named is None:
                     return None
-                raise RuntimeError(f"impl={named!r} needs CPU tensors, got one on {tensor.device}")
+                device = place
+                if (device, named) not in self._kernels:
+                    if named is None:
+                        return None
+                    raise RuntimeError(self._wrong_device(named, tensor.device))
+                if place == "cuda" and tensor.dtype == torch.float64 and not self._float64_on_cuda:
+                    if named is None:
+                        return None
+                    raise RuntimeError(f"impl={named!r} of {self.name} has no float64 on a GPU; use the reference")
             if grad and tensor.requires_grad:
                 if named is None:
                     return None
-                watched = True  # the guard on the Autograd key raises when a backward reaches the kernel
-        return self._dispatched if watched else self._direct
+                tracked = True
+        if device is None:
+            device = "cpu"
+        kernel = self._kernels.get((device, named))
+        if not (watched or tracked):
+            return kernel
+        if named is not None and kernel is not self._kernels.get((device, None)):
+            what = "records a derivative" if tracked else "is compiled, traced or dispatched"
+            raise RuntimeError(
+                f"impl={named!r} of {self.name} cannot be named where the call {what}; leave impl=None or detach"
+            )
+        return self._dispatched  # the guard on the Autograd key raises when a backward reaches the kernel
+
+    def _wrong_device(self, named: str, device: torch.device) -> str:
+        kinds = {"cpu": "CPU", "cuda": "CUDA"}
+        needed = " or ".join(kinds[kind] for kind, name in self._kernels if name == named)
+        return f"impl={named!r} needs {needed} tensors, got one on {device}"
 
     def _is_kernel(self, name: str) -> bool:
         _known(name)
         if name == "reference":
             return False
-        if name != "cpp":
-            raise RuntimeError(f"{self.name} has no {name!r} implementation in this version of fastmeta")
-        if self._direct is None:
-            raise RuntimeError(_extension.REASON or f"{self.name} has no 'cpp' implementation")
+        if not any(implementation == name for _, implementation in self._kernels):
+            reasons = {
+                "cpp": _extension.REASON,
+                "cuda": _extension.CUDA_REASON,
+                "triton": _extension.TRITON_REASON,
+            }
+            why = f": {reasons[name]}" if reasons[name] else ""
+            raise RuntimeError(f"{self.name} has no {name!r} implementation here{why}")
         return True

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 def operator(monkeypatch):
     """An operator with a C++ kernel, whether or not the extension is built."""
     fake = Operator("operator_of_this_test")
-    fake._direct = lambda *args: "direct"
+    fake._kernels = dict.fromkeys([("cpu", "cpp"), ("cpu", None)], lambda *args: "direct")
+    fake._kernels["cuda", "cuda"] = fake._kernels["cuda", None] = lambda *args: "on the GPU"
     fake._dispatched = lambda *args: "dispatched"
     return fake
 
@@ -39,7 +40,8 @@ def test_a_plain_call_goes_straight_to_the_kernel(operator):
     assert chosen(operator, X, None) == "direct"
     assert chosen(operator, X, impl="cpp") == "direct"
     assert chosen(operator, X, impl="reference") == "reference"
-    assert operator.implementations() == ("reference", "cpp")
+    assert operator.implementations() == ("reference", "cpp", "cuda")
+    assert operator.implementations("cpu") == ("reference", "cpp")
 
 
 def test_where_a_derivative_is_tracked_the_reference_serves(operator):
@@ -86,7 +88,7 @@ def test_unknown_and_missing_implementations(case, draw):
     arguments = case.arguments(draw, (3, 4, 2), case.losses[0], case.variants[0])
     with pytest.raises(ValueError, match="impl must be one of reference, cpp, cuda, triton, got 'fast'"):
         case.call(arguments, "fast")
-    for name in ("cuda", "triton"):
+    for name in {"cuda", "triton"}.difference(case.operator.implementations()):
         with pytest.raises(RuntimeError, match=f"{case.name} has no '{name}' implementation"):
             case.call(arguments, name)
         with fastmeta.use_impl(name), pytest.raises(RuntimeError, match=name):
@@ -97,7 +99,7 @@ def test_unknown_and_missing_implementations(case, draw):
 
 @cases
 def test_without_a_kernel_cpp_says_how_to_build(case, draw, monkeypatch):
-    monkeypatch.setattr(case.operator, "_direct", None)
+    monkeypatch.setattr(case.operator, "_kernels", {})
     monkeypatch.setattr(_extension, "REASON", f"not loaded; {_extension.HOW_TO_BUILD}")
     arguments = case.arguments(draw, (3, 4, 2), case.losses[0], case.variants[0])
     assert case.operator.implementations() == ("reference",)

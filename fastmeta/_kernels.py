@@ -1,0 +1,92 @@
+"""The kernels of an operator by device and implementation, as functions of the registered schema's arguments."""
+
+from collections.abc import Callable
+from functools import cache, partial, reduce
+from importlib import import_module
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta import _extension
+
+Kernel = Callable[..., Any]
+
+# The file of each operator that has a Triton kernel, in triton_kernels/.
+TRITON = {
+    "last_layer_gradient": "last_layer_gradient",
+    "per_example_dot": "per_example_dot",
+    "label_gradient": "label_gradient",
+    "hessian_vector_product": "hvp",
+    "feature_similarity": "feature_similarity",
+    "finite_difference_labels": "finite_difference_labels",
+}
+NARROW_OUTPUTS = 32  # most classes of the CUDA C++ kernels that hold a row in one warp
+
+
+def direct(name: str, key: str) -> Kernel:
+    """The registered kernel past autograd and dispatch modes.
+
+    The other two keys resolve lazy negation and zero tensors on the way: without them a kernel would read the memory
+    behind ``x.conj().imag`` with the wrong sign.
+    """
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, one)) for one in (key, "Negative", "ZeroTensor"))
+    return partial(torch._C._dispatch_find_schema_or_throw(f"fastmeta::{name}", "").redispatch_boxed, reduce(or_, keys))
+
+
+def resolved(kernel: Kernel) -> Kernel:
+    """The same for a function that reads memory itself."""
+
+    def call(*arguments: Any) -> Any:
+        return kernel(*(a.resolve_neg() if isinstance(a, Tensor) and a.is_neg() else a for a in arguments))
+
+    return call
+
+
+def triton(name: str) -> Kernel:
+    """The Triton implementation, imported at its first call: importing Triton takes half a second."""
+
+    @cache
+    def function() -> Kernel:
+        return getattr(import_module(f"fastmeta.triton_kernels.{TRITON[name]}"), name)
+
+    return lambda *arguments: function()(*arguments)
+
+
+def automatic(name: str) -> Kernel | None:
+    """What serves CUDA tensors when nothing is named: the narrow kernel up to 32 outputs, else Triton's."""
+    general = triton(name) if name in TRITON and _extension.TRITON_REASON is None else None
+    if not _extension.has_kernel(f"{name}_narrow", "CUDA"):
+        return general
+    narrow = direct(f"{name}_narrow", "CUDA")
+    if general is None:
+        return narrow
+
+    def choose(features: Tensor, logits: Tensor | None, weight: Tensor, *rest: Any) -> Any:
+        outputs = weight.shape[0] if logits is None else logits.shape[-1]
+        return (narrow if outputs <= NARROW_OUTPUTS else general)(features, logits, weight, *rest)
+
+    return choose
+
+
+def by_device(name: str) -> dict[tuple[str, str | None], Kernel]:
+    """``(device type, implementation) -> kernel``; the implementation None is the one that is used unnamed."""
+    found: dict[tuple[str, str | None], Kernel] = {}
+    if _extension.has_kernel(name, "CPU"):
+        found["cpu", "cpp"] = found["cpu", None] = direct(name, "CPU")
+    narrow = f"{name}_narrow"
+    if _extension.EMULATED:
+        for emulated in (name, narrow):
+            if _extension.has_kernel(emulated, "CPU", "fastmeta_emulated"):
+                found["cpu", "cuda"] = getattr(torch.ops.fastmeta_emulated, emulated).default
+    if name in TRITON:
+        if _extension.TRITON_REASON is None:
+            found["cpu" if _extension.INTERPRETED else "cuda", "triton"] = resolved(triton(name))
+        if _extension.has_kernel(narrow, "CUDA"):
+            found["cuda", "cuda"] = direct(narrow, "CUDA")
+        if not _extension.INTERPRETED and (kernel := automatic(name)) is not None:
+            found["cuda", None] = resolved(kernel)
+    elif _extension.has_kernel(name, "CUDA"):
+        found["cuda", "cuda"] = found["cuda", None] = direct(name, "CUDA")
+    return found

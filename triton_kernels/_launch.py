@@ -1,0 +1,115 @@
+"""Launches at the cost of a lookup: what depends on the tensors' layout is worked out once for each layout."""
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+Plan = TypeVar("Plan")
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+_MOST_PLANS = 4096  # of one operator; a loop whose batch size varies must not grow them without end
+
+
+class Recorded(NamedTuple):
+    """A launch that was asked for while :func:`recording`."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+_recorded: list[Recorded] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Recorded]]:
+    """Collect launches instead of making them, so that they can be compiled where there is no GPU."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+class Launch:
+    """One kernel with its grid and constants, for arguments of one layout.
+
+    The first call goes through Triton's compiler; later ones straight to the compiled kernel, whose specialization
+    (alignment of the pointers, integers) is the same because the layout is.
+
+    Args:
+        kernel: a function under ``triton.jit`` whose last parameters are the constants.
+        grid: number of programs along each axis.
+        constants: compile-time constants by name, in the kernel's order.
+        num_warps: warps in a program.
+        num_stages: depth of the software pipeline.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], *, num_warps: int = 4, num_stages: int = 2
+    ) -> None:
+        names = tuple(kernel.arg_names[-len(constants) :]) if constants else ()
+        assert names == tuple(constants), f"constants must be the last parameters {names}, got {tuple(constants)}"
+        self.kernel = kernel
+        self.grid: tuple[int, int, int] = (*grid, 1, 1)[:3]  # type: ignore[assignment]
+        self.constants = constants
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self._constants = tuple(constants.values())
+        self._compiled: Callable[..., None] | None = None
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._compiled is not None and _recorded is None:
+            self._compiled(*arguments, *self._constants)
+            return
+        if _recorded is not None:
+            _recorded.append(Recorded(self.kernel, self.grid, arguments, self.constants, self.options))
+            return
+        compiled = self.kernel[self.grid](*arguments, **self.constants, **self.options)
+        if not INTERPRETED:
+            self._compiled = compiled[self.grid]
+
+
+def layout(*tensors: Tensor | None) -> tuple[Hashable, ...]:
+    """Everything a plan may depend on: shapes, strides, dtypes, and whether addresses are multiples of 16 bytes."""
+    return tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+
+
+class Plans(dict[Hashable, Plan]):
+    """Plans of one operator by device and layout."""
+
+    def keep(self, key: Hashable, plan: Plan) -> Plan:
+        """Store a plan and return it."""
+        if len(self) >= _MOST_PLANS:
+            self.clear()
+        self[key] = plan
+        return plan
+
+
+def on_device(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorates an operator: it runs on the device of its first argument."""
+
+    @wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of float32 products: TF32 where torch's own setting for CUDA allows it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
