@@ -85,6 +85,8 @@ class Operator:
         self.name = name
         self._kernels = _kernels.by_device(name)
         self._float64_on_cuda = name not in _kernels.TRITON
+        # What the dispatcher itself would take for a device; other names cannot be seen by it.
+        self._registered = {("cpu", "cpp")} | ({("cuda", "cuda")} if name not in _kernels.TRITON else set())
         # Through autograd and the dispatch modes, for who watches the call.
         self._dispatched = getattr(torch.ops.fastmeta, name).default if self._kernels else None
 
@@ -140,12 +142,10 @@ class Operator:
                 if named is None:
                     return None
                 tracked = True
-        if device is None:
-            device = "cpu"
-        kernel = self._kernels.get((device, named))
+        device = device or "cpu"
         if not (watched or tracked):
-            return kernel
-        if named is not None and kernel is not self._kernels.get((device, None)):
+            return self._kernels.get((device, named))
+        if named is not None and (device, named) not in self._registered:
             what = "records a derivative" if tracked else "is compiled, traced or dispatched"
             raise RuntimeError(
                 f"impl={named!r} of {self.name} cannot be named where the call {what}; leave impl=None or detach"
