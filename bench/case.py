@@ -26,6 +26,7 @@ class Variant:
     grad: bool = False  # whether autograd records during the call
     prepare: Callable[[], Any] | None = None  # puts in-place state back before the result is checked
     check: Callable[[], Any] | None = None  # a call that returns the result, where `call` returns none
+    graph: bool = True  # whether a CUDA graph can hold the call: it reads nothing back to the host
     examples: int | None = None  # how many of the problem's examples it handles, when not all of them
     describe: Callable[[Any], dict[str, Any]] | None = None  # what to record of the result, e.g. iterations
     note: str = ""

@@ -40,12 +40,12 @@ class LastLayer:
         return LastLayer(**{field.name: getattr(self, field.name).double() for field in fields(self)})
 
 
-def last_layer(shape: Shape, dtype: torch.dtype) -> LastLayer:
+def last_layer(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> LastLayer:
     n, d, c = shape
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
+        return torch.randn(*size, generator=generator, device=device)
 
     features, weight, bias = normal(n, d), normal(c, d) / math.sqrt(d), normal(c)
     return LastLayer(
@@ -54,7 +54,7 @@ def last_layer(shape: Shape, dtype: torch.dtype) -> LastLayer:
         head_bias=bias.to(dtype),
         logits=functional.linear(features, weight, bias).to(dtype),
         targets=(2 * normal(n, c)).softmax(-1).to(dtype),
-        weights=torch.rand(n, generator=generator).to(dtype),
+        weights=torch.rand(n, generator=generator, device=device).to(dtype),
         direction_weight=(normal(c, d) / math.sqrt(d)).to(dtype),
         direction_bias=normal(c).to(dtype),
     )
@@ -108,14 +108,14 @@ def wide_resnet_28_2() -> list[tuple[int, ...]]:
 NETWORKS = {"WRN-28-2": wide_resnet_28_2, "ResNet-50": resnet50}
 
 
-def random_lists(network: str, count: int) -> list[list[Tensor]]:
+def random_lists(network: str, count: int, device: str = "cpu") -> list[list[Tensor]]:
     """``count`` lists of tensors shaped as the network's parameters."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shapes = [torch.Size(shape) for shape in NETWORKS[network]()]
     sizes = [shape.numel() for shape in shapes]
     lists = []
     for _ in range(count):
-        parts = torch.randn(sum(sizes), generator=generator).split(sizes)
+        parts = torch.randn(sum(sizes), generator=generator, device=device).split(sizes)
         # Each in memory of its own, as a network's parameters are.
         lists.append([part.reshape(shape).clone() for part, shape in zip(parts, shapes, strict=True)])
     return lists

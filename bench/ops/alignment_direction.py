@@ -46,8 +46,8 @@ def foreach(g_l: Lists, g_u: Lists, m: Lists, q: Lists) -> Lists:
     return list(v)
 
 
-def build(network: str, dtype: torch.dtype) -> Problem:
-    g_l, g_u, m0, q0 = ([t.to(dtype) for t in tensors] for tensors in random_lists(network, 4))
+def build(network: str, dtype: torch.dtype, device: str = "cpu") -> Problem:
+    g_l, g_u, m0, q0 = ([t.to(dtype) for t in tensors] for tensors in random_lists(network, 4, device))
     q0 = [t.abs() for t in q0]
     flat_l, flat_u, flat_m0, flat_q0 = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (g_l, g_u, m0, q0))
 

@@ -68,8 +68,8 @@ def foreach_bitwise(params: Lists, v: Lists, look: Look) -> None:
     look()
 
 
-def build(network: str, dtype: torch.dtype) -> Problem:
-    weights, v = random_lists(network, 2)
+def build(network: str, dtype: torch.dtype, device: str = "cpu") -> Problem:
+    weights, v = random_lists(network, 2, device)
     start = [(WEIGHT_SIZE * t).to(dtype) for t in weights]
     v = [t.to(dtype) for t in v]
     params = [t.clone() for t in start]  # every variant restores them
@@ -82,7 +82,15 @@ def build(network: str, dtype: torch.dtype) -> Problem:
 
         reset = partial(torch._foreach_copy_, params, start)
         role: Role = "fastmeta" if function is ours else "eager"
-        return Variant(name, partial(function, params, v, nothing), role, prepare=reset, check=check, note=note)
+        return Variant(
+            name,
+            partial(function, params, v, nothing),
+            role,
+            prepare=reset,
+            check=check,
+            graph=function not in (loop, foreach, foreach_bitwise),
+            note=note,
+        )
 
     drifts = "does not restore every bit"
     variants = [

@@ -128,7 +128,7 @@ def _curvlinops(s: System, weight: Tensor, targets: Tensor, tol: float) -> Varia
     return Variant("curvlinops CG", call, grad=True)
 
 
-def build(shape: Shape, tol: float, dtype: torch.dtype) -> Problem:
+def build(shape: Shape, tol: float, dtype: torch.dtype, device: str = "cpu") -> Problem:
     n, d, c = shape
     features, holdout = power_law_features(shape)
     generator = torch.Generator().manual_seed(1)
@@ -136,20 +136,21 @@ def build(shape: Shape, tol: float, dtype: torch.dtype) -> Problem:
     targets = torch.randint(c, (2, n), generator=generator)
     residual = (functional.linear(holdout, weight).softmax(-1) - functional.one_hot(targets[1], c)) / n
     logits = functional.linear(features, weight)
-    s = System(features, logits, torch.full((n,), 1 / n), residual.T @ holdout, residual.sum(0))
+    tensors = (features, logits, torch.full((n,), 1 / n), residual.T @ holdout, residual.sum(0))
+    s = System(*(t.to(device) for t in tensors))
 
     variants = [
         Variant("fastmeta pcg", partial(ours, s, "pcg", tol), "fastmeta", describe=_iterations),
         Variant("fastmeta cg", partial(ours, s, "cg", tol), "fastmeta", describe=_iterations),
-        Variant("eager CG", partial(eager_cg, s, tol), "eager", describe=_iterations),
+        Variant("eager CG", partial(eager_cg, s, tol), "eager", describe=_iterations, graph=False),
     ]
     if c * (d + 1) <= MAX_DENSE:
-        variants.append(Variant("fastmeta cholesky", partial(ours, s, "cholesky", tol), "fastmeta"))
-        variants.append(Variant("eager dense Cholesky", partial(eager_dense, s), "eager"))
-    if optional_peers.curvlinops is not None and n * d * c < 2**28:
+        variants.append(Variant("fastmeta cholesky", partial(ours, s, "cholesky", tol), "fastmeta", graph=False))
+        variants.append(Variant("eager dense Cholesky", partial(eager_dense, s), "eager", graph=False))
+    if optional_peers.curvlinops is not None and n * d * c < 2**28 and device == "cpu":
         variants.append(_curvlinops(s, weight, targets[0], tol))
     # One product and nothing else: no solver needs less.
-    cost = Cost(4 * n * d * c, bytes_of(features, logits, *2 * (s.rhs_weight, s.rhs_bias)))
+    cost = Cost(4 * n * d * c, bytes_of(s.features, s.logits, *2 * (s.rhs_weight, s.rhs_bias)))
     return Problem(variants, relative_residual(s), cost, SLACK * tol)
 
 
