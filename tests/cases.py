@@ -1,5 +1,6 @@
 """Operator cases as data: the arguments each takes, their symbolic shapes, and the variants worth a test."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fastmeta import Head, ops
+from fastmeta._kernels import NARROW_OUTPUTS, TRITON
 from fastmeta.dispatch import Operator
 from fastmeta.losses import LOSSES
 
+DEVICE = os.environ.get("FASTMETA_TEST_DEVICE", "cpu")
 Arguments = dict[str, Any]
 Shape = tuple[int, int, int]  # N, D, C
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -22,24 +25,26 @@ SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 12
 
 @dataclass(frozen=True)
 class Draw:
-    """Random arguments, drawn in float64 and rounded to ``dtype``."""
+    """Random arguments on the device under test, drawn in float64 on the CPU and rounded to ``dtype``."""
 
     generator: torch.Generator
     dtype: torch.dtype = torch.float64
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(shape, generator=self.generator, dtype=torch.float64)).to(self.dtype)
+        return self._rounded(scale * torch.randn(shape, generator=self.generator, dtype=torch.float64))
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+        return self._rounded(torch.rand(shape, generator=self.generator, dtype=torch.float64))
 
     def probabilities(self, rows: int, columns: int) -> Tensor:
-        return (
-            (2 * torch.randn(rows, columns, generator=self.generator, dtype=torch.float64)).softmax(-1).to(self.dtype)
-        )
+        logits = 2 * torch.randn(rows, columns, generator=self.generator, dtype=torch.float64)
+        return self._rounded(logits.softmax(-1))
 
     def classes(self, rows: int, columns: int) -> Tensor:
-        return torch.randint(columns, (rows,), generator=self.generator)
+        return torch.randint(columns, (rows,), generator=self.generator).to(DEVICE)
+
+    def _rounded(self, exact: Tensor) -> Tensor:
+        return exact.to(self.dtype).to(DEVICE)
 
     def integer(self, low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=self.generator))
@@ -73,6 +78,17 @@ class Case:
     @property
     def operator(self) -> Operator:
         return import_module(self.function.__module__).OPERATOR
+
+    def takes(self, impl: str, dtype: torch.dtype, shape: Shape) -> bool:
+        """Whether the implementation is meant for such arguments."""
+        if impl == "cpp":
+            return True
+        return dtype != torch.float64 and (impl != "cuda" or shape[2] <= NARROW_OUTPUTS or not self.narrow)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether its CUDA kernel is the one for few outputs."""
+        return self.name in TRITON
 
     def arguments(self, draw: Draw, shape: Shape, loss: str | None, variant: str = "") -> Arguments:
         made = self.make(draw, shape, frozenset(variant.split()))
@@ -207,7 +223,7 @@ def _finite_difference_labels(draw: Draw, shape: Shape, variant: frozenset[str])
         "logits_plus": draw.normal(n, c, scale=2.0),
         "logits_minus": draw.normal(n, c, scale=2.0),
         "labels": draw.probabilities(n, c),
-        "epsilon": torch.full((1,) if "epsilon1d" in variant else (), 0.25, dtype=draw.choice(DTYPES)),
+        "epsilon": torch.full((1,) if "epsilon1d" in variant else (), 0.25, dtype=draw.choice(DTYPES), device=DEVICE),
         "step": 0.2,
         "project": "project" in variant,
     }

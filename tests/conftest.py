@@ -1,8 +1,12 @@
-"""Seeds: fresh in every run, printed with a failure, fixed by FASTMETA_SEED."""
+"""Seeds: fresh in every run, printed with a failure, fixed by FASTMETA_SEED. And what runs the GPU's kernels here."""
 
 import os
 import secrets
 import zlib
+
+# Before anything imports fastmeta or Triton. FASTMETA_TEST_DEVICE=cuda runs the operators' tests on a GPU instead.
+if os.environ.get("FASTMETA_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -17,7 +17,7 @@ print(_extension.build_info()["instruction_set_in_use"])
 
 
 def run(code: list[str], level: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"FASTMETA_ISA": level, "FASTMETA_CHILD": "1", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"FASTMETA_ISA": level, "FASTMETA_CHILD": "cpp", "OMP_NUM_THREADS": "2"}
     root = Path(__file__).parents[1]
     return subprocess.run(
         [sys.executable, *code], env=environment, cwd=root, capture_output=True, text=True, timeout=300, check=False

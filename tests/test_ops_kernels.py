@@ -10,20 +10,23 @@ import threading
 
 import pytest
 import torch
-from cases import CASE_LOSS_IDS, CASE_LOSSES, CASES, DTYPES, SIZES, Case, Draw, map_tensors, tensors, to
+from cases import CASE_LOSS_IDS, CASE_LOSSES, CASES, DEVICE, DTYPES, SIZES, Case, Draw, Shape, map_tensors, tensors, to
 from guarded import guarded
 from poison import poisoned_memory
 from torch import Tensor
 
+from fastmeta._kernels import NARROW_OUTPUTS
 from fastmeta.ops.feature_similarity import gram_is_cheaper
 
-IN_CHILD = os.environ.get("FASTMETA_CHILD") == "1"  # see test_instruction_sets.py
+CHILD = os.environ.get("FASTMETA_CHILD")  # "cpp" or "gpu": see test_instruction_sets.py and test_emulated_reads.py
 # Larger than one block of rows or columns, for several threads and for the products of larger heads.
 LARGE = [(2049, 33, 10), (700, 129, 65), (300, 257, 300), (64, 515, 130)]
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 case_losses = pytest.mark.parametrize(("case", "loss"), CASE_LOSSES, ids=CASE_LOSS_IDS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+CPU_IMPLS = {None: ["cpp", "triton", "cuda"], "cpp": ["cpp"], "gpu": ["triton", "cuda"]}[CHILD]
+impls = pytest.mark.parametrize("impl", CPU_IMPLS if DEVICE == "cpu" else ["triton", "cuda"])
 row_cases = pytest.mark.parametrize("case", [c for c in CASES if c.per_row], ids=lambda case: case.name)
 
 
@@ -36,13 +39,34 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def kernels(case: Case) -> list[str]:
-    """The implementations under test; a missing one skips, or fails where a build was promised."""
-    names = [name for name in case.operator.implementations() if name != "reference"]
-    if not names:
-        assert os.environ.get("FASTMETA_REQUIRE_CPP") != "1", f"{case.name} has no cpp kernel"
-        pytest.skip("the C++ extension has no kernel for it")
-    return names
+def emulated(impl: str) -> bool:
+    """Whether a kernel of the GPU runs on the CPU here: right, but slow."""
+    return DEVICE == "cpu" and impl != "cpp"
+
+
+def ready(case: Case, impl: str, dtype: torch.dtype = torch.float32) -> None:
+    """A missing implementation skips, or fails where a build was promised."""
+    if impl not in case.operator.implementations(DEVICE):
+        assert os.environ.get(f"FASTMETA_REQUIRE_{impl.upper()}") != "1", f"{case.name} has no {impl} kernel"
+        pytest.skip(f"no {impl} kernel of it here")
+    if not case.takes(impl, dtype, (1, 1, 1)):
+        pytest.skip(f"{impl} has no {dtype}")
+
+
+def meant(case: Case, impl: str, dtype: torch.dtype, shapes: list[Shape]) -> list[Shape]:
+    """The shapes that the implementation takes; where it is slow, the last of them."""
+    taken = [shape for shape in shapes if case.takes(impl, dtype, shape)]
+    return taken[-1:] if emulated(impl) else taken
+
+
+def variants(case: Case, impl: str, draw: Draw) -> tuple[str, ...]:
+    """Those of the case; where the implementation is slow, one of them."""
+    return (draw.choice(case.variants),) if emulated(impl) else case.variants
+
+
+def large(case: Case, impl: str, dtype: torch.dtype) -> list[Shape]:
+    shapes = [(300, 33, 10), (130, 70, 65), (33, 130, 300)] if emulated(impl) else LARGE
+    return [shape for shape in shapes if case.takes(impl, dtype, shape)]
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
@@ -106,27 +130,31 @@ def shapes(draw: Draw) -> list[tuple[int, int, int]]:
     return found
 
 
+@impls
 @case_losses
 @dtypes
-def test_matches_float64(case, loss, dtype, generator):
+def test_matches_float64(case, loss, dtype, impl, generator):
+    ready(case, impl, dtype)
     draw = Draw(generator, dtype)
-    for impl in kernels(case):
-        for shape in shapes(draw)[:: 4 if IN_CHILD else 1]:
-            variant = draw.choice(case.variants)
-            arguments = case.arguments(draw, shape, loss, variant)
-            check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
+    for shape in shapes(draw)[:: 12 if emulated(impl) else 4 if CHILD else 1]:
+        if case.narrow and impl == "cuda":
+            shape = (*shape[:2], 1 + shape[2] % NARROW_OUTPUTS)
+        variant = draw.choice(case.variants)
+        arguments = case.arguments(draw, shape, loss, variant)
+        check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
 
 
+@impls
 @case_losses
 @dtypes
-def test_matches_float64_on_large_shapes(case, loss, dtype, generator):
+def test_matches_float64_on_large_shapes(case, loss, dtype, impl, generator):
+    ready(case, impl, dtype)
     draw = Draw(generator, dtype)
     torch.set_num_threads(2)
-    for impl in kernels(case):
-        for i, shape in enumerate(LARGE):
-            variant = case.variants[i % len(case.variants)]
-            arguments = case.arguments(draw, shape, loss, variant)
-            check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
+    for i, shape in enumerate(large(case, impl, dtype)):
+        variant = case.variants[i % len(case.variants)]
+        arguments = case.arguments(draw, shape, loss, variant)
+        check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
 
 
 def strided(tensor: Tensor, kind: str) -> Tensor:
@@ -134,7 +162,7 @@ def strided(tensor: Tensor, kind: str) -> Tensor:
     if not tensor.is_floating_point():  # classes [N]
         if kind != "column-step":
             return tensor
-        wide = torch.full((2 * len(tensor),), -(2**40), dtype=tensor.dtype)
+        wide = tensor.new_full((2 * len(tensor),), -(2**40))
         wide[::2] = tensor
         return wide[::2]
     if tensor.dim() == 0:
@@ -155,23 +183,26 @@ def strided(tensor: Tensor, kind: str) -> Tensor:
     return view
 
 
+@impls
 @case_losses
 @dtypes
 @pytest.mark.parametrize("kind", ["transposed", "row-stride", "column-step", "row-step", "offset"])
-def test_strides(case, loss, dtype, kind, generator):
+def test_strides(case, loss, dtype, kind, impl, generator):
+    ready(case, impl, dtype)
     draw = Draw(generator, dtype)
-    for impl in kernels(case):
-        for variant in case.variants:
-            for shape in [(5, 19, 6), (33, 16, 16), (9, 40, 35)]:
-                plain = case.arguments(draw, shape, loss, variant)
-                arguments = map_tensors(lambda t: strided(t, kind), plain)
-                check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}", plain)
+    for variant in variants(case, impl, draw):
+        for shape in meant(case, impl, dtype, [(5, 19, 6), (33, 16, 16), (9, 40, 35)]):
+            plain = case.arguments(draw, shape, loss, variant)
+            arguments = map_tensors(lambda t: strided(t, kind), plain)
+            check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}", plain)
 
 
+@impls
 @case_losses
 @dtypes
 @pytest.mark.parametrize("axis", [0, 1, "both"])
-def test_expanded_with_stride_zero(case, loss, dtype, axis, generator):
+def test_expanded_with_stride_zero(case, loss, dtype, axis, impl, generator):
+    ready(case, impl, dtype)
     draw = Draw(generator, dtype)
 
     def expand(tensor: Tensor) -> Tensor:
@@ -180,60 +211,64 @@ def test_expanded_with_stride_zero(case, loss, dtype, axis, generator):
                 tensor = tensor.narrow(dim, 0, 1).expand(tensor.shape)
         return tensor
 
-    for impl in kernels(case):
-        for variant in case.variants:
-            arguments = map_tensors(expand, case.arguments(draw, (9, 20, 17), loss, variant))
-            check(case, arguments, impl, f"{case.name} {loss} {variant!r} {dtype} {impl}")
+    for variant in variants(case, impl, draw):
+        arguments = map_tensors(expand, case.arguments(draw, (9, 20, 17), loss, variant))
+        check(case, arguments, impl, f"{case.name} {loss} {variant!r} {dtype} {impl}")
 
 
+@impls
 @case_losses
 @dtypes
 @pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (0, 0, 3), (3, 4, 0), (0, 4, 0)], ids=str)
-def test_empty(case, loss, dtype, shape, generator):
-    for impl in kernels(case):
-        for variant in case.variants:
-            if "classes" in variant and shape[2] == 0:
-                continue
-            arguments = case.arguments(Draw(generator, dtype), shape, loss, variant)
-            check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
+def test_empty(case, loss, dtype, shape, impl, generator):
+    ready(case, impl, dtype)
+    for variant in case.variants:
+        if "classes" in variant and shape[2] == 0:
+            continue
+        arguments = case.arguments(Draw(generator, dtype), shape, loss, variant)
+        check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
 
 
+@impls
 @case_losses
 @dtypes
 @pytest.mark.parametrize("extreme", ["huge", "one-hot", "equal", "spread"])
-def test_extreme_logits(case, loss, dtype, extreme, generator):
+def test_extreme_logits(case, loss, dtype, extreme, impl, generator):
+    ready(case, impl, dtype)
     draw = Draw(generator, dtype)
 
     def logits(n: int, c: int) -> Tensor:
         values = {
             "huge": lambda: 1e4 * torch.sign(draw.normal(n, c)),
-            "one-hot": lambda: torch.where(torch.arange(c) == draw.classes(n, c)[:, None], 1e4, -1e4),
+            "one-hot": lambda: torch.where(torch.arange(c) == draw.classes(n, c).cpu()[:, None], 1e4, -1e4),
             "equal": lambda: torch.full((n, c), -1e4),
             "spread": lambda: draw.normal(n, c, scale=50.0),
         }
-        return values[extreme]().to(dtype)
+        return values[extreme]().to(dtype).to(DEVICE)
 
-    for impl in kernels(case):
-        for variant, shape in itertools.product(case.variants, [(7, 9, 5), (18, 20, 33), (40, 17, 200)]):
-            if "head" in variant:
-                continue
-            arguments = case.arguments(draw, shape, loss, variant)
-            for name in ("logits", "logits_plus", "logits_minus"):
-                if name in arguments:
-                    arguments[name] = logits(shape[0], shape[2])
-            if dtype == torch.float16 and loss == "mse":  # sums of 2 (f - y) z must stay below 65,504
-                arguments["logits"] = arguments["logits"] / 1024
-            check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
+    shapes = meant(case, impl, dtype, [(7, 9, 5), (18, 20, 33), (40, 17, 200)])
+    for variant, shape in itertools.product(variants(case, impl, draw), shapes):
+        if "head" in variant:
+            continue
+        arguments = case.arguments(draw, shape, loss, variant)
+        for name in ("logits", "logits_plus", "logits_minus"):
+            if name in arguments:
+                arguments[name] = logits(shape[0], shape[2])
+        if dtype == torch.float16 and loss == "mse":  # sums of 2 (f - y) z must stay below 65,504
+            arguments["logits"] = arguments["logits"] / 1024
+        check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
 
 
+@impls
 @case_losses
 @dtypes
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_non_finite_numbers_end_where_the_reference_has_them(case, loss, dtype, bad, generator):
+def test_non_finite_numbers_end_where_the_reference_has_them(case, loss, dtype, bad, impl, generator):
     """In results per row they stay in their row; sums over rows do not lose them, even at a weight of zero."""
+    ready(case, impl, dtype)
     draw = Draw(generator, dtype)
-    for impl, shape in itertools.product(kernels(case), [(6, 5, 4), (21, 18, 17), (70, 33, 40)]):
-        for variant in case.variants:
+    for shape in meant(case, impl, dtype, [(6, 5, 4), (21, 18, 17), (70, 33, 40)]):
+        for variant in variants(case, impl, draw):
             for name, symbols in case.shapes.items():
                 arguments = case.arguments(draw, shape, loss, variant)
                 target = arguments.get(name)
@@ -251,7 +286,7 @@ def test_non_finite_numbers_end_where_the_reference_has_them(case, loss, dtype, 
                     got = case.call(dirty, impl)
                 for g, c, r in zip(got, clean, case.call(dirty, "reference"), strict=True):
                     if case.per_row:
-                        others = torch.arange(shape[0]) != row
+                        others = torch.arange(shape[0], device=DEVICE) != row
                         assert torch.equal(g[others], c[others]), f"left its row, {note}"
                         g, r = g[row], r[row]
                     assert torch.equal(g.isfinite(), r.isfinite()), note
@@ -259,13 +294,15 @@ def test_non_finite_numbers_end_where_the_reference_has_them(case, loss, dtype, 
                     assert bad == bad or torch.equal(g.isnan(), r.isnan()), note
 
 
+@impls
 @case_losses
-def test_logits_of_minus_infinity_have_probability_zero(case, loss, generator):
+def test_logits_of_minus_infinity_have_probability_zero(case, loss, impl, generator):
     """A mask over classes is finite work, not NaN."""
+    ready(case, impl)
     draw = Draw(generator, torch.float32)
-    for impl, c in itertools.product(kernels(case), [3, 17, 40]):
-        for variant in case.variants:
-            arguments = case.arguments(draw, (9, 8, c), loss, variant)
+    for shape in meant(case, impl, torch.float32, [(9, 8, 3), (9, 8, 17), (9, 8, 40)]):
+        for variant in variants(case, impl, draw):
+            arguments = case.arguments(draw, shape, loss, variant)
             if "head" in variant or loss in ("mse", "binary_cross_entropy"):
                 continue
             for name in ("logits", "logits_plus", "logits_minus"):
@@ -274,13 +311,15 @@ def test_logits_of_minus_infinity_have_probability_zero(case, loss, generator):
             check(case, arguments, impl, f"{case.name} {loss} {variant!r} {impl}")
 
 
+@impls
 @cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_deterministic_and_independent_of_the_number_of_threads(case, dtype, generator):
+def test_deterministic_and_independent_of_the_number_of_threads(case, dtype, impl, generator):
+    ready(case, impl, dtype)
     draw = Draw(generator, dtype)
-    for impl, shape in itertools.product(kernels(case), [(33, 20, 10), *LARGE[:3]]):
+    for shape in meant(case, impl, dtype, [(33, 20, 10), *large(case, impl, dtype)[:3]]):
         arguments = case.arguments(draw, shape, case.losses[0], case.variants[0])
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3) if impl == "cpp" else (1,):
             torch.set_num_threads(threads)
             note = f"{case.name} {shape} {dtype} {impl} with {threads} threads"
             first, again = case.call(arguments, impl), case.call(arguments, impl)
@@ -288,31 +327,36 @@ def test_deterministic_and_independent_of_the_number_of_threads(case, dtype, gen
             check(case, arguments, impl, note)
 
 
+@impls
 @cases
-def test_calls_from_several_threads(case, generator):
+def test_calls_from_several_threads(case, impl, generator):
+    ready(case, impl)
+    if emulated(impl):
+        pytest.skip("neither Triton's interpreter nor the emulator is for several threads")
     draw = Draw(generator, torch.float32)
-    for impl in kernels(case):
-        jobs = [case.arguments(draw, shape, case.losses[0], case.variants[0]) for shape in [(64, 20, 10), (40, 30, 70)]]
-        expected = [case.call(job, impl) for job in jobs]
-        wrong: list[str] = []
+    jobs = [case.arguments(draw, shape, case.losses[0], case.variants[0]) for shape in [(64, 20, 10), (40, 30, 70)]]
+    expected = [case.call(job, impl) for job in jobs]
+    wrong: list[str] = []
 
-        def work(k: int, impl: str = impl, jobs: list = jobs, expected: list = expected, wrong: list = wrong) -> None:
-            for _ in range(50):
-                for got, want in zip(case.call(jobs[k % 2], impl), expected[k % 2], strict=True):
-                    if not torch.allclose(got, want, rtol=1e-4, atol=1e-4):
-                        wrong.append(f"thread {k}")
+    def work(k: int, impl: str = impl, jobs: list = jobs, expected: list = expected, wrong: list = wrong) -> None:
+        for _ in range(50):
+            for got, want in zip(case.call(jobs[k % 2], impl), expected[k % 2], strict=True):
+                if not torch.allclose(got, want, rtol=1e-4, atol=1e-4):
+                    wrong.append(f"thread {k}")
 
-        threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
+@impls
 @case_losses
-def test_lazy_negation_is_resolved(case, loss, generator):
+def test_lazy_negation_is_resolved(case, loss, impl, generator):
     """``x.conj().imag`` is a view that says "negate me": its memory holds the opposite sign."""
+    ready(case, impl)
     draw = Draw(generator, torch.float32)
 
     def negative(tensor: Tensor) -> Tensor:
@@ -322,18 +366,19 @@ def test_lazy_negation_is_resolved(case, loss, generator):
         assert view.is_neg()
         return view
 
-    for impl in kernels(case):
-        for variant in case.variants:
-            plain = to(case.arguments(draw, (7, 9, 5), loss, variant), torch.float32)
-            for named in (impl, None):
-                arguments = map_tensors(negative, plain)
-                for got, want in zip(case.call(arguments, named), case.call(plain, impl), strict=True):
-                    torch.testing.assert_close(got, want)
+    for variant in variants(case, impl, draw):
+        plain = to(case.arguments(draw, (7, 9, 5), loss, variant), torch.float32)
+        for named in (impl, None):
+            arguments = map_tensors(negative, plain)
+            for got, want in zip(case.call(arguments, named), case.call(plain, impl), strict=True):
+                torch.testing.assert_close(got, want)
 
 
+@impls
 @cases
-def test_a_result_is_memory_of_its_own(case, generator):
-    for impl, variant in itertools.product(kernels(case), case.variants):
+def test_a_result_is_memory_of_its_own(case, impl, generator):
+    ready(case, impl)
+    for variant in case.variants:
         arguments = case.arguments(Draw(generator, torch.float32), (6, 6, 6), case.losses[0], variant)
         addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors(arguments)}
         first, second = case.call(arguments, impl), case.call(arguments, impl)
@@ -346,48 +391,51 @@ def test_a_result_is_memory_of_its_own(case, generator):
 @cases
 def test_unnamed_implementation_is_the_kernel(case, generator):
     """With nothing to differentiate, impl=None gives the kernel's bits; so do ``nn.Parameter`` and inference mode."""
+    there = case.operator.implementations(DEVICE)
+    impl = "cpp" if DEVICE == "cpu" else "cuda" if "cuda" in there else "triton"
+    ready(case, impl)
     draw = Draw(generator, torch.float32)
-    for impl in kernels(case):
-        arguments = case.arguments(draw, (19, 23, 11), case.losses[0], case.variants[0])
-        expected = case.call(arguments, impl)
-        with torch.no_grad():
-            parameters = map_tensors(
-                lambda t: torch.nn.Parameter(t) if t.is_floating_point() and t.dim() else t, arguments
-            )
-            results = [case.call(arguments), case.call(parameters)]
-        with torch.inference_mode():
-            results.append(case.call(arguments))
-        for result in results:
-            for got, want in zip(result, expected, strict=True):
-                assert torch.equal(got, want)
-                assert not got.requires_grad
+    arguments = case.arguments(draw, (19, 23, 11), case.losses[0], case.variants[0])
+    expected = case.call(arguments, impl)
+    with torch.no_grad():
+        parameters = map_tensors(lambda t: torch.nn.Parameter(t) if t.is_floating_point() and t.dim() else t, arguments)
+        results = [case.call(arguments), case.call(parameters)]
+    with torch.inference_mode():
+        results.append(case.call(arguments))
+    for result in results:
+        for got, want in zip(result, expected, strict=True):
+            assert torch.equal(got, want)
+            assert not got.requires_grad
 
 
-def test_feature_similarity_takes_the_cheaper_order(generator):
+@impls
+def test_feature_similarity_takes_the_cheaper_order(impl, generator):
     """Both orders are within budget on both sides of the turning point, whichever the kernel takes."""
     case = next(case for case in CASES if case.name == "feature_similarity")
+    ready(case, impl)
     draw = Draw(generator, torch.float32)
-    for impl in kernels(case):
-        for count_u, count_h, d, c in [(30, 40, 300, 200), (300, 200, 20, 10), (1, 1, 64, 64), (64, 64, 1, 1)]:
-            assert gram_is_cheaper(count_u, count_h, d, c) == (c > 10)
-            arguments = {
-                "features_u": draw.normal(count_u, d),
-                "features_h": draw.normal(count_h, d),
-                "residual_h": draw.normal(count_h, c),
-            }
-            for bias in (True, False):
-                check(case, arguments | {"bias": bias}, impl, f"{count_u, count_h, d, c} bias={bias}")
+    for count_u, count_h, d, c in [(30, 40, 300, 200), (300, 200, 20, 10), (1, 1, 64, 64), (64, 64, 1, 1)]:
+        assert gram_is_cheaper(count_u, count_h, d, c) == (c > 10)
+        arguments = {
+            "features_u": draw.normal(count_u, d),
+            "features_h": draw.normal(count_h, d),
+            "residual_h": draw.normal(count_h, c),
+        }
+        for bias in (True, False):
+            check(case, arguments | {"bias": bias}, impl, f"{count_u, count_h, d, c} bias={bias}")
 
 
-@pytest.mark.skipif(not IN_CHILD, reason="a fault would end pytest: runs in a child, see test_instruction_sets.py")
+@impls
+@pytest.mark.skipif(not CHILD, reason="a fault would end pytest: runs in a child, see test_instruction_sets.py")
 @case_losses
 @dtypes
-def test_reads_nothing_beyond_its_arguments(case, loss, dtype, generator):
+def test_reads_nothing_beyond_its_arguments(case, loss, dtype, impl, generator):
+    ready(case, impl, dtype)
     draw = Draw(generator, dtype)
-    for impl, shape in itertools.product(
-        kernels(case), [(3, 7, 5), (17, 33, 10), (5, 65, 31), (1, 1, 1), (40, 9, 129)]
-    ):
-        for variant, edge in itertools.product(case.variants, ("start", "end")):
+    for shape in [(3, 7, 5), (17, 33, 10), (5, 65, 31), (1, 1, 1), (40, 9, 129)]:
+        if not case.takes(impl, dtype, shape):
+            continue
+        for variant, edge in itertools.product(variants(case, impl, draw), ("start", "end")):
             plain = case.arguments(draw, shape, loss, variant)
             arguments = map_tensors(lambda t, edge=edge: guarded(t, edge), plain)
             check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}", plain)
