@@ -84,8 +84,15 @@ def layout(*tensors: Tensor | None) -> tuple[Hashable, ...]:
     return tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
 
 
+_every_plan: list["Plans[Any]"] = []
+
+
 class Plans(dict[Hashable, Plan]):
     """Plans of one operator by device and layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _every_plan.append(self)
 
     def keep(self, key: Hashable, plan: Plan) -> Plan:
         """Store a plan and return it."""
@@ -93,6 +100,12 @@ class Plans(dict[Hashable, Plan]):
             self.clear()
         self[key] = plan
         return plan
+
+
+def forget_plans() -> None:
+    """Have every operator plan anew: what the plans were made from has changed."""
+    for plans in _every_plan:
+        plans.clear()
 
 
 def on_device(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
