@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastmeta
 from fastmeta import Head
 
-GENERATOR = torch.Generator().manual_seed(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+GENERATOR = torch.Generator().manual_seed(int(sys.argv[2]) if __name__ == "__main__" and len(sys.argv) > 2 else 0)
 BACKEND = "aot_eager"
 
 

@@ -29,9 +29,9 @@ def availability() -> dict[str, dict[str, bool]]:
 def reasons() -> list[str]:
     """Why an implementation is missing, one line for each that some operator lacks."""
     known = {
-        "cpp": _extension.REASON or "no C++ kernel is written",
-        "cuda": "this version of fastmeta has no CUDA kernels",
-        "triton": "this version of fastmeta has no Triton kernels",
+        "cpp": _extension.REASON,
+        "cuda": _extension.CUDA_REASON or "feature_similarity and finite_difference_labels are Triton's",
+        "triton": _extension.TRITON_REASON or "lists of tensors and tables are CUDA C++",
     }
     found = availability()
     lines = []
