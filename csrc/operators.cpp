@@ -2,7 +2,12 @@
 // in for logits [N, C] where both are offered. fastmeta/ops/ documents the arguments.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(fastmeta, m) {
+#ifndef FASTMETA_NAMESPACE
+#define FASTMETA_NAMESPACE fastmeta
+#endif
+#define FASTMETA_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)  // `name` is a macro: it is replaced first
+
+FASTMETA_LIBRARY(FASTMETA_NAMESPACE, m) {
   m.def(
       "last_layer_gradient(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, Tensor targets, "
       "Tensor? weights, int loss) -> (Tensor, Tensor)");

@@ -4,9 +4,12 @@ import os
 import secrets
 import zlib
 
+import cuda_emulation
+
 # Before anything imports fastmeta or Triton. FASTMETA_TEST_DEVICE=cuda runs the operators' tests on a GPU instead.
 if os.environ.get("FASTMETA_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    cuda_emulation.enable()
 
 import pytest
 import torch

@@ -1,0 +1,116 @@
+// Every kernel launch of this folder: on the device of a tensor, on torch's current stream there, checked. With
+// FASTMETA_EMULATE the kernel runs on the CPU instead (emulator.h), and a launch returns when it is done.
+//
+// Kernels declare shared memory by FASTMETA_SHARED(type, name, count) and FASTMETA_DYNAMIC_SHARED(type, name), which
+// make `name` a pointer, and a structure among their parameters by FASTMETA_STRUCTURE(type): read where the launch put
+// it, not copied.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#ifdef FASTMETA_EMULATE
+#include "cuda/emulator.h"
+#define FASTMETA_STRUCTURE(...) const __VA_ARGS__&
+#else
+#include <cuda_runtime.h>
+#define FASTMETA_STRUCTURE(...) const __grid_constant__ __VA_ARGS__
+#define FASTMETA_SHARED(type, name, count) __shared__ type name[count]
+#define FASTMETA_DYNAMIC_SHARED(type, name)                       \
+  extern __shared__ __align__(16) char fastmeta_dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(fastmeta_dynamic_shared)
+#endif
+
+// Where the operators of this folder are registered.
+#ifndef FASTMETA_NAMESPACE
+#define FASTMETA_NAMESPACE fastmeta
+#endif
+#ifndef FASTMETA_DEVICE_KEY
+#define FASTMETA_DEVICE_KEY CUDA
+#endif
+
+namespace fastmeta {
+
+struct Grid {
+  dim3 blocks, threads;
+  size_t shared_bytes = 0;  // dynamic
+};
+
+constexpr size_t max_parameter_bytes = 32764;  // of a kernel, from sm_70 and CUDA 12.1 on
+
+// The device of a tensor, current while this lives, and torch's stream there.
+class Launcher {
+ public:
+  // `name` of the operator, for errors.
+  Launcher(const char* name, const torch::stable::Tensor& tensor);
+
+  // No blocks: nothing to do.
+  template <class... Parameters>
+  void operator()(void (*kernel)(Parameters...), const Grid& grid,
+                  const std::type_identity_t<Parameters>&... arguments) const {
+    static_assert((sizeof(Parameters) + ... + 0) <= max_parameter_bytes);
+    if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
+#ifdef FASTMETA_EMULATE
+    emulator::run(grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(arguments...); });
+#else
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))..., nullptr};
+    launch(reinterpret_cast<const void*>(kernel), grid, pointers);
+#endif
+  }
+
+  int multiprocessors() const;
+
+#ifndef FASTMETA_EMULATE
+ private:
+  void launch(const void* kernel, const Grid& grid, void** arguments) const;
+  void check(cudaError_t error) const;
+
+  const char* name_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  int device_;
+  cudaStream_t stream_;
+#endif
+};
+
+#ifdef FASTMETA_EMULATE
+
+inline Launcher::Launcher(const char*, const torch::stable::Tensor&) {}
+inline int Launcher::multiprocessors() const { return emulator::multiprocessors; }
+
+#else
+
+inline void Launcher::check(cudaError_t error) const {
+  STD_TORCH_CHECK(error == cudaSuccess, name_, ": CUDA says ", cudaGetErrorString(error));
+}
+
+inline Launcher::Launcher(const char* name, const torch::stable::Tensor& tensor)
+    : name_(name), guard_(tensor.get_device_index()), device_(tensor.get_device_index()) {
+  // The CUDA runtime in this library is its own, and so is its notion of the current device.
+  check(cudaSetDevice(device_));
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+  stream_ = static_cast<cudaStream_t>(stream);
+}
+
+inline void Launcher::launch(const void* kernel, const Grid& grid, void** arguments) const {
+  if (grid.shared_bytes > 48 * 1024) {
+    check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
+  }
+  check(cudaLaunchKernel(kernel, grid.blocks, grid.threads, arguments, grid.shared_bytes, stream_));
+}
+
+inline int Launcher::multiprocessors() const {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
+  return count;
+}
+
+#endif
+
+}  // namespace fastmeta
