@@ -14,6 +14,10 @@ Result = TypeVar("Result")
 Plan = TypeVar("Plan")
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
+if INTERPRETED:
+    from fastmeta.triton_kernels import _interpreter
+
+    _interpreter.repair()
 _MOST_PLANS = 4096  # of one operator; a loop whose batch size varies must not grow them without end
 
 
