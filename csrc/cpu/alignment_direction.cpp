@@ -44,41 +44,17 @@ void align_tile(char* const (&run)[5], const Constants& constants, int64_t count
                         &constants, count, stream);
 }
 
-void check_rate(double value, const char* name) {
-  STD_TORCH_CHECK(value >= 0 && value <= 1, name, " must be in [0, 1], got ", value);
-}
-
 void alignment_direction_(const std::vector<Tensor>& grads_labeled, const std::vector<Tensor>& grads_unlabeled,
                           const std::vector<Tensor>& ema_labeled, const std::vector<Tensor>& ema_fourth,
                           const std::vector<Tensor>& out, double decay, double decay_norm, double epsilon) {
-  check_rate(decay, "decay");
-  check_rate(decay_norm, "decay_norm");
-  STD_TORCH_CHECK(std::isfinite(epsilon) && epsilon >= 0, "epsilon must be >= 0 and finite, got ", epsilon);
-  const std::vector<Tensor>* const lists[] = {&grads_labeled, &grads_unlabeled, &ema_labeled, &ema_fourth, &out};
-  const char* const names[] = {"grads_labeled", "grads_unlabeled", "ema_labeled", "ema_fourth", "out"};
-  for (int k = 1; k < 5; ++k) check_same_length(*lists[k], names[k], grads_labeled, names[0]);
+  check_alignment({&grads_labeled, &grads_unlabeled, &ema_labeled, &ema_fourth, &out}, decay, decay_norm, epsilon);
   std::vector<Group<5>> groups;
   groups.reserve(out.size());
-  Overlap overlap;
   int64_t bytes = 0;
   for (size_t i = 0; i < out.size(); ++i) {
-    const Tensor& first = grads_labeled[i];
-    check_floating(first, names[0]);
-    for (int k = 0; k < 5; ++k) {
-      const Tensor& tensor = (*lists[k])[i];
-      if (k > 0) check_same_shape(tensor, names[k], i, first, names[0]);
-      overlap.add(tensor, names[k], i, k >= 2);
-    }
-    check_like(grads_unlabeled[i], names[1], first, names[0]);
-    check_like(out[i], names[4], first, names[0]);
-    check_like(ema_fourth[i], names[3], ema_labeled[i], names[2]);
-    if (first.scalar_type() == ScalarType::Double || ema_labeled[i].scalar_type() != ScalarType::Float) {
-      check_like(ema_labeled[i], names[2], first, names[0]);
-    }
-    groups.push_back(make_group<5>({&first, &grads_unlabeled[i], &ema_labeled[i], &ema_fourth[i], &out[i]}));
+    groups.push_back(make_group<5>({&grads_labeled[i], &grads_unlabeled[i], &ema_labeled[i], &ema_fourth[i], &out[i]}));
     bytes += groups[i].numel * (3 * groups[i].element_size[0] + 2 * groups[i].element_size[2]);
   }
-  overlap.check();
   const Constants constants = {decay, decay_norm, epsilon};
   const bool stream = exceeds_cache(bytes);
   for_each_tile<5>(

@@ -11,11 +11,6 @@
 namespace fastmeta {
 namespace {
 
-constexpr int64_t kAlign = 64;
-
-// The backup: kAlign bytes whose first says whether it holds parameters, then each tensor's elements, aligned. With the
-// mark, restoring after an interrupt is right whether or not the parameters had been moved by then.
-
 template <class T>
 struct SumOfSquares {
   static FASTMETA_INLINE void run(const T* __restrict v, int64_t count, double* __restrict sum) {
@@ -55,7 +50,7 @@ struct Move {
   using W = typename Wide<T>::type;
   static FASTMETA_INLINE void run(T* __restrict theta, const T* __restrict v, T* __restrict saved, W factor,
                                   int64_t count, bool stream) {
-    alignas(kAlign) T moved[kTile];
+    alignas(backup_align) T moved[kTile];
     for (int64_t i = 0; i < count; ++i) moved[i] = narrow<T>(widen(saved[i]) + factor * widen(v[i]));
     store(theta, moved, count * static_cast<int64_t>(sizeof(T)), stream);
   }
@@ -67,26 +62,13 @@ struct Copy {
   }
 };
 
-int64_t bytes_of_copy(const Tensor& tensor) {
-  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
-  return (bytes + kAlign - 1) / kAlign * kAlign;
-}
-
-char* check_backup(const Tensor& backup, const std::vector<Tensor>& params) {
-  int64_t bytes = kAlign;
-  for (const Tensor& theta : params) bytes += bytes_of_copy(theta);
-  STD_TORCH_CHECK(backup.scalar_type() == ScalarType::Byte && backup.is_contiguous() && backup.numel() >= bytes,
-                  "backup must be contiguous uint8 of at least ", bytes, " bytes, got ", backup.numel());
-  return static_cast<char*>(backup.data_ptr());
-}
-
 // Each group with its copy in the backup as the last operand.
 template <int K>
 std::vector<Group<K + 1>> with_backup(const std::vector<Group<K>>& groups, const std::vector<Tensor>& params,
                                       char* backup) {
   std::vector<Group<K + 1>> joined;
   joined.reserve(groups.size());
-  char* copy = backup + kAlign;
+  char* copy = backup + backup_align;
   for (size_t i = 0; i < groups.size(); ++i) {
     joined.push_back(with_copy(groups[i], params[i], copy));
     copy += bytes_of_copy(params[i]);
@@ -149,23 +131,11 @@ void perturb_tile(char* const (&run)[3], double factor, int64_t count, bool save
 
 void perturb_(const std::vector<Tensor>& params, const std::vector<Tensor>& direction, Tensor backup,
               const Tensor& epsilon, double sign, bool save) {
-  check_same_length(direction, "direction", params, "params");
-  check_finite(sign, "sign");
-  STD_TORCH_CHECK(epsilon.numel() == 1 && epsilon.is_cpu() &&
-                      (epsilon.scalar_type() == ScalarType::Float || epsilon.scalar_type() == ScalarType::Double),
-                  "epsilon must be one float32 or float64 on the CPU");
+  check_perturb(params, direction, epsilon, sign);
+  STD_TORCH_CHECK(epsilon.is_cpu(), "epsilon must be on the CPU");
   std::vector<Group<2>> groups;
-  Overlap overlap;
   groups.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    check_floating(params[i], "params");
-    check_like(direction[i], "direction", params[i], "params");
-    check_same_shape(direction[i], "direction", i, params[i], "params");
-    overlap.add(params[i], "params", i, true);
-    overlap.add(direction[i], "direction", i, false);
-    groups.push_back(make_group<2>({&params[i], &direction[i]}));
-  }
-  overlap.check();
+  for (size_t i = 0; i < params.size(); ++i) groups.push_back(make_group<2>({&params[i], &direction[i]}));
   char* saved = check_backup(backup, params);
   STD_TORCH_CHECK(save != static_cast<bool>(saved[0]), save ? "backup holds parameters already" : "backup is empty");
   const double factor =

@@ -6,44 +6,14 @@
 
 #include <algorithm>
 #include <cstring>
-#include <string>
-#include <utility>
 #include <vector>
 
-#include "checks.h"
+#include "list_checks.h"
 
 namespace fastmeta {
 
 constexpr int64_t kUnit = 16384;  // elements a thread takes at a time
 constexpr int64_t kTile = 1024;   // elements that a kernel sees at a time: all operands fit the first cache
-
-// Bytes from the first element to the end of the last.
-inline int64_t span_of(const Tensor& tensor) {
-  if (tensor.numel() == 0) return 0;
-  if (tensor.is_contiguous()) return tensor.numel() * static_cast<int64_t>(tensor.element_size());
-  int64_t last = 0;
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  for (int64_t d = 0; d < tensor.dim(); ++d) last += (sizes[d] - 1) * strides[d];
-  return (last + 1) * static_cast<int64_t>(tensor.element_size());
-}
-
-// Whether no two elements share a place, for certain: each stride steps over everything within it.
-inline bool has_own_memory(const Tensor& tensor) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  int64_t inner = 0, counted = 0;  // the last place of the dimensions taken so far, innermost first
-  for (int64_t d = 0; d < tensor.dim(); ++d) counted += sizes[d] <= 1;
-  for (int64_t least = 0; counted < tensor.dim();) {
-    int64_t next = -1;
-    for (int64_t d = 0; d < tensor.dim(); ++d) {
-      if (sizes[d] > 1 && strides[d] > least && (next < 0 || strides[d] < strides[next])) next = d;
-    }
-    if (next < 0 || strides[next] <= inner) return false;
-    inner += (sizes[next] - 1) * strides[next];
-    least = strides[next];
-    ++counted;
-  }
-  return true;
-}
 
 // The i-th tensors of K lists. Flat: all of them lie in memory in one order and without gaps.
 template <int K>
@@ -210,57 +180,5 @@ void for_each_tile(const Units<K>& units, Access access, const Tile& tile, const
     at_thread_end();
   });
 }
-
-inline std::string item(const char* list, size_t index) {
-  return std::string(list) + "[" + std::to_string(index) + "]";
-}
-
-// Shape of `first`; the list's name and the index are put together only for an error.
-inline void check_same_shape(const Tensor& tensor, const char* list, size_t index, const Tensor& first,
-                             const char* first_list) {
-  bool same = tensor.dim() == first.dim();
-  for (int64_t d = 0; same && d < tensor.dim(); ++d) same = tensor.size(d) == first.size(d);
-  STD_TORCH_CHECK(same, item(list, index), " must be the shape of ", item(first_list, index), " = ", shape_of(first),
-                  ", got ", shape_of(tensor));
-}
-
-inline void check_same_length(const std::vector<Tensor>& list, const char* name, const std::vector<Tensor>& first,
-                              const char* first_name) {
-  STD_TORCH_CHECK(list.size() == first.size(), name, " must have ", first.size(), " tensors like ", first_name,
-                  ", got ", list.size());
-}
-
-// Memory that is written appears under no other name.
-class Overlap {
- public:
-  void add(const Tensor& tensor, const char* list, size_t index, bool written) {
-    STD_TORCH_CHECK(!written || tensor.is_contiguous() || has_own_memory(tensor), item(list, index),
-                    " must have memory of its own for each element");
-    const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-    if (const int64_t bytes = span_of(tensor)) spans_.push_back({begin, begin + bytes, list, index, written});
-  }
-
-  void check() {
-    std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
-    const Span *read = nullptr, *written = nullptr;  // those that reach furthest
-    for (const Span& span : spans_) {
-      const Span* other = written && written->end > span.begin ? written : nullptr;
-      if (span.written && !other && read && read->end > span.begin) other = read;
-      STD_TORCH_CHECK(!other, item(span.list, span.index), " and ", item(other->list, other->index),
-                      " must not share memory");
-      const Span*& furthest = span.written ? written : read;
-      if (!furthest || span.end > furthest->end) furthest = &span;
-    }
-  }
-
- private:
-  struct Span {
-    uintptr_t begin, end;
-    const char* list;
-    size_t index;
-    bool written;
-  };
-  std::vector<Span> spans_;
-};
 
 }  // namespace fastmeta
