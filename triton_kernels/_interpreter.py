@@ -1,10 +1,15 @@
-"""Lets Triton 3.6's interpreter run loops whose bounds are arguments, under NumPy 2.4 and later."""
+"""Repairs of Triton 3.6's interpreter: loops whose bounds are arguments (NumPy 2.4 and later), and bfloat16."""
 
 from typing import Any
 
+import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _patch_tensor = interpreter._patch_lang_tensor
+_cast = InterpreterBuilder.cast_impl
+_dot = InterpreterBuilder.create_dot
 
 
 def _with_index(tensor: type, scope: Any) -> None:
@@ -13,6 +18,35 @@ def _with_index(tensor: type, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
+def _widened(bits: np.ndarray) -> np.ndarray:
+    """Bfloat16, which it keeps as 16 bits, in float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _narrowed(values: np.ndarray) -> np.ndarray:
+    """The nearest bfloat16, ties to even, as the GPU rounds; the interpreter cuts the digits off."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16).reshape(values.shape)
+
+
+def _cast_impl(builder: InterpreterBuilder, source: TensorHandle, to: Any) -> TensorHandle:
+    pair = source.dtype.scalar, to.scalar
+    if pair == (tl.bfloat16, tl.float32):
+        return TensorHandle(_widened(source.data), tl.float32)
+    if pair == (tl.float32, tl.bfloat16):
+        return TensorHandle(_narrowed(source.data), tl.bfloat16)
+    return _cast(builder, source, to)
+
+
+def _create_dot(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+    # It would multiply the bits of bfloat16 as integers.
+    a, b = (TensorHandle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return _dot(builder, a, b, *rest)
+
+
 def repair() -> None:
-    """Have a scalar of the interpreter serve as an index again."""
+    """Have the interpreter compute what the GPU would."""
     interpreter._patch_lang_tensor = _with_index
+    InterpreterBuilder.cast_impl = _cast_impl
+    InterpreterBuilder.create_dot = _create_dot
