@@ -48,6 +48,12 @@ def test_many_classes_of_few_features_are_not_written():
     assert _forms.choose("per_example_dot", 8192, 256, 128256, SINGLE, head=True) == "rows"  # products in float32
 
 
+def test_empty_shapes_have_a_form():
+    for operator in OPERATORS:
+        for shape in [(0, 5, 3), (4, 0, 3), (3, 4, 0), (0, 0, 0)]:
+            assert _forms.choose(operator, *shape, HALF) in _forms.FORMS
+
+
 def test_small_slabs_cost_launches():
     shape = (8192, 2048, 30522)
     assert _forms.choose("label_gradient", *shape, HALF) == "rows"

@@ -78,14 +78,14 @@ def peak(dtype: torch.dtype, precision: str = "ieee") -> float:
 def library_seconds(rows: int, columns: int, depth: int, dtype: torch.dtype, precision: str = "ieee") -> float:
     """A library product ``[rows, depth] x [depth, columns]``: its flops or its bytes, and its launch."""
     tiles = math.ceil(rows / LIBRARY_TILE) * math.ceil(columns / LIBRARY_TILE) * max(1, depth // _SPLIT)
-    busy = min(1.0, tiles / chip().processors)
+    busy = min(1.0, max(tiles, 1) / chip().processors)
     flops = 2.0 * rows * columns * depth / (LIBRARY_RATE * busy * peak(dtype, precision))
     return LAUNCH + max(flops, memory_seconds(rows * columns + (rows + columns) * depth, dtype))
 
 
 def tile_seconds(flops: float, programs: int, dtype: torch.dtype, precision: str = "ieee") -> float:
     """Products within a Triton kernel of so many programs, without its launch."""
-    return flops / (TRITON_RATE * min(1.0, programs / chip().processors) * peak(dtype, precision))
+    return flops / (TRITON_RATE * min(1.0, max(programs, 1) / chip().processors) * peak(dtype, precision))
 
 
 def memory_seconds(entries: float, dtype: torch.dtype) -> float:
