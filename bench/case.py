@@ -1,6 +1,7 @@
 """What is benchmarked, as data: a case holds its problem in each dtype, a problem the variants that solve it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -27,6 +28,7 @@ class Variant:
     prepare: Callable[[], Any] | None = None  # puts in-place state back before the result is checked
     check: Callable[[], Any] | None = None  # a call that returns the result, where `call` returns none
     graph: bool = True  # whether a CUDA graph can hold the call: it reads nothing back to the host
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext  # what all its calls happen in
     examples: int | None = None  # how many of the problem's examples it handles, when not all of them
     describe: Callable[[Any], dict[str, Any]] | None = None  # what to record of the result, e.g. iterations
     note: str = ""

@@ -26,7 +26,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _checked(problem: Problem, variant: Variant) -> dict[str, Any]:
+def checked(problem: Problem, variant: Variant) -> dict[str, Any]:
     """The first call: its error against float64, and why the variant is left out, if it is."""
     if variant.prepare is not None:
         variant.prepare()
@@ -51,7 +51,7 @@ def _entry(problem: Problem, variant: Variant, dtype: torch.dtype) -> dict[str, 
         entry["note"] = variant.note
     if variant.examples is not None:
         entry["extrapolated"] = {"measured_examples": variant.examples, "all_examples": problem.num_examples}
-    return entry | {"tolerance": problem.tolerance} | _checked(problem, variant)
+    return entry | {"tolerance": problem.tolerance} | checked(problem, variant)
 
 
 def _times(entry: dict[str, Any], timing: Timing) -> None:

@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +18,11 @@ MIN_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Timed:
-    """A call to time, which has run before, and whether autograd records it."""
+    """A call to time, which has run before, whether autograd records it, and what its samples are taken in."""
 
     call: Callable[[], object]
     grad: bool = False
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass
@@ -58,7 +60,7 @@ def waiting_ns() -> int:
 def take_sample(timed: Timed, calls: int) -> tuple[float, bool]:
     """Seconds per call, and whether the sample was contended."""
     call = timed.call
-    with torch.set_grad_enabled(timed.grad):
+    with timed.around(), torch.set_grad_enabled(timed.grad):
         if calls > 1:
             call()  # brings the variant's data back into cache, where its calls find it in use
         waited = waiting_ns()
@@ -89,6 +91,7 @@ def interleave(
     min_sample_s: float = 0.005,
     budget_s: float = 3.0,
     sampler: Sampler = take_sample,
+    min_rounds: int = MIN_ROUNDS,
 ) -> list[Timing]:
     """Time each call in turn, forward in one round and backward in the next.
 
@@ -96,8 +99,9 @@ def interleave(
         timed: what is timed.
         rounds: samples of each.
         min_sample_s: a sample repeats the call until it is at least this long.
-        budget_s: a call whose samples would take longer than this gets fewer, but at least three.
-        sampler: takes one sample; another one in tests.
+        budget_s: a call whose samples would take longer than this gets fewer.
+        sampler: takes one sample; another one on a GPU and in tests.
+        min_rounds: samples that even the longest call gets.
     """
     timings, quotas = [], []
     collecting = gc.isenabled()
@@ -106,7 +110,7 @@ def interleave(
         for one in timed:
             calls, length = _calibrate(one, min_sample_s, sampler)
             timings.append(Timing(calls))
-            quotas.append(min(rounds, max(MIN_ROUNDS, int(budget_s / length))))
+            quotas.append(min(rounds, max(min_rounds, int(budget_s / length))))
         for round_number in range(rounds):
             order = range(len(timed))
             for i in order if round_number % 2 == 0 else reversed(order):

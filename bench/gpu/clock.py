@@ -1,0 +1,154 @@
+"""Time and memory on a device: stream time by events, graph time by replays, host time by enqueueing alone."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+
+from bench.timing import Timed, take_sample
+
+HOST_CALLS = 32  # few enough that the launch queue never fills and makes the host wait
+
+
+class Clock(Protocol):
+    """What the benchmarks need of a device."""
+
+    device: str
+
+    def sampler(self, timed: Timed, calls: int) -> tuple[float, bool]:
+        """Seconds per call, and whether other processes disturbed them."""
+
+    def capture(self, call: Callable[[], Any], calls: int) -> Callable[[], Any] | None:
+        """Plays ``calls`` calls back from one graph; None where there are no graphs."""
+
+    def host_us(self, call: Callable[[], Any]) -> float | None:
+        """Microseconds until a call returns, its work under way; None where a call waits for its work."""
+
+    def peak_bytes(self, call: Callable[[], Any]) -> int | None:
+        """Most bytes allocated at one time during the call, its results included."""
+
+    def host_syncs(self, call: Callable[[], Any]) -> int | None:
+        """How often the call waits for the device."""
+
+    def synchronize(self) -> None:
+        """Wait for all work."""
+
+
+class CudaClock:
+    """The current CUDA device."""
+
+    device = "cuda"
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+
+    def sampler(self, timed: Timed, calls: int) -> tuple[float, bool]:
+        """Between two events around the calls: where the host is slower than the device, the host's time."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with timed.around(), torch.set_grad_enabled(timed.grad):
+            if timed.around is not nullcontext:
+                timed.call()  # entering may have made fastmeta forget its plans
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(calls):
+                timed.call()
+            end.record()
+            end.synchronize()
+        return 1e-3 * start.elapsed_time(end) / calls, False
+
+    def capture(self, call: Callable[[], Any], calls: int) -> Callable[[], Any]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(2):  # libraries set themselves up on a stream's first calls
+                call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # torch.cuda.graph would collect garbage and empty the cache at every capture.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin()
+            try:
+                for _ in range(calls):
+                    call()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the capture is invalid: the error above says why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        torch.cuda.synchronize()
+        return graph.replay
+
+    def host_us(self, call: Callable[[], Any]) -> float | None:
+        torch.cuda.synchronize()
+        begin = time.perf_counter_ns()
+        for _ in range(HOST_CALLS):
+            call()
+        elapsed = time.perf_counter_ns() - begin
+        torch.cuda.synchronize()
+        return 1e-3 * elapsed / HOST_CALLS
+
+    def peak_bytes(self, call: Callable[[], Any]) -> int | None:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+
+    def host_syncs(self, call: Callable[[], Any]) -> int | None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                call()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in caught)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+
+class CpuClock:
+    """The CPU, on which the benchmark's own tests run."""
+
+    device = "cpu"
+
+    def sampler(self, timed: Timed, calls: int) -> tuple[float, bool]:
+        return take_sample(timed, calls)[0], False
+
+    def capture(self, call: Callable[[], Any], calls: int) -> None:
+        return None
+
+    def host_us(self, call: Callable[[], Any]) -> float | None:
+        return None
+
+    def peak_bytes(self, call: Callable[[], Any]) -> int | None:
+        return None
+
+    def host_syncs(self, call: Callable[[], Any]) -> int | None:
+        return None
+
+    def synchronize(self) -> None:
+        pass
+
+
+def clock_for(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else CpuClock()
+
+
+class DeviceLost(RuntimeError):
+    """The CUDA context is broken: every later call of this process would fail."""
+
+
+def ensure_healthy(device: str) -> None:
+    """Raise unless the device still computes; what failed before may have broken its context."""
+    try:
+        if float(torch.ones(3, device=device).sum()) != 3.0:
+            raise DeviceLost("the device computes nonsense")
+    except RuntimeError as error:
+        raise DeviceLost(str(error).splitlines()[0]) from error

@@ -1,0 +1,32 @@
+"""Results on disk, whole at any time."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, value: Any) -> None:
+    """As JSON, so that a process ended in the middle leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(_plain(value), indent=1) + "\n")
+    partial.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no word for NaN and infinity."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read(path: Path) -> Any:
+    """What is there; None if there is nothing that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

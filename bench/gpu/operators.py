@@ -1,0 +1,273 @@
+"""The phase ``operators``: measures every case and writes each result at once, so that a crash costs one variant.
+
+``python -m bench.gpu.operators --out FILE --seconds S``. Started again on the same file it goes on after the variant
+that it died in. With ``--only-compile I/N`` it runs the I-th of N shares of the cases once and times nothing: processes
+beside each other fill the compilers' caches on disk, which the measuring process then finds.
+"""
+
+import argparse
+import gc
+import os
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.case import Variant
+from bench.gpu import files, last_layer, launches, other_ops
+from bench.gpu.case import COMPILE_MODES, MAX_AUTOTUNE, GpuCase
+from bench.gpu.clock import Clock, DeviceLost, clock_for, ensure_healthy
+from bench.gpu.floors import COPY_BYTES, Floors
+from bench.gpu.measure import Settings, measure_case
+
+CASES: list[GpuCase] = [*last_layer.CASES, *other_ops.CASES]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DEVICE_LOST = 70  # exit status
+_QUICK = Settings(rounds=3, min_sample_s=0.001, budget_s=0.05)
+_LAUNCHES_S = 15.0  # kept back for counting launches at the end
+_MUCH = 2**33
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Which cases; the same words in every command."""
+    operators = list(dict.fromkeys(case.operator for case in CASES))
+    parser.add_argument("--operators", nargs="+", choices=operators, default=operators, metavar="NAME")
+    parser.add_argument("--shapes", nargs="+", metavar="TEXT", help="cases whose shape contains this")
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
+
+
+def _late(case: GpuCase, dtype: torch.dtype) -> int:
+    """What takes seconds for every call comes last, so that it is what a short budget leaves out."""
+    n, d, c = case.shape or (0, 0, 0)
+    return 2 if n * d * c > 2**40 and dtype == torch.float32 else 1 if n * d * c > 2**34 else 0
+
+
+def chosen(options: argparse.Namespace) -> list[tuple[GpuCase, torch.dtype]]:
+    """The cases asked for, in the order in which they are measured."""
+    found = [
+        (case, DTYPES[name])
+        for case in CASES
+        for name in options.dtypes
+        if DTYPES[name] in case.dtypes
+        and case.operator in options.operators
+        and (options.shapes is None or any(text in case.label for text in options.shapes))
+    ]
+    return sorted(found, key=lambda one: _late(*one))
+
+
+class Progress:
+    """The results so far, on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        before = files.read(path) or {}
+        self.cases: list[dict[str, Any]] = before.get("cases", [])
+        self.crashed: dict[str, dict[str, str]] = before.get("crashed", {})
+        self.shared: dict[str, Any] = before.get("shared", {})
+        self.unfinished: list[str] = []
+        died_in = before.get("running")
+        if died_in:
+            end = os.environ.get("FASTMETA_BENCH_PREVIOUS_END", "ended")
+            self.crashed.setdefault(died_in[0], {})[died_in[1]] = f"the process died in it: {end}"
+
+    def announce(self, key: str, step: str) -> None:
+        self._write([key, step])
+
+    def finish(self, key: str, record: dict[str, Any]) -> None:
+        self.cases.append({"key": key} | record)
+        self._write(None)
+
+    def end(self, unfinished: list[str]) -> None:
+        self.unfinished = unfinished
+        self._write(None)
+
+    def _write(self, running: list[str] | None) -> None:
+        content = {
+            "shared": self.shared,
+            "cases": self.cases,
+            "crashed": self.crashed,
+            "unfinished": self.unfinished,
+            "running": running,
+        }
+        files.write(self.path, content)
+
+
+def measure_all(
+    cases: list[tuple[GpuCase, torch.dtype]],
+    progress: Progress,
+    clock: Clock,
+    settings: Settings,
+    deadline: float,
+    *,
+    copy_bytes: tuple[int, ...] = COPY_BYTES,
+    compiled: set[str] | None = None,
+) -> None:
+    """Measure what is not there yet, until the deadline.
+
+    Args:
+        cases: all of them.
+        progress: where results go, and which are there.
+        clock: of the device.
+        settings: how long to measure.
+        deadline: by ``time.monotonic()``; no case begins after it.
+        copy_bytes: sizes at which the copy bandwidth is measured.
+        compiled: ``key/variant`` that the caches on disk hold; None: compile here whatever is missing.
+    """
+    progress.announce("ceilings", "ceilings")
+    floors = Floors(clock, copy_bytes)
+    peak = {} if clock.device == "cpu" else {name: floors.peak_flops(dtype) for name, dtype in DTYPES.items()}
+    progress.shared = {
+        "copy_bytes_per_s": floors.copy,
+        "launch_us": {"stream": floors.launch_us, "graph": floors.launch_graph_us},
+        "peak_flops": peak,
+    }
+    done = {record["key"] for record in progress.cases}
+    missing = []
+    for case, dtype in cases:
+        key = case.key(dtype)
+        if key in done:
+            continue
+        if time.monotonic() > deadline:
+            missing.append(key)
+            continue
+        crashes = progress.crashed.get(key, {})
+        left_out = dict(crashes)
+        if _late(case, dtype):
+            left_out.setdefault(MAX_AUTOTUNE, "left out at this size: its tuning takes longer than all measurements")
+        elif compiled is not None:
+            late = {name: "not compiled in time" for name in COMPILE_MODES if f"{key}/{name}" not in compiled}
+            left_out = late | left_out
+        shared = [step for step in crashes if step == "inputs" or step.startswith("timing")]
+        begin = time.monotonic()
+        if shared:
+            record = _failed(case, dtype, f"{shared[0]}: {crashes[shared[0]]}")
+        else:
+            record = _measured(case, dtype, clock, floors, settings, left_out, progress)
+        free(clock.device)
+        progress.finish(key, record | {"seconds": time.monotonic() - begin})
+        print(f"{key}: {_line(record)}, {time.monotonic() - begin:.1f} s", flush=True)
+    progress.end(missing)
+
+
+def _measured(
+    case: GpuCase,
+    dtype: torch.dtype,
+    clock: Clock,
+    floors: Floors,
+    settings: Settings,
+    left_out: dict[str, str],
+    progress: Progress,
+) -> dict[str, Any]:
+    key = case.key(dtype)
+    # A crash is announced as "variant" or "variant: what was done with it".
+    names = {step.partition(": ")[0]: why for step, why in left_out.items()}
+    try:
+        return measure_case(
+            case,
+            dtype,
+            clock,
+            floors,
+            settings,
+            left_out=names,
+            announce=lambda step: progress.announce(key, step),
+        )
+    except DeviceLost:
+        raise
+    except Exception as error:  # the inputs do not fit, say: the other cases may
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    ensure_healthy(clock.device)
+    return _failed(case, dtype, reason)
+
+
+def _failed(case: GpuCase, dtype: torch.dtype, reason: str) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    return {"operator": case.operator, "shape": case.label, "dtype": name, "main": case.main, "failed": reason}
+
+
+def _line(record: dict[str, Any]) -> str:
+    if "failed" in record:
+        return record["failed"]
+    main: dict[str, Any] = next((v for v in record["variants"] if v["name"] == record["main"]), {})
+    if "stream_us" not in main:
+        return main.get("reason", "not measured")
+    return f"{main['stream_us']:.1f} us on the stream, {main.get('graph_us', float('nan')):.1f} us in a graph"
+
+
+def free(device: str) -> None:
+    """Give cached memory back where there is much of it."""
+    if device == "cuda" and torch.cuda.memory_reserved() > _MUCH:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def compile_all(
+    cases: list[tuple[GpuCase, torch.dtype]], share: int, shares: int, done: Path, deadline: float, device: str
+) -> None:
+    """Run every variant of a share of the cases once, and note which have run."""
+    finished: list[str] = []
+    own = cases[share::shares]
+    for mode in (None, *COMPILE_MODES):  # what is sure to be measured first, the longest compilation last
+        for case, dtype in own:
+            if time.monotonic() > deadline:
+                return
+            try:
+                problem = case.build(dtype, device)
+                chosen = [v for v in problem.variants if (v.name == mode if mode else v.role != "compile")]
+                for variant in chosen:
+                    _run_once(variant, f"{case.key(dtype)}/{variant.name}", finished, device)
+                    files.write(done, finished)
+            except RuntimeError as error:  # its inputs do not fit beside the other processes'
+                print(f"{case.key(dtype)}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+                ensure_healthy(device)
+            torch.compiler.reset()
+            free(device)
+
+
+def _run_once(variant: Variant, key: str, finished: list[str], device: str) -> None:
+    try:
+        with variant.around(), torch.set_grad_enabled(variant.grad):
+            (variant.check or variant.call)()
+        finished.append(key)
+    except Exception as error:
+        print(f"{key}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+        ensure_healthy(device)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--only-compile", metavar="I/N")
+    parser.add_argument("--compiled", type=Path, nargs="*", help="what processes with --only-compile wrote")
+    add_choices(parser)
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.seconds
+    warnings.filterwarnings("ignore", message="Online softmax is disabled")
+    cases = chosen(options)
+    try:
+        if options.only_compile:
+            share, _, shares = options.only_compile.partition("/")
+            small = [one for one in cases if _late(*one) == 0]  # the others take turns with their memory
+            compile_all(small, int(share), int(shares), options.out, deadline, "cuda")
+            return 0
+        held = None
+        if options.compiled is not None:
+            held = {name for path in options.compiled for name in files.read(path) or []}
+        progress = Progress(options.out)
+        settings = _QUICK if options.quick else Settings()
+        measure_all(cases, progress, clock_for("cuda"), settings, deadline - _LAUNCHES_S, compiled=held)
+        launches.count_all(cases, progress, deadline)
+    except DeviceLost as error:
+        print(f"The device is lost: {error}", file=sys.stderr)
+        return DEVICE_LOST
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
