@@ -1,0 +1,278 @@
+"""Statistics of rows that are too long to hold: with them R is a function of single entries.
+
+One sweep over the classes keeps the running maximum of a row and the sums of ``e = exp(f - max)`` that its row function
+needs; sums so far are scaled down when the maximum rises. The product may be in memory or made tile by tile, and is
+then never written. Parts of the classes may go to several programs; a second launch joins them. It leaves, with
+``p = scale e`` (``s p = scale e`` for the cross-entropy's residual):
+
+=========================  ======================================================
+residual, cross_entropy    maximum, scale                ``r = scale e - y``
+residual, mse_probs        maximum, scale, <p, p - y>    ``r = 2 p (p - y - mean)``
+curvature, cross_entropy   maximum, scale, <p, z>        ``c = p (z - mean)``
+curvature, mse_probs       maximum, scale, <p, z>, <p, u>, ``u = p (z - <p, z>)``  ``c = 2 p (u - <p, u>)``
+=========================  ======================================================
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmeta.triton_kernels import _tuning
+from fastmeta.triton_kernels._launch import Launch
+from fastmeta.triton_kernels._online_softmax import rise
+from fastmeta.triton_kernels._products import (
+    ProductTile,
+    flash_tiles,
+    logits_and_tangent,
+    product_tile,
+    splits,
+    step,
+    strides,
+)
+from fastmeta.triton_kernels._rows import CROSS_ENTROPY, MSE_PROBS, curvature, residual
+from fastmeta.triton_kernels._weighted_rows import fills, load_bias, load_other
+
+SUMS = 5  # maximum, sum of e, and up to three that depend on the row function
+STATISTICS = 4
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def sweep(
+    product_ptr, features_ptr, factor_ptr, bias_ptr, other_ptr, sums_ptr,
+    num_rows, num_features, num_classes, steps,
+    product_row, product_column, features_row, features_column, factor_row, factor_column, bias_stride,
+    other_row, other_column,
+    loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+    block_rows: tl.constexpr, block_classes: tl.constexpr, block_features: tl.constexpr,
+):  # fmt: skip
+    """Sums ``[parts, 5, N]``, each over ``steps`` tiles of classes."""
+    rows = (tl.program_id(0) * block_rows + tl.arange(0, block_rows)).to(tl.int64)
+    row = rows[:, None]
+    product_fill, other_fill = fills(loss, curved)
+    top = tl.full([block_rows], float("-inf"), tl.float32)
+    total = tl.zeros([block_rows], tl.float32)
+    first_sum, second_sum, third_sum = total, total, total
+    for tile in range(steps):
+        columns = ((tl.program_id(1) * steps + tile) * block_classes + tl.arange(0, block_classes)).to(tl.int64)
+        column = columns[None]
+        inside = (row < num_rows) & (column < num_classes)
+        if features_ptr is None:
+            product = tl.load(product_ptr + row * product_row + column * product_column, inside, product_fill)
+            product = product.to(tl.float32)
+        else:
+            product, _ = logits_and_tangent(
+                features_ptr, factor_ptr, None, tl.minimum(rows, num_rows - 1), tl.minimum(columns, num_classes - 1),
+                num_features, features_row, features_column, factor_row, factor_column, 0, 0,
+                block_rows, block_classes, block_features, even, precision,
+            )  # fmt: skip
+            # As the library will round it for R: means of other numbers would not cancel theirs.
+            product = product.to(features_ptr.dtype.element_ty).to(tl.float32)
+        product += load_bias(bias_ptr, column, column < num_classes, bias_stride)
+        product = tl.where(inside, product, product_fill)
+        other = load_other(
+            other_ptr, row, column, num_rows, num_classes, inside, other_row, other_column, other_fill, classes
+        )  # fmt: skip
+        f = other if curved else product
+        top, reference, kept, _ = rise(top, tl.max(f, 1))
+        e = tl.exp(f - reference[:, None])
+        total = total * kept + tl.sum(e, 1)
+        if curved:
+            first_sum = first_sum * kept + tl.sum(e * product, 1)
+            if loss == MSE_PROBS:
+                second_sum = second_sum * kept * kept + tl.sum(e * e, 1)
+                third_sum = third_sum * kept * kept + tl.sum(e * e * product, 1)
+        elif loss == MSE_PROBS:
+            first_sum = first_sum * kept + tl.sum(e * other, 1)
+            second_sum = second_sum * kept * kept + tl.sum(e * e, 1)
+        else:
+            first_sum += tl.sum(other, 1)
+    out = sums_ptr + tl.program_id(1).to(tl.int64) * 5 * num_rows + rows
+    valid = rows < num_rows
+    tl.store(out, top, valid)
+    tl.store(out + num_rows, total, valid)
+    tl.store(out + 2 * num_rows, first_sum, valid)
+    if loss == MSE_PROBS:
+        tl.store(out + 3 * num_rows, second_sum, valid)
+        if curved:
+            tl.store(out + 4 * num_rows, third_sum, valid)
+
+
+@triton.jit(do_not_specialize=["num_rows", "parts"])
+def join(
+    sums_ptr, statistics_ptr, num_rows, parts, loss: tl.constexpr, curved: tl.constexpr, block_rows: tl.constexpr
+):  # fmt: skip
+    """Statistics ``[4, N]`` from the sums of all parts, in their order."""
+    rows = (tl.program_id(0) * block_rows + tl.arange(0, block_rows)).to(tl.int64)
+    valid = rows < num_rows
+    top = tl.full([block_rows], float("-inf"), tl.float32)
+    reference = tl.zeros([block_rows], tl.float32)
+    total = tl.zeros([block_rows], tl.float32)
+    first_sum, second_sum, third_sum = total, total, total
+    sums = sums_ptr + rows
+    for _ in range(parts):
+        top, reference, kept, fade = rise(top, tl.load(sums, valid, 0.0))
+        total = total * kept + fade * tl.load(sums + num_rows, valid, 0.0)
+        first = tl.load(sums + 2 * num_rows, valid, 0.0)
+        if loss == CROSS_ENTROPY and not curved:
+            first_sum += first
+        else:
+            first_sum = first_sum * kept + fade * first
+        if loss == MSE_PROBS:
+            second_sum = second_sum * kept * kept + fade * fade * tl.load(sums + 3 * num_rows, valid, 0.0)
+            if curved:
+                third_sum = third_sum * kept * kept + fade * fade * tl.load(sums + 4 * num_rows, valid, 0.0)
+        sums += 5 * num_rows
+    scale = 1.0 / total
+    out = statistics_ptr + rows
+    tl.store(out, reference, valid)
+    if loss == CROSS_ENTROPY and not curved:
+        tl.store(out + num_rows, scale * first_sum, valid)
+    else:
+        tl.store(out + num_rows, scale, valid)
+        mean = scale * first_sum  # <p, z>, or <p, y>
+        square = scale * scale * second_sum  # <p, p>
+        tl.store(out + 2 * num_rows, mean if curved else square - mean, valid)
+        if curved and loss == MSE_PROBS:
+            tl.store(out + 3 * num_rows, scale * scale * third_sum - mean * square, valid)
+
+
+@triton.jit(do_not_specialize=["num_rows", "steps", "first_partial", "statistics_row"])
+def rows_of_statistics(
+    product_ptr, bias_ptr, other_ptr, weights_ptr, statistics_ptr, out_ptr, partials_ptr,
+    num_rows, num_classes, first_class, steps, first_partial, statistics_row,
+    product_row, product_column, bias_stride, other_row, other_column, weights_stride, out_row,
+    loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr,
+    block_rows: tl.constexpr, block_classes: tl.constexpr,
+):  # fmt: skip
+    """R for the classes from ``first_class`` on, whose product it may overwrite, and the sums of its columns."""
+    local = (tl.program_id(0) * block_classes + tl.arange(0, block_classes)).to(tl.int64)[None]
+    column = first_class + local
+    product_fill, other_fill = fills(loss, curved)
+    bias = load_bias(bias_ptr, column, column < num_classes, bias_stride)
+    sums = tl.zeros([block_rows, block_classes], tl.float32)
+    for tile in range(steps):
+        first = (tl.program_id(1).to(tl.int64) * steps + tile) * block_rows
+        row = first + tl.arange(0, block_rows).to(tl.int64)[:, None]
+        valid = row < num_rows
+        inside = valid & (column < num_classes)
+        product = tl.load(product_ptr + row * product_row + local * product_column, inside, product_fill)
+        product = product.to(tl.float32) + bias
+        other = load_other(
+            other_ptr, row, column, num_rows, num_classes, inside, other_row, other_column, other_fill, classes
+        )  # fmt: skip
+        if loss == CROSS_ENTROPY or loss == MSE_PROBS:
+            e = tl.exp((other if curved else product) - tl.load(statistics_ptr + row, valid, 0.0))
+            p = e * tl.load(statistics_ptr + statistics_row + row, valid, 0.0)
+            if curved or loss == MSE_PROBS:
+                mean = tl.load(statistics_ptr + 2 * statistics_row + row, valid, 0.0)
+            if curved:
+                rows = p * (product - mean)
+                if loss == MSE_PROBS:
+                    rows = 2.0 * p * (rows - tl.load(statistics_ptr + 3 * statistics_row + row, valid, 0.0))
+            elif loss == MSE_PROBS:
+                rows = 2.0 * p * (p - other - mean)
+            else:
+                rows = p - other
+        else:
+            rows = curvature(other, product, loss) if curved else residual(product, other, loss)
+        if weights_ptr is not None:
+            rows *= tl.load(weights_ptr + row * weights_stride, valid, 0.0).to(tl.float32)
+        rows = tl.where(inside, rows, 0.0)
+        tl.store(out_ptr + row * out_row + local, rows.to(out_ptr.dtype.element_ty), inside)
+        sums += rows
+    if partials_ptr is not None:
+        total = tl.sum(sums, 0)[None]
+        place = (first_partial + tl.program_id(1)).to(tl.int64) * num_classes + column
+        tl.store(partials_ptr + place, total, column < num_classes)
+
+
+class SweepTile(NamedTuple):
+    """Rows and classes of a tile where the product is in memory, and warps."""
+
+    rows: int
+    classes: int
+    warps: int
+
+
+SWEEP_TILES = (SweepTile(1, 4096, 8), SweepTile(2, 2048, 8))
+
+
+class RowsTile(NamedTuple):
+    """Rows and classes of a tile, and warps."""
+
+    rows: int
+    classes: int
+    warps: int
+
+
+ROWS_TILES = (RowsTile(16, 256, 8), RowsTile(32, 256, 8))
+
+
+def rows_tile(n: int, c: int, dtype: torch.dtype) -> RowsTile:
+    """The tile of :func:`rows_of_statistics`."""
+    return _tuning.tile("rows_of_statistics", dtype, (n, c), ROWS_TILES, ROWS_TILES[1 if n >= 256 else 0])
+
+
+class Sweep:
+    """The launches that leave the statistics ``[4, N]`` of N rows.
+
+    Args:
+        n: most rows of a call.
+        d: features; of no matter where the product is in memory.
+        c: classes.
+        dtype: of the operands.
+        precision: of float32 products.
+        product: whether the product is made here.
+        loss: the loss's number.
+        curved: the curvature, not the residual.
+        classes: whether targets are classes.
+    """
+
+    def __init__(
+        self, n: int, d: int, c: int, dtype: torch.dtype, precision: str, *,
+        product: bool, loss: int, curved: bool, classes: bool,
+    ) -> None:  # fmt: skip
+        tile: SweepTile | ProductTile
+        row_function = {"loss": loss, "curved": curved}
+        if product:
+            table = flash_tiles(dtype, precision)
+            tile = _tuning.tile("sweep_product", dtype, (n, d, c), table, product_tile(n, table))
+            inner = {"even": d % tile.features == 0, "precision": precision}
+            features, stages = tile.features, tile.stages
+        else:
+            tile = _tuning.tile("sweep", dtype, (n, c), SWEEP_TILES, SWEEP_TILES[0])
+            inner, features, stages = {"even": True, "precision": precision}, 0, 1
+        blocks, steps = triton.cdiv(n, tile.rows), triton.cdiv(c, tile.classes)
+        steps = triton.cdiv(steps, splits(blocks, steps))
+        self.parts = parts = triton.cdiv(c, steps * tile.classes)
+        self.sizes = d if product else 0, c, steps
+        constants = row_function | {"classes": classes} | inner
+        constants |= {"block_rows": tile.rows, "block_classes": tile.classes, "block_features": features}
+        self.sweep = Launch(sweep, (blocks, parts), constants, num_warps=tile.warps, num_stages=stages)
+        self.join = Launch(join, (triton.cdiv(n, 128),), row_function | {"block_rows": 128})
+
+    def __call__(
+        self,
+        num_rows: int,
+        product: Tensor | None,  # [N, C], or made of
+        features: Tensor | None,  # [N, D] and
+        factor: Tensor | None,  # [C, D]
+        bias: Tensor | None,  # [C]
+        other: Tensor,  # [N, C], or classes [N]
+    ) -> Tensor:  # [4, N]
+        sums = torch.empty((self.parts, SUMS, num_rows), dtype=torch.float32, device=other.device)
+        statistics = torch.empty((STATISTICS, num_rows), dtype=torch.float32, device=other.device)
+        self.sweep(
+            product, features, factor, bias, other, sums, num_rows, *self.sizes,
+            *strides(product), *strides(features), *strides(factor), step(bias), *pair(other),
+        )  # fmt: skip
+        self.join(sums, statistics, num_rows, self.parts)
+        return statistics
+
+
+def pair(other: Tensor) -> tuple[int, int]:
+    """Strides of the other operand; classes have one."""
+    return (*other.stride(), 0)[:2]  # type: ignore[return-value]

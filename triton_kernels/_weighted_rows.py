@@ -1,0 +1,153 @@
+"""``R = w r`` or ``R = w c(z)`` for rows that a program holds whole, with the sums of its columns.
+
+The two row functions take the same operands in another order. One is a *product* of the features, the head's logits or
+the tangent ``z = h V^T + b``, here multiplied already or multiplied in the kernel; the *other* one is read: targets for
+the residual, logits for the curvature.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fastmeta.triton_kernels import _tuning
+from fastmeta.triton_kernels._products import logits_and_tangent
+from fastmeta.triton_kernels._rows import curvature, padding, residual
+
+MOST_CLASSES = 8192  # of a row in registers, 16 entries a thread of 16 warps
+ALIGNMENT = 16  # entries: rows of R begin at multiples of 16 bytes, whatever C is
+
+
+@triton.jit
+def load_other(
+    other_ptr, row, column, num_rows, num_classes, inside, row_stride, column_stride, fill, classes: tl.constexpr
+):  # fmt: skip
+    """Targets or logits in float32; classes ``[N]`` as one-hot rows."""
+    if classes:
+        label = tl.load(other_ptr + row * row_stride, row < num_rows, 0)
+        # A class that does not exist makes its row NaN: to raise would take a wait for the GPU.
+        hit = tl.where((label >= 0) & (label < num_classes), 1.0, float("nan"))
+        return tl.where(inside, tl.where(label == column, 1.0, 0.0) * hit, 0.0)
+    else:
+        return tl.load(other_ptr + row * row_stride + column * column_stride, inside, fill).to(tl.float32)
+
+
+@triton.jit
+def load_bias(bias_ptr, column, inside, stride):
+    """A bias in float32, or 0."""
+    if bias_ptr is None:
+        return 0.0
+    else:
+        return tl.load(bias_ptr + column * stride, inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def fills(loss: tl.constexpr, curved: tl.constexpr):
+    """What stands beyond the classes in the product and in the other operand."""
+    if curved:
+        return 0.0, padding(loss)
+    else:
+        return padding(loss), 0.0
+
+
+@triton.jit
+def _weighted(product, other, row, weights_ptr, weights_stride, num_rows, inside, loss: tl.constexpr, curved: tl.constexpr):  # fmt: skip  # noqa: E501
+    rows = curvature(other, product, loss) if curved else residual(product, other, loss)
+    if weights_ptr is not None:
+        rows *= tl.load(weights_ptr + row * weights_stride, row < num_rows, 0.0).to(tl.float32)
+    return tl.where(inside, rows, 0.0)
+
+
+@triton.jit(do_not_specialize=["num_rows", "tiles", "first_partial"])
+def whole_rows(
+    product_ptr, bias_ptr, other_ptr, weights_ptr, out_ptr, partials_ptr,
+    num_rows, num_classes, tiles, first_partial,
+    product_row, product_column, bias_stride, other_row, other_column, weights_stride, out_row,
+    loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr,
+    block_rows: tl.constexpr, block_classes: tl.constexpr,
+):  # fmt: skip
+    """R from a product in memory, which R may overwrite; each program sums the columns of its rows."""
+    column = tl.arange(0, block_classes).to(tl.int64)[None]
+    product_fill, other_fill = fills(loss, curved)
+    bias = load_bias(bias_ptr, column, column < num_classes, bias_stride)
+    sums = tl.zeros([block_rows, block_classes], tl.float32)
+    for tile in range(tiles):
+        first = (tl.program_id(0).to(tl.int64) * tiles + tile) * block_rows
+        row = first + tl.arange(0, block_rows).to(tl.int64)[:, None]
+        inside = (row < num_rows) & (column < num_classes)
+        product = tl.load(product_ptr + row * product_row + column * product_column, inside, product_fill)
+        product = product.to(tl.float32) + bias
+        other = load_other(
+            other_ptr, row, column, num_rows, num_classes, inside, other_row, other_column, other_fill, classes
+        )  # fmt: skip
+        rows = _weighted(product, other, row, weights_ptr, weights_stride, num_rows, inside, loss, curved)
+        # Zeros up to the next row, so that a tile of R can be read in whole vectors.
+        padded = (row < num_rows) & (column < out_row)
+        tl.store(out_ptr + row * out_row + column, rows.to(out_ptr.dtype.element_ty), padded)
+        sums += rows
+    if partials_ptr is not None:
+        total = tl.sum(sums, 0)[None]
+        place = (first_partial + tl.program_id(0)).to(tl.int64) * num_classes + column
+        tl.store(partials_ptr + place, total, column < num_classes)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def product_rows(
+    features_ptr, factor_ptr, bias_ptr, other_ptr, weights_ptr, out_ptr,
+    num_rows, num_features, num_classes,
+    features_row, features_column, factor_row, factor_column, bias_stride,
+    other_row, other_column, weights_stride, out_row,
+    loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+    block_rows: tl.constexpr, block_classes: tl.constexpr, block_features: tl.constexpr,
+):  # fmt: skip
+    """R from the features: the product with the head or the direction is made here."""
+    rows = (tl.program_id(0) * block_rows + tl.arange(0, block_rows)).to(tl.int64)
+    columns = tl.arange(0, block_classes).to(tl.int64)
+    row, column = rows[:, None], columns[None]
+    inside = (row < num_rows) & (column < num_classes)
+    product_fill, other_fill = fills(loss, curved)
+    product, _ = logits_and_tangent(
+        features_ptr, factor_ptr, None, tl.minimum(rows, num_rows - 1), tl.minimum(columns, num_classes - 1),
+        num_features, features_row, features_column, factor_row, factor_column, 0, 0,
+        block_rows, block_classes, block_features, even, precision,
+    )  # fmt: skip
+    product += load_bias(bias_ptr, column, column < num_classes, bias_stride)
+    product = tl.where(inside, product, product_fill)
+    other = load_other(
+        other_ptr, row, column, num_rows, num_classes, inside, other_row, other_column, other_fill, classes
+    )  # fmt: skip
+    out = _weighted(product, other, row, weights_ptr, weights_stride, num_rows, inside, loss, curved)
+    padded = (row < num_rows) & (column < out_row)
+    tl.store(out_ptr + row * out_row + column, out.to(out_ptr.dtype.element_ty), padded)
+
+
+class WholeTile(NamedTuple):
+    """Entries of a program's tile, in whole rows, and its warps."""
+
+    entries: int
+    warps: int
+
+
+WHOLE_TILES = (WholeTile(1024, 4), WholeTile(2048, 4), WholeTile(4096, 8), WholeTile(8192, 8), WholeTile(8192, 16))
+
+
+def block_of(num_classes: int) -> int:
+    """Width of a tile that holds a whole row."""
+    return max(triton.next_power_of_2(num_classes), 16)
+
+
+def pitch_of(num_classes: int) -> int:
+    """Entries from one row of R to the next."""
+    return -(-num_classes // ALIGNMENT) * ALIGNMENT
+
+
+def whole_tile(n: int, c: int, dtype: torch.dtype) -> WholeTile:
+    """The largest tile that still gives every processor of a large GPU a program."""
+    block = block_of(c)
+    table = [tile for tile in WHOLE_TILES if tile.entries >= block]
+    heuristic = table[0]
+    for tile in table:
+        if tile.warps <= 8 and -(-n // (tile.entries // block)) >= 128:
+            heuristic = tile
+    return _tuning.tile("whole_rows", dtype, (n, c), table, heuristic)
