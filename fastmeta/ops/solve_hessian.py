@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from fastmeta import checks
 from fastmeta.dispatch import in_own_dtype
 from fastmeta.ops import _last_layer
-from fastmeta.ops._solvers import system
+from fastmeta.ops._solvers import device, system
 from fastmeta.ops._solvers.driver import Answer, Solve
 from fastmeta.ops._solvers.state import SolverState
 from fastmeta.ops.hvp import hessian_vector_product_reference
@@ -21,17 +21,39 @@ from fastmeta.ops.hvp import hessian_vector_product_reference
 SOLVERS = ("auto", "cholesky", "cg", "pcg")
 
 
-class HessianSolution(NamedTuple):
-    """Solution of :func:`solve_hessian`."""
-
+class _Fields(NamedTuple):
     weight: Tensor
-    """``[C, D]``"""
     bias: Tensor | None
-    """``[C]``; None if the right-hand side has none"""
-    iterations: int
-    """products with the Hessian inside the solver; 1 for a direct solve, 0 if there was nothing to solve"""
-    residual: float
-    """``||rhs - (H + damping I) x|| / ||rhs||`` of the returned ``x``, computed from its definition"""
+    iterations: int | Tensor
+    residual: float | Tensor
+
+
+class HessianSolution(_Fields):
+    """Solution of :func:`solve_hessian`: the tuple ``(weight, bias, iterations, residual)``.
+
+    ``weight`` is ``[C, D]``; ``bias`` is ``[C]``, or None if the right-hand side has none. On a GPU the last two items
+    of the tuple may be scalar tensors that nothing has waited for; the attributes :attr:`iterations` and
+    :attr:`residual` are numbers, and wait. Of a solve inside a CUDA graph they tell of the last replay.
+    """
+
+    indefinite: Tensor | None = None
+    """scalar: negative curvature stopped the solve; where the host has not looked, reading a number raises"""
+
+    @property
+    def iterations(self) -> int:  # type: ignore[override]
+        """Products with the Hessian inside the solver; 1 for a direct solve, 0 if there was nothing to solve."""
+        self._raise_if_indefinite()
+        return int(self[2])
+
+    @property
+    def residual(self) -> float:  # type: ignore[override]
+        """``||rhs - (H + damping I) x|| / ||rhs||`` of the returned ``x``, computed from its definition."""
+        self._raise_if_indefinite()
+        return float(self[3])
+
+    def _raise_if_indefinite(self) -> None:
+        if self.indefinite is not None and bool(self.indefinite):
+            raise device.indefinite_error(int(self[2]))
 
 
 class NotConvergedWarning(UserWarning):
@@ -109,6 +131,13 @@ def solve_hessian(
     of convergence. With fewer examples than features the solvers work in N coordinates for each output. float16 and
     bfloat16 are solved in float32.
 
+    On a GPU the iterations of ``cg`` and ``pcg`` wait for nothing: the host looks every 5 of them whether to go on, and
+    ``residual`` is left on the device until it is read. ``auto`` then is ``pcg`` if a ``state`` is given, whose factors
+    serve several solves, or if ``damping`` is 0, else ``cg``. An input that is not finite is found by the result that
+    is not. Inside a CUDA graph exactly ``max_iter`` iterations run, those after convergence without effect; nothing
+    warns; ``damping`` must be > 0, ``cholesky`` raises, and ``pcg`` needs a ``state`` with factors: those and the warm
+    start of a state that an earlier solve has filled are used, and the solution is written back in place.
+
     The derivative is that of the exact solution, by the implicit function theorem: a second solve in backward, as
     exact as ``tol``. Forward mode and a second derivative raise.
 
@@ -136,7 +165,8 @@ def solve_hessian(
         RuntimeError: the named ``impl`` is not available; ``torch.linalg.LinAlgError``: not positive definite.
 
     Warns:
-        NotConvergedWarning: the residual is above ``tol`` after ``max_iter`` iterations or at the dtype's precision.
+        NotConvergedWarning: the residual is above ``tol`` after ``max_iter`` iterations or at the dtype's precision;
+            on a GPU the residual of the recurrence, which may be below the true one after hundreds of iterations.
 
     >>> import torch
     >>> solution = solve_hessian(torch.ones(1, 1), torch.zeros(1, 2), torch.ones(2, 1), loss="mse", damping=2.0)
@@ -158,18 +188,22 @@ def solve_hessian(
     weight, bias = solve(features, logits, rhs_weight, rhs_bias, weights, problem, report)
     answer = report.answer
     assert answer is not None
-    if answer.residual > problem.tol or math.isnan(answer.residual):
-        _warn(problem, answer, rhs_weight.dtype)
-    return HessianSolution(weight, bias, answer.iterations, answer.residual)
+    reached = answer.stopped_at if isinstance(answer.residual, Tensor) else answer.residual
+    if reached is not None and not reached <= problem.tol:
+        _warn(problem, answer, reached, rhs_weight.dtype)
+    solution = HessianSolution(weight, bias, answer.iterations, answer.residual)
+    solution.indefinite = answer.indefinite
+    return solution
 
 
-def _warn(problem: _Problem, answer: Answer, dtype: torch.dtype) -> None:
+def _warn(problem: _Problem, answer: Answer, reached: float, dtype: torch.dtype) -> None:
+    assert not isinstance(answer.iterations, Tensor), "the host knows where it stopped"
     if answer.iterations >= problem.max_iter:
         advice = "raise max_iter, tol or damping"
     else:
         advice = f"no solver gets further in {torch.promote_types(dtype, torch.float32)}: raise tol or damping"
     warnings.warn(
-        f"solve_hessian ({answer.solver}) stopped at relative residual {answer.residual:.2e} after {answer.iterations} "
+        f"solve_hessian ({answer.solver}) stopped at relative residual {reached:.2e} after {answer.iterations} "
         f"iterations, above tol={problem.tol:g}, with damping={problem.damping:g}; {advice}".replace("torch.", ""),
         NotConvergedWarning,
         stacklevel=4,  # past torch.compiler.disable
@@ -185,23 +219,32 @@ def _solve(
     weights: Tensor | None,
     problem: _Problem,
 ) -> tuple[Tensor, Tensor | None, Answer]:
-    _check_finite(features=features, logits=logits, rhs_weight=rhs_weight, rhs_bias=rhs_bias, weights=weights)
+    given = {"features": features, "logits": logits, "rhs_weight": rhs_weight, "rhs_bias": rhs_bias, "weights": weights}
+    device.refuse_capture(features, problem.solver, problem.damping)
+    on_device = device.serves(features) and problem.solver != "cholesky"
+    if not on_device:
+        _check_finite(given)
     dtype = torch.promote_types(features.dtype, torch.float32)
-    rhs = system.fold(rhs_weight, rhs_bias).to(dtype)
+    rhs = system.fold(rhs_weight, rhs_bias, padded=on_device).to(dtype)
     if features.shape[0] == 0 and problem.damping > 0:
         answer = Answer(rhs / problem.damping, 0, 0.0, problem.solver)
     elif features.shape[0] == 0:
-        answer = Answer(torch.zeros_like(rhs), 0, float(bool(rhs.any())), problem.solver)
+        missed = rhs.any().double()
+        answer = Answer(torch.zeros_like(rhs), 0, missed if on_device else missed.item(), problem.solver)
     else:
         h, w = features.to(dtype), None if weights is None else weights.to(dtype)
-        rows, signs = system.rows(h, w, rhs_bias is not None)
+        rows, signs = system.rows(h, w, rhs_bias is not None, on_device=on_device)
         hessian = system.DampedHessian(rows, logits.to(dtype), signs, problem.loss, problem.damping, problem.impl)
-        given = (features,) if weights is None else (features, weights)
-        answer = Solve(hessian, rhs, given, problem.tol, problem.max_iter, problem.state).run(problem.solver)
+        identity = (features,) if weights is None else (features, weights)
+        solve = device.DeviceSolve if on_device else Solve
+        answer = solve(hessian, rhs, identity, problem.tol, problem.max_iter, problem.state).run(problem.solver)
+        if answer.stopped_at is not None and math.isnan(answer.stopped_at):
+            _check_finite(given)
     x = answer.solution.to(features.dtype)
     if rhs_bias is None:
         return x, None, answer
-    return x[:, :-1].contiguous(), x[:, -1].contiguous(), answer
+    count = rhs_weight.shape[1]
+    return x[:, :count].contiguous(), x[:, count].contiguous(), answer
 
 
 class _Solution(torch.autograd.Function):
@@ -288,7 +331,7 @@ def _check(
     _last_layer.check_weights(h, weights)
 
 
-def _check_finite(**tensors: Tensor | None) -> None:
+def _check_finite(tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         # The sum of finite numbers may overflow, but one that is not finite never sums to a finite number.
         if tensor is None or math.isfinite(tensor.sum().item()):

@@ -28,9 +28,13 @@ class Answer(NamedTuple):
     """``x [C, K]`` and how it was reached."""
 
     solution: Tensor
-    iterations: int
-    residual: float
+    iterations: int | Tensor
+    residual: float | Tensor
     solver: str
+    indefinite: Tensor | None = None
+    """whether negative curvature stopped it, where the host did not look"""
+    stopped_at: float | None = None
+    """relative residual at which it gave up, as far as the host knows without waiting for the true one"""
 
 
 class Step(NamedTuple):

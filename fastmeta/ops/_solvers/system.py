@@ -31,7 +31,7 @@ class DampedHessian:
         self.loss = loss
         self.damping = damping
         self._kernel: Callable[..., Any] | None = hvp.OPERATOR.select(impl, features, logits, signs)
-        self._impl = impl
+        self.impl = impl
 
     @property
     def num_unknowns(self) -> tuple[int, int]:
@@ -49,18 +49,29 @@ class DampedHessian:
 
     def with_features(self, features: Tensor) -> "DampedHessian":
         """The same examples with their rows in another basis, ``[N, r]``."""
-        return DampedHessian(features, self.logits, self.signs, self.loss, self.damping, self._impl)
+        return DampedHessian(features, self.logits, self.signs, self.loss, self.damping, self.impl)
 
 
-def fold(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Weight ``[C, D]`` and bias ``[C]`` side by side: ``[C, K]``."""
-    return weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], dim=1)
+def fold(weight: Tensor, bias: Tensor | None, *, padded: bool = False) -> Tensor:
+    """Weight ``[C, D]`` and bias ``[C]`` side by side: ``[C, K]``; with zeros up to a multiple of 16 if ``padded``.
+
+    A GPU reads rows that start at multiples of 16 bytes in whole words; a zero column is an unknown that stays 0.
+    """
+    if bias is None:
+        return weight
+    padding = [weight.new_zeros(len(weight), -(weight.shape[1] + 1) % 16)] if padded else []
+    return torch.cat([weight, bias.unsqueeze(1), *padding], dim=1)
 
 
-def rows(features: Tensor, weights: Tensor | None, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """``g_i = sqrt(|w_i|) [h_i, 1]`` ``[N, K]`` and the signs of the weights, None if all are positive ``[N]``."""
-    g = torch.cat([features, features.new_ones(features.shape[0], 1)], dim=1) if bias else features
+def rows(
+    features: Tensor, weights: Tensor | None, bias: bool, *, on_device: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """``g_i = sqrt(|w_i|) [h_i, 1]`` ``[N, K]`` and the signs of the weights, None if all are positive ``[N]``.
+
+    ``on_device``: padded like :func:`fold`, and nothing waits for the device to know whether a weight is negative.
+    """
+    g = fold(features, features.new_ones(len(features)), padded=on_device) if bias else features
     if weights is None:
         return g, None
     g = g * weights.abs().sqrt().unsqueeze(1)
-    return g, weights.sign() if bool((weights < 0).any()) else None
+    return g, weights.sign() if on_device or bool((weights < 0).any()) else None
