@@ -82,7 +82,16 @@ def _nvcc_command(include: Path) -> Command:
     nvcc = find_nvcc()
     if nvcc is None:
         raise FileNotFoundError("nvcc is not found; put it on the PATH or set CUDA_HOME")
-    command = [str(nvcc), "-std=c++20", "-O3", "-DUSE_CUDA", STABLE_ABI, f"-I{CSRC}", f"-I{include}"]
+    command = [
+        str(nvcc),
+        "-std=c++20",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "-DUSE_CUDA",
+        STABLE_ABI,
+        f"-I{CSRC}",
+        f"-I{include}",
+    ]
     for number in _architectures():
         code = f"[sm_{number},compute_{number}]" if number == _architectures()[-1] else f"sm_{number}"
         command += ["-gencode", f"arch=compute_{number},code={code}"]

@@ -1,0 +1,107 @@
+// alignment_direction: both running averages and the direction in one pass.
+#include "cuda/tensor_list.h"
+#include "list_checks.h"
+
+namespace fastmeta {
+namespace {
+
+struct Constants {
+  double decay, decay_norm, epsilon;
+};
+
+// G: type of the gradients and the direction, E: of the averages.
+template <class G, class E>
+struct Align {
+  // Of grad_labeled, grad_unlabeled, ema_labeled, ema_fourth, out.
+  FASTMETA_HOST_DEVICE static constexpr int size(int k) { return k == 2 || k == 3 ? sizeof(E) : sizeof(G); }
+  static constexpr int ahead = 1;
+  using W = typename Wide<G>::type;
+  template <int V>
+  struct Loaded {
+    Pack<G, V> labeled, unlabeled;
+    Pack<E, V> mean, fourth;
+  };
+  W decay, fresh, decay_norm, fresh_norm, epsilon;
+
+  __device__ __forceinline__ explicit Align(const Constants& c)
+      : decay(static_cast<W>(c.decay)),
+        fresh(static_cast<W>(1 - c.decay)),
+        decay_norm(static_cast<W>(c.decay_norm)),
+        fresh_norm(static_cast<W>(1 - c.decay_norm)),
+        epsilon(static_cast<W>(c.epsilon)) {}
+
+  template <int V>
+  __device__ __forceinline__ Loaded<V> load(char* const (&at)[5]) const {
+    return {fastmeta::load<V>(reinterpret_cast<const G*>(at[0])), fastmeta::load<V>(reinterpret_cast<const G*>(at[1])),
+            fastmeta::load<V>(reinterpret_cast<const E*>(at[2])), fastmeta::load<V>(reinterpret_cast<const E*>(at[3]))};
+  }
+  template <int V>
+  __device__ __forceinline__ void store(const Loaded<V>& loaded, char* const (&at)[5]) const {
+    Pack<E, V> means, fourths;
+    Pack<G, V> direction;
+    for (int i = 0; i < V; ++i) {
+      const W mean = decay * widen(loaded.mean.value[i]) + fresh * widen(loaded.labeled.value[i]);
+      const W v = mean - widen(loaded.unlabeled.value[i]);
+      const W square = v * v;
+      const W fourth = decay_norm * widen(loaded.fourth.value[i]) + fresh_norm * (square * square);
+      means.value[i] = narrow<E>(mean);
+      fourths.value[i] = narrow<E>(fourth);
+      direction.value[i] = narrow<G>(2 * v / (epsilon + sqrt(fourth)));
+    }
+    fastmeta::store(reinterpret_cast<E*>(at[2]), means);
+    fastmeta::store(reinterpret_cast<E*>(at[3]), fourths);
+    fastmeta::store(reinterpret_cast<G*>(at[4]), direction);
+  }
+};
+
+template <class G, class E>
+__device__ __forceinline__ void align_chunk(const Chunk<5>& chunk, const int64_t* words, const Constants& constants) {
+  const Align<G, E> align(constants);
+  run_chunk(align, chunk, words);
+}
+
+constexpr int float32_averages = 8;  // added to the kind of 16-bit gradients
+
+template <class Table>
+__global__ void __launch_bounds__(list_threads, 3) align_kernel(FASTMETA_STRUCTURE(Table) table, Constants constants) {
+  const auto chunk = chunk_of(table, blockIdx.x);
+  switch (chunk.entry.kind) {
+    case static_cast<int>(Kind::float32):
+      return align_chunk<float, float>(chunk, table.words, constants);
+    case static_cast<int>(Kind::bfloat16):
+      return align_chunk<Bfloat16, Bfloat16>(chunk, table.words, constants);
+    case static_cast<int>(Kind::float16):
+      return align_chunk<Float16, Float16>(chunk, table.words, constants);
+    case static_cast<int>(Kind::bfloat16) + float32_averages:
+      return align_chunk<Bfloat16, float>(chunk, table.words, constants);
+    case static_cast<int>(Kind::float16) + float32_averages:
+      return align_chunk<Float16, float>(chunk, table.words, constants);
+    default:
+      return align_chunk<double, double>(chunk, table.words, constants);
+  }
+}
+
+void alignment_direction_(const std::vector<Tensor>& grads_labeled, const std::vector<Tensor>& grads_unlabeled,
+                          const std::vector<Tensor>& ema_labeled, const std::vector<Tensor>& ema_fourth,
+                          const std::vector<Tensor>& out, double decay, double decay_norm, double epsilon) {
+  check_alignment({&grads_labeled, &grads_unlabeled, &ema_labeled, &ema_fourth, &out}, decay, decay_norm, epsilon);
+  if (out.empty()) return;
+  ChunkList<5> list;
+  list.reserve(out.size());
+  for (size_t i = 0; i < out.size(); ++i) {
+    const bool wide = ema_labeled[i].scalar_type() != grads_labeled[i].scalar_type();
+    add_tensors<5>(list, {&grads_labeled[i], &grads_unlabeled[i], &ema_labeled[i], &ema_fourth[i], &out[i]},
+                   kind_of(grads_labeled[i]) + (wide ? float32_averages : 0));
+  }
+  const Launcher launch("alignment_direction_", out[0]);
+  list.for_each_table([&]<class Table>(const Table& table, bool) {
+    launch(align_kernel<Table>, {table.chunks, list_threads}, table, Constants{decay, decay_norm, epsilon});
+  });
+}
+
+}  // namespace
+}  // namespace fastmeta
+
+STABLE_TORCH_LIBRARY_IMPL(FASTMETA_NAMESPACE, FASTMETA_DEVICE_KEY, m) {
+  m.impl("alignment_direction_", TORCH_BOX(&fastmeta::alignment_direction_));
+}
