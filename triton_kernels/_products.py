@@ -1,6 +1,5 @@
 """Tiles of ``h W^T``: the products inside a kernel, and the tiles they come in."""
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -42,7 +41,7 @@ FUSED_TILES = {
         ProductTile(16, 16, 64, 4, 3),
         ProductTile(16, 32, 64, 4, 3),
         ProductTile(16, 64, 64, 4, 3),
-        ProductTile(16, 128, 32, 4, 3),
+        ProductTile(16, 128, 32, 8, 3),
         ProductTile(16, 256, 32, 8, 2),
         ProductTile(16, 512, 16, 8, 2),
     ),
@@ -55,11 +54,22 @@ FUSED_TILES = {
         ProductTile(16, 512, 16, 16, 2),
     ),
 }
-# Tiles of classes for the flash form; the first is the one for many rows. 128 x 128 x 64 keeps both accumulators, of
-# the logits and of the tangent, in 128 registers of a thread and three stages of the operands in 144 KB.
+# Tiles of classes for the flash form; the first is the one for many rows. With a head the first takes both accumulators
+# of 128 x 128, 128 registers of a thread beside three stages of the operands in 144 KB: more than sm_80 and sm_100
+# compile without spilling, which have the second.
 FLASH_TILES = {
-    "half": (ProductTile(128, 128, 64, 8, 3), ProductTile(64, 128, 64, 4, 3), ProductTile(16, 128, 64, 4, 3)),
-    "tf32": (ProductTile(128, 128, 32, 8, 3), ProductTile(64, 128, 32, 8, 3), ProductTile(16, 128, 32, 4, 3)),
+    "half": (
+        ProductTile(128, 128, 64, 8, 3),
+        ProductTile(128, 64, 64, 8, 3),
+        ProductTile(64, 128, 64, 8, 3),
+        ProductTile(16, 128, 64, 4, 3),
+    ),
+    "tf32": (
+        ProductTile(128, 128, 32, 8, 3),
+        ProductTile(128, 64, 32, 8, 3),
+        ProductTile(64, 128, 32, 8, 3),
+        ProductTile(16, 128, 32, 4, 3),
+    ),
     "ieee": (ProductTile(64, 64, 16, 8, 2), ProductTile(16, 64, 16, 4, 2)),
 }
 # A row kernel holds whole rows up to the last of these, and sweeps over longer ones in tiles of that.
@@ -104,6 +114,26 @@ def logits_and_tangent(
     return f, z
 
 
+@triton.jit
+def columns(x, part: tl.constexpr, parts: tl.constexpr):
+    """One of 1, 2 or 4 equal parts of the columns of a tile, which a thread has in its registers."""
+    if parts == 1:
+        return x
+    else:
+        halves = tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        if part < parts // 2:
+            return columns(left, part, parts // 2)
+        else:
+            return columns(right, part - parts // 2, parts // 2)
+
+
+def parts(tile: ProductTile, products: int) -> int:
+    """In how many parts of its columns a tile goes through the row function, for a thread's registers to hold it."""
+    entries = products * tile.rows * tile.classes // (32 * tile.warps)
+    return 4 if entries >= 128 else 2 if entries >= 64 else 1
+
+
 def arithmetic(dtype: torch.dtype, precision: str) -> str:
     """Which table of tiles serves a dtype: ``half``, ``tf32`` or ``ieee``."""
     return precision if dtype == torch.float32 else "half"
@@ -115,9 +145,11 @@ def fused_tiles(num_classes: int, dtype: torch.dtype, precision: str) -> tuple[P
     return fitting[:1]
 
 
-def flash_tiles(dtype: torch.dtype, precision: str) -> tuple[ProductTile, ...]:
-    """Tiles that sweep over any number of classes."""
-    return FLASH_TILES[arithmetic(dtype, precision)]
+def flash_tiles(dtype: torch.dtype, precision: str, products: int) -> tuple[ProductTile, ...]:
+    """Tiles that sweep over any number of classes with so many accumulators."""
+    table = FLASH_TILES[arithmetic(dtype, precision)]
+    wide = products == 1 or _forms.chip() == _forms.CHIPS[90] or table[0].rows < 128
+    return table if wide else table[1:]
 
 
 def product_tile(rows: int, table: tuple[ProductTile, ...]) -> ProductTile:
@@ -125,12 +157,11 @@ def product_tile(rows: int, table: tuple[ProductTile, ...]) -> ProductTile:
     return min((tile for tile in table if tile.rows >= rows), key=lambda tile: tile.rows, default=table[0])
 
 
-def row_tile(num_classes: int) -> RowTile:
+def row_tile(num_classes: int, table: tuple[RowTile, ...]) -> RowTile:
     """The smallest tile that holds a row, or the largest there is."""
-    return next((tile for tile in ROW_TILES if tile.classes >= num_classes), ROW_TILES[-1])
+    return next((tile for tile in table if tile.classes >= num_classes), table[-1])
 
 
-@cache
 def splits(row_blocks: int, class_tiles: int) -> int:
     """Programs that share the classes of a block of rows: as many as fill the processors most evenly.
 

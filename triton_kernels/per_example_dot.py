@@ -19,14 +19,17 @@ from torch import Tensor
 from fastmeta import checks
 from fastmeta.triton_kernels import _arguments, _forms, _tuning
 from fastmeta.triton_kernels._launch import INTERPRETED, Launch, Plans, layout, on_device, precision
+from fastmeta.triton_kernels._online_softmax import rise
 from fastmeta.triton_kernels._products import (
     ROW_TILES,
     ProductTile,
     RowTile,
+    columns,
     flash_tiles,
     fused_tiles,
     library_product,
     logits_and_tangent,
+    parts,
     product_tile,
     row_tile,
     scratch,
@@ -35,8 +38,9 @@ from fastmeta.triton_kernels._products import (
     strides,
 )
 from fastmeta.triton_kernels._rows import BINARY_CROSS_ENTROPY, CROSS_ENTROPY, MSE, MSE_PROBS, padding, sigmoid
-from fastmeta.triton_kernels._online_softmax import rise
 
+# Rows are read once, whatever their length: longer tiles would only take more registers.
+_ROW_TILES = ROW_TILES[:-1]
 _SUMS = {0: 5, 1: 1, 2: 1, 3: 7}  # of each loss, in the order of _store
 
 
@@ -63,6 +67,51 @@ def _store(pointer, stride, top, yz, e, ez, y, ee, eez, inside, loss: tl.constex
         tl.store(pointer + 6 * stride, eez, inside)
 
 
+@triton.jit
+def _add(
+    f, z, place,  # [rows, classes], [classes]; f counts where no logits are given
+    top, yz, e_sum, ez, y_sum, ee, eez,
+    logits_ptr, head_bias_ptr, targets_ptr, bias_ptr, target, hit, row, logits_first, num_classes,
+    logits_row, logits_column, head_bias_step, targets_row, targets_column, bias_step,
+    loss: tl.constexpr,
+):  # fmt: skip
+    inside = (place < num_classes)[None]
+    column = tl.minimum(place, num_classes - 1)
+    if logits_ptr is not None:
+        f_ptr = logits_ptr + (row - logits_first)[:, None] * logits_row + column[None] * logits_column
+        f = tl.load(f_ptr, inside, 0.0).to(tl.float32)
+    if head_bias_ptr is not None:
+        f += tl.load(head_bias_ptr + column * head_bias_step).to(tl.float32)[None]
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + column * bias_step).to(tl.float32)[None]
+    f = tl.where(inside, f, padding(loss))
+    z = tl.where(inside, z, 0.0)
+    if targets_column is None:
+        y = tl.where(place[None] == target[:, None], 1.0, 0.0) * hit[:, None]
+    else:
+        y_ptr = targets_ptr + row[:, None] * targets_row + column[None] * targets_column
+        y = tl.load(y_ptr, inside, 0.0).to(tl.float32)
+
+    if loss == BINARY_CROSS_ENTROPY:
+        yz += tl.sum((sigmoid(f) - y) * z, 1)
+    elif loss == MSE:
+        yz += tl.sum(2.0 * (f - y) * z, 1)
+    else:
+        top, reference, kept, _ = rise(top, tl.max(f, 1))
+        e = tl.exp(f - reference[:, None])
+        if loss == CROSS_ENTROPY:
+            y_sum += tl.sum(y, 1)
+            yz += tl.sum(y * z, 1)
+        else:
+            y_sum = y_sum * kept + tl.sum(e * y, 1)
+            yz = yz * kept + tl.sum(e * y * z, 1)
+            ee = ee * kept * kept + tl.sum(e * e, 1)
+            eez = eez * kept * kept + tl.sum(e * e * z, 1)
+        e_sum = e_sum * kept + tl.sum(e, 1)
+        ez = ez * kept + tl.sum(e * z, 1)
+    return top, yz, e_sum, ez, y_sum, ee, eez
+
+
 @triton.jit(do_not_specialize=["first_row", "end_row", "logits_first", "num_rows"])
 def _sweep(
     features_ptr, logits_ptr, head_ptr, head_bias_ptr, targets_ptr, direction_ptr, bias_ptr, tangent_ptr, out_ptr,
@@ -70,16 +119,15 @@ def _sweep(
     features_row, features_column, logits_row, logits_column, head_row, head_column, head_bias_step,
     targets_row, targets_column, direction_row, direction_column, bias_step,
     loss: tl.constexpr, partial: tl.constexpr, block_rows: tl.constexpr, block_classes: tl.constexpr,
-    block_features: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+    parts: tl.constexpr, block_features: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Rows first_row to end_row; ``tiles`` tiles of classes from the program's share on.
 
     A tangent [slab, C] begins at first_row, the logits at logits_first. Output: ``[N]``, or the sums
-    ``[splits, sums, N]`` of each share.
+    ``[shares, sums, N]``.
     """
-    place = first_row + tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
-    row_inside = place < end_row
-    row = tl.minimum(place, end_row - 1)
+    line = first_row + tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
+    row = tl.minimum(line, end_row - 1)
     share = tl.program_id(1).to(tl.int64)
 
     top = tl.full((block_rows,), float("-inf"), tl.float32)
@@ -89,57 +137,39 @@ def _sweep(
     y_sum = tl.zeros((block_rows,), tl.float32)  # of e y for mse_probs
     ee = tl.zeros((block_rows,), tl.float32)
     eez = tl.zeros((block_rows,), tl.float32)
+    target = row
+    hit = yz
     if targets_column is None:
         target = tl.load(targets_ptr + row * targets_row)
         # A class that does not exist makes its row NaN: to raise would take a wait for the GPU.
         hit = tl.where((target >= 0) & (target < num_classes), 1.0, float("nan"))
 
     for tile in range(tiles):
-        place = (share * tiles + tile) * block_classes + tl.arange(0, block_classes)
-        inside = (place < num_classes)[None]
-        column = tl.minimum(place, num_classes - 1)
+        first = (share * tiles + tile) * block_classes
         if tangent_ptr is None:
+            column = tl.minimum(first + tl.arange(0, block_classes), num_classes - 1)
             f, z = logits_and_tangent(
                 features_ptr, head_ptr, direction_ptr, row, column, num_features,
                 features_row, features_column, head_row, head_column, direction_row, direction_column,
                 block_rows, block_classes, block_features, even, precision,
             )  # fmt: skip
         else:
-            z_ptr = tangent_ptr + (row - first_row)[:, None] * num_classes + column[None]
-            z = tl.load(z_ptr, inside, 0.0).to(tl.float32)
-        if logits_ptr is not None:
-            f_ptr = logits_ptr + (row - logits_first)[:, None] * logits_row + column[None] * logits_column
-            f = tl.load(f_ptr, inside, 0.0).to(tl.float32)
-        if head_bias_ptr is not None:
-            f += tl.load(head_bias_ptr + column * head_bias_step).to(tl.float32)[None]
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + column * bias_step).to(tl.float32)[None]
-        f = tl.where(inside, f, padding(loss))
-        z = tl.where(inside, z, 0.0)
-        if targets_column is None:
-            y = tl.where(place[None] == target[:, None], 1.0, 0.0) * hit[:, None]
-        else:
-            y_ptr = targets_ptr + row[:, None] * targets_row + column[None] * targets_column
-            y = tl.load(y_ptr, inside, 0.0).to(tl.float32)
+            place = first + tl.arange(0, block_classes)
+            z_ptr = tangent_ptr + (row - first_row)[:, None] * num_classes + place[None]
+            z = tl.load(z_ptr, (place < num_classes)[None], 0.0).to(tl.float32)
+            f = z
+        # A program's registers do not hold all that follows for a large tile.
+        for part in tl.static_range(parts):
+            f_part = columns(f, part, parts)
+            z_part = columns(z, part, parts)
+            place = first + part * (block_classes // parts) + tl.arange(0, block_classes // parts)
+            top, yz, e_sum, ez, y_sum, ee, eez = _add(
+                f_part, z_part, place, top, yz, e_sum, ez, y_sum, ee, eez,
+                logits_ptr, head_bias_ptr, targets_ptr, bias_ptr, target, hit, row, logits_first, num_classes,
+                logits_row, logits_column, head_bias_step, targets_row, targets_column, bias_step, loss,
+            )  # fmt: skip
 
-        if loss == BINARY_CROSS_ENTROPY:
-            yz += tl.sum(tl.where(inside, (sigmoid(f) - y) * z, 0.0), 1)
-        elif loss == MSE:
-            yz += tl.sum(2.0 * (f - y) * z, 1)
-        else:
-            top, reference, kept, _ = rise(top, tl.max(f, 1))
-            e = tl.exp(f - reference[:, None])
-            e_sum = e_sum * kept + tl.sum(e, 1)
-            ez = ez * kept + tl.sum(e * z, 1)
-            if loss == CROSS_ENTROPY:
-                y_sum += tl.sum(y, 1)
-                yz += tl.sum(y * z, 1)
-            else:
-                y_sum = y_sum * kept + tl.sum(e * y, 1)
-                yz = yz * kept + tl.sum(e * y * z, 1)
-                ee = ee * kept * kept + tl.sum(e * e, 1)
-                eez = eez * kept * kept + tl.sum(e * e * z, 1)
-
+    row_inside = line < end_row
     if partial:
         sums: tl.constexpr = 7 if loss == MSE_PROBS else 5 if loss == CROSS_ENTROPY else 1
         out_ptr += share * sums * num_rows + row
@@ -215,13 +245,17 @@ class _Plan:
         tile: RowTile | ProductTile
         if form == "rows":
             self.slab = _forms.slab_rows(n, (1 + head) * c * dtype.itemsize)
-            tile = _tuning.tile("per_example_dot rows", dtype, (c,), ROW_TILES, row_tile(c))
-            inner, stages = {"block_features": 0, "even": True}, 1
+            tile = _tuning.tile("per_example_dot rows", dtype, (c,), _ROW_TILES, row_tile(c, _ROW_TILES))
+            inner = {"parts": 1, "block_features": 0, "even": True}
+            stages = 1
         else:
             self.slab = 0
-            table = fused if form == "fused" else flash_tiles(dtype, arithmetic)
+            table = fused if form == "fused" else flash_tiles(dtype, arithmetic, 1 + head)
             tile = _tuning.tile(f"per_example_dot {form}", dtype, (n, d, c), table, product_tile(n, table))
-            inner, stages = {"block_features": tile.features, "even": d % tile.features == 0}, tile.stages
+            inner, stages = (
+                {"parts": parts(tile, 1 + head), "block_features": tile.features, "even": d % tile.features == 0},
+                tile.stages,
+            )
         class_tiles = triton.cdiv(c, tile.classes)
         row_blocks = triton.cdiv(self.slab or n, tile.rows)
         self.tiles = triton.cdiv(class_tiles, splits(row_blocks, class_tiles))
