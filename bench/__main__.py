@@ -2,21 +2,27 @@
 
 import argparse
 import sys
+from importlib import import_module
 
-import bench.run_ops
-
-COMMANDS = {"ops": bench.run_ops}
+# Imported when chosen: `gpu` builds fastmeta, which the others import.
+COMMANDS = {
+    "ops": ("bench.run_ops", "Every operator on the CPU against what users have today."),
+    "gpu": ("bench.gpu.command", "Everything that needs a GPU: build, tests, sanitizer, operators, step time."),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastmeta.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").splitlines()[0]
-        command = commands.add_parser(name, help=summary, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        if given[:1] == [name]:
+            chosen = import_module(module)
+            command.description = chosen.__doc__
+            chosen.add_arguments(command)
+            command.set_defaults(run=chosen.run)
+    options = parser.parse_args(given)
     return options.run(options)
 
 

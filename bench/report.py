@@ -1,10 +1,11 @@
 """A run's results as JSON, as markdown and on the terminal."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import text
 from bench.roofline import Ceilings
 
 SCHEMA_VERSION = 1
@@ -45,29 +46,6 @@ def speed_up(case: Row, other: Row | None, dtype: str = "float32") -> float | No
     return None if ours is None or other is None else other["median_us"] / ours["median_us"]
 
 
-def _time(us: float) -> str:
-    for unit, size in (("s", 1e6), ("ms", 1e3)):
-        if us >= size:
-            return f"{us / size:.3g} {unit}"
-    return f"{us:.3g} us"
-
-
-def _memory(size: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} B"
-
-
-def _factor(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
-
-
-def _table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
-
-
 def _summary_row(case: Row) -> list[str]:
     ours, bf16 = main_variant(case), main_variant(case, "bfloat16")
     peers = measured(case, "peer")
@@ -77,14 +55,14 @@ def _summary_row(case: Row) -> list[str]:
     return [
         case["operator"],
         case["shape"],
-        _time(ours["median_us"]) if ours else "",
-        _factor(ours["times_floor"]) if ours else "",
-        _factor(speed_up(case, eager)),
-        _factor(speed_up(case, compiled)),
-        f"{_factor(speed_up(case, peers[0]))} {peers[0]['name']}" if ours and peers else "",
-        _time(bf16["median_us"]) if bf16 else "",
-        _factor(fp32_over_bf16),
-        _factor(speed_up(case, eager_bf16, "bfloat16")),
+        text.time(ours["median_us"]) if ours else "",
+        text.factor(ours["times_floor"]) if ours else "",
+        text.factor(speed_up(case, eager)),
+        text.factor(speed_up(case, compiled)),
+        f"{text.factor(speed_up(case, peers[0]))} {peers[0]['name']}" if ours and peers else "",
+        text.time(bf16["median_us"]) if bf16 else "",
+        text.factor(fp32_over_bf16),
+        text.factor(speed_up(case, eager_bf16, "bfloat16")),
     ]
 
 
@@ -102,7 +80,7 @@ def summary(results: Row) -> list[str]:
         "bf16 over fp32 eager",
         "bf16 over bf16 eager",
     ]
-    lines = _table(header, [_summary_row(case) for case in results["cases"]])
+    lines = text.table(header, [_summary_row(case) for case in results["cases"]])
     for operator, verdict in results["tests"].items():
         if not verdict["green"]:
             lines += [f"**{operator}: not measured, {verdict['reason']}.**", ""]
@@ -118,15 +96,15 @@ def contended_share(results: Row) -> float:
 def _cell(case: Row, variant: Row) -> str:
     if "median_us" not in variant:
         return variant["status"]
-    time = _time(variant["median_us"]) + "*" * ("extrapolated" in variant)
-    remarks = [_factor(speed_up(case, variant, variant["dtype"]))] if main_variant(case, variant["dtype"]) else []
+    time = text.time(variant["median_us"]) + "*" * ("extrapolated" in variant)
+    remarks = [text.factor(speed_up(case, variant, variant["dtype"]))] if main_variant(case, variant["dtype"]) else []
     if "iterations" in variant:
         remarks.append(f"{variant['iterations']} iterations")
     return f"{time} ({', '.join(remarks)})" if remarks else time
 
 
 def _memory_cell(case: Row, variant: Row) -> str:
-    return _memory(variant["peak_bytes"]) if "peak_bytes" in variant else ""
+    return text.memory(variant["peak_bytes"]) if "peak_bytes" in variant else ""
 
 
 def _matrix(cases: list[Row], cell: Callable[[Row, Row], str]) -> list[str]:
@@ -139,14 +117,14 @@ def _matrix(cases: list[Row], cell: Callable[[Row, Row], str]) -> list[str]:
             variant = next((v for v in case["variants"] if (v["name"], v["dtype"]) == (name, dtype)), None)
             cells.append("" if variant is None else cell(case, variant))
         rows.append([name if dtype == "float32" else f"{name}, {dtype}", *cells])
-    return _table(["", *(case["shape"] for case in cases)], rows)
+    return text.table(["", *(case["shape"] for case in cases)], rows)
 
 
 def markdown(results: Row) -> str:
     """The whole report."""
     environment, ceilings = results["environment"], results["ceilings"]
     gemm = ", ".join(f"{dtype} {rate:.0f} GFLOP/s" for dtype, rate in ceilings["gemm_gflops"].items())
-    copy = ", ".join(f"{_memory(float(size))} {rate:.0f} GB/s" for size, rate in ceilings["copy_gb_per_s"].items())
+    copy = ", ".join(f"{text.memory(float(size))} {rate:.0f} GB/s" for size, rate in ceilings["copy_gb_per_s"].items())
     lines = [
         "# Operators on the CPU",
         "",

@@ -11,11 +11,10 @@ from bench.gpu import forms
 from bench.gpu.case import GpuCase, l2_bytes
 from bench.gpu.clock import Clock, ensure_healthy
 from bench.gpu.floors import Floors
+from bench.gpu.rows import GRAPH_BELOW_US, device_us
 from bench.measure import checked
 from bench.timing import Timed, Timing, interleave
 
-# A call longer than this waits for no launch: the stream's time is the device's, and no graph is made.
-GRAPH_BELOW_US = 2_000.0
 GRAPH_US = 300.0  # of work in one graph, at least, in up to MAX_GRAPH_CALLS calls
 MAX_GRAPH_CALLS = 48
 
@@ -156,14 +155,6 @@ def _cost(case: GpuCase, problem: Problem, dtype: torch.dtype, clock: Clock, flo
         "bound": graph.bound,
         "in_l2": spread < l2_bytes(clock.device),
     }
-
-
-def device_us(variant: dict[str, Any]) -> float | None:
-    """The device's time: in a graph, or on the stream where one call is long."""
-    if "graph_us" in variant:
-        return variant["graph_us"]
-    stream = variant.get("stream_us")
-    return stream if stream is not None and stream >= GRAPH_BELOW_US else None
 
 
 def _against_floor(record: dict[str, Any]) -> None:

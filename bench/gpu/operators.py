@@ -1,6 +1,6 @@
 """The phase ``operators``: measures every case and writes each result at once, so that a crash costs one variant.
 
-``python -m bench.gpu.operators --out FILE --seconds S``. Started again on the same file it goes on after the variant
+``python -m bench.gpu.operators --out FILE --until T``. Started again on the same file it goes on after the variant
 that it died in. With ``--only-compile I/N`` it runs the I-th of N shares of the cases once and times nothing: processes
 beside each other fill the compilers' caches on disk, which the measuring process then finds.
 """
@@ -20,6 +20,7 @@ import torch
 from bench.case import Variant
 from bench.gpu import files, last_layer, launches, other_ops
 from bench.gpu.case import COMPILE_MODES, MAX_AUTOTUNE, GpuCase
+from bench.gpu.choices import add_choices
 from bench.gpu.clock import Clock, DeviceLost, clock_for, ensure_healthy
 from bench.gpu.floors import COPY_BYTES, Floors
 from bench.gpu.measure import Settings, measure_case
@@ -30,15 +31,6 @@ DEVICE_LOST = 70  # exit status
 _QUICK = Settings(rounds=3, min_sample_s=0.001, budget_s=0.05)
 _LAUNCHES_S = 15.0  # kept back for counting launches at the end
 _MUCH = 2**33
-
-
-def add_choices(parser: argparse.ArgumentParser) -> None:
-    """Which cases; the same words in every command."""
-    operators = list(dict.fromkeys(case.operator for case in CASES))
-    parser.add_argument("--operators", nargs="+", choices=operators, default=operators, metavar="NAME")
-    parser.add_argument("--shapes", nargs="+", metavar="TEXT", help="cases whose shape contains this")
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
 
 
 def _late(case: GpuCase, dtype: torch.dtype) -> int:
@@ -242,12 +234,12 @@ def _run_once(variant: Variant, key: str, finished: list[str], device: str) -> N
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--until", type=float, required=True, help="by time.time()")
     parser.add_argument("--only-compile", metavar="I/N")
     parser.add_argument("--compiled", type=Path, nargs="*", help="what processes with --only-compile wrote")
     add_choices(parser)
     options = parser.parse_args(arguments)
-    deadline = time.monotonic() + options.seconds
+    deadline = time.monotonic() + options.until - time.time()
     warnings.filterwarnings("ignore", message="Online softmax is disabled")
     cases = chosen(options)
     try:

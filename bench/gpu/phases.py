@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -132,14 +132,27 @@ class _Running:
         }
 
 
-def run_together(phases: Sequence[Phase], cwd: Path) -> dict[str, dict[str, Any]]:
-    """Run phases beside each other until the last one ends; returns each one's record."""
+def run_together(
+    phases: Sequence[Phase], cwd: Path, refresh: Callable[[], None] = lambda: None, every_s: float = 20.0
+) -> dict[str, dict[str, Any]]:
+    """Run phases beside each other until the last one ends; returns each one's record.
+
+    Args:
+        phases: what to run.
+        cwd: where.
+        refresh: called from time to time meanwhile.
+        every_s: and how often.
+    """
     running = [_Running(phase, cwd) for phase in phases]
+    refreshed = time.monotonic()
     try:
         while any(one.status is None for one in running):
             for one in running:
                 one.poll()
             time.sleep(_POLL_S)
+            if time.monotonic() - refreshed > every_s:
+                refresh()
+                refreshed = time.monotonic()
     finally:
         for one in running:
             if one.status is None:

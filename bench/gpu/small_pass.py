@@ -1,0 +1,92 @@
+"""One pass over every kernel at small, odd shapes, for compute-sanitizer: ``python -m bench.gpu.small_pass``."""
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastmeta
+from bench.gpu import forms
+from bench.gpu.last_layer import OPERATORS
+from bench.gpu.sanitizer import BEGUN, DONE
+from bench.inputs import LastLayer, Shape, last_layer
+
+# A warp's worth of classes, a tile and a bit, and more columns than rows.
+SHAPES = (Shape(37, 19, 7), Shape(65, 40, 33), Shape(20, 70, 300))
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _moved(x: LastLayer, device: str) -> LastLayer:
+    return LastLayer(**{name: value.to(device) for name, value in vars(x).items()})
+
+
+def last_layers(device: str) -> int:
+    """Every operator in every form; returns how many calls there were."""
+    calls = 0
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            x = _moved(last_layer(shape, dtype), device)
+            for operator in OPERATORS:
+                for form in forms.offered(operator.name, shape.c, device):
+                    calls += _call(form, operator.call, operator.arguments(x))
+            similarity = (x.features, x.features[:15], x.logits[:15])
+            for form in forms.offered("feature_similarity", shape.c, device):
+                calls += _call(form, fastmeta.ops.feature_similarity, similarity)
+            fastmeta.ops.finite_difference_labels(x.logits, x.targets, x.targets, 0.5, step=0.1)
+            calls += 1
+    return calls
+
+
+def _call(form: forms.Form, function: Any, arguments: tuple[Any, ...]) -> int:
+    """1, or 0 where the shape does not have the form."""
+    try:
+        with form.around():
+            function(*arguments, impl=form.impl)
+    except ValueError as error:
+        if "has no form" not in str(error):
+            raise
+        return 0
+    return 1
+
+
+def others(device: str) -> None:
+    """Lists of tensors, the table with rows that repeat, and a few iterations of the solver."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device)
+
+    sizes = [(33, 7), (1,), (0,), (130,), (3, 5, 2)]
+    parameters, direction, g_l, g_u, m, q = ([normal(*size) for size in sizes] for _ in range(6))
+    with fastmeta.ops.perturbed(parameters, direction, 0.01) as perturbation:
+        perturbation.flip()
+    fastmeta.ops.alignment_direction(g_l, g_u, m, [t.abs() for t in q], decay=0.9, decay_norm=0.99, epsilon=1e-3)
+    table, exp_avg, exp_avg_sq, grad = normal(50, 3), normal(50, 3), normal(50, 3).abs(), normal(70, 3)
+    index = torch.randint(50, (70,), generator=generator).to(device)
+    steps = torch.zeros(50, dtype=torch.int32, device=device)
+    fastmeta.ops.masked_adam_(table, index, grad, exp_avg, exp_avg_sq, steps, lr=0.1, low=-1.0, high=1.0)
+    x = _moved(last_layer(SHAPES[1], torch.float32), device)
+    fastmeta.ops.solve_hessian(
+        x.features, x.logits, x.direction_weight, x.direction_bias, damping=0.1, solver="cg", tol=0.1, max_iter=5
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args(arguments).device
+    torch.ones(1, device=device).add_(1)
+    print(BEGUN, flush=True)
+    with torch.no_grad():
+        calls = last_layers(device)
+        others(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{calls} calls of last-layer operators.", DONE, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
