@@ -25,14 +25,15 @@ TRITON = {
 NARROW_OUTPUTS = 32  # most classes of the CUDA C++ kernels that hold a row in one warp
 
 
-def direct(name: str, key: str) -> Kernel:
+def direct(name: str, key: str, namespace: str = "fastmeta") -> Kernel:
     """The registered kernel past autograd and dispatch modes.
 
     The other two keys resolve lazy negation and zero tensors on the way: without them a kernel would read the memory
     behind ``x.conj().imag`` with the wrong sign.
     """
     keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, one)) for one in (key, "Negative", "ZeroTensor"))
-    return partial(torch._C._dispatch_find_schema_or_throw(f"fastmeta::{name}", "").redispatch_boxed, reduce(or_, keys))
+    schema = torch._C._dispatch_find_schema_or_throw(f"{namespace}::{name}", "")
+    return partial(schema.redispatch_boxed, reduce(or_, keys))
 
 
 def resolved(kernel: Kernel) -> Kernel:
@@ -79,7 +80,7 @@ def by_device(name: str) -> dict[tuple[str, str | None], Kernel]:
     if _extension.EMULATED:
         for emulated in (name, narrow):
             if _extension.has_kernel(emulated, "CPU", "fastmeta_emulated"):
-                found["cpu", "cuda"] = getattr(torch.ops.fastmeta_emulated, emulated).default
+                found["cpu", "cuda"] = direct(emulated, "CPU", "fastmeta_emulated")
     if name in TRITON:
         if _extension.TRITON_REASON is None:
             found["cpu" if _extension.INTERPRETED else "cuda", "triton"] = resolved(triton(name))

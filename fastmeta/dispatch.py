@@ -116,7 +116,8 @@ class Operator:
         grad = torch.is_grad_enabled()
         watched = _compiling() or _dispatch_modes() > 0 or _tracing() is not None
         tracked = False
-        device: str | None = None
+        where: str | torch.device | None = None
+        device = "cpu"
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -125,16 +126,17 @@ class Operator:
                 if not isinstance(tensor, Tensor):
                     return None  # the reference's check words the error
                 watched = True
-            place = "cpu" if tensor.is_cpu else tensor.device.type
-            if place != device:
-                if device is not None and named is None:
+            place = "cpu" if tensor.is_cpu else tensor.device  # with its number: a kernel works on one GPU
+            if place != where:
+                if where is not None and named is None:
                     return None
-                device = place
+                where = place
+                device = tensor.device.type
                 if (device, named) not in self._kernels:
                     if named is None:
                         return None
                     raise RuntimeError(self._wrong_device(named, tensor.device))
-                if place == "cuda" and tensor.dtype == torch.float64 and not self._float64_on_cuda:
+                if device == "cuda" and tensor.dtype == torch.float64 and not self._float64_on_cuda:
                     if named is None:
                         return None
                     raise RuntimeError(f"impl={named!r} of {self.name} has no float64 on a GPU; use the reference")
@@ -142,7 +144,6 @@ class Operator:
                 if named is None:
                     return None
                 tracked = True
-        device = device or "cpu"
         if not (watched or tracked):
             return self._kernels.get((device, named))
         if named is not None and (device, named) not in self._registered:

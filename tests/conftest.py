@@ -1,8 +1,10 @@
 """Seeds: fresh in every run, printed with a failure, fixed by FASTMETA_SEED. And what runs the GPU's kernels here."""
 
+import contextlib
 import os
 import secrets
 import zlib
+from collections.abc import Iterator
 
 import cuda_emulation
 
@@ -13,7 +15,7 @@ if os.environ.get("FASTMETA_TEST_DEVICE", "cpu") == "cpu":
 
 import pytest
 import torch
-from cases import Draw
+from cases import DEVICE, Draw
 
 SEED = int(os.environ.get("FASTMETA_SEED") or secrets.randbelow(2**31))
 
@@ -21,7 +23,14 @@ SEED = int(os.environ.get("FASTMETA_SEED") or secrets.randbelow(2**31))
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """A generator of this test's own: its numbers depend on the seed and the test's name, not on the order of tests."""
-    return torch.Generator().manual_seed(SEED ^ zlib.crc32(request.node.name.encode()))
+    return torch.Generator("cpu").manual_seed(SEED ^ zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(scope="module")
+def on_device() -> Iterator[None]:
+    """Tensors that name no device are on the one under test. For ``pytest.mark.usefixtures``."""
+    with torch.device(DEVICE) if DEVICE != "cpu" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -4,13 +4,16 @@ import math
 
 import pytest
 import torch
+from cases import DEVICE
 from guarded import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from perturbed_lists import BITS, DTYPES, IMPLS, assert_bits, bits, copy, draw, dtypes, impls
+from perturbed_lists import BITS, DTYPES, assert_bits, bits, copy, draw, dtypes, impls, kernels, normal
 from torch import Tensor
 
 from fastmeta.ops import _in_place, finite_difference_labels, perturbed
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 @impls
@@ -35,16 +38,15 @@ def test_both_points_against_float64(impl, dtype, generator):
     assert perturbation.epsilon is epsilon
 
 
+@kernels
 @given(shapes=st.lists(st.lists(st.integers(0, 15), max_size=3), max_size=8), seed=st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
-def test_kernel_equals_reference_for_any_shapes(shapes, seed):
-    if "cpp" not in IMPLS:
-        pytest.skip("no kernel")
-    generator = torch.Generator().manual_seed(seed)
+def test_kernel_equals_reference_for_any_shapes(impl, shapes, seed):
+    generator = torch.Generator("cpu").manual_seed(seed)
     params, direction = draw(generator, shapes=shapes), draw(generator, shapes=shapes)
     start, points = bits(params), []
-    for impl in ("reference", "cpp"):
-        with perturbed(params, direction, 0.3, impl=impl) as perturbation:
+    for used in ("reference", impl):
+        with perturbed(params, direction, 0.3, impl=used) as perturbation:
             plus = copy(params)
             perturbation.flip()
             points.append([perturbation.epsilon, *plus, *copy(params)])
@@ -58,7 +60,7 @@ def test_special_values_come_back_bit_for_bit(impl, dtype, generator):
     special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, torch.finfo(dtype).tiny / 4], dtype=dtype)
     payload = special.clone()
     payload.view(BITS[dtype])[4] += 5  # a NaN of another pattern
-    params = [special, payload, torch.randn(2000, generator=generator).to(dtype)]
+    params = [special, payload, normal(generator, 2000, dtype=dtype)]
     before = bits(params)
     with perturbed(params, [torch.ones_like(p) for p in params], 1e-6, impl=impl) as perturbation:
         perturbation.flip()
@@ -192,14 +194,15 @@ def test_norm_keeps_its_digits(impl, generator):
         assert abs(perturbation.epsilon.item() * exact - 1) < 1e-7
 
 
-@pytest.mark.skipif("cpp" not in IMPLS, reason="no kernel")
-def test_result_does_not_depend_on_threads(generator):
+@pytest.mark.skipif(DEVICE != "cpu", reason="about threads of the CPU")
+@kernels
+def test_result_does_not_depend_on_threads(impl, generator):
     params, direction = draw(generator, torch.float32), draw(generator, torch.float32)
     threads, results = torch.get_num_threads(), []
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            with perturbed(params, direction, 0.1) as perturbation:
+            with perturbed(params, direction, 0.1, impl=impl) as perturbation:
                 results.append([perturbation.epsilon, *copy(params)])
     finally:
         torch.set_num_threads(threads)
@@ -235,10 +238,10 @@ def test_several_dtypes_in_one_list(impl, generator):
 
 @impls
 def test_any_strides(impl, generator):
-    base = torch.randn(6, 5, 4, 3, generator=generator)
-    apart = torch.randn(9, 8, generator=generator)
-    params = [base.to(memory_format=torch.channels_last), apart[::2, 1::3], torch.randn(4, 6, generator=generator).T]
-    direction = [torch.randn(6, 5, 4, 3, generator=generator), torch.ones(1).expand(5, 3), torch.ones(6, 4)]
+    base = normal(generator, 6, 5, 4, 3)
+    apart = normal(generator, 9, 8)
+    params = [base.to(memory_format=torch.channels_last), apart[::2, 1::3], normal(generator, 4, 6).T]
+    direction = [normal(generator, 6, 5, 4, 3), torch.ones(1).expand(5, 3), torch.ones(6, 4)]
     before, between = bits(params), apart.clone()
     with perturbed(params, direction, 1.0, impl=impl) as perturbation:
         torch.testing.assert_close(params[0], base + perturbation.epsilon * direction[0])
@@ -249,6 +252,7 @@ def test_any_strides(impl, generator):
     assert torch.equal(apart, between)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="memory of the CPU")
 @impls
 @pytest.mark.parametrize("edge", ["start", "end"])
 def test_stays_within_its_memory(impl, edge, generator):

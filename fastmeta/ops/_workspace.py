@@ -10,8 +10,15 @@ _lock = threading.Lock()
 _free: list[Tensor] = []
 
 
-def take(num_bytes: int) -> Tensor:
-    """A uint8 buffer of at least this size on the CPU, the caller's alone until given back. New ones begin with 0."""
+def take(num_bytes: int, device: torch.device) -> Tensor:
+    """A uint8 buffer of at least this size, the caller's alone until given back. New ones begin with 0.
+
+    On a GPU it is a new one: torch keeps freed memory itself, and knows which stream and which graph it is for.
+    """
+    if device.type != "cpu":
+        buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        buffer[:64].zero_()
+        return buffer
     with _lock:
         fitting = [buffer for buffer in _free if num_bytes <= buffer.numel() <= 2 * num_bytes]
         if fitting:
@@ -25,6 +32,8 @@ def take(num_bytes: int) -> Tensor:
 
 def give(buffer: Tensor) -> None:
     """Hand a buffer back; the ones given back last are kept."""
+    if not buffer.is_cpu:
+        return
     with _lock:
         _free.append(buffer)
         del _free[:-_KEPT]

@@ -10,6 +10,7 @@ from fastmeta.dispatch import Operator
 from fastmeta.ops import _in_place
 
 OPERATOR = Operator("alignment_direction_")
+_VECTOR = 16  # bytes that a kernel stores at once
 _LISTS = ("grads_labeled", "grads_unlabeled", "ema_labeled", "ema_fourth")
 
 
@@ -104,11 +105,15 @@ def alignment_direction(
 def _outputs(grads: list[Tensor]) -> list[Tensor]:
     """Uninitialized tensors like the gradients; views of one allocation where that is simple."""
     tensors = [grad for grad in grads if isinstance(grad, Tensor)]  # anything else the kernel refuses
-    if len({grad.dtype for grad in tensors}) == 1 and all(grad.is_contiguous() for grad in tensors):
-        with torch.no_grad():
-            flat = tensors[0].new_empty(sum(grad.numel() for grad in tensors))
-            return list(torch._utils._unflatten_dense_tensors(flat, tensors))
-    return [torch.empty_like(grad, requires_grad=False) for grad in tensors]
+    with torch.no_grad():
+        if len({grad.dtype for grad in tensors}) != 1 or not all(grad.is_contiguous() for grad in tensors):
+            return [torch.empty_like(grad, requires_grad=False) for grad in tensors]
+        # Behind a tensor of another size the next would lie where no vector can be stored.
+        size = tensors[0].element_size()
+        shared = [grad for grad in tensors if grad.numel() * size % _VECTOR == 0]
+        flat = tensors[0].new_empty(sum(grad.numel() for grad in shared))
+        views = iter(torch._utils._unflatten_dense_tensors(flat, shared))
+        return [next(views) if grad.numel() * size % _VECTOR == 0 else grad.new_empty(grad.shape) for grad in tensors]
 
 
 def _check(lists: tuple[list[Tensor], ...]) -> None:

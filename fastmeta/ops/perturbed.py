@@ -1,7 +1,6 @@
 """Parameters moved along a direction for two forward passes, and put back bit for bit."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +14,7 @@ from fastmeta.ops import _in_place, _workspace
 EPSILON = Operator("perturb_epsilon")
 MOVE = Operator("perturb_")
 RESTORE = Operator("perturb_restore_")
-_ALIGN = 64  # of each tensor's copy in the backup, and the size of its header; as in csrc/cpu/perturbed.cpp
+_ALIGN = 64  # of each tensor's copy in the backup, and the size of its header; as in csrc/list_checks.h
 
 
 def perturb_epsilon_reference(direction: Sequence[Tensor], radius: float) -> Tensor:  # []
@@ -110,9 +109,11 @@ class perturbed:
             kernel = MOVE.select(self._impl, *self._params, *self._direction)
             if kernel is None or not all(isinstance(p, Tensor) for p in self._params):
                 self._check()
-            how = _ByReference if kernel is None else partial(_ByKernel, kernel, self._check)
             self._versions = [-1 if p.is_inference() else p._version for p in self._params]
-            self._moved = how(self._params, self._direction)
+            if kernel is None:
+                self._moved = _ByReference(self._params, self._direction)
+            else:
+                self._moved = _ByKernel(kernel, self._impl, self._check, self._params, self._direction)
             try:
                 self._epsilon = self._moved.enter(self._radius)
             except BaseException:  # an interrupt, too
@@ -185,10 +186,15 @@ class _ByKernel:
     """Moves parameters with a kernel, the copies in one buffer."""
 
     def __init__(
-        self, move: Callable[..., Any], check: Callable[[], None], params: list[Tensor], direction: list[Tensor]
+        self,
+        move: Callable[..., Any],
+        impl: str | None,
+        check: Callable[[], None],
+        params: list[Tensor],
+        direction: list[Tensor],
     ) -> None:
         self.params, self.direction, self.check = params, direction, check
-        size_epsilon, restore = EPSILON.select("cpp"), RESTORE.select("cpp")
+        size_epsilon, restore = EPSILON.select(impl, *direction), RESTORE.select(impl, *params)
         assert size_epsilon is not None
         assert restore is not None
         self.kernels = size_epsilon, move, restore
@@ -198,7 +204,7 @@ class _ByKernel:
         size_epsilon, move, _ = self.kernels
         epsilon = checks.run(size_epsilon, (self.direction, radius), self.check)
         copies = (-(-theta.numel() * theta.element_size() // _ALIGN) * _ALIGN for theta in self.params)
-        self.backup = _workspace.take(_ALIGN + sum(copies))
+        self.backup = _workspace.take(_ALIGN + sum(copies), epsilon.device)
         checks.run(move, (self.params, self.direction, self.backup, epsilon, 1.0, True), self.check)
         _in_place.written(self.params)
         return epsilon
