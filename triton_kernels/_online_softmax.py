@@ -10,16 +10,20 @@ import triton.language as tl
 
 
 @triton.jit
-def rise(top, candidate):
-    """The larger of two maxima, what exponents are taken relative to, and the factors of the sums kept at each."""
-    both = tl.maximum(top, candidate)
-    reference = tl.where(both == float("-inf"), 0.0, both)  # a sum of nothing counts 0, not NaN
-    return both, reference, tl.exp(top - reference), tl.exp(candidate - reference)
+def finite(top):
+    """What exponents are taken relative to: a sum of nothing counts 0, not NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
-def expected_tangent(top, e_sum, ez_sum, f, z):
-    """One more tile ``[rows, classes]`` of ``sum e`` and ``sum e z``, whose quotient is ``<p, z>``."""
-    top, reference, kept, _ = rise(top, tl.max(f, 1))
-    e = tl.exp(f - reference[:, None])
-    return top, e_sum * kept + tl.sum(e, 1), ez_sum * kept + tl.sum(e * z, 1)
+def rise(top, f):
+    """The maximum with one more tile ``[rows, classes]``; what exponents are relative to; the factor of older sums."""
+    both = tl.maximum(top, tl.max(f, 1))
+    reference = finite(both)
+    return both, reference, tl.exp(top - reference)
+
+
+@triton.jit
+def shares_scale(top):
+    """Factors that bring the sums of several shares of the classes to their common maximum. ``[rows, shares]``."""
+    return tl.exp(top - finite(tl.max(top, 1))[:, None])

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastmeta import checks
 from fastmeta.triton_kernels import _arguments, _forms, _tuning
 from fastmeta.triton_kernels._launch import INTERPRETED, Launch, Plans, layout, on_device, precision
-from fastmeta.triton_kernels._online_softmax import rise
+from fastmeta.triton_kernels._online_softmax import rise, shares_scale
 from fastmeta.triton_kernels._products import (
     ROW_TILES,
     ProductTile,
@@ -97,7 +97,7 @@ def _add(
     elif loss == MSE:
         yz += tl.sum(2.0 * (f - y) * z, 1)
     else:
-        top, reference, kept, _ = rise(top, tl.max(f, 1))
+        top, reference, kept = rise(top, f)
         e = tl.exp(f - reference[:, None])
         if loss == CROSS_ENTROPY:
             y_sum += tl.sum(y, 1)
@@ -180,39 +180,35 @@ def _sweep(
 
 
 @triton.jit(do_not_specialize=["num_rows", "shares"])
-def _merge(sums_ptr, out_ptr, num_rows, shares, loss: tl.constexpr, block_rows: tl.constexpr):
+def _merge(
+    sums_ptr, out_ptr, num_rows, shares,
+    loss: tl.constexpr, block_rows: tl.constexpr, block_shares: tl.constexpr,
+):  # fmt: skip
     """The shares' sums ``[shares, sums, N]`` as one result ``[N]``."""
     row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
-    inside = row < num_rows
+    share = tl.arange(0, block_shares).to(tl.int64)
+    inside = (row < num_rows)[:, None] & (share < shares)[None]
     sums: tl.constexpr = 7 if loss == MSE_PROBS else 5 if loss == CROSS_ENTROPY else 1
     stride = num_rows.to(tl.int64)
-    top = tl.full((block_rows,), float("-inf"), tl.float32)
-    yz = tl.zeros((block_rows,), tl.float32)
-    e_sum = tl.zeros((block_rows,), tl.float32)
-    ez = tl.zeros((block_rows,), tl.float32)
-    y_sum = tl.zeros((block_rows,), tl.float32)
-    ee = tl.zeros((block_rows,), tl.float32)
-    eez = tl.zeros((block_rows,), tl.float32)
-    for share in range(shares):
-        pointer = sums_ptr + share * sums * stride + row
-        next_yz = tl.load(pointer, inside, 0.0)
-        if loss == CROSS_ENTROPY or loss == MSE_PROBS:
-            top, _, kept, scale = rise(top, tl.load(pointer + stride, inside, 0.0))
-            e_sum = e_sum * kept + tl.load(pointer + 2 * stride, inside, 1.0) * scale
-            ez = ez * kept + tl.load(pointer + 3 * stride, inside, 0.0) * scale
-            next_y = tl.load(pointer + 4 * stride, inside, 0.0)
-            if loss == MSE_PROBS:
-                y_sum = y_sum * kept + next_y * scale
-                yz = yz * kept + next_yz * scale
-                ee = ee * kept * kept + tl.load(pointer + 5 * stride, inside, 0.0) * scale * scale
-                eez = eez * kept * kept + tl.load(pointer + 6 * stride, inside, 0.0) * scale * scale
-            else:
-                y_sum += next_y
-                yz += next_yz
-        else:
-            yz += next_yz
-    result = _finish(yz, e_sum, ez, y_sum, ee, eez, loss)
-    tl.store(out_ptr + row, result.to(out_ptr.dtype.element_ty), inside)
+    pointer = sums_ptr + share[None] * (sums * stride) + row[:, None]
+    yz = tl.load(pointer, inside, 0.0)
+    e = yz
+    ez = yz
+    y = yz
+    ee = yz
+    eez = yz
+    if loss == CROSS_ENTROPY or loss == MSE_PROBS:
+        scale = shares_scale(tl.load(pointer + stride, inside, float("-inf")))
+        e = tl.load(pointer + 2 * stride, inside, 0.0) * scale
+        ez = tl.load(pointer + 3 * stride, inside, 0.0) * scale
+        y = tl.load(pointer + 4 * stride, inside, 0.0)
+        if loss == MSE_PROBS:
+            y *= scale
+            yz *= scale
+            ee = tl.load(pointer + 5 * stride, inside, 0.0) * scale * scale
+            eez = tl.load(pointer + 6 * stride, inside, 0.0) * scale * scale
+    result = _finish(tl.sum(yz, 1), tl.sum(e, 1), tl.sum(ez, 1), tl.sum(y, 1), tl.sum(ee, 1), tl.sum(eez, 1), loss)
+    tl.store(out_ptr + row, result.to(out_ptr.dtype.element_ty), row < num_rows)
 
 
 class _Plan:
@@ -264,7 +260,8 @@ class _Plan:
         constants = {"loss": loss, "partial": self.shares > 1, **blocks, **inner, "precision": arithmetic}
         self.sweep = Launch(_sweep, (row_blocks, self.shares), constants, num_warps=tile.warps, num_stages=stages)
         self.sums = self.shares, _SUMS[loss], n
-        self.merge = Launch(_merge, (triton.cdiv(n, _MERGED_ROWS),), {"loss": loss, "block_rows": _MERGED_ROWS})
+        merged = {"loss": loss, "block_rows": _MERGED_ROWS, "block_shares": triton.next_power_of_2(self.shares)}
+        self.merge = Launch(_merge, (triton.cdiv(n, _MERGED_ROWS),), merged)
         self.strides = (
             *strides(features),
             *((c, 1) if head and self.slab else strides(logits)),
@@ -315,7 +312,7 @@ class _Plan:
 
 
 _PLANS: Plans[_Plan] = Plans()
-_MERGED_ROWS = 128
+_MERGED_ROWS = 32
 
 
 @on_device
