@@ -1,0 +1,142 @@
+"""Runs the host's side of Triton's launches where there is no GPU.
+
+Everything is real but the driver: Triton specializes and compiles for the architecture that is named, and the launcher
+it generates in C takes the arguments apart. That launcher is linked with a library of empty functions in place of
+libcuda, so it says what it was asked to launch and returns.
+"""
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+from triton.runtime import driver
+from triton.runtime.build import compile_module_from_src
+
+LIBRARY = "libfastmeta_no_cuda.so"
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may take
+_SOURCE = r"""
+#include <cuda.h>
+#include <string.h>
+static unsigned long long count;
+static unsigned last[5]; /* grid, threads, shared memory */
+unsigned long long fastmeta_launches(unsigned *out) { memcpy(out, last, sizeof last); return count; }
+CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **arguments, void **extra) {
+  unsigned now[5] = {c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->sharedMemBytes};
+  memcpy(last, now, sizeof last);
+  ++count;
+  return CUDA_SUCCESS;
+}
+CUresult cuPointerGetAttribute(void *out, CUpointer_attribute which, CUdeviceptr pointer) {
+  *(CUdeviceptr *)out = pointer;
+  return CUDA_SUCCESS;
+}
+CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)1; return CUDA_SUCCESS; }
+CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = 0; return CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { return CUDA_SUCCESS; }
+CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute attribute, int value) { return CUDA_SUCCESS; }
+CUresult cuGetErrorString(CUresult error, const char **text) { *text = "no error"; return CUDA_SUCCESS; }
+"""
+
+
+class Launched(NamedTuple):
+    """The last launch that reached the driver, and how many did."""
+
+    count: int
+    grid: tuple[int, ...]
+    threads: int
+    shared: int
+
+
+@cache
+def _library() -> tuple[Path, ctypes.CDLL]:
+    folder = Path(tempfile.mkdtemp(prefix="fastmeta-no-cuda-"))
+    source, library = folder / "no_cuda.c", folder / LIBRARY
+    source.write_text(_SOURCE)
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        raise FileNotFoundError("a C compiler is needed, as for Triton itself")
+    includes = [f"-I{folder}" for folder in nvidia.include_dirs]
+    command = [compiler, "-shared", "-fPIC", "-O2", *includes, f"-Wl,-soname,{LIBRARY}", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return folder, ctypes.CDLL(str(library))  # loaded: the launchers find it by its name
+
+
+def launched() -> Launched:
+    """What has reached the driver."""
+    last = (ctypes.c_uint * 5)()
+    function = _library()[1].fastmeta_launches
+    function.restype = ctypes.c_ulonglong
+    count = function(last)
+    return Launched(count, tuple(last[:3]), last[3], last[4])
+
+
+class _Launcher(nvidia.CudaLauncher):
+    """Triton's launcher, linked with the empty functions."""
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        signature = dict(src.signature.items())
+        source = nvidia.make_launcher({}, signature, None).replace('"libcuda.so.1"', f'"{LIBRARY}"')
+        module = compile_module_from_src(
+            src=source,
+            name="__triton_launcher",
+            library_dirs=[str(_library()[0])],
+            include_dirs=nvidia.include_dirs,
+            libraries=[LIBRARY],
+        )
+        self.num_ctas = metadata.num_ctas
+        self.launch = module.launch
+        self.global_scratch_size = metadata.global_scratch_size
+        self.global_scratch_align = metadata.global_scratch_align
+        self.profile_scratch_size = metadata.profile_scratch_size
+        self.profile_scratch_align = metadata.profile_scratch_align
+        self.launch_cooperative_grid = metadata.launch_cooperative_grid
+        self.launch_pdl = metadata.launch_pdl
+
+
+class _Utils:
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_MEMORY[self.architecture], "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads
+
+
+class FakeDriver(nvidia.CudaDriver):
+    """A driver of one GPU that is not there.
+
+    Args:
+        architecture: 80, 90 or 100.
+    """
+
+    def __init__(self, architecture: int = 90) -> None:
+        self.architecture = architecture
+        self.utils = _Utils(architecture)
+        self.launcher_cls = _Launcher
+        self.get_current_device: Callable[[], int] = lambda: 0
+        self.set_current_device: Callable[[int], None] = lambda device: None
+        self.get_current_stream: Callable[[int], int] = lambda device: 0
+        self.get_device_capability: Callable[[int], tuple[int, int]] = lambda device: divmod(architecture, 10)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def activate(architecture: int = 90) -> None:
+    """Have Triton launch on the GPU that is not there, for the rest of the process."""
+    _library()
+    driver.set_active(FakeDriver(architecture))
