@@ -1,0 +1,151 @@
+// The arguments of the kernels for few outputs, and how tensors become them.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "checks.h"
+#include "cuda/convert.h"
+#include "cuda/narrow_plan.h"
+
+namespace fastmeta {
+
+// What is made of a row.
+enum class RowResult { dot, label_gradient, gradient, hessian };
+
+// Element (i, j) lies at data + i * row + j * column.
+template <class T>
+struct Strided {
+  const T* data = nullptr;
+  int64_t row = 0, column = 0;
+
+  __device__ const T* at(int64_t i) const { return data + i * row; }
+  __device__ float operator()(int64_t i, int64_t j) const { return widen(data[i * row + j * column]); }
+};
+
+// x -> x weight^T + bias.
+template <class T>
+struct Factor {
+  Strided<T> weight;  // [C, D]
+  Strided<T> bias;    // [C], or null
+};
+
+template <class T>
+struct NarrowArguments {
+  int64_t examples, num_features;  // N, D
+  int outputs;                     // C
+  Loss loss;
+  bool vectorized;  // four features lie side by side, at an address of their size
+  bool has_head;    // logits come from `head`
+  bool has_bias;    // the result has one
+  bool resident;
+  int64_t rows_per_block, staged;
+  int row_groups;
+  int64_t residuals;
+  Strided<T> features;       // [N, D]
+  Strided<T> logits;         // [N, C]
+  Factor<T> head, tangent;   // logits and their tangent
+  Strided<T> targets;        // [N, C], or null with
+  Strided<int64_t> classes;  // [N]
+  Strided<T> weights;        // [N], or null
+  float scale, damping;
+  float* partials;    // [blocks, C, D], then [blocks, C]
+  T *out, *out_bias;  // rows: [N] or [N, C]; sums: [C, D] and [C]
+};
+
+// Four numbers that one instruction loads.
+template <class T>
+struct alignas(4 * sizeof(T)) Packed {
+  T v[4];
+};
+
+template <class T>
+Strided<T> strided(const Tensor& tensor) {
+  const auto* data = static_cast<const T*>(tensor.const_data_ptr());
+  STD_TORCH_CHECK(data != nullptr || tensor.numel() == 0, "a tensor without memory cannot be read");
+  return {data, tensor.stride(0), tensor.dim() > 1 ? tensor.stride(1) : 0};
+}
+
+template <class T>
+Strided<T> strided(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? strided<T>(*tensor) : Strided<T>{};
+}
+
+template <class T>
+bool has_packed_rows(const Strided<T>& matrix) {
+  return matrix.column == 1 && matrix.row % 4 == 0 && reinterpret_cast<uintptr_t>(matrix.data) % sizeof(Packed<T>) == 0;
+}
+
+// Features, logits or a head, a direction or none, targets or none, weights or none.
+template <class T>
+NarrowArguments<T> narrow_arguments(const LastLayerSizes& sizes, Loss loss, const Tensor& features,
+                                    const std::optional<Tensor>& logits, const std::optional<Tensor>& head_weight,
+                                    const std::optional<Tensor>& head_bias, const std::optional<Tensor>& targets,
+                                    const std::optional<Tensor>& weights, const std::optional<Tensor>& direction_weight,
+                                    const std::optional<Tensor>& direction_bias) {
+  NarrowArguments<T> a{};
+  a.examples = sizes.examples;
+  a.num_features = sizes.features;
+  a.outputs = static_cast<int>(sizes.outputs);
+  a.loss = loss;
+  a.has_head = head_weight.has_value();
+  a.features = strided<T>(features);
+  a.logits = strided<T>(logits);
+  a.head = {strided<T>(head_weight), strided<T>(head_bias)};
+  a.tangent = {strided<T>(direction_weight), strided<T>(direction_bias)};
+  a.weights = strided<T>(weights);
+  if (targets.has_value() && targets->scalar_type() == ScalarType::Long) {
+    a.classes = strided<int64_t>(*targets);
+  } else {
+    a.targets = strided<T>(targets);
+  }
+  a.vectorized = sizes.features % 4 == 0 && has_packed_rows(a.features) &&
+                 (!head_weight.has_value() || has_packed_rows(a.head.weight)) &&
+                 (!direction_weight.has_value() || has_packed_rows(a.tangent.weight));
+  return a;
+}
+
+template <class T>
+void set_plan(NarrowArguments<T>& a, const NarrowPlan& plan) {
+  a.resident = plan.resident;
+  a.rows_per_block = plan.rows_per_block;
+  a.staged = plan.staged;
+  a.row_groups = plan.row_groups;
+  a.residuals = plan.residuals;
+}
+
+inline void check_narrow(const LastLayerSizes& sizes, const Tensor& features) {
+  STD_TORCH_CHECK(sizes.outputs <= narrow_outputs, "this kernel takes at most ", narrow_outputs, " outputs, got ",
+                  sizes.outputs);
+  STD_TORCH_CHECK(features.scalar_type() != ScalarType::Double,
+                  "this kernel takes float32, bfloat16 or float16, got float64");
+}
+
+// Calls f with a zero of the element type.
+template <class F>
+auto with_narrow_type(const Tensor& features, const F& f) {
+  switch (features.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(Bfloat16{});
+    default:
+      return f(Float16{});
+  }
+}
+
+// Calls f with the layout as constants: padded outputs, lanes.
+template <class F>
+void with_layout(const NarrowLayout& layout, const F& f) {
+  using std::integral_constant;
+  if (layout.padded == 16) {
+    layout.lanes == 32 ? f(integral_constant<int, 16>(), integral_constant<int, 32>())
+                       : f(integral_constant<int, 16>(), integral_constant<int, 8>());
+  } else {
+    layout.lanes == 32 ? f(integral_constant<int, 32>(), integral_constant<int, 32>())
+                       : f(integral_constant<int, 32>(), integral_constant<int, 8>());
+  }
+}
+
+}  // namespace fastmeta
