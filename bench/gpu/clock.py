@@ -1,9 +1,10 @@
 """Time and memory on a device: stream time by events, graph time by replays, host time by enqueueing alone."""
 
 import contextlib
+import gc
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -68,7 +69,7 @@ class CudaClock:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph would collect garbage and empty the cache at every capture.
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), _no_garbage_collection():
             graph.capture_begin()
             try:
                 for _ in range(calls):
@@ -111,6 +112,18 @@ class CudaClock:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A capture must not free another graph in its middle."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class CpuClock:

@@ -157,7 +157,7 @@ def _draw_operators(results: dict[str, Any], folder: Path) -> Path | None:
 
 
 def _draw_steps(results: dict[str, Any], folder: Path) -> Path | None:
-    tasks = [task for task in results["steps"] if any("ratio" in variant for variant in task["variants"])]
+    tasks = [task for task in results["steps"] if any("ratio" in v and v["method"] for v in task["variants"])]
     if not tasks:
         return None
     methods = list(dict.fromkeys(v["method"] for task in tasks for v in task["variants"] if v["method"]))

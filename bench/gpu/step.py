@@ -112,7 +112,7 @@ class Training:
         loss = self.plain_loss() if self.meta is None else self.refined_loss()
         loss.backward()
         self.optimizer.step()
-        return loss
+        return loss.detach()
 
     def forward(self) -> tuple[Tensor, ...]:
         batch = self.batch

@@ -1,0 +1,309 @@
+"""What ``python -m bench gpu`` measures: its cases, floors and progress, on the CPU and with made-up times."""
+
+import json
+import time
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from cases import DEVICE
+
+from bench import inputs
+from bench.case import Problem, Variant, distance_to
+from bench.gpu import case as cases
+from bench.gpu import clock as clocks
+from bench.gpu import floors, forms, last_layer, measure, operators, other_ops, rows
+from bench.inputs import Shape
+from bench.roofline import Cost
+from fastmeta.models import WideResNet
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it is what runs there")
+F32, BF16 = torch.float32, torch.bfloat16
+QUICK = measure.Settings(rounds=3, min_sample_s=1e-4, budget_s=0.01)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Clock(clocks.CpuClock):
+    """Every call takes 10 us on the stream and 4 us in a graph; one that must not be captured raises."""
+
+    def sampler(self, timed, calls):
+        return 1e-6 * getattr(timed.call, "us", 10.0), False
+
+    def capture(self, call, calls):
+        if getattr(call, "waits", False):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        replay = partial(int, 1)
+        replay.us = 4.0 * calls
+        return replay
+
+    def host_us(self, call):
+        return 7.0
+
+    def peak_bytes(self, call):
+        return 1024
+
+    def host_syncs(self, call):
+        return 0
+
+
+def test_wide_resnet_is_that_of_the_papers():
+    model = WideResNet(10).to(memory_format=torch.channels_last)
+    assert [tuple(p.shape) for p in model.parameters()] == inputs.wide_resnet_28_2()
+    images = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    assert model.blocks(model.stem(images)).shape == (2, 128, 8, 8)
+    assert model(images).shape == (2, 10)
+    slopes = torch.autograd.grad(model(images).sum(), list(model.parameters()))
+    assert all(bool(slope.isfinite().all()) and bool(slope.any()) for slope in slopes)
+    with pytest.raises(ValueError, match="depth must be 6 k"):
+        WideResNet(10, depth=20)
+
+
+TINY = Shape(7, 9, 21)
+OPERATORS = [pytest.param(o, id=o.name + "-head" * o.from_head) for o in last_layer.OPERATORS]
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+def errors(problem: Problem) -> dict[str, float]:
+    found = {}
+    for variant in problem.variants:
+        with variant.around(), torch.set_grad_enabled(variant.grad):
+            try:
+                found[variant.name] = problem.error(variant.check())
+            except ValueError as error:
+                assert "has no form" in str(error)  # noqa: PT017 - a form that this shape lacks
+    return found
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_variant_computes_the_same(operator, uncompiled):
+    for dtype in (F32, BF16):
+        problem = last_layer.build(operator, TINY, dtype, "cpu")
+        found = errors(problem)
+        assert {"fastmeta", "eager", "torch.compile", cases.MAX_AUTOTUNE} <= found.keys()
+        assert {form.name for form in forms.offered(operator.name, TINY.c, "cpu")} >= {"fastmeta", "cpp"}
+        assert all(error <= problem.tolerance for error in found.values()), found
+    flops = 2 * TINY.n * TINY.d * TINY.c
+    assert problem.cost.flops == sum(gemm.flops for gemm in operator.products(TINY))
+    assert problem.cost.flops % flops == 0
+
+
+def test_a_wrong_result_is_seen_in_any_row(uncompiled, monkeypatch):
+    monkeypatch.setattr(last_layer, "_CHUNK", 40)  # the truth of sums comes in blocks of rows
+    dot, gradient = last_layer.OPERATORS[0], last_layer.OPERATORS[2]
+    problem = last_layer.build(dot, TINY, F32, "cpu")
+    right = problem.variants[0].check()
+    for row in range(TINY.n):
+        wrong = right.clone()
+        wrong[row] += 1
+        assert problem.error(wrong) > problem.tolerance
+    problem = last_layer.build(gradient, TINY, F32, "cpu")
+    weight, bias = problem.variants[0].check()
+    assert problem.error((weight, bias)) <= problem.tolerance
+    assert problem.error((weight, bias + 0.1)) > problem.tolerance
+
+
+@pytest.mark.parametrize("shape", [TINY, Shape(40, 6, 9)], ids=str)
+def test_the_other_operators_cases(shape, uncompiled):
+    for dtype in (F32, BF16):
+        for problem in (
+            other_ops.build_similarity(shape, dtype, "cpu"),
+            other_ops.build_label_step(shape.n, shape.c, dtype, "cpu"),
+        ):
+            assert all(error <= problem.tolerance for error in errors(problem).values())
+
+
+def test_the_rows_that_are_checked_are_at_both_ends():
+    assert cases.checked_rows(5, 1000, "cpu").tolist() == [0, 1, 2, 3, 4]
+    rows_checked = cases.checked_rows(10**6, 2**25, "cpu")
+    assert rows_checked.tolist() == [0, 1, 10**6 - 2, 10**6 - 1]
+
+
+def test_arguments_rotate_beyond_the_cache(monkeypatch):
+    taken = []
+    rotation = cases.Rotation(taken.append, [(1,), (2,), (3,)])
+    for _ in range(4):
+        rotation()
+    rotation.first()
+    assert taken == [1, 2, 3, 1, 1]
+    monkeypatch.setattr(cases, "l2_bytes", lambda device: 60e6)
+    assert cases.number_of_sets(36e6, "cuda") == 5
+    assert cases.number_of_sets(1e3, "cuda") == cases.MAX_SETS
+    assert cases.number_of_sets(8e9, "cuda") == 1
+    monkeypatch.setattr(cases, "l2_bytes", lambda device: 5_000)
+    sets = last_layer.build(last_layer.OPERATORS[0], TINY, F32, "cpu").variants[0].call.sets
+    assert len(sets) > 1
+    assert not torch.equal(sets[0][0], sets[1][0])
+
+
+@pytest.mark.parametrize("kind", ["nn", "nt", "tn"])
+def test_a_product_has_its_operands_as_the_operator_has_them(kind):
+    gemm = floors.Gemm(5, 7, 11, kind)
+    a, b = gemm.operands(BF16, "cpu")
+    assert (a @ b).shape == (5, 11)
+    assert a.is_contiguous() == (kind != "tn")
+    assert b.is_contiguous() == (kind != "nt")
+    assert gemm.flops == 2 * 5 * 7 * 11
+
+
+def test_the_floor_is_the_longest_of_products_bytes_and_a_launch():
+    measured = floors.Floors(Clock(), copy_bytes=(1000, 10**6))  # a copy and a product in 4 us, a launch in 4 or 10
+    gemm = floors.Gemm(8, 8, 8, "nt")
+    assert measured.gemm_us(gemm, F32) == pytest.approx(4)
+    assert measured.floor([gemm, gemm], Cost(0, 8), F32, graph=True).us == pytest.approx(8)
+    assert measured.floor([gemm, gemm], Cost(0, 8), F32, graph=True).bound == "GEMM"
+    assert measured.floor([], Cost(0, 5 * 10**6), F32, graph=True).us == pytest.approx(20)
+    # Spread over more memory than they are, bytes move at the rate of the larger copy.
+    spread = measured.floor([], Cost(0, 10**4, 10**6), F32, graph=False)
+    assert (spread.copy_us, spread.us, spread.bound) == (pytest.approx(0.04), pytest.approx(10), "launch")
+    assert measured.peak_flops(F32, 64) == pytest.approx(2 * 64**3 / 4e-6)
+
+
+class Call:
+    def __init__(self, result, us=10.0, waits=False):
+        self.result, self.us, self.waits = result, us, waits
+
+    def __call__(self):
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+def problem_of(*variants: Variant) -> cases.GpuCase:
+    def build(dtype, device):
+        return Problem(list(variants), distance_to(torch.ones(3)), Cost(0, 100, 5000), 1e-3)
+
+    return cases.GpuCase("label_gradient", "3, 4, 5", build, shape=(3, 4, 5))
+
+
+def test_a_case_is_checked_timed_and_set_against_its_floor():
+    around = []
+
+    class Forced(nullcontext):
+        def __enter__(self):
+            around.append(1)
+
+    right = torch.ones(3)
+    case = problem_of(
+        Variant("fastmeta", Call(right, 12.0), "fastmeta"),
+        Variant("triton rows", Call(right, 10.0), "fastmeta", around=Forced),
+        Variant("eager", Call(right, 30.0, waits=True), "eager"),
+        Variant("long", Call(right, 5000.0), "peer"),
+        Variant("loop", Call(right, 20.0), "peer", graph=False),
+        Variant("wrong", Call(2 * right), "peer"),
+        Variant("absent", Call(MemoryError("9 GB\nmore")), "peer"),
+        Variant("late", Call(right), "compile"),
+    )
+    announced: list[str] = []
+    clock = Clock()
+    record = measure.measure_case(
+        case, F32, clock, floors.Floors(clock, (10**4,)), QUICK, left_out={"late": "no time"}, announce=announced.append
+    )
+    record = json.loads(json.dumps(record))
+    by_name = {variant["name"]: variant for variant in record["variants"]}
+    ours = by_name["fastmeta"]
+    assert (ours["stream_us"], ours["graph_us"], ours["host_us"], ours["peak_bytes"]) == pytest.approx((12, 4, 7, 1024))
+    assert ours["host_syncs"] == 0
+    assert ours["times_floor"] == pytest.approx(4 / record["cost"]["floor_us"])
+    assert ours["stream_times_floor"] == pytest.approx(1.2)
+    assert by_name["eager"]["graph_reason"] == "RuntimeError: operation not permitted when stream is capturing"
+    assert "graph_us" not in by_name["eager"]
+    assert "graph_us" not in by_name["loop"]
+    assert rows.device_us(by_name["long"]) == 5000.0
+    assert "times_floor" not in by_name["loop"]
+    assert by_name["wrong"]["status"] == "wrong"
+    assert by_name["absent"]["reason"] == "MemoryError: 9 GB"
+    assert (by_name["late"]["status"], by_name["late"]["reason"]) == ("left out", "no time")
+    assert "stream_us" not in by_name["wrong"]
+    assert record["choice"] == {"chosen": "triton rows", "best": "triton rows", "best_us": 10.0, "times_best": 1.2}
+    assert len(around) >= 3  # the check, the samples, the graph
+    assert announced[0] == "inputs"
+    assert {"fastmeta", "timing", "eager: graph"} <= set(announced)
+
+
+def test_the_models_choice_is_that_of_the_measured_forms():
+    shape = (1024, 2048, 1000)
+    assert forms.chosen("label_gradient", shape, BF16, False, ["triton flash"]) == "triton flash"
+    assert forms.chosen("label_gradient", shape, BF16, False, ["triton rows", "triton flash"]) == "triton rows"
+    assert forms.chosen("label_gradient", (256, 128, 10), BF16, False, ["cuda", "triton rows"]) == "cuda"
+    assert forms.chosen("feature_similarity", shape, BF16, False, ["triton rows"]) is None
+
+
+def run(tmp_path, case, **given):
+    progress = operators.Progress(tmp_path / "operators.json")
+    options = {"deadline": time.monotonic() + 60, "copy_bytes": (10**4,)} | given
+    operators.measure_all([(case, F32)], progress, Clock(), QUICK, **options)
+    return json.loads((tmp_path / "operators.json").read_text())
+
+
+def good(name: str = "fastmeta") -> cases.GpuCase:
+    return problem_of(Variant(name, Call(torch.ones(3)), "fastmeta"), Variant("other", Call(torch.ones(3)), "eager"))
+
+
+def test_a_run_goes_on_after_the_variant_it_died_in(tmp_path, monkeypatch):
+    key = good().key(F32)
+    (tmp_path / "operators.json").write_text(json.dumps({"cases": [], "running": [key, "other: graph"]}))
+    monkeypatch.setenv("FASTMETA_BENCH_PREVIOUS_END", "ended by signal 11")
+    results = run(tmp_path, good())
+    variants = {variant["name"]: variant for variant in results["cases"][0]["variants"]}
+    assert variants["fastmeta"]["status"] == "measured"
+    assert variants["other"]["reason"] == "the process died in it: ended by signal 11"
+    assert results["crashed"][key] == {"other: graph": "the process died in it: ended by signal 11"}
+    assert results["running"] is None
+    again = run(tmp_path, good("renamed"))  # what is there is not measured again
+    assert again["cases"] == results["cases"]
+
+
+def test_a_crash_outside_any_variant_costs_the_case(tmp_path):
+    (tmp_path / "operators.json").write_text(json.dumps({"running": [good().key(F32), "timing"]}))
+    assert run(tmp_path, good())["cases"][0]["failed"] == "timing: the process died in it: ended"
+
+
+def test_what_time_does_not_allow_stays_empty(tmp_path):
+    results = run(tmp_path, good(), deadline=time.monotonic() - 1)
+    assert (results["cases"], results["unfinished"]) == ([], [good().key(F32)])
+
+
+def test_inputs_that_do_not_fit_leave_the_others(tmp_path):
+    def build(dtype, device):
+        raise torch.OutOfMemoryError("9 GB")
+
+    results = run(tmp_path, cases.GpuCase("label_gradient", "1, 1, 1", build))
+    assert results["cases"][0]["failed"] == "OutOfMemoryError: 9 GB"
+
+
+def test_a_lost_device_ends_the_process(tmp_path, monkeypatch):
+    def lost(device):
+        raise clocks.DeviceLost("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(measure, "ensure_healthy", lost)
+    broken = problem_of(Variant("fastmeta", Call(RuntimeError("CUDA error")), "fastmeta"))
+    with pytest.raises(clocks.DeviceLost):
+        run(tmp_path, broken)
+    assert json.loads((tmp_path / "operators.json").read_text())["running"] == [broken.key(F32), "fastmeta"]
+
+
+def test_only_what_is_compiled_is_measured(tmp_path):
+    case = problem_of(*[Variant(name, Call(torch.ones(3)), "compile") for name in cases.COMPILE_MODES])
+    done = tmp_path / "compiled.json"
+    operators.compile_all([(case, F32)], 0, 1, done, time.monotonic() + 60, "cpu")
+    keys = set(json.loads(done.read_text()))
+    assert keys == {f"{case.key(F32)}/{name}" for name in cases.COMPILE_MODES}
+    statuses = [
+        v["status"]
+        for v in run(tmp_path, case, compiled=keys - {f"{case.key(F32)}/torch.compile"})["cases"][0]["variants"]
+    ]
+    assert statuses == ["left out", "measured"]
+    operators.compile_all([(case, F32)], 1, 2, tmp_path / "other.json", time.monotonic() + 60, "cpu")
+    assert not (tmp_path / "other.json").exists()  # it was in the other share

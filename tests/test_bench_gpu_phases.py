@@ -1,0 +1,326 @@
+"""``python -m bench gpu`` around its measurements: phases, their time, the tests' and the sanitizer's outcomes."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.gpu import choices, command, files, operators, outcomes, phases, sanitizer, small_pass
+
+ROOT = Path(__file__).parents[1]
+PASSED = {"status": "passed", "reason": "", "seconds": 1.0, "limit_s": 9.0, "tail": ""}
+
+
+def python(code: str, tmp_path: Path, **options) -> phases.Phase:
+    given = {"name": "phase", "seconds": 20.0, "log": tmp_path / "log.txt"} | options
+    return phases.Phase(command=[sys.executable, "-c", code], **given)
+
+
+def run_one(phase: phases.Phase) -> dict:
+    return phases.run_together([phase], ROOT)[phase.name]
+
+
+def test_without_a_gpu_it_says_so_and_exits_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["gpu", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert said.err == f"No GPU: torch {torch.__version__} sees no CUDA device.\n"
+    assert said.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--phases", "nothing"], ["--operators", "softmax"], ["--dtypes", "int8"], []])
+def test_arguments_are_checked(arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(["gpu", *([str(tmp_path)] if arguments else []), *arguments])
+    assert refused.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_the_command_runs_before_fastmeta_is_built_and_needs_no_tyro():
+    """The first phase builds the extension; the machine it is for has no tyro."""
+    blocked = "import sys; sys.modules['tyro'] = None\n"
+    before = "import bench.__main__, bench.gpu.command, bench.gpu.plot\nassert 'fastmeta' not in sys.modules\n"
+    measuring = "import bench.gpu.operators, bench.gpu.step, bench.gpu.small_pass, bench.gpu.environment"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", blocked + before + measuring], cwd=ROOT, check=True)
+
+
+def test_the_choices_are_the_cases():
+    assert set(choices.OPERATORS) == {case.operator for case in operators.CASES}
+    assert set(choices.DTYPES) == set(operators.DTYPES)
+    parser = argparse.ArgumentParser()
+    choices.add_choices(parser)
+    options = parser.parse_args(["--shapes", "768, 512", "head", "--dtypes", "float32", "--quick"])
+    again = parser.parse_args(choices.as_arguments(options))
+    assert vars(again) == {**vars(options), "operators": list(choices.OPERATORS)}
+    chosen = operators.chosen(options)
+    assert {case.label for case, _ in chosen} > {"768, 512, 200", "1024, 768, 30522, head"}
+    assert {dtype for _, dtype in chosen} == {torch.float32}
+
+
+def test_what_takes_seconds_a_call_is_measured_last():
+    parser = argparse.ArgumentParser()
+    choices.add_choices(parser)
+    order = [(case.label, dtype) for case, dtype in operators.chosen(parser.parse_args([]))]
+    giant = [place for place, (label, _) in enumerate(order) if label.startswith("8192, 2048, 128256")]
+    assert min(giant) > order.index(("4096, 2048, 1000", torch.float32))
+    assert order[-1] == ("8192, 2048, 128256", torch.float32)
+
+
+def test_a_phase_that_passes_and_one_that_fails(tmp_path):
+    good = run_one(python("print('fine')", tmp_path))
+    assert (good["status"], good["reason"], good["tail"], good["starts"]) == ("passed", "", "", 1)
+    bad = run_one(python("print('x' * 9000); raise SystemExit('it broke')", tmp_path))
+    assert (bad["status"], bad["reason"]) == ("failed", "exit status 1")
+    assert bad["tail"].endswith("it broke\n")
+    assert len(bad["tail"]) == phases.TAIL
+    assert "ended by signal 9" in run_one(python("import os; os.kill(os.getpid(), 9)", tmp_path))["reason"]
+
+
+def test_a_program_that_is_not_there(tmp_path):
+    missing = phases.Phase("phase", ["/no/such/program"], 9.0, tmp_path / "log.txt")
+    assert run_one(missing)["status"] == "failed"
+
+
+def test_a_phase_out_of_time_ends_with_its_children(tmp_path):
+    pid = tmp_path / "pid"
+    child = "import subprocess, sys, time\nprint('partial', flush=True)\n"
+    child += (
+        f"open({str(pid)!r}, 'w').write(str(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    )
+    child += ".pid))\ntime.sleep(60)"
+    record = run_one(python(child, tmp_path, seconds=1.5))
+    assert record["status"] == "timed out"
+    assert record["tail"] == "partial\n"
+    assert record["seconds"] < 10
+    for _ in range(50):  # until whoever inherits it has reaped it
+        status = Path(f"/proc/{pid.read_text()}/stat")
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the child still runs")
+
+
+def test_a_crash_is_started_again_and_told_how_it_ended(tmp_path):
+    progress = tmp_path / "progress"
+    code = f"""
+import os, pathlib
+if pathlib.Path({str(progress)!r}).exists():
+    print(os.environ["FASTMETA_BENCH_PREVIOUS_END"])
+else:
+    pathlib.Path({str(progress)!r}).write_text("begun")
+    os.abort()
+"""
+    record = run_one(python(code, tmp_path, attempts=3, progress=progress))
+    assert record["status"] == "passed"
+    assert record["starts"] == 2
+    assert record["reason"] == "started again after: ended by signal 6"
+    assert "ended by signal 6" in (tmp_path / "log.txt").read_text()
+    always = run_one(python("raise SystemExit(7)", tmp_path, attempts=2, progress=progress))
+    assert (always["status"], always["starts"]) == ("failed", 2)
+    assert always["reason"] == "exit status 7; exit status 7"
+
+
+def test_a_process_that_hangs_is_started_again(tmp_path):
+    progress = tmp_path / "progress"
+    code = f"""
+import pathlib, time
+path = pathlib.Path({str(progress)!r})
+if not path.exists():
+    path.write_text("begun")
+    time.sleep(60)
+"""
+    record = run_one(python(code, tmp_path, attempts=2, progress=progress, stall_s=0.7))
+    assert record["status"] == "passed"
+    assert "no progress for 1 s" in record["reason"]
+
+
+def test_phases_run_beside_each_other(tmp_path):
+    meet = "import pathlib, time\n(pathlib.Path({0!r}) / {1!r}).touch()\n"
+    meet += "while not (pathlib.Path({0!r}) / {2!r}).exists(): time.sleep(0.05)"
+    pair = [
+        python(meet.format(str(tmp_path), one, other), tmp_path, name=one, log=tmp_path / f"{one}.txt")
+        for one, other in (("first", "second"), ("second", "first"))
+    ]
+    refreshed: list[int] = []
+    records = phases.run_together(pair, ROOT, lambda: refreshed.append(1), every_s=0.05)
+    assert [record["status"] for record in records.values()] == ["passed", "passed"]
+    assert refreshed
+
+
+def options(tmp_path: Path, **given) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    parsed = parser.parse_args([str(tmp_path / "out")])
+    return argparse.Namespace(**(vars(parsed) | given))
+
+
+def test_time_that_a_phase_leaves_goes_to_those_behind_it(tmp_path):
+    asked = options(tmp_path, phases=("build", "operators", "step"), budget=460.0)
+    limits = dict(command._limits(asked, time.monotonic()))  # the groups take no time here
+    assert limits["build",] == pytest.approx(460 - 195, abs=1)
+    assert limits["operators",] == pytest.approx(460 - 65, abs=1)
+    assert limits["step",] == pytest.approx(460, abs=1)
+    short = options(tmp_path, phases=("operators", "step"), budget=30.0)
+    assert next(iter(command._limits(short, time.monotonic())))[1] == pytest.approx(30 * 130 / 195, abs=1)
+    assert sum(seconds for _, seconds in command.GROUPS) <= command.BUDGET_S < 8 * 60
+
+
+def test_a_run_goes_on_after_a_failure_and_writes_what_it_has(tmp_path, capsys):
+    asked = options(tmp_path, phases=("build", "environment", "tests", "memcheck", "step"))
+    write = "import json, pathlib; path = pathlib.Path({!r}); path.parent.mkdir(exist_ok=True)\n"
+
+    def tests(plan, seconds):
+        line = json.dumps({"test": "tests/test_hvp.py::test_a", "outcome": "failed", "message": "assert 1 == 2"})
+        code = (
+            write.format(str(plan.part("outcomes.jsonl"))) + f"path.write_text({line!r} + chr(10)); raise SystemExit(1)"
+        )
+        return [python(code, plan.work, name="tests", log=plan.log("tests"))]
+
+    def step(plan, seconds):
+        done = [{"task": "tiny", "variants": [{"name": "FixMatch", "method": "", "step_ms": 1.5, "ratio": 1.0}]}]
+        code = write.format(str(plan.part("step.json"))) + f"path.write_text({json.dumps(done)!r})"
+        return [python(code, plan.work, name="step", log=plan.log("step"))]
+
+    def build(plan, seconds):
+        return [python("raise SystemExit('no compiler')", plan.work, name="build", log=plan.log("build"))]
+
+    def environment(plan, seconds):
+        raise ImportError("nothing is built")
+
+    makers = {"build": build, "environment": environment, "tests": tests, "step": step}
+    assert command.run_phases(asked, makers | {"memcheck": lambda plan, seconds: []}) == 1
+    results = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    statuses = {name: record["status"] for name, record in results["phases"].items()}
+    assert statuses == {
+        "build": "failed",
+        "environment": "failed",
+        "tests": "failed",
+        "memcheck": "skipped",
+        "step": "passed",
+    }
+    assert results["phases"]["build"]["tail"] == "no compiler\n"
+    assert results["phases"]["environment"]["reason"] == "ImportError: nothing is built"
+    assert results["tests"]["failed"] == [{"test": "tests/test_hvp.py::test_a", "message": "assert 1 == 2"}]
+    assert results["tests"]["operators"]["hessian_vector_product"] == {"passed": 0, "failed": 1}
+    assert "===== build\nno compiler" in (tmp_path / "out" / "log.txt").read_text()
+    assert "tests/test_hvp.py::test_a: assert 1 == 2" in (tmp_path / "out" / "gpu.md").read_text()
+    printed = capsys.readouterr().out
+    assert "| FixMatch | 1.50 | 1.000 |" in printed
+    assert printed.rstrip().endswith("s in all.")
+
+
+def test_the_commands_of_the_real_phases(tmp_path):
+    plan = command.Plan(tmp_path, options(tmp_path, quick=True))
+    made = {name: maker(plan, 100.0) for name, maker in command.MAKERS.items()}
+    assert made["build"][0].command[1:] == ["setup.py", "-q", "build_ext", "--inplace"]
+    assert made["operators"][0].attempts > 1
+    assert made["operators"][0].command.count("--compiled") == 1
+    assert len(made["compile"]) == command.COMPILE_PROCESSES
+    tests = made["tests"][0]
+    assert tests.environment["FASTMETA_TEST_DEVICE"] == "cuda"
+    names = {Path(argument).name for argument in tests.command if argument.endswith(".py")}
+    assert names >= {"test_ops_kernels.py", "test_masked_adam.py", "test_gpu_large.py"}
+
+
+def test_json_has_no_nan(tmp_path):
+    files.write(tmp_path / "a" / "x.json", {"error": float("nan"), 3: [float("inf"), 1.5]})
+    assert files.read(tmp_path / "a" / "x.json") == {"error": "nan", "3": ["inf", 1.5]}
+    (tmp_path / "x.json").write_text('{"cut o')
+    assert files.read(tmp_path / "x.json") is None
+    assert files.read(tmp_path / "nothing.json") is None
+
+
+TESTS = """
+import pytest
+def test_good(): pass
+def test_bad(): assert 1 == 2
+@pytest.mark.skip(reason="no room")
+def test_skipped(): pass
+def test_broken_context(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_never_reached(): pass
+"""
+
+
+def test_outcomes_are_written_as_they_come(tmp_path):
+    (tmp_path / "test_label_gradient_here.py").write_text(TESTS)
+    written = tmp_path / "outcomes.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_outcomes", "--rootdir", tmp_path, tmp_path],
+        cwd=tmp_path,
+        env=os.environ | {outcomes.FILE: str(written), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 3  # a process with a broken context ends itself
+    with written.open("a") as file:
+        file.write('{"test": "cut o')
+    found = outcomes.summarize(written, choices.STEMS)
+    assert found["passed"] == 1
+    assert [one["test"].rpartition("::")[2] for one in found["failed"]] == ["test_bad", "test_broken_context"]
+    assert "assert 1 == 2" in found["failed"][0]["message"]
+    assert found["skipped"] == {"Skipped: no room": 1}
+    assert found["operators"]["label_gradient"] == {"passed": 1, "failed": 2}
+    assert outcomes.summarize(tmp_path / "nothing", choices.STEMS)["passed"] == 0
+
+
+BEGUN, DONE = sanitizer.BEGUN, sanitizer.DONE
+VERDICTS = [
+    (PASSED, f"{BEGUN}\n{DONE}\n========= ERROR SUMMARY: 0 errors\n", "passed", "ERROR SUMMARY: 0 errors"),
+    (
+        PASSED,
+        f"{BEGUN}\n{DONE}\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n",
+        "passed",
+        "0 hazards",
+    ),
+    (PASSED, f"{BEGUN}\n========= ERROR SUMMARY: 0 errors\n", "failed", "0 errors"),  # the pass did not come to its end
+    (PASSED, f"{BEGUN}\n{DONE}\n", "failed", "no summary"),
+    (
+        PASSED | {"status": "failed", "reason": "exit status 9"},
+        f"{BEGUN}\n{DONE}\n========= ERROR SUMMARY: 3 errors\n",
+        "failed",
+        "exit status 9; ERROR SUMMARY: 3 errors",
+    ),
+    (
+        PASSED | {"status": "failed", "reason": "exit status 1"},
+        "========= COMPUTE-SANITIZER\n========= Error: Device not supported. Please refer to ...\n",
+        "skipped",
+        "did not run here: Error: Device not supported",
+    ),
+    (
+        PASSED | {"status": "failed", "reason": "exit status 1"},
+        "Traceback (most recent call last):\nImportError: no fastmeta\n",
+        "failed",
+        "exit status 1",
+    ),
+    (PASSED | {"status": "timed out", "reason": "ended after 9 s"}, f"{BEGUN}\n", "timed out", "ended after 9 s"),
+]
+
+
+@pytest.mark.parametrize(("record", "output", "status", "reason"), VERDICTS)
+def test_verdict_of_the_sanitizer(record, output, status, reason):
+    judged = sanitizer.judged(record, output)
+    assert judged["status"] == status
+    assert reason in judged["reason"]
+
+
+def test_the_small_pass_calls_every_kernel(capsys):
+    assert small_pass.main(["--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert said.index(BEGUN) < said.index(DONE)
+    assert int(said.split(DONE)[0].split()[-5]) > 50
+
+
+def test_finding_the_sanitizer(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "compute-sanitizer").touch()
+    assert sanitizer.find() == str(tmp_path / "bin" / "compute-sanitizer")
