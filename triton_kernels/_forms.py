@@ -230,6 +230,11 @@ def slab_limit(limit: int) -> Iterator[None]:
         _launch.forget_plans()
 
 
+def slab_bytes() -> int:
+    """The limit that holds now."""
+    return _slab_bytes
+
+
 def slab_rows(n: int, bytes_per_row: int) -> int:
     """Rows of a slab whose scratch stays within the limit: at least 1, a multiple of 128 where that many fit."""
     rows = max(1, _slab_bytes // max(bytes_per_row, 1))

@@ -27,6 +27,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastmeta.losses import LOSSES
 from fastmeta.triton_kernels import _forms, _products, _tuning
 from fastmeta.triton_kernels._launch import Launch, precision
 from fastmeta.triton_kernels._products import step, strides
@@ -42,8 +43,9 @@ from fastmeta.triton_kernels._weighted_rows import (
 )
 
 FLASH_BYTES = 64 << 20  # of a slab of classes
-_MOST_PROGRAMS = 512  # of the row kernel: each leaves one row of partial sums
-_ENOUGH_PROGRAMS = 512
+WHOLE_ROW_LOSSES = (LOSSES["cross_entropy"], LOSSES["mse_probs"])
+_MOST_PROGRAMS = 512  # of the row kernels: those that share classes leave a row of partial sums each
+_PARTIAL_BYTES = 16 << 20  # of these rows
 
 
 class Problem(NamedTuple):
@@ -115,143 +117,136 @@ class Slabs:
 
     def __init__(self, p: Problem, flash: bool) -> None:
         self.problem = p
-        self.flash = flash
-        n, d, c, bytes_each = p.n, p.d, p.c, p.dtype.itemsize
-        arithmetic = precision(p.dtype)
-        self.long = p.loss in (0, 3) and (flash or c > MOST_CLASSES)
-        statistics = dict(loss=p.loss, curved=p.curved, classes=p.classes)
-        if flash:
-            self.columns = min(c, max(FLASH_BYTES // (max(n, 1) * bytes_each) // 256 * 256, 1024))
-            self.slab = _slab_rows(n, 0, self.columns, p.dtype, FLASH_BYTES)
-        elif c > MOST_CLASSES and not p.product:
-            # The logits are there: whatever is taken of their rows, it is taken once.
-            self.columns = min(c, max(_forms.slab_rows(c, n * bytes_each) // 256 * 256, 1024))
-            self.slab = n
+        n, d, c, dtype = p.n, p.d, p.c, p.dtype
+        row_function = {"loss": p.loss, "curved": p.curved, "classes": p.classes}
+        # Given logits of long rows are swept once, and then go by classes too: nothing is made twice for that.
+        by_classes = flash or (c > MOST_CLASSES and not p.product)
+        if by_classes:
+            limit = FLASH_BYTES if flash else _forms.slab_bytes()
+            self.columns = min(c, max(limit // (n * dtype.itemsize) // 256 * 256, 1024))
+            self.slab = _slab_rows(n, 0, self.columns, dtype, limit)
         else:
             self.columns = c
-            self.slab = _slab_rows(n, d, c, p.dtype, None)
-        # Of the sweep: all rows where it is over before the first slab, a slab's own where that holds whole rows.
-        self.sweep_first = flash or not p.product
-        swept = n if self.sweep_first else self.slab
-        self.sweep = Sweep(swept, d, c, p.dtype, arithmetic, product=p.product and flash, **statistics)
-        self.pitch = pitch_of(self.columns)
-        if self.columns < c or c > MOST_CLASSES or flash:
-            tile = rows_tile(self.slab, c, p.dtype)
-            across = triton.cdiv(self.columns, tile.classes)
-            self.steps, self.parts = _share(triton.cdiv(self.slab, tile.rows), triton.cdiv(_ENOUGH_PROGRAMS, across))
-            constants = {**statistics, "block_rows": tile.rows, "block_classes": tile.classes}
-            self.rows = Launch(rows_of_statistics, (across, self.parts), constants, num_warps=tile.warps)
-            self.whole = False
-        else:
-            self.rows, self.steps, self.parts = _whole_rows(p, self.slab, _MOST_PROGRAMS)
-            self.whole = True
+            self.slab = _slab_rows(n, d, c, dtype, _forms.slab_bytes())
         self.slabs = triton.cdiv(n, self.slab)
-        self.sum = SumOfParts(self.parts * self.slabs, 0, c, True) if p.with_bias else None
+        self.single = self.slabs == 1 and self.columns == c
+        self.pitch = pitch_of(self.columns)
+        self.whole = c <= MOST_CLASSES and not by_classes
+        if self.whole:
+            self.rows, self.steps, self.parts = _whole_rows(p, self.slab, _MOST_PROGRAMS)
+        else:
+            tile = rows_tile(self.slab, c, dtype)
+            across = triton.cdiv(self.columns, tile.classes)
+            most = max(1, min(triton.cdiv(_MOST_PROGRAMS, across), _PARTIAL_BYTES // (4 * c)))
+            self.steps, self.parts = _share(triton.cdiv(self.slab, tile.rows), most)
+            constants = {**row_function, "block_rows": tile.rows, "block_classes": tile.classes}
+            self.rows = Launch(rows_of_statistics, (across, self.parts), constants, num_warps=tile.warps)
+        # All rows before the first slab, or those of each slab once its product is there.
+        self.first = self.each = None
+        if not self.whole and p.loss in WHOLE_ROW_LOSSES:
+            arithmetic = precision(dtype)
+            if by_classes:
+                self.first = Sweep(n, d, c, dtype, arithmetic, product=p.product, **row_function)
+            else:
+                self.each = Sweep(self.slab, d, c, dtype, arithmetic, product=False, **row_function)
+        self.sum = SumOfParts(self.parts, 0, c, True) if p.with_bias else None
 
     def __call__(self, given: Operands, addend: Tensor | None, damping: float, weight: Tensor, bias: Tensor) -> None:
         """Write ``weight [C, D]`` and ``bias [C]``."""
         p, features = self.problem, given.features
+        scratch = torch.empty((self.slab, self.pitch), dtype=p.dtype, device=features.device)
         partials = None
         if self.sum is not None:
-            shape = self.parts * self.slabs, p.c
-            partials = torch.empty(shape, dtype=torch.float32, device=features.device)
-        scratch = torch.empty((self.slab, self.pitch), dtype=p.dtype, device=features.device)
+            partials = torch.empty((self.parts, p.c), dtype=torch.float32, device=features.device)
         statistics = None
-        if self.long and self.sweep_first:
-            factor = given.features, given.factor
-            statistics = self.sweep(
-                p.n, given.product, *(factor if p.product else (None, None)), given.bias, given.other
-            )
-        for first_class in range(0, p.c, self.columns):
-            end_class = min(first_class + self.columns, p.c)
-            whole = self.columns == p.c
-            into = weight if whole else weight[first_class:end_class]
-            plus = addend if whole or addend is None else addend[first_class:end_class]
-            total = _Total(into, plus, damping, self.slabs)
-            for slab, part in enumerate(self._slabs(given, first_class, end_class)):
-                rows = self._rows(part, scratch, statistics, slab, first_class, end_class, partials)
-                total.add(rows, part.features)
-            total.finish()
+        if self.first is not None:
+            made = (features, given.factor) if p.product else (None, None)
+            statistics = self.first(p.n, given.product, *made, given.bias, given.other)
+        if self.single:
+            rows = scratch if self.pitch == p.c else scratch[:, : p.c]
+            self._rows(given, rows, statistics, partials, 0, 0)
+            _product(weight, rows, features, addend, damping)
+        else:
+            for first in range(0, p.c, self.columns):
+                of = slice(first, min(first + self.columns, p.c))
+                total = _Total(weight[of], None if addend is None else addend[of], damping, self.slabs)
+                for slab, part in enumerate(self._slabs(given, of)):
+                    rows = scratch[: part.features.shape[0], : of.stop - first]
+                    self._rows(part, rows, statistics, partials, slab, first)
+                    total.add(rows, part.features)
+                total.finish()
         if self.sum is not None:
             self.sum(partials, addend, given.bias, None, bias, damping)
 
-    def _slabs(self, given: Operands, first_class: int, end_class: int) -> Iterator[Operands]:
-        """The operands of each slab of rows; the product's and the direction's classes are the slab's alone."""
-        p = self.problem
-        product, factor, other = given.product, given.factor, given.other
-        if self.columns < p.c:
-            product = None if product is None else product[:, first_class:end_class]
-            factor = None if factor is None else factor[first_class:end_class]
-        if self.slabs == 1:
-            yield Operands(given.features, product, factor, given.bias, other, given.weights)
-            return
-        for begin in range(0, p.n, self.slab):
-            rows = slice(begin, min(begin + self.slab, p.n))
+    def _slabs(self, given: Operands, of: slice) -> Iterator[Operands]:
+        """The operands of each slab of rows; the product's and the direction's classes are those asked for."""
+        product = None if given.product is None else given.product[:, of]
+        factor = None if given.factor is None else given.factor[of]
+        for begin in range(0, self.problem.n, self.slab):
+            rows = slice(begin, begin + self.slab)
             yield Operands(
                 given.features[rows],
                 None if product is None else product[rows],
                 factor,
                 given.bias,
-                other[rows],
+                given.other[rows],
                 None if given.weights is None else given.weights[rows],
             )
 
     def _rows(
-        self, part: Operands, scratch: Tensor, statistics: Tensor | None, slab: int, first_class: int, end_class: int,
-        partials: Tensor | None,
-    ) -> Tensor:  # [rows, classes]  # fmt: skip
+        self, part: Operands, rows: Tensor, statistics: Tensor | None, partials: Tensor | None, slab: int, first: int
+    ) -> None:
+        """Write R of one slab of rows, for the classes from ``first`` on."""
         p = self.problem
-        n = part.features.shape[0]
-        rows = scratch[:n, : end_class - first_class]
+        n = rows.shape[0]
         product = part.product
-        if p.product:
+        if product is None:
             product = torch.mm(part.features, part.factor.t(), out=rows)  # type: ignore[union-attr]
-        tensors = product, part.bias, part.other, part.weights
-        steps = *strides(product), step(part.bias), *pair(part.other), step(part.weights), self.pitch
+        operands = product, part.bias, part.other, part.weights
+        steps = *product.stride(), step(part.bias), *pair(part.other), step(part.weights), self.pitch
         if self.whole:
-            self.rows(*tensors, rows, partials, n, p.c, self.steps, slab * self.parts, *steps)
-            return rows
-        row_stride = p.n
-        if statistics is not None:
+            self.rows(*operands, rows, partials, n, p.c, self.steps, slab, *steps)
+            return
+        if self.each is not None:
+            statistics = self.each(n, product, None, None, part.bias, part.other)
+        elif statistics is not None:
             statistics = statistics[:, slab * self.slab :]
-        elif self.long:
-            statistics, row_stride = self.sweep(n, product, None, None, part.bias, part.other), n
-        self.rows(
-            *tensors, statistics, rows, partials, n, p.c, first_class, self.steps, slab * self.parts, row_stride, *steps
-        )  # fmt: skip
-        return rows
+        row = 0 if statistics is None else statistics.stride(0)
+        self.rows(*operands, statistics, rows, partials, n, p.c, first, self.steps, slab, row, *steps)
 
 
 class _Total:
-    """``sum_k R_k^T h_k + damping V`` by the library: 16-bit results of several slabs in float32 until the last."""
+    """``sum_k R_k^T h_k + damping V``: 16-bit results of several slabs in float32 until the last."""
 
     def __init__(self, out: Tensor, addend: Tensor | None, damping: float, slabs: int) -> None:
         self.out, self.addend, self.damping = out, addend, damping
-        self.separate = slabs > 1 and out.dtype != torch.float32
+        self.apart = slabs > 1 and out.dtype != torch.float32
         self.sum: Tensor | None = None
 
     def add(self, rows: Tensor, features: Tensor) -> None:
-        if self.separate:
-            product = torch.mm(rows.t(), features)
-            if self.sum is None:
-                self.sum = product.float()
-                if self.addend is not None:
-                    self.sum.add_(self.addend, alpha=self.damping)
-            else:
-                self.sum.add_(product)
-        elif self.sum is not None:
-            self.sum.addmm_(rows.t(), features)
-        else:
-            if self.addend is None:
-                torch.mm(rows.t(), features, out=self.out)
-            else:
-                torch.addmm(self.addend, rows.t(), features, beta=self.damping, out=self.out)
+        if self.sum is None and self.apart:
+            self.sum = torch.mm(rows.t(), features).float()
+            if self.addend is not None:
+                self.sum.add_(self.addend, alpha=self.damping)
+        elif self.sum is None:
             self.sum = self.out
+            _product(self.out, rows, features, self.addend, self.damping)
+        elif self.apart:
+            self.sum.add_(torch.mm(rows.t(), features))
+        else:
+            self.sum.addmm_(rows.t(), features)
 
     def finish(self) -> None:
-        if self.separate:
+        if self.apart:
             assert self.sum is not None
             self.out.copy_(self.sum)
+
+
+def _product(out: Tensor, rows: Tensor, features: Tensor, addend: Tensor | None, damping: float) -> None:
+    if addend is None:
+        torch.mm(rows.t(), features, out=out)
+    else:
+        torch.addmm(addend, rows.t(), features, beta=damping, out=out)
 
 
 def _whole_rows(p: Problem, n: int, most: int | None = None) -> tuple[Launch, int, int]:
@@ -272,11 +267,9 @@ def _share(blocks: int, most: int) -> tuple[int, int]:
     return each, triton.cdiv(blocks, each)
 
 
-def _slab_rows(n: int, d: int, c: int, dtype: torch.dtype, limit: int | None) -> int:
+def _slab_rows(n: int, d: int, c: int, dtype: torch.dtype, limit: int) -> int:
     """Rows of a slab; see the module's docstring. A multiple of 16, so that every slab is aligned as the first."""
-    bytes_per_row = c * dtype.itemsize
-    rows = _forms.slab_rows(n, bytes_per_row) if limit is None else max(1, limit // bytes_per_row)
-    rows = max(rows // 16 * 16, 16, triton.cdiv(4 * d, 16) * 16)
+    rows = max(limit // (c * dtype.itemsize) // 16 * 16, triton.cdiv(4 * d, 16) * 16, 16)
     spared = 3 * d if dtype.itemsize == 2 else 0
     return n if n <= rows + spared else rows
 

@@ -22,21 +22,65 @@ from torch import Tensor
 
 from fastmeta.triton_kernels import _tuning
 from fastmeta.triton_kernels._launch import Launch
-from fastmeta.triton_kernels._online_softmax import rise
 from fastmeta.triton_kernels._products import (
     ProductTile,
     flash_tiles,
     logits_and_tangent,
+    parts,
     product_tile,
     splits,
     step,
     strides,
 )
+from fastmeta.triton_kernels._products import (
+    columns as columns_of,
+)
 from fastmeta.triton_kernels._rows import CROSS_ENTROPY, MSE_PROBS, curvature, residual
-from fastmeta.triton_kernels._weighted_rows import fills, load_bias, load_other
+from fastmeta.triton_kernels._weighted_rows import fills, hit, load_bias, load_other, load_rows, store_sums
 
 SUMS = 5  # maximum, sum of e, and up to three that depend on the row function
 STATISTICS = 4
+
+
+@triton.jit
+def _rise(top, candidate):
+    """The larger of two maxima, what exponents are relative to, and the factors of the sums that either has."""
+    both = tl.maximum(top, candidate)
+    reference = tl.where(both == float("-inf"), 0.0, both)  # sums of nothing but -inf stay 0
+    return both, reference, tl.exp(top - reference), tl.exp(candidate - reference)
+
+
+@triton.jit
+def _add(
+    top, total, first_sum, second_sum, third_sum, product, first,  # of a tile of classes from the first on
+    bias_ptr, other_ptr, rows, num_rows, num_classes, bias_stride, other_row, other_column,
+    loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr,
+):  # fmt: skip
+    columns = (first + tl.arange(0, product.shape[1])).to(tl.int64)
+    inside = (rows < num_rows)[:, None] & (columns < num_classes)[None]
+    product_fill, other_fill = fills(loss, curved)
+    product = tl.where(inside, product + load_bias(bias_ptr, columns, num_classes, bias_stride), product_fill)
+    if loss == CROSS_ENTROPY and classes:
+        f = product
+    else:
+        other = load_other(
+            other_ptr, rows, columns, num_rows, num_classes, other_row, other_column, other_fill, classes
+        )  # fmt: skip
+        f = other if curved else product
+    top, reference, kept, _ = _rise(top, tl.max(f, 1))
+    e = tl.exp(f - reference[:, None])
+    total = total * kept + tl.sum(e, 1)
+    if curved:
+        first_sum = first_sum * kept + tl.sum(e * product, 1)
+        if loss == MSE_PROBS:
+            second_sum = second_sum * kept * kept + tl.sum(e * e, 1)
+            third_sum = third_sum * kept * kept + tl.sum(e * e * product, 1)
+    elif loss == MSE_PROBS:
+        first_sum = first_sum * kept + tl.sum(e * other, 1)
+        second_sum = second_sum * kept * kept + tl.sum(e * e, 1)
+    elif not classes:
+        first_sum += tl.sum(other, 1)
+    return top, total, first_sum, second_sum, third_sum
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -46,22 +90,24 @@ def sweep(
     product_row, product_column, features_row, features_column, factor_row, factor_column, bias_stride,
     other_row, other_column,
     loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
-    block_rows: tl.constexpr, block_classes: tl.constexpr, block_features: tl.constexpr,
+    parts: tl.constexpr, block_rows: tl.constexpr, block_classes: tl.constexpr, block_features: tl.constexpr,
 ):  # fmt: skip
-    """Sums ``[parts, 5, N]``, each over ``steps`` tiles of classes."""
+    """Sums ``[shares, 5, N]``, each over ``steps`` tiles of classes."""
     rows = (tl.program_id(0) * block_rows + tl.arange(0, block_rows)).to(tl.int64)
-    row = rows[:, None]
     product_fill, other_fill = fills(loss, curved)
     top = tl.full([block_rows], float("-inf"), tl.float32)
     total = tl.zeros([block_rows], tl.float32)
     first_sum, second_sum, third_sum = total, total, total
+    if loss == CROSS_ENTROPY and classes:
+        label = tl.load(other_ptr + rows * other_row, rows < num_rows, 0)
+        first_sum += tl.where(tl.program_id(1) == 0, hit(label, num_classes), 0.0)
     for tile in range(steps):
-        columns = ((tl.program_id(1) * steps + tile) * block_classes + tl.arange(0, block_classes)).to(tl.int64)
-        column = columns[None]
-        inside = (row < num_rows) & (column < num_classes)
+        first = (tl.program_id(1) * steps + tile) * block_classes
+        columns = (first + tl.arange(0, block_classes)).to(tl.int64)
         if features_ptr is None:
-            product = tl.load(product_ptr + row * product_row + column * product_column, inside, product_fill)
-            product = product.to(tl.float32)
+            inside = (rows < num_rows)[:, None] & (columns < num_classes)[None]
+            place = rows[:, None] * product_row + columns[None] * product_column
+            product = tl.load(product_ptr + place, inside, product_fill).to(tl.float32)
         else:
             product, _ = logits_and_tangent(
                 features_ptr, factor_ptr, None, tl.minimum(rows, num_rows - 1), tl.minimum(columns, num_classes - 1),
@@ -70,25 +116,14 @@ def sweep(
             )  # fmt: skip
             # As the library will round it for R: means of other numbers would not cancel theirs.
             product = product.to(features_ptr.dtype.element_ty).to(tl.float32)
-        product += load_bias(bias_ptr, column, column < num_classes, bias_stride)
-        product = tl.where(inside, product, product_fill)
-        other = load_other(
-            other_ptr, row, column, num_rows, num_classes, inside, other_row, other_column, other_fill, classes
-        )  # fmt: skip
-        f = other if curved else product
-        top, reference, kept, _ = rise(top, tl.max(f, 1))
-        e = tl.exp(f - reference[:, None])
-        total = total * kept + tl.sum(e, 1)
-        if curved:
-            first_sum = first_sum * kept + tl.sum(e * product, 1)
-            if loss == MSE_PROBS:
-                second_sum = second_sum * kept * kept + tl.sum(e * e, 1)
-                third_sum = third_sum * kept * kept + tl.sum(e * e * product, 1)
-        elif loss == MSE_PROBS:
-            first_sum = first_sum * kept + tl.sum(e * other, 1)
-            second_sum = second_sum * kept * kept + tl.sum(e * e, 1)
-        else:
-            first_sum += tl.sum(other, 1)
+        # A program's registers do not hold all that follows for a large tile.
+        for part in tl.static_range(parts):
+            top, total, first_sum, second_sum, third_sum = _add(
+                top, total, first_sum, second_sum, third_sum,
+                columns_of(product, part, parts), first + part * (block_classes // parts),
+                bias_ptr, other_ptr, rows, num_rows, num_classes, bias_stride, other_row, other_column,
+                loss, curved, classes,
+            )  # fmt: skip
     out = sums_ptr + tl.program_id(1).to(tl.int64) * 5 * num_rows + rows
     valid = rows < num_rows
     tl.store(out, top, valid)
@@ -100,11 +135,11 @@ def sweep(
             tl.store(out + 4 * num_rows, third_sum, valid)
 
 
-@triton.jit(do_not_specialize=["num_rows", "parts"])
+@triton.jit(do_not_specialize=["num_rows", "shares"])
 def join(
-    sums_ptr, statistics_ptr, num_rows, parts, loss: tl.constexpr, curved: tl.constexpr, block_rows: tl.constexpr
+    sums_ptr, statistics_ptr, num_rows, shares, loss: tl.constexpr, curved: tl.constexpr, block_rows: tl.constexpr
 ):  # fmt: skip
-    """Statistics ``[4, N]`` from the sums of all parts, in their order."""
+    """Statistics ``[4, N]`` from the sums of all shares, in their order."""
     rows = (tl.program_id(0) * block_rows + tl.arange(0, block_rows)).to(tl.int64)
     valid = rows < num_rows
     top = tl.full([block_rows], float("-inf"), tl.float32)
@@ -112,8 +147,8 @@ def join(
     total = tl.zeros([block_rows], tl.float32)
     first_sum, second_sum, third_sum = total, total, total
     sums = sums_ptr + rows
-    for _ in range(parts):
-        top, reference, kept, fade = rise(top, tl.load(sums, valid, 0.0))
+    for _ in range(shares):
+        top, reference, kept, fade = _rise(top, tl.load(sums, valid, 0.0))
         total = total * kept + fade * tl.load(sums + num_rows, valid, 0.0)
         first = tl.load(sums + 2 * num_rows, valid, 0.0)
         if loss == CROSS_ENTROPY and not curved:
@@ -139,54 +174,50 @@ def join(
             tl.store(out + 3 * num_rows, scale * scale * third_sum - mean * square, valid)
 
 
-@triton.jit(do_not_specialize=["num_rows", "steps", "first_partial", "statistics_row"])
+@triton.jit(do_not_specialize=["num_rows", "steps", "begun", "statistics_row"])
 def rows_of_statistics(
     product_ptr, bias_ptr, other_ptr, weights_ptr, statistics_ptr, out_ptr, partials_ptr,
-    num_rows, num_classes, first_class, steps, first_partial, statistics_row,
+    num_rows, num_classes, first_class, steps, begun, statistics_row,
     product_row, product_column, bias_stride, other_row, other_column, weights_stride, out_row,
     loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr,
     block_rows: tl.constexpr, block_classes: tl.constexpr,
 ):  # fmt: skip
     """R for the classes from ``first_class`` on, whose product it may overwrite, and the sums of its columns."""
-    local = (tl.program_id(0) * block_classes + tl.arange(0, block_classes)).to(tl.int64)[None]
-    column = first_class + local
+    local = (tl.program_id(0) * block_classes + tl.arange(0, block_classes)).to(tl.int64)
+    columns = first_class + local
     product_fill, other_fill = fills(loss, curved)
-    bias = load_bias(bias_ptr, column, column < num_classes, bias_stride)
+    bias = load_bias(bias_ptr, columns, num_classes, bias_stride)
     sums = tl.zeros([block_rows, block_classes], tl.float32)
     for tile in range(steps):
-        first = (tl.program_id(1).to(tl.int64) * steps + tile) * block_rows
-        row = first + tl.arange(0, block_rows).to(tl.int64)[:, None]
-        valid = row < num_rows
-        inside = valid & (column < num_classes)
-        product = tl.load(product_ptr + row * product_row + local * product_column, inside, product_fill)
-        product = product.to(tl.float32) + bias
+        rows = (tl.program_id(1).to(tl.int64) * steps + tile) * block_rows + tl.arange(0, block_rows)
+        inside = (rows < num_rows)[:, None] & (columns < num_classes)[None]
+        place = rows[:, None] * product_row + local[None] * product_column
+        product = tl.load(product_ptr + place, inside, product_fill).to(tl.float32) + bias
         other = load_other(
-            other_ptr, row, column, num_rows, num_classes, inside, other_row, other_column, other_fill, classes
+            other_ptr, rows, columns, num_rows, num_classes, other_row, other_column, other_fill, classes
         )  # fmt: skip
         if loss == CROSS_ENTROPY or loss == MSE_PROBS:
-            e = tl.exp((other if curved else product) - tl.load(statistics_ptr + row, valid, 0.0))
-            p = e * tl.load(statistics_ptr + statistics_row + row, valid, 0.0)
+            e = tl.exp((other if curved else product) - load_rows(statistics_ptr, rows, num_rows, 1))
+            p = e * load_rows(statistics_ptr + statistics_row, rows, num_rows, 1)
             if curved or loss == MSE_PROBS:
-                mean = tl.load(statistics_ptr + 2 * statistics_row + row, valid, 0.0)
+                mean = load_rows(statistics_ptr + 2 * statistics_row, rows, num_rows, 1)
             if curved:
-                rows = p * (product - mean)
+                r = p * (product - mean)
                 if loss == MSE_PROBS:
-                    rows = 2.0 * p * (rows - tl.load(statistics_ptr + 3 * statistics_row + row, valid, 0.0))
+                    r = 2.0 * p * (r - load_rows(statistics_ptr + 3 * statistics_row, rows, num_rows, 1))
             elif loss == MSE_PROBS:
-                rows = 2.0 * p * (p - other - mean)
+                r = 2.0 * p * (p - other - mean)
             else:
-                rows = p - other
+                r = p - other
         else:
-            rows = curvature(other, product, loss) if curved else residual(product, other, loss)
+            r = curvature(other, product, loss) if curved else residual(product, other, loss)
         if weights_ptr is not None:
-            rows *= tl.load(weights_ptr + row * weights_stride, valid, 0.0).to(tl.float32)
-        rows = tl.where(inside, rows, 0.0)
-        tl.store(out_ptr + row * out_row + local, rows.to(out_ptr.dtype.element_ty), inside)
-        sums += rows
+            r *= load_rows(weights_ptr, rows, num_rows, weights_stride)
+        r = tl.where(inside, r, 0.0)
+        tl.store(out_ptr + rows[:, None] * out_row + local[None], r.to(out_ptr.dtype.element_ty), inside)
+        sums += r
     if partials_ptr is not None:
-        total = tl.sum(sums, 0)[None]
-        place = (first_partial + tl.program_id(1)).to(tl.int64) * num_classes + column
-        tl.store(partials_ptr + place, total, column < num_classes)
+        store_sums(partials_ptr, tl.program_id(1), columns, num_classes, sums, begun)
 
 
 class SweepTile(NamedTuple):
@@ -238,20 +269,25 @@ class Sweep:
         tile: SweepTile | ProductTile
         row_function = {"loss": loss, "curved": curved}
         if product:
-            table = flash_tiles(dtype, precision)
+            # Beside 64 entries of the product a thread has no registers for a matrix whose rows are not aligned.
+            table = tuple(
+                tile
+                for tile in flash_tiles(dtype, precision, 1)
+                if classes or tile.rows * tile.classes < 2048 * tile.warps
+            )
             tile = _tuning.tile("sweep_product", dtype, (n, d, c), table, product_tile(n, table))
-            inner = {"even": d % tile.features == 0, "precision": precision}
+            inner = {"even": d % tile.features == 0, "precision": precision, "parts": parts(tile, 2)}
             features, stages = tile.features, tile.stages
         else:
             tile = _tuning.tile("sweep", dtype, (n, c), SWEEP_TILES, SWEEP_TILES[0])
-            inner, features, stages = {"even": True, "precision": precision}, 0, 1
-        blocks, steps = triton.cdiv(n, tile.rows), triton.cdiv(c, tile.classes)
-        steps = triton.cdiv(steps, splits(blocks, steps))
-        self.parts = parts = triton.cdiv(c, steps * tile.classes)
+            inner, features, stages = {"even": True, "precision": precision, "parts": 1}, 0, 1
+        blocks, tiles = triton.cdiv(n, tile.rows), triton.cdiv(c, tile.classes)
+        steps = triton.cdiv(tiles, splits(blocks, tiles))
+        self.shares = triton.cdiv(tiles, steps)
         self.sizes = d if product else 0, c, steps
         constants = row_function | {"classes": classes} | inner
         constants |= {"block_rows": tile.rows, "block_classes": tile.classes, "block_features": features}
-        self.sweep = Launch(sweep, (blocks, parts), constants, num_warps=tile.warps, num_stages=stages)
+        self.sweep = Launch(sweep, (blocks, self.shares), constants, num_warps=tile.warps, num_stages=stages)
         self.join = Launch(join, (triton.cdiv(n, 128),), row_function | {"block_rows": 128})
 
     def __call__(
@@ -263,13 +299,13 @@ class Sweep:
         bias: Tensor | None,  # [C]
         other: Tensor,  # [N, C], or classes [N]
     ) -> Tensor:  # [4, N]
-        sums = torch.empty((self.parts, SUMS, num_rows), dtype=torch.float32, device=other.device)
+        sums = torch.empty((self.shares, SUMS, num_rows), dtype=torch.float32, device=other.device)
         statistics = torch.empty((STATISTICS, num_rows), dtype=torch.float32, device=other.device)
         self.sweep(
             product, features, factor, bias, other, sums, num_rows, *self.sizes,
             *strides(product), *strides(features), *strides(factor), step(bias), *pair(other),
         )  # fmt: skip
-        self.join(sums, statistics, num_rows, self.parts)
+        self.join(sums, statistics, num_rows, self.shares)
         return statistics
 
 

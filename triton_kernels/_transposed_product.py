@@ -18,7 +18,6 @@ from torch import Tensor
 from fastmeta.triton_kernels import _tuning
 from fastmeta.triton_kernels._launch import Launch
 from fastmeta.triton_kernels._products import step, strides
-from fastmeta.triton_kernels._weighted_rows import load_bias
 
 _ENOUGH_PROGRAMS = 64  # half of a large GPU's processors: smaller tiles from there on only repeat reads
 _LONG = 1024  # rows from which they are split, so that small shapes stay at one launch
@@ -34,8 +33,8 @@ def _transposed_product(
     precision: tl.constexpr, with_bias: tl.constexpr,
     block_classes: tl.constexpr, block_features: tl.constexpr, block_rows: tl.constexpr,
 ):  # fmt: skip
-    c = (tl.program_id(0) * block_classes + tl.arange(0, block_classes)).to(tl.int64)[:, None]
-    d = (tl.program_id(1) * block_features + tl.arange(0, block_features)).to(tl.int64)[None]
+    c = (tl.program_id(0) * block_classes + tl.arange(0, block_classes)).to(tl.int64)
+    d = (tl.program_id(1) * block_features + tl.arange(0, block_features)).to(tl.int64)
     begin = tl.program_id(2).to(tl.int64) * rows_per_part
     end = tl.minimum(begin + rows_per_part, num_rows)
     weight = tl.zeros([block_classes, block_features], tl.float32)
@@ -43,32 +42,34 @@ def _transposed_product(
     for first in range(begin, end, block_rows):
         n = first + tl.arange(0, block_rows).to(tl.int64)
         # Beyond the classes R holds zeros up to the end of its row.
-        r = tl.load(rows_ptr + n[None] * rows_row + c, (n[None] < end) & (c < rows_row), 0.0)
+        r = tl.load(rows_ptr + n[None] * rows_row + c[:, None], (n < end)[None] & (c < rows_row)[:, None], 0.0)
         h = tl.load(
-            features_ptr + n[:, None] * features_row + d * features_column,
-            (n[:, None] < end) & (d < num_features), 0.0,
+            features_ptr + n[:, None] * features_row + d[None] * features_column,
+            (n < end)[:, None] & (d < num_features)[None], 0.0,
         )  # fmt: skip
         weight = tl.dot(r, h, weight, input_precision=precision)
         if with_bias:
             sums += r.to(tl.float32)
-    inside = (c < num_classes) & (d < num_features)
+    width = num_features + (1 if with_bias else 0)
+    inside = (c < num_classes)[:, None] & (d < num_features)[None]
+    part = tl.program_id(2).to(tl.int64) * num_classes * width
     if parts_ptr is not None:
-        width = num_features + (1 if with_bias else 0)
-        part = parts_ptr + tl.program_id(2).to(tl.int64) * num_classes * width
-        tl.store(part + c * width + d, weight, inside)
+        tl.store(parts_ptr + part + c[:, None] * width + d[None], weight, inside)
     else:
         if addend_ptr is not None:
-            addend = tl.load(addend_ptr + c * addend_row + d * addend_column, inside, 0.0)
+            addend = tl.load(addend_ptr + c[:, None] * addend_row + d[None] * addend_column, inside, 0.0)
             weight += damping * addend.to(tl.float32)
-        tl.store(weight_ptr + c * num_features + d, weight.to(weight_ptr.dtype.element_ty), inside)
+        place = c[:, None] * num_features + d[None]
+        tl.store(weight_ptr + place, weight.to(weight_ptr.dtype.element_ty), inside)
     if with_bias:
         if tl.program_id(1) == 0:
-            bias = tl.sum(sums, 1)[:, None]
+            bias = tl.sum(sums, 1)
             if parts_ptr is not None:
-                tl.store(part + c * width + num_features, bias, c < num_classes)
+                tl.store(parts_ptr + part + c * width + num_features, bias, c < num_classes)
             else:
                 if addend_ptr is not None:
-                    bias += damping * load_bias(addend_bias_ptr, c, c < num_classes, addend_bias_stride)
+                    addend = tl.load(addend_bias_ptr + c * addend_bias_stride, c < num_classes, 0.0)
+                    bias += damping * addend.to(tl.float32)
                 tl.store(bias_ptr + c, bias.to(bias_ptr.dtype.element_ty), c < num_classes)
 
 
@@ -98,7 +99,8 @@ def _add_parts(
     if with_bias:
         last = (place < size) & (d == num_features)
         if addend_ptr is not None:
-            result += damping * load_bias(addend_bias_ptr, c, last, addend_bias_stride)
+            addend = tl.load(addend_bias_ptr + c * addend_bias_stride, last, 0.0)
+            result += damping * addend.to(tl.float32)
         tl.store(bias_ptr + c, result.to(bias_ptr.dtype.element_ty), last)
 
 

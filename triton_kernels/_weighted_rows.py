@@ -19,27 +19,52 @@ MOST_CLASSES = 8192  # of a row in registers, 16 entries a thread of 16 warps
 ALIGNMENT = 16  # entries: rows of R begin at multiples of 16 bytes, whatever C is
 
 
+# Vectors are read as vectors: a read of [1, C] or [N, 1] would impose its own layout on the tile.
+
+
+@triton.jit
+def hit(label, num_classes):
+    """1; NaN for a class that does not exist: to raise would take a wait for the GPU."""
+    return tl.where((label >= 0) & (label < num_classes), 1.0, float("nan"))
+
+
 @triton.jit
 def load_other(
-    other_ptr, row, column, num_rows, num_classes, inside, row_stride, column_stride, fill, classes: tl.constexpr
+    other_ptr, rows, columns, num_rows, num_classes, row_stride, column_stride, fill, classes: tl.constexpr
 ):  # fmt: skip
-    """Targets or logits in float32; classes ``[N]`` as one-hot rows."""
+    """Targets or logits in float32; classes ``[N]`` as one-hot rows. ``[rows, columns]``."""
     if classes:
-        label = tl.load(other_ptr + row * row_stride, row < num_rows, 0)
-        # A class that does not exist makes its row NaN: to raise would take a wait for the GPU.
-        hit = tl.where((label >= 0) & (label < num_classes), 1.0, float("nan"))
-        return tl.where(inside, tl.where(label == column, 1.0, 0.0) * hit, 0.0)
+        label = tl.load(other_ptr + rows * row_stride, rows < num_rows, 0)
+        inside = (rows < num_rows)[:, None] & (columns < num_classes)[None]
+        one_hot = tl.where(label[:, None] == columns[None], 1.0, 0.0)
+        return tl.where(inside, one_hot * hit(label, num_classes)[:, None], 0.0)
     else:
-        return tl.load(other_ptr + row * row_stride + column * column_stride, inside, fill).to(tl.float32)
+        inside = (rows < num_rows)[:, None] & (columns < num_classes)[None]
+        place = rows[:, None] * row_stride + columns[None] * column_stride
+        return tl.load(other_ptr + place, inside, fill).to(tl.float32)
 
 
 @triton.jit
-def load_bias(bias_ptr, column, inside, stride):
-    """A bias in float32, or 0."""
+def load_bias(bias_ptr, columns, num_classes, stride):
+    """A bias in float32, or 0. ``[1, columns]``."""
     if bias_ptr is None:
         return 0.0
     else:
-        return tl.load(bias_ptr + column * stride, inside, 0.0).to(tl.float32)
+        return tl.load(bias_ptr + columns * stride, columns < num_classes, 0.0).to(tl.float32)[None]
+
+
+@triton.jit
+def load_rows(pointer, rows, num_rows, stride):
+    """A number for each row, in float32. ``[rows, 1]``."""
+    return tl.load(pointer + rows * stride, rows < num_rows, 0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def store_sums(partials_ptr, program, columns, num_classes, sums, begun):
+    """The sums of a tile's columns as a program's partial sums, on top of those of the slabs before."""
+    place = partials_ptr + program.to(tl.int64) * num_classes + columns
+    valid = columns < num_classes
+    tl.store(place, tl.sum(sums, 0) + tl.load(place, valid & (begun != 0), 0.0), valid)
 
 
 @triton.jit
@@ -52,44 +77,43 @@ def fills(loss: tl.constexpr, curved: tl.constexpr):
 
 
 @triton.jit
-def _weighted(product, other, row, weights_ptr, weights_stride, num_rows, inside, loss: tl.constexpr, curved: tl.constexpr):  # fmt: skip  # noqa: E501
-    rows = curvature(other, product, loss) if curved else residual(product, other, loss)
+def _weighted(
+    product, other, weights_ptr, rows, num_rows, weights_stride, inside, loss: tl.constexpr, curved: tl.constexpr
+):  # fmt: skip
+    r = curvature(other, product, loss) if curved else residual(product, other, loss)
     if weights_ptr is not None:
-        rows *= tl.load(weights_ptr + row * weights_stride, row < num_rows, 0.0).to(tl.float32)
-    return tl.where(inside, rows, 0.0)
+        r *= load_rows(weights_ptr, rows, num_rows, weights_stride)
+    return tl.where(inside, r, 0.0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "tiles", "first_partial"])
+@triton.jit(do_not_specialize=["num_rows", "tiles", "begun"])
 def whole_rows(
     product_ptr, bias_ptr, other_ptr, weights_ptr, out_ptr, partials_ptr,
-    num_rows, num_classes, tiles, first_partial,
+    num_rows, num_classes, tiles, begun,
     product_row, product_column, bias_stride, other_row, other_column, weights_stride, out_row,
     loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr,
     block_rows: tl.constexpr, block_classes: tl.constexpr,
 ):  # fmt: skip
     """R from a product in memory, which R may overwrite; each program sums the columns of its rows."""
-    column = tl.arange(0, block_classes).to(tl.int64)[None]
+    columns = tl.arange(0, block_classes).to(tl.int64)
     product_fill, other_fill = fills(loss, curved)
-    bias = load_bias(bias_ptr, column, column < num_classes, bias_stride)
+    bias = load_bias(bias_ptr, columns, num_classes, bias_stride)
     sums = tl.zeros([block_rows, block_classes], tl.float32)
     for tile in range(tiles):
-        first = (tl.program_id(0).to(tl.int64) * tiles + tile) * block_rows
-        row = first + tl.arange(0, block_rows).to(tl.int64)[:, None]
-        inside = (row < num_rows) & (column < num_classes)
-        product = tl.load(product_ptr + row * product_row + column * product_column, inside, product_fill)
-        product = product.to(tl.float32) + bias
+        rows = (tl.program_id(0).to(tl.int64) * tiles + tile) * block_rows + tl.arange(0, block_rows)
+        inside = (rows < num_rows)[:, None] & (columns < num_classes)[None]
+        place = rows[:, None] * product_row + columns[None] * product_column
+        product = tl.load(product_ptr + place, inside, product_fill).to(tl.float32) + bias
         other = load_other(
-            other_ptr, row, column, num_rows, num_classes, inside, other_row, other_column, other_fill, classes
+            other_ptr, rows, columns, num_rows, num_classes, other_row, other_column, other_fill, classes
         )  # fmt: skip
-        rows = _weighted(product, other, row, weights_ptr, weights_stride, num_rows, inside, loss, curved)
+        r = _weighted(product, other, weights_ptr, rows, num_rows, weights_stride, inside, loss, curved)
         # Zeros up to the next row, so that a tile of R can be read in whole vectors.
-        padded = (row < num_rows) & (column < out_row)
-        tl.store(out_ptr + row * out_row + column, rows.to(out_ptr.dtype.element_ty), padded)
-        sums += rows
+        padded = (rows < num_rows)[:, None] & (columns < out_row)[None]
+        tl.store(out_ptr + rows[:, None] * out_row + columns[None], r.to(out_ptr.dtype.element_ty), padded)
+        sums += r
     if partials_ptr is not None:
-        total = tl.sum(sums, 0)[None]
-        place = (first_partial + tl.program_id(0)).to(tl.int64) * num_classes + column
-        tl.store(partials_ptr + place, total, column < num_classes)
+        store_sums(partials_ptr, tl.program_id(0), columns, num_classes, sums, begun)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -104,22 +128,21 @@ def product_rows(
     """R from the features: the product with the head or the direction is made here."""
     rows = (tl.program_id(0) * block_rows + tl.arange(0, block_rows)).to(tl.int64)
     columns = tl.arange(0, block_classes).to(tl.int64)
-    row, column = rows[:, None], columns[None]
-    inside = (row < num_rows) & (column < num_classes)
+    inside = (rows < num_rows)[:, None] & (columns < num_classes)[None]
     product_fill, other_fill = fills(loss, curved)
     product, _ = logits_and_tangent(
         features_ptr, factor_ptr, None, tl.minimum(rows, num_rows - 1), tl.minimum(columns, num_classes - 1),
         num_features, features_row, features_column, factor_row, factor_column, 0, 0,
         block_rows, block_classes, block_features, even, precision,
     )  # fmt: skip
-    product += load_bias(bias_ptr, column, column < num_classes, bias_stride)
+    product += load_bias(bias_ptr, columns, num_classes, bias_stride)
     product = tl.where(inside, product, product_fill)
     other = load_other(
-        other_ptr, row, column, num_rows, num_classes, inside, other_row, other_column, other_fill, classes
+        other_ptr, rows, columns, num_rows, num_classes, other_row, other_column, other_fill, classes
     )  # fmt: skip
-    out = _weighted(product, other, row, weights_ptr, weights_stride, num_rows, inside, loss, curved)
-    padded = (row < num_rows) & (column < out_row)
-    tl.store(out_ptr + row * out_row + column, out.to(out_ptr.dtype.element_ty), padded)
+    r = _weighted(product, other, weights_ptr, rows, num_rows, weights_stride, inside, loss, curved)
+    padded = (rows < num_rows)[:, None] & (columns < out_row)[None]
+    tl.store(out_ptr + rows[:, None] * out_row + columns[None], r.to(out_ptr.dtype.element_ty), padded)
 
 
 class WholeTile(NamedTuple):
