@@ -88,7 +88,8 @@ def masked_adam_(
 
     Raises:
         ValueError: a shape does not fit, a number is out of range, or arguments share memory.
-        IndexError: a row is not in ``[0, M)``; nothing has been written (on the CPU; a GPU does not wait to look).
+        IndexError: a row is not in ``[0, M)``; nothing has been written. On the CPU: a GPU does not wait to look, and
+            its kernel leaves the row out.
         TypeError: a dtype does not fit.
         RuntimeError: an argument requires grad outside ``torch.no_grad()``, or the named ``impl`` is not available.
 
