@@ -39,11 +39,11 @@ struct Align {
   __device__ __forceinline__ void store(const Loaded<V>& loaded, char* const (&at)[5]) const {
     Pack<E, V> means, fourths;
     Pack<G, V> direction;
-    for (int i = 0; i < V; ++i) {
-      const W mean = decay * widen(loaded.mean.value[i]) + fresh * widen(loaded.labeled.value[i]);
+    for (int i = 0; i < V; ++i) {  // fma: one rounding whichever way the elements are walked
+      const W mean = fma(decay, widen(loaded.mean.value[i]), fresh * widen(loaded.labeled.value[i]));
       const W v = mean - widen(loaded.unlabeled.value[i]);
       const W square = v * v;
-      const W fourth = decay_norm * widen(loaded.fourth.value[i]) + fresh_norm * (square * square);
+      const W fourth = fma(decay_norm, widen(loaded.fourth.value[i]), fresh_norm * (square * square));
       means.value[i] = narrow<E>(mean);
       fourths.value[i] = narrow<E>(fourth);
       direction.value[i] = narrow<G>(2 * v / (epsilon + sqrt(fourth)));

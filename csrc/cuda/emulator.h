@@ -5,9 +5,10 @@
 // There are no floating-point atomics: with them a result would depend on the order.
 #pragma once
 
+#include <math.h>  // its overloads for float, too, in the global namespace
+
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
