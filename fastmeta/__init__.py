@@ -4,6 +4,7 @@ from fastmeta import _registration as _registration
 from fastmeta import ops
 from fastmeta.capture import FeatureTape, Outputs, capture_features
 from fastmeta.dispatch import use_impl
+from fastmeta.graph import graph
 from fastmeta.head import Head
 from fastmeta.methods import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient, Method, Refined
 
@@ -19,6 +20,7 @@ __all__ = [
     "Outputs",
     "Refined",
     "capture_features",
+    "graph",
     "ops",
     "use_impl",
 ]

@@ -53,7 +53,7 @@ def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def captured(on_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def captured(torch_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a CUDA graph is being captured."""
     monkeypatch.setattr(device, "capturing", lambda tensor: True)
 
@@ -89,8 +89,8 @@ def test_the_answer_is_the_dense_one(draw: Draw, torch_only: None, loss: str, si
 
 @pytest.mark.parametrize("solver", ITERATIVE)
 def test_as_many_iterations_as_on_the_host(on_device: str, monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
-    problem = power_law(100, 20, 5, dtype=torch.float64)
-    options = {"damping": 0.1, "solver": solver, "tol": 1e-3, "max_iter": 300}
+    problem = power_law(60, 12, 3, dtype=torch.float64)
+    options = {"damping": 0.3, "solver": solver, "tol": 1e-3, "max_iter": 300}
     got = solve(problem, True, True, **options)
     monkeypatch.setattr(device, "serves", lambda tensor: False)
     assert got.iterations == solve(problem, True, True, **options).iterations
@@ -135,16 +135,16 @@ def test_iterations_after_convergence_change_nothing(
     solve(problem, True, True, max_iter=300, state=state, **options)
     state.solution = None
     monkeypatch.setattr(device, "capturing", lambda tensor: True)
-    short = solve(problem, True, True, max_iter=30, state=state, **options)
-    long = solve(problem, True, True, max_iter=60, state=state, **options)
+    short = solve(problem, True, True, max_iter=24, state=state, **options)
+    long = solve(problem, True, True, max_iter=30, state=state, **options)
     assert torch.equal(flat(short), flat(long))
-    assert 0 < short.iterations == long.iterations < 30
+    assert 0 < short.iterations == long.iterations < 24
     assert short.residual == long.residual <= 1e-3
 
 
 def test_a_result_twice_has_the_same_bits(on_device: str) -> None:
     problem = power_law(40, 300, 8)
-    once, again = (solve(problem, True, True, damping=0.3, solver="cg", tol=1e-2) for _ in range(2))
+    once, again = (solve(problem, True, True, damping=1.0, solver="cg", tol=1e-1) for _ in range(2))
     assert torch.equal(flat(once), flat(again))
 
 
@@ -158,7 +158,7 @@ def test_iterations_and_residual_are_numbers_that_wait_until_read(captured: None
     assert (solution.iterations, solution.residual) == (int(iterations), float(residual))
 
 
-def test_no_warning_inside_a_cuda_graph(on_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_warning_inside_a_cuda_graph(torch_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, options = power_law(60, 12, 3), {"damping": 1e-3, "solver": "cg", "tol": 1e-6, "max_iter": 3}
     with pytest.warns(NotConvergedWarning, match=r"residual \d.*3 iterations.*tol=1e-06"):
         eager = solve(problem, True, True, **options)
@@ -171,7 +171,7 @@ def test_no_warning_inside_a_cuda_graph(on_device: str, monkeypatch: pytest.Monk
 
 
 def test_an_indefinite_system_is_told_of_when_it_is_read(
-    draw: Draw, on_device: str, monkeypatch: pytest.MonkeyPatch
+    draw: Draw, torch_only: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     h, f, rhs, bias, w = make(draw, 30, 5, 4)
     arguments = (h, f, rhs, bias, -1 - w)
@@ -186,7 +186,7 @@ def test_an_indefinite_system_is_told_of_when_it_is_read(
 
 
 @pytest.mark.parametrize("name", ["features", "logits", "rhs_weight", "rhs_bias", "weights"])
-def test_nan_is_named_or_comes_out(draw: Draw, on_device: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_nan_is_named_or_comes_out(draw: Draw, torch_only: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     names = ("features", "logits", "rhs_weight", "rhs_bias", "weights")
     arguments = dict(zip(names, make(draw, 5, 4, 3), strict=True))
     arguments[name].view(-1)[2] = math.nan
@@ -212,7 +212,7 @@ def test_what_a_cuda_graph_cannot_hold_is_refused(captured: None, options: dict,
         solve(power_law(30, 5, 3), True, True, **({"damping": 0.1} | options))
 
 
-def test_a_replay_starts_from_the_last_solution(on_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_starts_from_the_last_solution(torch_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, state = power_law(60, 12, 3, dtype=torch.float64), SolverState()
     options = {"damping": 0.3, "solver": "auto", "tol": 1e-6, "max_iter": 60, "state": state}
     first = solve(problem, True, True, **options)
@@ -238,7 +238,7 @@ def test_auto_without_a_state_needs_no_factorization(captured: None) -> None:
     assert solution.residual <= 1e-4
 
 
-def test_empty_systems(on_device: str, draw: Draw) -> None:
+def test_empty_systems(torch_only: None, draw: Draw) -> None:
     h, f, rhs, bias, _ = make(draw, 5, 4, 3)
     nothing = solve_hessian(h, f, 0 * rhs, 0 * bias, damping=0.1, solver="cg")
     assert (nothing.iterations, nothing.residual, float(flat(nothing).abs().sum())) == (0, 0.0, 0.0)
@@ -350,3 +350,31 @@ def test_the_kernels_compile_for_every_architecture() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("compiled") == 2 * 3 * (3 + 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("solver", ITERATIVE)
+@pytest.mark.parametrize("size", [(256, 128, 10), (300, 100, 40), (40, 129, 3)])
+def test_on_a_gpu(size: tuple[int, int, int], solver: str) -> None:
+    problem = power_law(*size)
+    expected = flat(solve(tuple(t.double() for t in problem), True, True, damping=0.05, solver="cholesky"))  # type: ignore[arg-type]
+    on_gpu = tuple(tensor.cuda() for tensor in problem)
+    state = SolverState()
+    options = {"damping": 0.05, "solver": solver, "tol": 1e-5, "max_iter": 400, "state": state}
+    solution = solve(on_gpu, True, True, **options)  # type: ignore[arg-type]
+    assert solution.residual <= 1.5e-5
+    torch.testing.assert_close(flat(solution).double().cpu(), expected, rtol=0, atol=1e-3 * float(expected.norm()))
+    if solver == "pcg" and size[0] < size[1]:
+        return  # its basis is of the rows, and made anew
+    if state.solution is not None:
+        state.solution.zero_()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = solve(on_gpu, True, True, **options)  # type: ignore[arg-type]
+    graph.replay()
+    assert captured.residual <= 1.5e-5
+    assert 0 < captured.iterations < 400
+    torch.testing.assert_close(flat(captured), flat(solution), rtol=0, atol=1e-3 * float(expected.norm()))
+    graph.replay()
+    assert captured.iterations <= 1, "the replay began with the solution of the one before"

@@ -1,7 +1,7 @@
 """A method is a direction, a derivative and an update; this is what all of them share."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,13 @@ from fastmeta.derivatives import Derivative
 from fastmeta.directions import DirectionRule
 from fastmeta.problem import Problem, Refined, Rows
 from fastmeta.updates import Update
+
+Batch = dict[str, Any]  # the arguments of refine by name
+
+
+class _Graphs(Protocol):
+    def refine(self, method: "Method", batch: Batch) -> Refined:
+        """One step, in place of :meth:`Method._refine`."""
 
 
 class Method:
@@ -41,11 +48,14 @@ class Method:
 
     # Labels are imputed as this loss's prediction: softmax(f), or f itself for regression.
     inner_loss = "cross_entropy"
+    # Attributes that change with every step; a step's tensors depend on them through phase() alone.
+    counters: tuple[str, ...] = ()
 
     def __init__(self, direction: DirectionRule, derivative: Derivative, update: Update) -> None:
         self.direction = direction
         self.derivative = derivative
         self.update = update
+        self._graphs: _Graphs | None = None  # set by fastmeta.graph
 
     def refine(
         self,
@@ -80,18 +90,63 @@ class Method:
             TypeError: a dtype does not fit.
             IndexError: an index is outside the unlabeled set (checked on the CPU only).
         """
-        # A GEMM of float32 must not become one of bfloat16 because the caller trains under autocast.
-        with torch.autocast(as_outputs(unlabeled, "unlabeled").logits.device.type, enabled=False):
-            imputed = impute(unlabeled, labels, self.update.needs_graph, self.inner_loss)
-            with torch.no_grad():
-                index = check_index(index, imputed, self.update.needs_index, type(self).__name__)
-                start = self.update.labels(imputed, index)
-                problem = self._problem(
-                    unlabeled, holdout, targets, start.detach(), index, mask, labeled, labeled_targets
-                )
-                return self._step(problem, start, index)
+        return self._refine(
+            {
+                "unlabeled": unlabeled,
+                "holdout": holdout,
+                "targets": targets,
+                "index": index,
+                "labels": labels,
+                "mask": mask,
+                "labeled": labeled,
+                "labeled_targets": labeled_targets,
+            }
+        )
 
-    def _step(self, problem: Problem, labels: Tensor, index: Tensor | None) -> Refined:
+    def _refine(self, batch: Batch) -> Refined:
+        if self._graphs is not None:
+            return self._graphs.refine(self, batch)
+        # A GEMM of float32 must not become one of bfloat16 because the caller trains under autocast.
+        with torch.autocast(as_outputs(batch["unlabeled"], "unlabeled").logits.device.type, enabled=False):
+            imputed = self._impute(batch, self.update.needs_graph)
+            return self._finish(self._compute(imputed.detach(), batch), imputed, batch)
+
+    def _impute(self, batch: Batch, on_graph: bool) -> Tensor:
+        return impute(batch["unlabeled"], batch["labels"], on_graph, self.inner_loss)
+
+    @torch.no_grad()
+    def _compute(self, imputed: Tensor, batch: Batch) -> Refined | Tensor:
+        """The part of a step that works on tensors alone: what :func:`fastmeta.graph` captures.
+
+        It counts nothing and needs no graph of autograd. An update that does gets the gradient in :meth:`_finish`.
+        """
+        index = check_index(batch["index"], imputed, self.update.needs_index, type(self).__name__)
+        labels = self.update.labels(imputed, index)
+        problem = self._problem(
+            batch["unlabeled"],
+            batch["holdout"],
+            batch["targets"],
+            labels,
+            index,
+            batch["mask"],
+            batch["labeled"],
+            batch["labeled_targets"],
+        )
+        return self._step(problem, labels, index)
+
+    def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
+        """The rest of the step: counters, and what hangs on the caller's graph of autograd."""
+        if isinstance(computed, Refined):
+            return computed
+        with torch.no_grad():
+            index = check_index(batch["index"], imputed, self.update.needs_index, type(self).__name__)
+            return self.update.apply(computed, self.update.labels(imputed, index), index)
+
+    def phase(self) -> Hashable:
+        """Whatever of its counters decides what the next step computes; steps of one phase share a CUDA graph."""
+        return None
+
+    def _step(self, problem: Problem, labels: Tensor, index: Tensor | None) -> Refined | Tensor:
         gradient = self.derivative(problem, self.direction(problem))
         # Broadcasting would hide the mistake where N happens to be C.
         if gradient.dim() != (2 if self.update.takes == "labels" else 1):
@@ -99,7 +154,7 @@ class Method:
                 f"{type(self.update).__name__} takes the gradient of {self.update.takes}, but "
                 f"{type(self.derivative).__name__} gives {list(gradient.shape)}"
             )
-        return self.update.apply(gradient, labels, index)
+        return gradient if self.update.needs_graph else self.update.apply(gradient, labels, index)
 
     def _problem(
         self,

@@ -11,7 +11,7 @@ from fastmeta import checks
 from fastmeta.capture import Outputs
 from fastmeta.derivatives import ExampleWeightGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, InverseHessian, Solver
-from fastmeta.methods.base import Method, check_index, choice, impute
+from fastmeta.methods.base import Batch, Method, check_index, choice, impute
 from fastmeta.presets import example_weights as presets
 from fastmeta.problem import Refined
 from fastmeta.updates import WeightTable
@@ -44,6 +44,8 @@ class ExampleWeights(Method):
     Raises:
         ValueError: an option is not one of those named, or a number is out of its range.
     """
+
+    counters = ("calls",)
 
     def __init__(
         self,
@@ -123,25 +125,41 @@ class ExampleWeights(Method):
             pseudo_labels: labels of the unlabeled loss, classes ``[N]`` or probabilities ``[N, C]``; None: the
                 likeliest class of ``labels``.
         """
-        with torch.no_grad():
-            imputed = impute(unlabeled, labels, needs_graph=False)
-            index = check_index(index, imputed, needed=True, method="ExampleWeights")
-            if (self.calls + 1) % self.interval:
-                refined = Refined(imputed, self._weights.weights(imputed, index), imputed.new_zeros(()))
-            else:
-                pseudo = imputed.argmax(-1) if pseudo_labels is None else pseudo_labels
-                refined = super().refine(
-                    unlabeled=unlabeled if strong is None else strong,
-                    holdout=holdout,
-                    targets=targets,
-                    index=index,
-                    labels=_probabilities(pseudo, imputed),
-                    mask=mask,
-                    labeled=labeled,
-                    labeled_targets=labeled_targets,
-                )
-        self.calls += 1
+        return self._refine(
+            {
+                "unlabeled": unlabeled,
+                "holdout": holdout,
+                "targets": targets,
+                "index": index,
+                "labels": labels,
+                "mask": mask,
+                "labeled": labeled,
+                "labeled_targets": labeled_targets,
+                "strong": strong,
+                "pseudo_labels": pseudo_labels,
+            }
+        )
+
+    @torch.no_grad()
+    def _compute(self, imputed: Tensor, batch: Batch) -> Refined | Tensor:
+        if not self.phase():
+            index = check_index(batch["index"], imputed, needed=True, method="ExampleWeights")
+            assert index is not None, "needed"
+            return Refined(imputed, self._weights.weights(imputed, index), imputed.new_zeros(()))
+        pseudo = imputed.argmax(-1) if batch["pseudo_labels"] is None else batch["pseudo_labels"]
+        view = batch["unlabeled"] if batch["strong"] is None else batch["strong"]
+        labels = impute(view, _probabilities(pseudo, imputed), needs_graph=False)
+        refined = super()._compute(labels, batch | {"unlabeled": view})
+        assert isinstance(refined, Refined), "a table needs no graph"
         return refined._replace(labels=imputed)
+
+    def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
+        self.calls += 1
+        return super()._finish(computed, imputed, batch)
+
+    def phase(self) -> bool:
+        """Whether the next call updates the weights."""
+        return (self.calls + 1) % self.interval == 0
 
     def state_dict(self) -> dict[str, Any]:
         """Table, moments and the number of calls."""

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastmeta import checks
-from fastmeta.capture import Outputs
 from fastmeta.derivatives import LabelGradient
 from fastmeta.directions import NormalizedGap
-from fastmeta.methods.base import Method
+from fastmeta.methods.base import Batch, Method
 from fastmeta.presets import label_gradient_alignment as presets
 from fastmeta.problem import Refined
 from fastmeta.updates import LabelTable
@@ -42,6 +41,8 @@ class LabelGradientAlignment(Method):
     Raises:
         ValueError: a number is out of its range.
     """
+
+    counters = ("calls",)
 
     def __init__(
         self,
@@ -85,26 +86,16 @@ class LabelGradientAlignment(Method):
         """
         return cls(num_examples, num_classes, **{**asdict(presets.preset(name)), **overrides})
 
-    def refine(
-        self,
-        *,
-        holdout: Outputs,
-        targets: Tensor,
-        labeled: Outputs | None = None,
-        labeled_targets: Tensor | None = None,
-        **batch: Any,
-    ) -> Refined:
-        """See :meth:`fastmeta.methods.Method.refine`; ``index`` is needed, ``holdout`` are labeled examples."""
-        refined = super().refine(
-            holdout=holdout, targets=targets, labeled=labeled, labeled_targets=labeled_targets, **batch
-        )
+    def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
+        refined = super()._finish(computed, imputed, batch)
         weight = 1.0 if self.labeled_weight is None else self.labeled_weight(self.calls)
         self.calls += 1
         if weight == 1.0:
             return refined
-        if labeled is not None and labeled_targets is not None:
-            holdout, targets = labeled, labeled_targets
-        logits = holdout.logits.to(refined.labels.dtype)
+        rows, targets = batch["holdout"], batch["targets"]
+        if batch["labeled"] is not None:
+            rows, targets = batch["labeled"], batch["labeled_targets"]
+        logits = rows.logits.to(refined.labels.dtype)
         if targets.is_floating_point():
             targets = targets.to(logits.dtype)
         return refined._replace(loss=(weight - 1) * functional.cross_entropy(logits, targets))

@@ -77,7 +77,7 @@ class MetaGradient(Method):
         """
         return cls(**{**asdict(presets.preset(name)), **overrides})
 
-    def _step(self, problem: Problem, labels: Tensor, index: Tensor | None) -> Refined:
+    def _step(self, problem: Problem, labels: Tensor, index: Tensor | None) -> Refined | Tensor:
         probe = self.derivative
         if not isinstance(probe, FiniteDifference) or problem.inner_weights is not None:
             return super()._step(problem, labels, index)

@@ -91,7 +91,8 @@ def finite_difference_labels(
 
     if not isinstance(epsilon, Tensor):
         check()
-        epsilon = torch.tensor(epsilon, dtype=torch.float64, device=logits_plus.device)
+        # Filled on the device: a copy from the host could not be captured in a CUDA graph.
+        epsilon = torch.full((), epsilon, dtype=torch.float64, device=logits_plus.device)
     kernel = OPERATOR.select(impl, logits_plus, logits_minus, labels, epsilon)
     if kernel is not None:
         return checks.run(kernel, (logits_plus, logits_minus, labels, epsilon, step, project), check)
