@@ -13,7 +13,7 @@ from bench import inputs
 from bench.case import Problem, Variant, distance_to
 from bench.gpu import case as cases
 from bench.gpu import clock as clocks
-from bench.gpu import floors, forms, last_layer, measure, operators, other_ops, rows
+from bench.gpu import files, floors, forms, last_layer, launches, measure, operators, other_ops, rows
 from bench.inputs import Shape
 from bench.roofline import Cost
 from fastmeta.models import WideResNet
@@ -253,20 +253,20 @@ def good(name: str = "fastmeta") -> cases.GpuCase:
 
 def test_a_run_goes_on_after_the_variant_it_died_in(tmp_path, monkeypatch):
     key = good().key(F32)
-    (tmp_path / "operators.json").write_text(json.dumps({"cases": [], "running": [key, "other: graph"]}))
+    (tmp_path / "operators.running.json").write_text(json.dumps([key, "other: graph"]))
     monkeypatch.setenv("FASTMETA_BENCH_PREVIOUS_END", "ended by signal 11")
     results = run(tmp_path, good())
     variants = {variant["name"]: variant for variant in results["cases"][0]["variants"]}
     assert variants["fastmeta"]["status"] == "measured"
     assert variants["other"]["reason"] == "the process died in it: ended by signal 11"
     assert results["crashed"][key] == {"other: graph": "the process died in it: ended by signal 11"}
-    assert results["running"] is None
+    assert files.read(tmp_path / "operators.running.json") is None
     again = run(tmp_path, good("renamed"))  # what is there is not measured again
     assert again["cases"] == results["cases"]
 
 
 def test_a_crash_outside_any_variant_costs_the_case(tmp_path):
-    (tmp_path / "operators.json").write_text(json.dumps({"running": [good().key(F32), "timing"]}))
+    (tmp_path / "operators.running.json").write_text(json.dumps([good().key(F32), "timing"]))
     assert run(tmp_path, good())["cases"][0]["failed"] == "timing: the process died in it: ended"
 
 
@@ -291,7 +291,7 @@ def test_a_lost_device_ends_the_process(tmp_path, monkeypatch):
     broken = problem_of(Variant("fastmeta", Call(RuntimeError("CUDA error")), "fastmeta"))
     with pytest.raises(clocks.DeviceLost):
         run(tmp_path, broken)
-    assert json.loads((tmp_path / "operators.json").read_text())["running"] == [broken.key(F32), "fastmeta"]
+    assert files.read(tmp_path / "operators.running.json") == [broken.key(F32), "fastmeta"]
 
 
 def test_only_what_is_compiled_is_measured(tmp_path):
@@ -305,5 +305,26 @@ def test_only_what_is_compiled_is_measured(tmp_path):
         for v in run(tmp_path, case, compiled=keys - {f"{case.key(F32)}/torch.compile"})["cases"][0]["variants"]
     ]
     assert statuses == ["left out", "measured"]
+    large = cases.GpuCase("label_gradient", "large", case.build, shape=(2**14, 2**12, 2**10))
+    operators.compile_all([(large, BF16)], 0, 1, done, time.monotonic() + 60, "cpu")
+    assert json.loads(done.read_text()) == [f"{large.key(BF16)}/torch.compile"]  # its tuning would take too long
     operators.compile_all([(case, F32)], 1, 2, tmp_path / "other.json", time.monotonic() + 60, "cpu")
     assert not (tmp_path / "other.json").exists()  # it was in the other share
+
+
+def test_launches_are_counted_where_there_is_a_profiler(tmp_path, monkeypatch, capsys):
+    run(tmp_path, good())
+    progress = operators.Progress(tmp_path / "operators.json")
+
+    def no_profiler(variant):
+        raise RuntimeError("CUPTI is not there")
+
+    monkeypatch.setattr(launches, "kernels_of", no_profiler)
+    launches.count_all([(good(), F32)], progress, time.monotonic() + 60)
+    assert "Launches are not counted: RuntimeError: CUPTI is not there" in capsys.readouterr().out
+    monkeypatch.setattr(launches, "kernels_of", lambda variant: ["gemm", variant.role])
+    launches.count_all([(good(), F32)], progress, time.monotonic() - 1)
+    assert "launches" not in progress.cases[0]["variants"][0]
+    launches.count_all([(good(), F32)], progress, time.monotonic() + 60)
+    (variant, _) = files.read(tmp_path / "operators.json")["cases"][0]["variants"]
+    assert (variant["launches"], variant["kernels"]) == (2, ["gemm", "fastmeta"])

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.gpu import choices, command, files, operators, outcomes, phases, sanitizer, small_pass
+from bench.gpu import choices, command, files, operators, outcomes, phases, sanitizer, small_pass, step
+from bench.gpu.clock import DeviceLost
+from bench.inputs import Shape
 
 ROOT = Path(__file__).parents[1]
 PASSED = {"status": "passed", "reason": "", "seconds": 1.0, "limit_s": 9.0, "tail": ""}
@@ -70,8 +72,9 @@ def test_what_takes_seconds_a_call_is_measured_last():
     choices.add_choices(parser)
     order = [(case.label, dtype) for case, dtype in operators.chosen(parser.parse_args([]))]
     giant = [place for place, (label, _) in enumerate(order) if label.startswith("8192, 2048, 128256")]
-    assert min(giant) > order.index(("4096, 2048, 1000", torch.float32))
+    assert all(order[place][1] == torch.bfloat16 for place in giant if place < order.index(("WRN-28-2", torch.float32)))
     assert order[-1] == ("8192, 2048, 128256", torch.float32)
+    assert set(operators.GOAL_SHAPES) < {case.label for case in operators.CASES}
 
 
 def test_a_phase_that_passes_and_one_that_fails(tmp_path):
@@ -165,12 +168,13 @@ def options(tmp_path: Path, **given) -> argparse.Namespace:
 def test_time_that_a_phase_leaves_goes_to_those_behind_it(tmp_path):
     asked = options(tmp_path, phases=("build", "operators", "step"), budget=460.0)
     limits = dict(command._limits(asked, time.monotonic()))  # the groups take no time here
-    assert limits["build",] == pytest.approx(460 - 195, abs=1)
-    assert limits["operators",] == pytest.approx(460 - 65, abs=1)
-    assert limits["step",] == pytest.approx(460, abs=1)
+    assert limits == {("build",): 180, ("operators",): 240, ("step",): 120}
+    late = dict(command._limits(asked, time.monotonic() - 160))
+    assert late["build",] == pytest.approx(460 - 160 - 195, abs=1)
+    assert late["operators",] == pytest.approx(460 - 160 - 60, abs=1)
     short = options(tmp_path, phases=("operators", "step"), budget=30.0)
-    assert next(iter(command._limits(short, time.monotonic())))[1] == pytest.approx(30 * 130 / 195, abs=1)
-    assert sum(seconds for _, seconds in command.GROUPS) <= command.BUDGET_S < 8 * 60
+    assert next(iter(command._limits(short, time.monotonic())))[1] == pytest.approx(30 * 135 / 195, abs=1)
+    assert sum(kept for _, kept, _ in command.GROUPS) <= command.BUDGET_S < 8 * 60
 
 
 def test_a_run_goes_on_after_a_failure_and_writes_what_it_has(tmp_path, capsys):
@@ -311,7 +315,9 @@ def test_verdict_of_the_sanitizer(record, output, status, reason):
     assert reason in judged["reason"]
 
 
-def test_the_small_pass_calls_every_kernel(capsys):
+def test_the_small_pass_calls_every_kernel(capsys, monkeypatch):
+    monkeypatch.setattr(small_pass, "SHAPES", (Shape(5, 6, 7), Shape(6, 9, 40)))  # Triton's interpreter is slow
+    monkeypatch.setattr(small_pass, "DTYPES", (torch.float32,))
     assert small_pass.main(["--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert said.index(BEGUN) < said.index(DONE)
@@ -324,3 +330,49 @@ def test_finding_the_sanitizer(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "compute-sanitizer").touch()
     assert sanitizer.find() == str(tmp_path / "bin" / "compute-sanitizer")
+
+
+def test_the_measuring_processes_understand_their_commands(tmp_path, monkeypatch):
+    plan = command.Plan(tmp_path, options(tmp_path, quick=True, dtypes=["float32"], operators=["label_gradient"]))
+    files.write(plan.shares()[0], ["a/torch.compile"])
+    taken = []
+
+    def measured(cases, progress, clock, settings, deadline, *, compiled):
+        progress.finish("key", {"shape": "1"})
+        taken.append((cases, settings, deadline - time.monotonic(), compiled))
+
+    monkeypatch.setattr(operators, "clock_for", lambda device: None)
+    monkeypatch.setattr(operators, "measure_all", measured)
+    monkeypatch.setattr(operators.launches, "count_all", lambda *arguments: None)
+    phase = command.MAKERS["operators"](plan, 100.0)[0]
+    assert operators.main(phase.command[phase.command.index("bench.gpu.operators") + 1 :]) == 0
+    (cases, settings, left, compiled), *_ = taken
+    assert {case.operator for case, _ in cases} == {"label_gradient"}
+    assert {dtype for _, dtype in cases} == {torch.float32}
+    assert settings == operators._QUICK
+    assert 100 - command._START_S - operators._LAUNCHES_S - 5 < left < 100 - command._START_S
+    assert compiled == {"a/torch.compile"}
+    assert phase.progress.exists()
+    assert files.read(plan.part("operators.json"))["cases"] == [{"key": "key", "shape": "1"}]
+
+    shares = []
+    monkeypatch.setattr(operators, "compile_all", lambda cases, share, shares_, *rest: shares.append((share, shares_)))
+    for phase in command.MAKERS["compile"](plan, 100.0):
+        assert operators.main(phase.command[phase.command.index("bench.gpu.operators") + 1 :]) == 0
+    assert shares == [(share, command.COMPILE_PROCESSES) for share in range(command.COMPILE_PROCESSES)]
+
+    monkeypatch.setattr(step, "clock_for", lambda device: None)
+    monkeypatch.setattr(step, "measure_task", lambda task, *rest: {"task": str(task), "variants": []})
+    phase = command.MAKERS["step"](plan, 100.0)[0]
+    assert step.main(phase.command[phase.command.index("bench.gpu.step") + 1 :]) == 0
+    assert [task["task"] for task in files.read(plan.part("step.json"))] == [str(task) for task in step.TASKS]
+
+
+def test_a_lost_device_is_an_exit_status_that_starts_again(tmp_path, monkeypatch):
+    def lost(*arguments, **options):
+        raise DeviceLost("CUDA error")
+
+    monkeypatch.setattr(operators, "clock_for", lambda device: None)
+    monkeypatch.setattr(operators, "measure_all", lost)
+    arguments = ["--out", str(tmp_path / "x.json"), "--until", str(time.time() + 9)]
+    assert operators.main(arguments) == operators.DEVICE_LOST != 0

@@ -108,7 +108,7 @@ class CudaClock:
                 call()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(warning.message) for warning in caught)
+        return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()

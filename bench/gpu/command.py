@@ -18,19 +18,20 @@ from typing import Any
 
 import torch
 
-from bench.gpu import choices, outcomes, report, sanitizer
+from bench.gpu import choices, files, outcomes, report, sanitizer
 from bench.gpu.phases import Phase, run_together, skipped
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("build", "environment", "tests", "compile", *sanitizer.TOOLS, "operators", "step")
 BUDGET_S = 460.0
-# Seconds of the budget for each group of phases beside each other; what one leaves, those behind it may use.
-GROUPS: tuple[tuple[tuple[str, ...], float], ...] = (
-    (("build",), 100.0),
-    (("environment",), 20.0),
-    (("tests", "compile", *sanitizer.TOOLS), 140.0),
-    (("operators",), 130.0),
-    (("step",), 65.0),
+# Groups of phases beside each other: seconds that are kept for each, and the most it takes where those before it
+# left some of theirs.
+GROUPS: tuple[tuple[tuple[str, ...], float, float], ...] = (
+    (("build",), 100.0, 180.0),
+    (("environment",), 20.0, 40.0),
+    (("tests", "compile", *sanitizer.TOOLS), 140.0, 150.0),
+    (("operators",), 135.0, 240.0),
+    (("step",), 60.0, 120.0),
 )
 TEST_FILES = ("test_triton_*.py", "test_cuda_*.py", "test_gpu_*.py", "test_graph*.py", "test_device_solver*.py")
 TEST_PROCESSES = 6
@@ -138,7 +139,17 @@ def _operators(plan: Plan, seconds: float) -> list[Phase]:
     if "compile" in plan.options.phases:
         arguments += ["--compiled", *plan.shares()]
     command = _python("bench.gpu.operators", *arguments)
-    return [Phase("operators", command, seconds, plan.log("operators"), attempts=6, progress=out, stall_s=60.0)]
+    return [
+        Phase(
+            "operators",
+            command,
+            seconds,
+            plan.log("operators"),
+            attempts=6,
+            progress=files.running(out),
+            stall_s=60.0 if "compile" in plan.options.phases else 180.0,  # it compiles itself
+        )
+    ]
 
 
 def _step(plan: Plan, seconds: float) -> list[Phase]:
@@ -195,13 +206,13 @@ def run_phases(options: argparse.Namespace, makers: Makers = MAKERS) -> int:
 
 def _limits(options: argparse.Namespace, begin: float) -> Iterator[tuple[tuple[str, ...], float]]:
     """Each group of the phases asked for, and the seconds it may take when its turn comes."""
-    groups = [(tuple(name for name in names if name in options.phases), seconds) for names, seconds in GROUPS]
+    groups = [(tuple(n for n in names if n in options.phases), kept, most) for names, kept, most in GROUPS]
     groups = [group for group in groups if group[0]]
-    for place, (names, seconds) in enumerate(groups):
-        later = sum(part for _, part in groups[place + 1 :])
+    for place, (names, seconds, most) in enumerate(groups):
+        later = sum(kept for _, kept, _ in groups[place + 1 :])
         left = options.budget - (time.monotonic() - begin)
         # Its part of what is left, if that is less than all parts.
-        yield names, max(left - later, left * seconds / (seconds + later))
+        yield names, min(most, max(left - later, left * seconds / (seconds + later)))
 
 
 def _write_log(plan: Plan, folder: Path) -> None:

@@ -30,3 +30,8 @@ def read(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def running(path: Path) -> Path:
+    """The file that changes all the time while a process measures into ``path``."""
+    return path.with_suffix(".running.json")

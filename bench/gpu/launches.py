@@ -47,4 +47,4 @@ def count_all(cases: list[tuple[GpuCase, torch.dtype]], progress: "Progress", de
             print(f"Launches are not counted: {type(error).__name__}: {error}".splitlines()[0], flush=True)
             return
         finally:
-            progress.end(progress.unfinished)
+            progress.save()

@@ -28,15 +28,27 @@ from bench.gpu.measure import Settings, measure_case
 CASES: list[GpuCase] = [*last_layer.CASES, *other_ops.CASES]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEVICE_LOST = 70  # exit status
+# Of the goals in bench.gpu.goals.
+GOAL_SHAPES = (
+    *("256, 128, 10", "448, 128, 100", "768, 512, 200", "4096, 2048, 1000", "8192, 2048, 128256"),
+    *("65536, 256", "32768, 1000", "8192, 4000", "ResNet-50"),
+)
 _QUICK = Settings(rounds=3, min_sample_s=0.001, budget_s=0.05)
 _LAUNCHES_S = 15.0  # kept back for counting launches at the end
 _MUCH = 2**33
 
 
-def _late(case: GpuCase, dtype: torch.dtype) -> int:
-    """What takes seconds for every call comes last, so that it is what a short budget leaves out."""
+def _large(case: GpuCase) -> bool:
+    """Whether its inputs are gigabytes, or its calls take many milliseconds."""
     n, d, c = case.shape or (0, 0, 0)
-    return 2 if n * d * c > 2**40 and dtype == torch.float32 else 1 if n * d * c > 2**34 else 0
+    return n * d * c > 2**34
+
+
+def _rank(case: GpuCase, dtype: torch.dtype) -> int:
+    """What the goals ask for comes first, what takes seconds a call last: that is what a short budget leaves out."""
+    if _large(case) and dtype == torch.float32:
+        return 2
+    return 0 if case.label.removesuffix(", head") in GOAL_SHAPES else 1
 
 
 def chosen(options: argparse.Namespace) -> list[tuple[GpuCase, torch.dtype]]:
@@ -49,44 +61,44 @@ def chosen(options: argparse.Namespace) -> list[tuple[GpuCase, torch.dtype]]:
         and case.operator in options.operators
         and (options.shapes is None or any(text in case.label for text in options.shapes))
     ]
-    return sorted(found, key=lambda one: _late(*one))
+    return sorted(found, key=lambda one: _rank(*one))
 
 
 class Progress:
-    """The results so far, on disk."""
+    """The results so far, on disk, and beside them what is running."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.running = path, files.running(path)
         before = files.read(path) or {}
         self.cases: list[dict[str, Any]] = before.get("cases", [])
         self.crashed: dict[str, dict[str, str]] = before.get("crashed", {})
         self.shared: dict[str, Any] = before.get("shared", {})
         self.unfinished: list[str] = []
-        died_in = before.get("running")
+        died_in = files.read(self.running)
         if died_in:
             end = os.environ.get("FASTMETA_BENCH_PREVIOUS_END", "ended")
             self.crashed.setdefault(died_in[0], {})[died_in[1]] = f"the process died in it: {end}"
 
     def announce(self, key: str, step: str) -> None:
-        self._write([key, step])
+        files.write(self.running, [key, step])
 
     def finish(self, key: str, record: dict[str, Any]) -> None:
         self.cases.append({"key": key} | record)
-        self._write(None)
+        self.save()
 
     def end(self, unfinished: list[str]) -> None:
         self.unfinished = unfinished
-        self._write(None)
+        self.save()
 
-    def _write(self, running: list[str] | None) -> None:
+    def save(self) -> None:
         content = {
             "shared": self.shared,
             "cases": self.cases,
             "crashed": self.crashed,
             "unfinished": self.unfinished,
-            "running": running,
         }
         files.write(self.path, content)
+        files.write(self.running, None)
 
 
 def measure_all(
@@ -129,9 +141,9 @@ def measure_all(
             continue
         crashes = progress.crashed.get(key, {})
         left_out = dict(crashes)
-        if _late(case, dtype):
+        if _large(case):
             left_out.setdefault(MAX_AUTOTUNE, "left out at this size: its tuning takes longer than all measurements")
-        elif compiled is not None:
+        if compiled is not None:
             late = {name: "not compiled in time" for name in COMPILE_MODES if f"{key}/{name}" not in compiled}
             left_out = late | left_out
         shared = [step for step in crashes if step == "inputs" or step.startswith("timing")]
@@ -203,9 +215,14 @@ def compile_all(
 ) -> None:
     """Run every variant of a share of the cases once, and note which have run."""
     finished: list[str] = []
-    own = cases[share::shares]
+    small = [one for one in cases if not _large(one[0])]
+    large = [one for one in cases if _large(one[0]) and one[1] != torch.float32]
+    own = small[share::shares]
+    own += large if share == shares - 1 else []  # one process alone, because of the memory
     for mode in (None, *COMPILE_MODES):  # what is sure to be measured first, the longest compilation last
         for case, dtype in own:
+            if mode == MAX_AUTOTUNE and _large(case):
+                continue
             if time.monotonic() > deadline:
                 return
             try:
@@ -245,8 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.only_compile:
             share, _, shares = options.only_compile.partition("/")
-            small = [one for one in cases if _late(*one) == 0]  # the others take turns with their memory
-            compile_all(small, int(share), int(shares), options.out, deadline, "cuda")
+            compile_all(cases, int(share), int(shares), options.out, deadline, "cuda")
             return 0
         held = None
         if options.compiled is not None:

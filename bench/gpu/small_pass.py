@@ -69,7 +69,7 @@ def others(device: str) -> None:
     fastmeta.ops.masked_adam_(table, index, grad, exp_avg, exp_avg_sq, steps, lr=0.1, low=-1.0, high=1.0)
     x = _moved(last_layer(SHAPES[1], torch.float32), device)
     fastmeta.ops.solve_hessian(
-        x.features, x.logits, x.direction_weight, x.direction_bias, damping=0.1, solver="cg", tol=0.1, max_iter=5
+        x.features, x.logits, x.direction_weight, x.direction_bias, damping=100.0, solver="cg", tol=0.1, max_iter=5
     )
 
 
