@@ -84,9 +84,9 @@ def test_rows_clipped_to_nothing_become_uniform(c):
 def test_few_rows_take_smaller_tiles(monkeypatch):
     monkeypatch.setattr(module._forms, "chip", lambda: module._forms.CHIPS[90])
     assert module._tile(256, 10, torch.float32) == (True, module.Tile(16, 16, 2))
-    assert module._tile(100_000, 10, torch.float32) == (True, module.Tile(64, 16, 4))
+    assert module._tile(100_000, 10, torch.float32) == (True, module.Tile(32, 16, 4))
     assert module._tile(8192, 1000, torch.float32) == (True, module.Tile(1, 1024, 4))
-    assert module._tile(8192, 30522, torch.float32) == (False, module.Tile(1, 4096, 8))
+    assert module._tile(8192, 30522, torch.float32) == (False, module.Tile(1, 4096, 16))
 
 
 def test_a_step_may_be_an_integer(generator):

@@ -32,10 +32,9 @@ class Tile(NamedTuple):
 
 
 TILES = (
-    Tile(16, 64, 16, 64, 4, 2), Tile(16, 64, 32, 64, 4, 2), Tile(16, 64, 64, 64, 4, 2), Tile(16, 32, 128, 64, 4, 2),
-    Tile(16, 32, 256, 32, 4, 2),
-    Tile(32, 64, 16, 64, 4, 2), Tile(32, 64, 32, 64, 4, 2), Tile(32, 64, 64, 64, 4, 2), Tile(32, 32, 128, 64, 8, 2),
-    Tile(32, 32, 256, 32, 8, 2),
+    Tile(16, 64, 16, 64, 4, 2), Tile(16, 64, 32, 64, 4, 2), Tile(16, 32, 64, 64, 4, 2), Tile(16, 32, 128, 32, 4, 2),
+    Tile(16, 32, 256, 32, 8, 2),
+    Tile(32, 32, 16, 32, 4, 2), Tile(32, 32, 32, 64, 4, 2), Tile(32, 32, 64, 64, 8, 2), Tile(32, 32, 128, 64, 8, 2),
 )  # fmt: skip
 MOST_CLASSES = 256  # of the fused form: one program holds a row of the result
 
@@ -81,8 +80,8 @@ def _fused(
 def _tile(nu: int, nh: int, d: int, c: int, dtype: torch.dtype) -> Tile:
     classes = max(triton.next_power_of_2(c), 16)
     fitting = tuple(tile for tile in TILES if tile.classes == classes)
-    wide = triton.cdiv(nu, fitting[1].rows) >= _forms.chip().processors
-    return _tuning.tile("feature_similarity", dtype, (nu, nh, d, c), fitting, fitting[wide])
+    wide = triton.cdiv(nu, fitting[-1].rows) >= _forms.chip().processors
+    return _tuning.tile("feature_similarity", dtype, (nu, nh, d, c), fitting, fitting[-1 if wide else 0])
 
 
 def _library_seconds(gram: bool, bias: bool, nu: int, nh: int, d: int, c: int, dtype: torch.dtype, by: str) -> float:

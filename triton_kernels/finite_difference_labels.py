@@ -26,13 +26,13 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# 8 entries a thread and array, 16 in rows of more than 1,024; smaller tiles for few rows.
+# 4 to 16 entries a thread and array; smaller tiles for few rows.
 WHOLE_ROWS = (
-    Tile(64, 16, 4), Tile(32, 32, 4), Tile(16, 64, 4), Tile(8, 128, 4), Tile(4, 256, 4), Tile(2, 512, 4),
-    Tile(1, 1024, 4), Tile(1, 2048, 4), Tile(1, 4096, 8), Tile(1, 8192, 16),
+    Tile(32, 16, 4), Tile(32, 32, 4), Tile(16, 64, 4), Tile(8, 128, 4), Tile(4, 256, 4), Tile(2, 512, 4),
+    Tile(1, 1024, 4), Tile(1, 2048, 4), Tile(1, 4096, 8),
     Tile(16, 16, 2), Tile(8, 32, 2), Tile(4, 64, 2), Tile(2, 128, 2), Tile(1, 256, 2), Tile(1, 512, 4),
 )  # fmt: skip
-SWEPT_ROWS = (Tile(1, 2048, 8), Tile(1, 4096, 8))
+SWEPT_ROWS = (Tile(1, 2048, 8), Tile(1, 4096, 16))
 
 
 @triton.jit
