@@ -294,13 +294,21 @@ def test_the_steps_loop(monkeypatch):
 def test_a_step_trains_and_every_method_takes_part(monkeypatch):
     monkeypatch.setattr(step, "THRESHOLD", 0.0)  # every unlabeled image counts
     losses = {}
-    for name, _, make in step.trainings(TINY, "cpu"):
+    for name, _, make in step.trainings(TINY, "cpu", graphs=False):
         training = make()
         before = training.fc.weight.clone()
         losses[name] = float(training())
         assert not torch.equal(training.fc.weight, before)
     assert len(losses) == 6
     assert losses["L2I V2"] != losses[step.PLAIN]
+
+
+def test_every_method_is_captured_too(monkeypatch):
+    captured = []
+    monkeypatch.setattr(step.fastmeta, "graph", lambda method: captured.append(method) or method)
+    made = {name: make() for name, _, make in step.trainings(TINY, "cpu", graphs=True) if name.endswith(", graph")}
+    assert [f"{name}, graph" for name in step.METHODS] == list(made)
+    assert [training.meta for training in made.values()] == captured
 
 
 def test_a_network_that_is_not_there_is_reported():

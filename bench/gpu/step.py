@@ -152,32 +152,28 @@ class Training:
         return lambda: self.refine(tape, labeled, unlabeled)
 
 
-def trainings(task: Task, device: str) -> Iterator[tuple[str, str, Callable[[], Training]]]:
+def trainings(task: Task, device: str, graphs: bool) -> Iterator[tuple[str, str, Callable[[], Training]]]:
     """Name, method's name, and the loop: the plain one, each method, each method in a CUDA graph."""
     batch = make_batch(task, device)
 
     def loop(name: str, graph: bool) -> Training:
         make, on_strong = METHODS[name]
         method: Any = make(UNLABELED, task.num_classes)
-        return Training(task, batch, graph_of(method) if graph else method, on_strong, device)
+        return Training(task, batch, fastmeta.graph(method) if graph else method, on_strong, device)
 
     yield PLAIN, "", lambda: Training(task, batch, None, False, device)
     for name in METHODS:
         yield name, name, lambda name=name: loop(name, False)  # type: ignore[misc]
-    if device == "cuda" and hasattr(fastmeta, "graph"):
+    if graphs:
         for name in METHODS:
             yield f"{name}, graph", name, lambda name=name: loop(name, True)  # type: ignore[misc]
-
-
-def graph_of(method: Method) -> Any:
-    return fastmeta.graph(method)  # type: ignore[attr-defined]
 
 
 def measure_task(task: Task, clock: Clock, rounds: int, budget_s: float) -> dict[str, Any]:
     """Step times of all variants, and their ratio to the plain step."""
     entries: list[dict[str, Any]] = []
     running: list[tuple[dict[str, Any], Training]] = []
-    for name, method, make in trainings(task, clock.device):
+    for name, method, make in trainings(task, clock.device, graphs=clock.device == "cuda"):
         entry: dict[str, Any] = {"name": name, "method": method, "graph": name.endswith(", graph")}
         entries.append(entry)
         try:
