@@ -1,6 +1,10 @@
-"""Builds fastmeta._C: the CPU kernels on LibTorch's stable ABI and a small pybind11 module beside them."""
+"""Builds fastmeta._C, the CPU kernels on LibTorch's stable ABI, and with nvcc the CUDA kernels in a library beside it.
+
+FASTMETA_CUDA=1 builds the CUDA kernels for a torch without CUDA as well, FASTMETA_CUDA=0 never builds them.
+"""
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -8,8 +12,27 @@ from setuptools import find_packages, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
-# One source for torch 2.11 and later: nothing newer than the 2.11 stable ABI may be used.
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+sys.path.insert(0, str(ROOT / "csrc"))
+import build_cuda  # noqa: E402
+
+
+class BuildKernels(BuildExtension):
+    """Builds the extension, then the CUDA library into the same folder."""
+
+    def run(self) -> None:
+        """Build both."""
+        super().run()
+        if build_cuda.wanted():
+            build_cuda.build(self.cuda_library())
+
+    def get_outputs(self) -> list[str]:
+        """What an installation records."""
+        library = self.cuda_library()
+        return [*super().get_outputs(), *([str(library)] if build_cuda.wanted() else [])]
+
+    def cuda_library(self) -> Path:
+        """The library's place: in the source tree for an editable installation."""
+        return Path(self.get_ext_fullpath("fastmeta._C")).with_name("_C_cuda.so").absolute()
 
 
 def sources(*patterns: str) -> list[str]:
@@ -34,12 +57,12 @@ setup(
                     "-ffp-contract=fast",
                     "-fno-math-errno",
                     "-fno-trapping-math",
-                    STABLE_ABI,
+                    build_cuda.STABLE_ABI,
                     f'-DFASTMETA_BUILT_FOR_TORCH="{torch.__version__}"',
                 ]
             },
             extra_link_args=["-Wl,-s"] if os.name == "posix" else [],
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildKernels},
 )

@@ -95,7 +95,7 @@ def _nvcc_command(include: Path) -> Command:
     for number in _architectures():
         code = f"[sm_{number},compute_{number}]" if number == _architectures()[-1] else f"sm_{number}"
         command += ["-gencode", f"arch=compute_{number},code={code}"]
-    return [*command, "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-lineinfo", "-c"]
+    return [*command, "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-c"]
 
 
 def _emulation_command(include: Path) -> Command:

@@ -27,7 +27,6 @@ py::dict build_info() {
   info["instruction_sets"] = built;
   info["instruction_set_in_use"] = fastmeta::isa_in_use();
   info["threads"] = torch::stable::get_num_threads();
-  info["cuda_architectures"] = py::list();
   info["built_for_torch"] = FASTMETA_BUILT_FOR_TORCH;
   return info;
 }
@@ -36,5 +35,5 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastmeta; importing it registers torch.ops.fastmeta.";
-  m.def("build_info", &build_info, "Compiler, instruction sets, threads, CUDA architectures, torch built against.");
+  m.def("build_info", &build_info, "Compiler, instruction sets, threads, torch built against.");
 }

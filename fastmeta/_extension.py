@@ -1,5 +1,6 @@
 """Loads the compiled kernels, or says once how to build them."""
 
+import ctypes
 import os
 import warnings
 from importlib import util
@@ -28,17 +29,19 @@ except ImportError as error:
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
+_CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.so")
+
+
 def _load_cuda() -> str | None:
     """Load ``_C_cuda.so``; returns why not."""
     if _C is None:
         return REASON
     if not torch.backends.cuda.is_built():
         return "this torch is built without CUDA"
-    library = Path(__file__).with_name("_C_cuda.so")
-    if not library.exists():
+    if not _CUDA_LIBRARY.exists():
         return f"fastmeta was built without nvcc; {HOW_TO_BUILD.removesuffix('(needs a C++20 compiler)')}where nvcc is"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(_CUDA_LIBRARY))
     except OSError as error:
         warnings.warn(f"fastmeta's CUDA library is not loaded ({error})", RuntimeWarning, stacklevel=3)
         return f"fastmeta's CUDA library is not loaded ({error})"
@@ -76,5 +79,13 @@ def has_kernel(name: str, key: str, namespace: str = "fastmeta") -> bool:
 
 
 def build_info() -> dict[str, object] | None:
-    """Compiler, instruction sets, threads and the torch it was built against; None if there is no extension."""
-    return None if _C is None else _C.build_info()
+    """Compiler, instruction sets, threads, CUDA architectures, torch built against; None if there is no extension."""
+    return None if _C is None else _C.build_info() | {"cuda_architectures": _architectures()}
+
+
+def _architectures() -> list[str]:
+    """Those of the CUDA library, if it is loaded."""
+    if CUDA_REASON is not None:
+        return []
+    numbers = (ctypes.c_int * 16).in_dll(ctypes.CDLL(str(_CUDA_LIBRARY)), "fastmeta_cuda_architectures")
+    return [f"sm_{number // 10}" for number in numbers if number]
