@@ -192,6 +192,11 @@ def cheapest(operator: str, estimates: dict[str, float]) -> str:
 _forced: str | None = None
 
 
+def forced() -> str | None:
+    """The form that :func:`force` asks for."""
+    return _forced
+
+
 @contextlib.contextmanager
 def force(form: str) -> Iterator[None]:
     """Have every operator take this form in the block, in all threads: for tests and benchmarks.

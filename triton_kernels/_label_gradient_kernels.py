@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastmeta.triton_kernels._online_softmax import rise, shares_scale
-from fastmeta.triton_kernels._products import columns, logits_and_tangent
+from fastmeta.triton_kernels._products import columns, logits_and_tangent, times
 from fastmeta.triton_kernels._rows import MSE_PROBS, label_tangent, padding
 
 
@@ -41,11 +41,18 @@ def whole_rows(
     direction_row, direction_column, bias_step,
     loss: tl.constexpr, block_rows: tl.constexpr, block_classes: tl.constexpr,
     block_features: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+    class_multiple: tl.constexpr, feature_multiple: tl.constexpr,
 ):  # fmt: skip
     """Rows first_row to end_row, all classes in the tile. Without a direction the product is in ``out [N, C]``.
 
     The logits begin at logits_first.
     """
+    num_classes *= class_multiple
+    num_features *= feature_multiple
+    features_row = times(features_row, feature_multiple)
+    head_row = times(head_row, feature_multiple)
+    direction_row = times(direction_row, feature_multiple)
+    logits_row = times(logits_row, class_multiple)
     line = first_row + tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
     row = tl.minimum(line, end_row - 1)
     place = tl.arange(0, block_classes).to(tl.int64)
@@ -74,9 +81,11 @@ def two_sweeps(
     logits_ptr, head_bias_ptr, bias_ptr, out_ptr,
     first_row, end_row, logits_first, num_classes, scale,
     logits_row, logits_column, head_bias_step, bias_step,
-    loss: tl.constexpr, block_classes: tl.constexpr,
+    loss: tl.constexpr, block_classes: tl.constexpr, class_multiple: tl.constexpr,
 ):  # fmt: skip
     """One row: its sums, then ``out [N, C]``, which holds the product, tile by tile. For the losses with a softmax."""
+    num_classes *= class_multiple
+    logits_row = times(logits_row, class_multiple)
     line = first_row + tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     row = tl.minimum(line, end_row - 1)
     top = tl.full((1,), float("-inf"), tl.float32)
@@ -119,8 +128,15 @@ def flash_sums(
     direction_row, direction_column, bias_step,
     loss: tl.constexpr, block_rows: tl.constexpr, block_classes: tl.constexpr, parts: tl.constexpr,
     block_features: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+    class_multiple: tl.constexpr, feature_multiple: tl.constexpr,
 ):  # fmt: skip
     """``z`` into ``out [N, C]`` and the sums ``[shares, 3, N]`` over ``tiles`` tiles of classes each."""
+    num_classes *= class_multiple
+    num_features *= feature_multiple
+    features_row = times(features_row, feature_multiple)
+    head_row = times(head_row, feature_multiple)
+    direction_row = times(direction_row, feature_multiple)
+    logits_row = times(logits_row, class_multiple)
     line = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
     row = tl.minimum(line, num_rows - 1)
     row_inside = line < num_rows
@@ -163,8 +179,14 @@ def flash_finish(
     features_row, features_column, logits_row, logits_column, head_row, head_column, head_bias_step,
     loss: tl.constexpr, block_shares: tl.constexpr, block_rows: tl.constexpr, block_classes: tl.constexpr,
     parts: tl.constexpr, block_features: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+    class_multiple: tl.constexpr, feature_multiple: tl.constexpr,
 ):  # fmt: skip
     """``out [N, C]``, which holds ``z``, from the rows' sums; logits or a head are needed for ``mse_probs`` only."""
+    num_classes *= class_multiple
+    num_features *= feature_multiple
+    features_row = times(features_row, feature_multiple)
+    head_row = times(head_row, feature_multiple)
+    logits_row = times(logits_row, class_multiple)
     line = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
     row = tl.minimum(line, num_rows - 1)
     row_inside = line < num_rows

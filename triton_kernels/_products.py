@@ -1,5 +1,6 @@
 """Tiles of ``h W^T``: the products inside a kernel, and the tiles they come in."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,6 @@ FUSED_TILES = {
         ProductTile(16, 64, 16, 4, 2),
         ProductTile(16, 128, 16, 4, 2),
         ProductTile(16, 256, 16, 8, 2),
-        ProductTile(16, 512, 16, 16, 2),
     ),
 }
 # Tiles of classes for the flash form; the first is the one for many rows. With a head the first takes both accumulators
@@ -72,6 +72,13 @@ FLASH_TILES = {
     ),
     "ieee": (ProductTile(64, 64, 16, 8, 2), ProductTile(16, 64, 16, 4, 2)),
 }
+# Operands without 16-byte alignment come through registers, one entry at a time.
+UNALIGNED_FUSED_TILES = (
+    ProductTile(16, 16, 32, 4, 2),
+    ProductTile(16, 64, 32, 4, 2),
+    ProductTile(16, 256, 16, 8, 2),
+)
+UNALIGNED_FLASH_TILES = (ProductTile(64, 64, 16, 8, 2), ProductTile(16, 64, 16, 4, 2))
 # A row kernel holds whole rows up to the last of these, and sweeps over longer ones in tiles of that.
 ROW_TILES = tuple(
     RowTile(max(1, 1024 // classes), classes, min(max(classes // 256, 4), 16))
@@ -115,6 +122,15 @@ def logits_and_tangent(
 
 
 @triton.jit
+def times(stride, multiple: tl.constexpr):
+    """A stride that came divided by :func:`multiple`."""
+    if multiple == 1:
+        return stride
+    else:
+        return stride * tl.full((), multiple, tl.int64)
+
+
+@triton.jit
 def columns(x, part: tl.constexpr, parts: tl.constexpr):
     """One of 1, 2 or 4 equal parts of the columns of a tile, which a thread has in its registers."""
     if parts == 1:
@@ -131,7 +147,7 @@ def columns(x, part: tl.constexpr, parts: tl.constexpr):
 def parts(tile: ProductTile, products: int) -> int:
     """In how many parts of its columns a tile goes through the row function, for a thread's registers to hold it."""
     entries = products * tile.rows * tile.classes // (32 * tile.warps)
-    return 4 if entries >= 128 else 2 if entries >= 64 else 1
+    return 4 if entries >= 64 else 2 if entries >= 32 else 1
 
 
 def arithmetic(dtype: torch.dtype, precision: str) -> str:
@@ -139,14 +155,22 @@ def arithmetic(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else "half"
 
 
-def fused_tiles(num_classes: int, dtype: torch.dtype, precision: str) -> tuple[ProductTile, ...]:
-    """The smallest tiles that hold all classes; none where there are too many."""
-    fitting = tuple(tile for tile in FUSED_TILES[arithmetic(dtype, precision)] if tile.classes >= num_classes)
-    return fitting[:1]
+def fused_tiles(num_classes: int, dtype: torch.dtype, precision: str, aligned: bool) -> tuple[ProductTile, ...]:
+    """The smallest tile that holds all classes; none where there are too many."""
+    table = FUSED_TILES[arithmetic(dtype, precision)] if aligned else UNALIGNED_FUSED_TILES
+    return tuple(tile for tile in table if tile.classes >= num_classes)[:1]
 
 
-def flash_tiles(dtype: torch.dtype, precision: str, products: int) -> tuple[ProductTile, ...]:
+def offered(fused: tuple[ProductTile, ...], operands_aligned: bool) -> tuple[str, ...]:
+    """Forms of an operator at a shape; large products of unaligned operands are left to the library, unless forced."""
+    forms = ("rows", "fused") if fused else ("rows",)
+    return (*forms, "flash") if operands_aligned or _forms.forced() else forms
+
+
+def flash_tiles(dtype: torch.dtype, precision: str, products: int, aligned: bool = True) -> tuple[ProductTile, ...]:
     """Tiles that sweep over any number of classes with so many accumulators."""
+    if not aligned:
+        return UNALIGNED_FLASH_TILES
     table = FLASH_TILES[arithmetic(dtype, precision)]
     wide = products == 1 or _forms.chip() == _forms.CHIPS[90] or table[0].rows < 128
     return table if wide else table[1:]
@@ -174,6 +198,25 @@ def splits(row_blocks: int, class_tiles: int) -> int:
         if steps < 0.98 * least:
             best, least = count, float(steps)
     return best
+
+
+def multiple(*sizes: int) -> int:
+    """The largest power of two, up to 8, that divides all sizes.
+
+    Triton sees that a stride is a multiple of 16 and of no smaller number. A kernel that is given the stride divided by
+    this, and multiplies by it, reads vectors of so many entries.
+    """
+    return math.gcd(8, *sizes)
+
+
+def aligned(num_features: int, *matrices: torch.Tensor | None) -> bool:
+    """Whether the features of each matrix can be copied 16 bytes at a time."""
+    for matrix in matrices:
+        if matrix is not None:
+            entries = 16 // matrix.dtype.itemsize
+            if matrix.stride(1) != 1 or matrix.stride(0) % entries or matrix.data_ptr() % 16 or num_features % entries:
+                return False
+    return True
 
 
 def strides(matrix: torch.Tensor | None) -> tuple[int, int]:

@@ -12,6 +12,7 @@ The label gradient of binary cross-entropy and of ``mse`` is a product and nothi
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -24,9 +25,12 @@ from fastmeta.triton_kernels._products import (
     ROW_TILES,
     ProductTile,
     RowTile,
+    aligned,
     flash_tiles,
     fused_tiles,
     library_product,
+    multiple,
+    offered,
     parts,
     product_tile,
     row_tile,
@@ -44,16 +48,46 @@ _FINISHED = RowTile(8, 512, 8)  # of the flash form's second launch where it mul
 _Plan = Callable[..., Tensor]
 
 
-def _products(tile: ProductTile, d: int, arithmetic: str) -> dict[str, int | bool | str]:
-    return {"block_features": tile.features, "even": d % tile.features == 0, "precision": arithmetic}
+class _Layout:
+    """Counts and strides as the kernels take them, divided by what they are multiples of."""
 
+    def __init__(
+        self,
+        sizes: tuple[int, int, int],
+        logits_strides: tuple[int, int],
+        head_bias: Tensor | None,
+        direction_bias: Tensor | None,
+        features: Tensor | None = None,
+        head_weight: Tensor | None = None,
+        direction_weight: Tensor | None = None,
+    ) -> None:
+        _, d, c = sizes
+        classes = self.class_multiple = multiple(c, logits_strides[0])
+        features_row, features_column = strides(features)
+        head_row, head_column = strides(head_weight)
+        direction_row, direction_column = strides(direction_weight)
+        depth = self.feature_multiple = 1 if features is None else multiple(d, features_row, head_row, direction_row)
+        self.counts = d // depth, c // classes
+        self.logits = (logits_strides[0] // classes, logits_strides[1])
+        self.strides = (
+            *(features_row // depth, features_column, *self.logits, head_row // depth, head_column, step(head_bias)),
+            *(direction_row // depth, direction_column, step(direction_bias)),
+        )
+        self._depth = d
 
-def _blocks(tile: RowTile | ProductTile) -> dict[str, int]:
-    return {"block_rows": tile.rows, "block_classes": tile.classes}
-
-
-def _strides(logits: Tensor | None, head_weight: Tensor | None, head_bias: Tensor | None) -> tuple[int, ...]:
-    return (*strides(logits), *strides(head_weight), step(head_bias))
+    def constants(self, tile: RowTile | ProductTile, arithmetic: str, products: int = 0) -> dict[str, Any]:
+        """Of a kernel that makes so many products."""
+        step_features = tile.features if isinstance(tile, ProductTile) and products else 0
+        return {
+            "block_rows": tile.rows,
+            "block_classes": tile.classes,
+            "parts": parts(tile, products) if isinstance(tile, ProductTile) and products else 1,
+            "block_features": step_features,
+            "even": step_features == 0 or self._depth % step_features == 0,
+            "precision": arithmetic,
+            "class_multiple": self.class_multiple,
+            "feature_multiple": self.feature_multiple,
+        }
 
 
 class _Product:
@@ -99,19 +133,19 @@ class _Rows:
         self.slab = _forms.slab_rows(n, c * features.dtype.itemsize) if head else n
         table = tuple(tile for tile in ROW_TILES if tile.classes >= c)
         self.whole = len(table) > 0
-        steps = (*((c, 1) if head else strides(logits)), step(head_bias), step(direction_bias))
+        self.layout = _Layout(sizes, (c, 1) if head else strides(logits), head_bias, direction_bias)
         if self.whole:
             tile = _tuning.tile("label_gradient rows", features.dtype, (c,), table, row_tile(c, table))
-            unused = {"block_features": 0, "even": True, "precision": "ieee"}
-            constants = {"loss": loss, **_blocks(tile), **unused}
-            self.strides = (0, 0, *steps[:2], 0, 0, steps[2], 0, 0, steps[3])
-            self.launch = Launch(
-                whole_rows, (triton.cdiv(self.slab, tile.rows),), constants, num_warps=tile.warps, num_stages=1
-            )
+            grid, constants = triton.cdiv(self.slab, tile.rows), self.layout.constants(tile, "ieee")
+            del constants["parts"]
+            self.launch = Launch(whole_rows, (grid,), {"loss": loss, **constants}, num_warps=tile.warps, num_stages=1)
+            self.strides = self.layout.strides
         else:
-            self.strides = steps
-            constants = {"loss": loss, "block_classes": _SWEPT.classes}
-            self.launch = Launch(two_sweeps, (self.slab,), constants, num_warps=_SWEPT.warps, num_stages=1)
+            constants = {"block_classes": _SWEPT.classes, "class_multiple": self.layout.class_multiple}
+            self.launch = Launch(
+                two_sweeps, (self.slab,), {"loss": loss, **constants}, num_warps=_SWEPT.warps, num_stages=1
+            )
+            self.strides = (*self.layout.logits, step(head_bias), step(direction_bias))
 
     def __call__(
         self,
@@ -123,7 +157,7 @@ class _Rows:
         direction_bias: Tensor | None,
         scale: float,
     ) -> Tensor:
-        n, d, c = self.sizes
+        n, _, c = self.sizes
         out = library_product(features, direction_weight, 0, n, None)
         memory = None if head_weight is None else scratch(self.slab, n, c, features)
         for first in range(0, n, self.slab):
@@ -133,12 +167,13 @@ class _Rows:
                 f, logits_first = library_product(features, head_weight, first, end, memory), first
             if self.whole:
                 self.launch(
-                    None, f, None, head_bias, None, direction_bias, out, first, end, logits_first, d, c, scale,
-                    *self.strides,
+                    None, f, None, head_bias, None, direction_bias, out, first, end, logits_first,
+                    *self.layout.counts, scale, *self.strides,
                 )  # fmt: skip
             else:
                 self.launch(
-                    f, head_bias, direction_bias, out, first, end, logits_first, c, scale, *self.strides
+                    f, head_bias, direction_bias, out, first, end, logits_first, self.layout.counts[1], scale,
+                    *self.strides,
                 )  # fmt: skip
         return out
 
@@ -158,20 +193,16 @@ class _Fused:
         loss: int,
         table: tuple[ProductTile, ...],
     ) -> None:
-        n, d, _ = self.sizes = sizes
+        n, _, c = sizes
+        self.shape = n, c
         self.softmax = _has_softmax(loss)
-        arithmetic = precision(features.dtype)
         tile = _tuning.tile("label_gradient fused", features.dtype, sizes, table, product_tile(n, table))
-        constants = {"loss": loss, **_blocks(tile), **_products(tile, d, arithmetic)}
-        self.launch = Launch(
-            whole_rows, (triton.cdiv(n, tile.rows),), constants, num_warps=tile.warps, num_stages=tile.stages
-        )
-        self.strides = (
-            *strides(features),
-            *_strides(logits, head_weight, head_bias),
-            *strides(direction_weight),
-            step(direction_bias),
-        )
+        biases = head_bias, direction_bias
+        self.layout = _Layout(sizes, strides(logits), *biases, features, head_weight, direction_weight)
+        constants = self.layout.constants(tile, precision(features.dtype), 1)
+        del constants["parts"]
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        self.launch = Launch(whole_rows, (triton.cdiv(n, tile.rows),), {"loss": loss, **constants}, **options)
 
     def __call__(
         self,
@@ -183,13 +214,12 @@ class _Fused:
         direction_bias: Tensor | None,
         scale: float,
     ) -> Tensor:
-        n, d, c = self.sizes
-        out = torch.empty((n, c), dtype=features.dtype, device=features.device)
+        out = torch.empty(self.shape, dtype=features.dtype, device=features.device)
         if not self.softmax:
             logits = head_weight = head_bias = None
         self.launch(
-            features, logits, head_weight, head_bias, direction_weight, direction_bias, out, 0, n, 0, d, c, scale,
-            *self.strides,
+            features, logits, head_weight, head_bias, direction_weight, direction_bias, out, 0, self.shape[0], 0,
+            *self.layout.counts, scale, *self.layout.strides,
         )  # fmt: skip
         return out
 
@@ -207,41 +237,32 @@ class _Flash:
         direction_bias: Tensor | None,
         sizes: tuple[int, int, int],
         loss: int,
+        table: tuple[ProductTile, ...],
     ) -> None:
-        n, d, c = self.sizes = sizes
+        n, _, c = sizes
+        self.shape = n, c
         dtype, products = features.dtype, 1 if head_weight is None else 2
         arithmetic = precision(dtype)
-        table = flash_tiles(dtype, arithmetic, products)
         tile = _tuning.tile("label_gradient flash", dtype, sizes, table, product_tile(n, table))
+        biases = head_bias, direction_bias
+        self.layout = _Layout(sizes, strides(logits), *biases, features, head_weight, direction_weight)
         row_blocks, class_tiles = triton.cdiv(n, tile.rows), triton.cdiv(c, tile.classes)
         self.tiles = triton.cdiv(class_tiles, splits(row_blocks, class_tiles))
         self.shares = triton.cdiv(class_tiles, self.tiles)
-        constants = {
-            "loss": loss,
-            **_blocks(tile),
-            "parts": parts(tile, products),
-            **_products(tile, d, arithmetic),
-        }
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        constants = {"loss": loss, **self.layout.constants(tile, arithmetic, products)}
         self.sum = Launch(flash_sums, (row_blocks, self.shares), constants, **options)
         # p takes the logits, which a head makes again.
         self.again = loss == MSE_PROBS.value
-        shares = {"loss": loss, "block_shares": triton.next_power_of_2(self.shares)}
+        constants = {"loss": loss, "block_shares": triton.next_power_of_2(self.shares)}
         if self.again and head_weight is not None:
-            constants = {**shares, **_blocks(tile), "parts": parts(tile, 1), **_products(tile, d, arithmetic)}
             grid = row_blocks, class_tiles
+            constants |= self.layout.constants(tile, arithmetic, 1)
         else:
-            unused = {"parts": 1, "block_features": 0, "even": True, "precision": "ieee"}
-            constants = {**shares, **_blocks(_FINISHED), **unused}
             grid = triton.cdiv(n, _FINISHED.rows), triton.cdiv(c, _FINISHED.classes)
+            constants |= self.layout.constants(_FINISHED, "ieee")
             options = {"num_warps": _FINISHED.warps, "num_stages": 1}
         self.finish = Launch(flash_finish, grid, constants, **options)
-        self.strides = (
-            *strides(features),
-            *_strides(logits, head_weight, head_bias),
-            *strides(direction_weight),
-            step(direction_bias),
-        )
 
     def __call__(
         self,
@@ -253,16 +274,19 @@ class _Flash:
         direction_bias: Tensor | None,
         scale: float,
     ) -> Tensor:
-        n, d, c = self.sizes
-        out = torch.empty((n, c), dtype=features.dtype, device=features.device)
+        n, _ = self.shape
+        out = torch.empty(self.shape, dtype=features.dtype, device=features.device)
         sums = torch.empty((self.shares, 3, n), dtype=torch.float32, device=features.device)
         self.sum(
-            features, logits, head_weight, head_bias, direction_weight, direction_bias, out, sums, n, d, c,
-            self.tiles, *self.strides,
+            features, logits, head_weight, head_bias, direction_weight, direction_bias, out, sums, n,
+            *self.layout.counts, self.tiles, *self.layout.strides,
         )  # fmt: skip
         if not self.again:
             logits = head_weight = head_bias = None
-        self.finish(features, logits, head_weight, head_bias, out, sums, n, d, c, self.shares, scale, *self.strides[:7])
+        self.finish(
+            features, logits, head_weight, head_bias, out, sums, n, *self.layout.counts, self.shares, scale,
+            *self.layout.strides[:7],
+        )  # fmt: skip
         return out
 
 
@@ -286,9 +310,11 @@ def _plan(
     if n == 0 or c == 0:
         return lambda *rest: torch.empty((n, c), dtype=dtype, device=device)
     head = head_weight is not None and _has_softmax(loss)
-    fused = fused_tiles(c, dtype, arithmetic)
-    offered = _forms.FORMS if fused else ("rows", "flash")
-    form = _forms.choose("label_gradient", n, d, c, dtype, head, precision=arithmetic, offered=offered)
+    operands = features, head_weight if head else None, direction_weight
+    operands_aligned = aligned(d, *operands)
+    fused = fused_tiles(c, dtype, arithmetic, operands_aligned)
+    forms = offered(fused, operands_aligned)
+    form = _forms.choose("label_gradient", n, d, c, dtype, head, precision=arithmetic, offered=forms)
     given = features, logits, head_weight, head_bias
     if form == "fused":
         return _Fused(*given, direction_weight, direction_bias, sizes, loss, fused)
@@ -296,7 +322,8 @@ def _plan(
         return _Product(loss)
     if form == "rows":
         return _Rows(*given, direction_bias, sizes, loss)
-    return _Flash(*given, direction_weight, direction_bias, sizes, loss)
+    table = flash_tiles(dtype, arithmetic, 1 + head, operands_aligned)
+    return _Flash(*given, direction_weight, direction_bias, sizes, loss, table)
 
 
 _PLANS: Plans[_Plan] = Plans()

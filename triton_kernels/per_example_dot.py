@@ -24,11 +24,14 @@ from fastmeta.triton_kernels._products import (
     ROW_TILES,
     ProductTile,
     RowTile,
+    aligned,
     columns,
     flash_tiles,
     fused_tiles,
     library_product,
     logits_and_tangent,
+    multiple,
+    offered,
     parts,
     product_tile,
     row_tile,
@@ -36,6 +39,7 @@ from fastmeta.triton_kernels._products import (
     splits,
     step,
     strides,
+    times,
 )
 from fastmeta.triton_kernels._rows import BINARY_CROSS_ENTROPY, CROSS_ENTROPY, MSE, MSE_PROBS, padding, sigmoid
 
@@ -75,22 +79,23 @@ def _add(
     logits_row, logits_column, head_bias_step, targets_row, targets_column, bias_step,
     loss: tl.constexpr,
 ):  # fmt: skip
-    inside = (place < num_classes)[None]
-    column = tl.minimum(place, num_classes - 1)
+    there = place < num_classes
+    inside = there[None]
     if logits_ptr is not None:
-        f_ptr = logits_ptr + (row - logits_first)[:, None] * logits_row + column[None] * logits_column
+        f_ptr = logits_ptr + (row - logits_first)[:, None] * logits_row + place[None] * logits_column
         f = tl.load(f_ptr, inside, 0.0).to(tl.float32)
     if head_bias_ptr is not None:
-        f += tl.load(head_bias_ptr + column * head_bias_step).to(tl.float32)[None]
+        f += tl.load(head_bias_ptr + place * head_bias_step, there, 0.0).to(tl.float32)[None]
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + column * bias_step).to(tl.float32)[None]
+        z += tl.load(bias_ptr + place * bias_step, there, 0.0).to(tl.float32)[None]
     f = tl.where(inside, f, padding(loss))
     z = tl.where(inside, z, 0.0)
     if targets_column is None:
         y = tl.where(place[None] == target[:, None], 1.0, 0.0) * hit[:, None]
     else:
-        y_ptr = targets_ptr + row[:, None] * targets_row + column[None] * targets_column
-        y = tl.load(y_ptr, inside, 0.0).to(tl.float32)
+        y_ptr = targets_ptr + row[:, None] * targets_row + place[None] * targets_column
+        # Not straight from the load into a sum: a pass of Triton 3.6 fails on two such sums in one loop.
+        y = tl.where(inside, tl.load(y_ptr, inside, 0.0).to(tl.float32), 0.0)
 
     if loss == BINARY_CROSS_ENTROPY:
         yz += tl.sum((sigmoid(f) - y) * z, 1)
@@ -120,12 +125,21 @@ def _sweep(
     targets_row, targets_column, direction_row, direction_column, bias_step,
     loss: tl.constexpr, partial: tl.constexpr, block_rows: tl.constexpr, block_classes: tl.constexpr,
     parts: tl.constexpr, block_features: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+    class_multiple: tl.constexpr, feature_multiple: tl.constexpr,
 ):  # fmt: skip
     """Rows first_row to end_row; ``tiles`` tiles of classes from the program's share on.
 
     A tangent [slab, C] begins at first_row, the logits at logits_first. Output: ``[N]``, or the sums
     ``[shares, sums, N]``.
     """
+    num_classes *= class_multiple
+    num_features *= feature_multiple
+    features_row = times(features_row, feature_multiple)
+    head_row = times(head_row, feature_multiple)
+    direction_row = times(direction_row, feature_multiple)
+    logits_row = times(logits_row, class_multiple)
+    if targets_column is not None:
+        targets_row = times(targets_row, class_multiple)
     line = first_row + tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
     row = tl.minimum(line, end_row - 1)
     share = tl.program_id(1).to(tl.int64)
@@ -229,15 +243,21 @@ class _Plan:
         n, d, c = _arguments.outputs(features, logits, head_weight, head_bias)
         checks.targets(targets, features, c)
         _arguments.direction(features, c, direction_weight, direction_bias)
-        self.sizes = n, d, c
+        self.sizes = n, c
         self.empty = n == 0 or c == 0
         if self.empty:
             return
         head, dtype = head_weight is not None, features.dtype
         arithmetic = precision(dtype)
-        fused = fused_tiles(c, dtype, arithmetic)
-        offered = _forms.FORMS if fused else ("rows", "flash")
-        form = _forms.choose("per_example_dot", n, d, c, dtype, head, precision=arithmetic, offered=offered)
+        operands_aligned = aligned(d, features, head_weight, direction_weight)
+        fused = fused_tiles(c, dtype, arithmetic, operands_aligned)
+        form = _forms.choose(
+            "per_example_dot", n, d, c, dtype, head, precision=arithmetic, offered=offered(fused, operands_aligned)
+        )
+        logits_row, logits_column = (c, 1) if head and form == "rows" else strides(logits)
+        targets_row, targets_column = targets.stride() if targets.dim() == 2 else (targets.stride(0), None)
+        class_multiple = multiple(c, logits_row, targets_row if targets.dim() == 2 else 0)
+        feature_multiple = 1
         tile: RowTile | ProductTile
         if form == "rows":
             self.slab = _forms.slab_rows(n, (1 + head) * c * dtype.itemsize)
@@ -246,30 +266,42 @@ class _Plan:
             stages = 1
         else:
             self.slab = 0
-            table = fused if form == "fused" else flash_tiles(dtype, arithmetic, 1 + head)
+            table = fused if form == "fused" else flash_tiles(dtype, arithmetic, 1 + head, operands_aligned)
             tile = _tuning.tile(f"per_example_dot {form}", dtype, (n, d, c), table, product_tile(n, table))
-            inner, stages = (
-                {"parts": parts(tile, 1 + head), "block_features": tile.features, "even": d % tile.features == 0},
-                tile.stages,
-            )
+            inner = {"parts": parts(tile, 1 + head), "block_features": tile.features, "even": d % tile.features == 0}
+            stages = tile.stages
+            feature_multiple = multiple(d, features.stride(0), strides(head_weight)[0], direction_weight.stride(0))
         class_tiles = triton.cdiv(c, tile.classes)
         row_blocks = triton.cdiv(self.slab or n, tile.rows)
         self.tiles = triton.cdiv(class_tiles, splits(row_blocks, class_tiles))
         self.shares = triton.cdiv(class_tiles, self.tiles)
         blocks = {"block_rows": tile.rows, "block_classes": tile.classes}
-        constants = {"loss": loss, "partial": self.shares > 1, **blocks, **inner, "precision": arithmetic}
+        constants = {
+            "loss": loss,
+            "partial": self.shares > 1,
+            **blocks,
+            **inner,
+            "precision": arithmetic,
+            "class_multiple": class_multiple,
+            "feature_multiple": feature_multiple,
+        }
         self.sweep = Launch(_sweep, (row_blocks, self.shares), constants, num_warps=tile.warps, num_stages=stages)
         self.sums = self.shares, _SUMS[loss], n
         merged = {"loss": loss, "block_rows": _MERGED_ROWS, "block_shares": triton.next_power_of_2(self.shares)}
         self.merge = Launch(_merge, (triton.cdiv(n, _MERGED_ROWS),), merged)
+        self.counts = d // feature_multiple, c // class_multiple, self.tiles
         self.strides = (
-            *strides(features),
-            *((c, 1) if head and self.slab else strides(logits)),
-            *strides(head_weight),
+            features.stride(0) // feature_multiple,
+            features.stride(1),
+            logits_row // class_multiple,
+            logits_column,
+            strides(head_weight)[0] // feature_multiple,
+            strides(head_weight)[1],
             step(head_bias),
-            targets.stride(0),
-            targets.stride(1) if targets.dim() == 2 else None,
-            *strides(direction_weight),
+            targets_row // class_multiple if targets.dim() == 2 else targets_row,
+            targets_column,
+            direction_weight.stride(0) // feature_multiple,
+            direction_weight.stride(1),
             step(direction_bias),
         )
 
@@ -283,7 +315,7 @@ class _Plan:
         direction_weight: Tensor,
         direction_bias: Tensor | None,
     ) -> Tensor:
-        n, d, c = self.sizes
+        n, c = self.sizes
         out = torch.empty(n, dtype=features.dtype, device=features.device)
         if self.empty:
             return out.zero_()
@@ -291,7 +323,7 @@ class _Plan:
         if not self.slab:
             self.sweep(
                 features, logits, head_weight, head_bias, targets, direction_weight, direction_bias, None, into,
-                0, n, 0, n, d, c, self.tiles, *self.strides,
+                0, n, 0, n, *self.counts, *self.strides,
             )  # fmt: skip
         else:
             memory = scratch(self.slab, n, c, features)
@@ -304,7 +336,7 @@ class _Plan:
                     f, logits_first = library_product(features, head_weight, first, end, head_memory), first
                 self.sweep(
                     None, f, None, head_bias, targets, None, direction_bias, tangent, into,
-                    first, end, logits_first, n, d, c, self.tiles, *self.strides,
+                    first, end, logits_first, n, *self.counts, *self.strides,
                 )  # fmt: skip
         if self.shares > 1:
             self.merge(into, out, n, self.shares)
@@ -333,5 +365,5 @@ def per_example_dot(
     if plan is None:
         plan = _PLANS.keep(key, _Plan(*arguments, loss))
     elif INTERPRETED:
-        checks.targets(targets, features, plan.sizes[2])  # classes in range: on the CPU this costs no wait
+        checks.targets(targets, features, plan.sizes[1])  # classes in range: on the CPU this costs no wait
     return plan(*arguments)
