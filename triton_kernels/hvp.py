@@ -58,5 +58,5 @@ def hessian_vector_product(
             torch.mul(direction_bias, damping, out=bias)
         return weight, bias
     given = _gradient.Operands(features, None, direction_weight, direction_bias, logits, weights)
-    plan(given, direction_weight if damped else None, damping, weight, bias)
+    plan(given, direction_weight if damped else None, float(damping), weight, bias)
     return weight, bias
