@@ -348,4 +348,4 @@ def label_gradient(
         plan = _PLANS.keep(key, _plan(*arguments, loss))
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    return plan(*arguments, scale)
+    return plan(*arguments, float(scale))
