@@ -21,7 +21,7 @@ sum. ``flash`` costs half as many operations again (``6 N C D``), and takes :dat
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,7 +31,7 @@ from fastmeta.losses import LOSSES
 from fastmeta.triton_kernels import _forms, _products, _tuning
 from fastmeta.triton_kernels._launch import Launch, precision
 from fastmeta.triton_kernels._products import step, strides
-from fastmeta.triton_kernels._statistics import Sweep, pair, rows_of_statistics, rows_tile
+from fastmeta.triton_kernels._statistics import Sweep, divided, rows_of_statistics, rows_tile
 from fastmeta.triton_kernels._transposed_product import SumOfParts, TransposedProduct
 from fastmeta.triton_kernels._weighted_rows import (
     MOST_CLASSES,
@@ -61,6 +61,8 @@ class Problem(NamedTuple):
     classes: bool  # targets are classes
     product: bool  # the product is made from the features, not given
     with_bias: bool
+    multiple: int  # divides C and the rows' strides, see _products.multiple
+    aligned: bool  # the features, and the head or direction, see _products.aligned
 
 
 class Operands(NamedTuple):
@@ -80,9 +82,9 @@ class Fused:
     def __init__(self, p: Problem) -> None:
         arithmetic = precision(p.dtype)
         self.pitch = pitch_of(p.c)
-        row_function = {"loss": p.loss, "curved": p.curved, "classes": p.classes}
+        row_function = _row_function(p)
         if p.product:
-            table = _products.fused_tiles(p.c, p.dtype, arithmetic)
+            table = _products.fused_tiles(p.c, p.dtype, arithmetic, p.aligned)
             tile = _tuning.tile("product_rows", p.dtype, (p.n, p.d, p.c), table, table[0])
             constants = row_function | {"even": p.d % tile.features == 0, "precision": arithmetic}
             constants |= {"block_rows": tile.rows, "block_classes": tile.classes, "block_features": tile.features}
@@ -98,16 +100,16 @@ class Fused:
         """Write ``weight [C, D]`` and ``bias [C]``."""
         p, features = self.problem, given.features
         rows = torch.empty((p.n, self.pitch), dtype=p.dtype, device=features.device)
-        operands = *pair(given.other), step(given.weights), self.pitch
+        operands = *divided(given.other, p.multiple), step(given.weights), self.pitch
         if p.product:
             self.rows(
-                features, given.factor, given.bias, given.other, given.weights, rows, p.n, p.d, p.c,
+                features, given.factor, given.bias, given.other, given.weights, rows, p.n, p.d, p.c // p.multiple,
                 *features.stride(), *strides(given.factor), step(given.bias), *operands,
             )  # fmt: skip
         else:
             self.rows(
-                given.product, given.bias, given.other, given.weights, rows, None, p.n, p.c, 1, 0,
-                *strides(given.product), step(given.bias), *operands,
+                given.product, given.bias, given.other, given.weights, rows, None, p.n, p.c // p.multiple, 1, 0,
+                *divided(given.product, p.multiple), step(given.bias), *operands,
             )  # fmt: skip
         self.transposed(rows, features, addend, given.bias, weight, bias, damping)
 
@@ -118,7 +120,7 @@ class Slabs:
     def __init__(self, p: Problem, flash: bool) -> None:
         self.problem = p
         n, d, c, dtype = p.n, p.d, p.c, p.dtype
-        row_function = {"loss": p.loss, "curved": p.curved, "classes": p.classes}
+        row_function = _row_function(p)
         # Given logits of long rows are swept once, and then go by classes too: nothing is made twice for that.
         by_classes = flash or (c > MOST_CLASSES and not p.product)
         if by_classes:
@@ -146,9 +148,9 @@ class Slabs:
         if not self.whole and p.loss in WHOLE_ROW_LOSSES:
             arithmetic = precision(dtype)
             if by_classes:
-                self.first = Sweep(n, d, c, dtype, arithmetic, product=p.product, **row_function)
+                self.first = Sweep(n, d, c, dtype, arithmetic, product=p.product, aligned=p.aligned, **row_function)
             else:
-                self.each = Sweep(self.slab, d, c, dtype, arithmetic, product=False, **row_function)
+                self.each = Sweep(self.slab, d, c, dtype, arithmetic, product=False, aligned=True, **row_function)
         self.sum = SumOfParts(self.parts, 0, c, True) if p.with_bias else None
 
     def __call__(self, given: Operands, addend: Tensor | None, damping: float, weight: Tensor, bias: Tensor) -> None:
@@ -198,21 +200,21 @@ class Slabs:
     ) -> None:
         """Write R of one slab of rows, for the classes from ``first`` on."""
         p = self.problem
-        n = rows.shape[0]
+        n, c = rows.shape[0], p.c // p.multiple
         product = part.product
         if product is None:
             product = torch.mm(part.features, part.factor.t(), out=rows)  # type: ignore[union-attr]
         operands = product, part.bias, part.other, part.weights
-        steps = *product.stride(), step(part.bias), *pair(part.other), step(part.weights), self.pitch
+        steps = *divided(product, p.multiple), step(part.bias), *divided(part.other, p.multiple), step(part.weights)
         if self.whole:
-            self.rows(*operands, rows, partials, n, p.c, self.steps, slab, *steps)
+            self.rows(*operands, rows, partials, n, c, self.steps, slab, *steps, self.pitch)
             return
         if self.each is not None:
             statistics = self.each(n, product, None, None, part.bias, part.other)
         elif statistics is not None:
             statistics = statistics[:, slab * self.slab :]
         row = 0 if statistics is None else statistics.stride(0)
-        self.rows(*operands, statistics, rows, partials, n, p.c, first, self.steps, slab, row, *steps)
+        self.rows(*operands, statistics, rows, partials, n, c, first, self.steps, slab, row, *steps, self.pitch)
 
 
 class _Total:
@@ -249,6 +251,10 @@ def _product(out: Tensor, rows: Tensor, features: Tensor, addend: Tensor | None,
         torch.addmm(addend, rows.t(), features, beta=damping, out=out)
 
 
+def _row_function(p: Problem) -> dict[str, Any]:
+    return {"loss": p.loss, "curved": p.curved, "classes": p.classes, "multiple": p.multiple}
+
+
 def _whole_rows(p: Problem, n: int, most: int | None = None) -> tuple[Launch, int, int]:
     """The row kernel, its tiles in a program, and its programs."""
     tile = whole_tile(n, p.c, p.dtype)
@@ -256,7 +262,7 @@ def _whole_rows(p: Problem, n: int, most: int | None = None) -> tuple[Launch, in
     block_rows = max(1, tile.entries // block)
     blocks = triton.cdiv(n, block_rows)
     tiles, programs = _share(blocks, most or blocks)
-    constants = {"loss": p.loss, "curved": p.curved, "classes": p.classes}
+    constants = _row_function(p)
     constants |= {"block_rows": block_rows, "block_classes": block}
     return Launch(whole_rows, (programs,), constants, num_warps=tile.warps), tiles, programs
 
@@ -274,13 +280,19 @@ def _slab_rows(n: int, d: int, c: int, dtype: torch.dtype, limit: int) -> int:
     return n if n <= rows + spared else rows
 
 
+def multiple(c: int, *matrices: Tensor | None) -> int:
+    """Of C and of the rows' strides of what is read; the product's own memory begins its rows at multiples of 16."""
+    return _products.multiple(c, *(m.stride(0) for m in matrices if m is not None and m.dim() == 2))
+
+
 def plan(p: Problem) -> Fused | Slabs:
     """The form that serves a problem, with its launches; N and C are not 0."""
     arithmetic = precision(p.dtype)
-    offered = ["rows", "flash"]
-    fits = _products.fused_tiles(p.c, p.dtype, arithmetic) if p.product else p.c <= MOST_CLASSES
-    if fits and p.d > 0:
-        offered.append("fused")
+    if p.product:
+        fused = _products.fused_tiles(p.c, p.dtype, arithmetic, p.aligned)
+        offered = _products.offered(fused if p.d > 0 else (), p.aligned)
+    else:
+        offered = ("rows", "flash", "fused") if p.c <= MOST_CLASSES and p.d > 0 else ("rows", "flash")
     head = p.product and not p.curved
     form = _forms.choose(p.operator, p.n, p.d, p.c, p.dtype, head, precision=arithmetic, offered=offered)
     return Fused(p) if form == "fused" else Slabs(p, form == "flash")

@@ -31,6 +31,7 @@ from fastmeta.triton_kernels._products import (
     splits,
     step,
     strides,
+    times,
 )
 from fastmeta.triton_kernels._products import (
     columns as columns_of,
@@ -89,12 +90,16 @@ def sweep(
     num_rows, num_features, num_classes, steps,
     product_row, product_column, features_row, features_column, factor_row, factor_column, bias_stride,
     other_row, other_column,
-    loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
-    parts: tl.constexpr, block_rows: tl.constexpr, block_classes: tl.constexpr, block_features: tl.constexpr,
+    loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr, multiple: tl.constexpr,
+    even: tl.constexpr, precision: tl.constexpr, parts: tl.constexpr,
+    block_rows: tl.constexpr, block_classes: tl.constexpr, block_features: tl.constexpr,
 ):  # fmt: skip
     """Sums ``[shares, 5, N]``, each over ``steps`` tiles of classes."""
+    num_classes = times(num_classes, multiple)
+    product_row = times(product_row, multiple)
+    other_row = times(other_row, 1 if classes else multiple)
     rows = (tl.program_id(0) * block_rows + tl.arange(0, block_rows)).to(tl.int64)
-    product_fill, other_fill = fills(loss, curved)
+    product_fill, _other_fill = fills(loss, curved)
     top = tl.full([block_rows], float("-inf"), tl.float32)
     total = tl.zeros([block_rows], tl.float32)
     first_sum, second_sum, third_sum = total, total, total
@@ -179,10 +184,13 @@ def rows_of_statistics(
     product_ptr, bias_ptr, other_ptr, weights_ptr, statistics_ptr, out_ptr, partials_ptr,
     num_rows, num_classes, first_class, steps, begun, statistics_row,
     product_row, product_column, bias_stride, other_row, other_column, weights_stride, out_row,
-    loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr,
+    loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr, multiple: tl.constexpr,
     block_rows: tl.constexpr, block_classes: tl.constexpr,
 ):  # fmt: skip
     """R for the classes from ``first_class`` on, whose product it may overwrite, and the sums of its columns."""
+    num_classes = times(num_classes, multiple)
+    product_row = times(product_row, multiple)
+    other_row = times(other_row, 1 if classes else multiple)
     local = (tl.program_id(0) * block_classes + tl.arange(0, block_classes)).to(tl.int64)
     columns = first_class + local
     product_fill, other_fill = fills(loss, curved)
@@ -260,11 +268,13 @@ class Sweep:
         loss: the loss's number.
         curved: the curvature, not the residual.
         classes: whether targets are classes.
+        multiple: divides C and the rows' strides, see :func:`._products.multiple`.
+        aligned: the product's operands, see :func:`._products.aligned`.
     """
 
     def __init__(
         self, n: int, d: int, c: int, dtype: torch.dtype, precision: str, *,
-        product: bool, loss: int, curved: bool, classes: bool,
+        product: bool, loss: int, curved: bool, classes: bool, multiple: int, aligned: bool,
     ) -> None:  # fmt: skip
         tile: SweepTile | ProductTile
         row_function = {"loss": loss, "curved": curved}
@@ -272,7 +282,7 @@ class Sweep:
             # Beside 64 entries of the product a thread has no registers for a matrix whose rows are not aligned.
             table = tuple(
                 tile
-                for tile in flash_tiles(dtype, precision, 1)
+                for tile in flash_tiles(dtype, precision, 1, aligned)
                 if classes or tile.rows * tile.classes < 2048 * tile.warps
             )
             tile = _tuning.tile("sweep_product", dtype, (n, d, c), table, product_tile(n, table))
@@ -284,8 +294,9 @@ class Sweep:
         blocks, tiles = triton.cdiv(n, tile.rows), triton.cdiv(c, tile.classes)
         steps = triton.cdiv(tiles, splits(blocks, tiles))
         self.shares = triton.cdiv(tiles, steps)
-        self.sizes = d if product else 0, c, steps
-        constants = row_function | {"classes": classes} | inner
+        self.multiple = multiple
+        self.sizes = d if product else 0, c // multiple, steps
+        constants = row_function | {"classes": classes, "multiple": multiple} | inner
         constants |= {"block_rows": tile.rows, "block_classes": tile.classes, "block_features": features}
         self.sweep = Launch(sweep, (blocks, self.shares), constants, num_warps=tile.warps, num_stages=stages)
         self.join = Launch(join, (triton.cdiv(n, 128),), row_function | {"block_rows": 128})
@@ -303,12 +314,16 @@ class Sweep:
         statistics = torch.empty((STATISTICS, num_rows), dtype=torch.float32, device=other.device)
         self.sweep(
             product, features, factor, bias, other, sums, num_rows, *self.sizes,
-            *strides(product), *strides(features), *strides(factor), step(bias), *pair(other),
+            *divided(product, self.multiple), *strides(features), *strides(factor), step(bias),
+            *divided(other, self.multiple),
         )  # fmt: skip
         self.join(sums, statistics, num_rows, self.shares)
         return statistics
 
 
-def pair(other: Tensor) -> tuple[int, int]:
-    """Strides of the other operand; classes have one."""
-    return (*other.stride(), 0)[:2]  # type: ignore[return-value]
+def divided(matrix: Tensor | None, multiple: int) -> tuple[int, int]:
+    """Strides for a kernel that multiplies the first; classes have one, which it does not."""
+    if matrix is None:
+        return 0, 0
+    row, *column = matrix.stride()
+    return (row // multiple, column[0]) if column else (row, 0)

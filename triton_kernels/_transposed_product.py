@@ -68,8 +68,8 @@ def _transposed_product(
                 tl.store(parts_ptr + part + c * width + num_features, bias, c < num_classes)
             else:
                 if addend_ptr is not None:
-                    addend = tl.load(addend_bias_ptr + c * addend_bias_stride, c < num_classes, 0.0)
-                    bias += damping * addend.to(tl.float32)
+                    plus = tl.load(addend_bias_ptr + c * addend_bias_stride, c < num_classes, 0.0)
+                    bias += damping * plus.to(tl.float32)
                 tl.store(bias_ptr + c, bias.to(bias_ptr.dtype.element_ty), c < num_classes)
 
 
@@ -99,8 +99,8 @@ def _add_parts(
     if with_bias:
         last = (place < size) & (d == num_features)
         if addend_ptr is not None:
-            addend = tl.load(addend_bias_ptr + c * addend_bias_stride, last, 0.0)
-            result += damping * addend.to(tl.float32)
+            plus = tl.load(addend_bias_ptr + c * addend_bias_stride, last, 0.0)
+            result += damping * plus.to(tl.float32)
         tl.store(bias_ptr + c, result.to(bias_ptr.dtype.element_ty), last)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastmeta.triton_kernels import _tuning
-from fastmeta.triton_kernels._products import logits_and_tangent
+from fastmeta.triton_kernels._products import logits_and_tangent, times
 from fastmeta.triton_kernels._rows import curvature, padding, residual
 
 MOST_CLASSES = 8192  # of a row in registers, 16 entries a thread of 16 warps
@@ -36,7 +36,7 @@ def load_other(
     if classes:
         label = tl.load(other_ptr + rows * row_stride, rows < num_rows, 0)
         inside = (rows < num_rows)[:, None] & (columns < num_classes)[None]
-        one_hot = tl.where(label[:, None] == columns[None], 1.0, 0.0)
+        one_hot = tl.where(label.to(tl.int32)[:, None] == columns.to(tl.int32)[None], 1.0, 0.0)
         return tl.where(inside, one_hot * hit(label, num_classes)[:, None], 0.0)
     else:
         inside = (rows < num_rows)[:, None] & (columns < num_classes)[None]
@@ -91,10 +91,13 @@ def whole_rows(
     product_ptr, bias_ptr, other_ptr, weights_ptr, out_ptr, partials_ptr,
     num_rows, num_classes, tiles, begun,
     product_row, product_column, bias_stride, other_row, other_column, weights_stride, out_row,
-    loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr,
+    loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr, multiple: tl.constexpr,
     block_rows: tl.constexpr, block_classes: tl.constexpr,
 ):  # fmt: skip
     """R from a product in memory, which R may overwrite; each program sums the columns of its rows."""
+    num_classes = times(num_classes, multiple)
+    product_row = times(product_row, multiple)
+    other_row = times(other_row, 1 if classes else multiple)
     columns = tl.arange(0, block_classes).to(tl.int64)
     product_fill, other_fill = fills(loss, curved)
     bias = load_bias(bias_ptr, columns, num_classes, bias_stride)
@@ -122,10 +125,13 @@ def product_rows(
     num_rows, num_features, num_classes,
     features_row, features_column, factor_row, factor_column, bias_stride,
     other_row, other_column, weights_stride, out_row,
-    loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr, even: tl.constexpr, precision: tl.constexpr,
+    loss: tl.constexpr, curved: tl.constexpr, classes: tl.constexpr, multiple: tl.constexpr,
+    even: tl.constexpr, precision: tl.constexpr,
     block_rows: tl.constexpr, block_classes: tl.constexpr, block_features: tl.constexpr,
 ):  # fmt: skip
     """R from the features: the product with the head or the direction is made here."""
+    num_classes = times(num_classes, multiple)
+    other_row = times(other_row, 1 if classes else multiple)
     rows = (tl.program_id(0) * block_rows + tl.arange(0, block_rows)).to(tl.int64)
     columns = tl.arange(0, block_classes).to(tl.int64)
     inside = (rows < num_rows)[:, None] & (columns < num_classes)[None]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastmeta.triton_kernels import _arguments, _gradient
+from fastmeta.triton_kernels import _arguments, _gradient, _products
 from fastmeta.triton_kernels._launch import Plans, layout, on_device, precision
 
 _PLANS: Plans[_gradient.Fused | _gradient.Slabs | None] = Plans()
@@ -27,6 +27,7 @@ def _plan(
         _gradient.Problem(
             "hessian_vector_product", n, d, c, features.dtype, loss,
             curved=True, classes=False, product=True, with_bias=direction_bias is not None,
+            multiple=_gradient.multiple(c, None, logits), aligned=_products.aligned(d, features, direction_weight),
         )
     )  # fmt: skip
 

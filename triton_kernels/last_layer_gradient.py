@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.triton_kernels import _arguments, _gradient
+from fastmeta.triton_kernels import _arguments, _gradient, _products
 from fastmeta.triton_kernels._launch import INTERPRETED, Plans, layout, on_device, precision
 
 _PLANS: Plans[_gradient.Fused | _gradient.Slabs | None] = Plans()
@@ -29,6 +29,7 @@ def _plan(
         _gradient.Problem(
             "last_layer_gradient", n, d, c, features.dtype, loss,
             curved=False, classes=targets.dim() == 1, product=logits is None, with_bias=True,
+            multiple=_gradient.multiple(c, logits, targets), aligned=_products.aligned(d, features, head_weight),
         )
     )  # fmt: skip
 
