@@ -100,6 +100,7 @@ def test_every_row_has_a_block_and_memory_suffices(library, gradient, n, d, c, m
     assert p.staged >= d or not p.resident
     assert p.staged >= layout.slab or d == 0 or matrices == 0
     assert p.scratch >= (matrices if p.resident else 1) * c * p.staged
+    assert p.scratch % 4 == 0, "residuals begin at a vector's address"
     if gradient:
         assert p.residuals >= min(p.rows_per_block, limits.chunk) * layout.residual_stride
         assert p.blocks == 1 or p.blocks * c * (d + 1) <= limits.partials

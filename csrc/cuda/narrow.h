@@ -7,17 +7,23 @@
 
 namespace fastmeta {
 
-struct alignas(16) Quad {
+struct Quad {
   float v[4];
 };
 
-// The four features that lane k of `lanes` has of a slab: side by side, or `lanes` apart so that a warp's loads of
-// single numbers meet.
-template <int lanes>
-__device__ __forceinline__ int64_t feature_of(int64_t slab_begin, int k, int i, bool vectorized) {
-  return slab_begin + (vectorized ? 4 * k + i : k + lanes * i);
+// Memory of 16 bytes, in one instruction.
+__device__ __forceinline__ Quad read_quad(const float* from) {
+  const float4 quad = *reinterpret_cast<const float4*>(from);
+  return {quad.x, quad.y, quad.z, quad.w};
 }
 
+__device__ __forceinline__ void write_quad(float* to, const Quad& quad) {
+  const float4 packed{quad.v[0], quad.v[1], quad.v[2], quad.v[3]};
+  *reinterpret_cast<float4*>(to) = packed;
+}
+
+// The four features that lane k of `lanes` has of a slab: side by side, or `lanes` apart so that a warp's loads of
+// single numbers meet.
 template <int lanes, class T>
 __device__ __forceinline__ Quad load_quad(const T* row, int64_t column, int64_t slab_begin, int k, int64_t features,
                                           bool vectorized) {
@@ -30,7 +36,7 @@ __device__ __forceinline__ Quad load_quad(const T* row, int64_t column, int64_t 
     }
   } else {
     for (int i = 0; i < 4; ++i) {
-      const int64_t d = feature_of<lanes>(slab_begin, k, i, false);
+      const int64_t d = slab_begin + k + lanes * i;
       if (d < features) quad.v[i] = widen(row[d * column]);
     }
   }
@@ -97,27 +103,26 @@ struct RowTile {
 
   __device__ int output(int m) const { return lane % spread * count + m; }
 
-  // Columns [begin, begin + staged) of a factor into shared memory, in the order that load_quad gives them to lanes.
-  __device__ void stage(const Strided<T>& weight, int64_t begin, float* to) const {
-    const int slabs = static_cast<int>(a.staged / slab_features);
+  // Columns [begin, begin + staged) of a factor into shared memory, in the order that load_quad gives them to lanes;
+  // `number` factors lie before it.
+  __device__ __forceinline__ void stage(const Strided<T>& weight, int64_t begin, int number) const {
+    const int slabs = static_cast<int>(a.staged) / slab_features;
     const int team = lane / lanes, k = lane % lanes;
     for (int task = warp * teams + team; task < a.outputs * slabs; task += narrow_warps * teams) {
       const int c = task / slabs, slab = task % slabs;
       const Quad quad = load_quad<lanes>(weight.at(c), weight.column, begin + int64_t{slab} * slab_features, k,
                                          a.num_features, a.vectorized);
-      *reinterpret_cast<Quad*>(to + c * a.staged + slab * slab_features + 4 * k) = quad;
+      write_quad(factors + ((number * a.outputs + c) * slabs + slab) * slab_features + 4 * k, quad);
     }
   }
 
   // All factors, if they stay; for all threads of the block.
-  __device__ void stage_resident() const {
+  __device__ __forceinline__ void stage_resident() const {
     if (!a.resident || a.staged == 0) return;
-    float* to = factors;
-    if constexpr (has_tangent) {
-      stage(a.tangent.weight, 0, to);
-      to += a.outputs * a.staged;
+#pragma unroll 1
+    for (int i = has_tangent ? 0 : 1; i < (a.has_head ? 2 : 1); ++i) {
+      stage(i == 0 ? a.tangent.weight : a.head.weight, 0, has_tangent ? i : 0);
     }
-    if (a.has_head) stage(a.head.weight, 0, to);
     __syncthreads();
   }
 
@@ -137,7 +142,7 @@ struct RowTile {
 #pragma unroll
       for (int c = 0; c < padded; ++c) {
         if (c >= a.outputs) break;
-        const Quad v = *reinterpret_cast<const Quad*>(factor + c * a.staged + slab * slab_features + 4 * k);
+        const Quad v = read_quad(factor + c * a.staged + slab * slab_features + 4 * k);
 #pragma unroll
         for (int r = 0; r < rows; ++r) {
 #pragma unroll
@@ -162,7 +167,7 @@ struct RowTile {
     for (int64_t begin = 0; begin < a.num_features; begin += a.staged) {
       if (!a.resident) {
         __syncthreads();
-        stage(factor.weight, begin, staged);
+        stage(factor.weight, begin, 0);
         __syncthreads();
       }
       accumulate(from, staged, begin, sums);

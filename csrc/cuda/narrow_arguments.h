@@ -42,7 +42,7 @@ struct NarrowArguments {
   bool resident;
   int64_t rows_per_block, staged;
   int row_groups;
-  int64_t residuals;
+  int64_t scratch;
   Strided<T> features;       // [N, D]
   Strided<T> logits;         // [N, C]
   Factor<T> head, tangent;   // logits and their tangent
@@ -112,7 +112,7 @@ void set_plan(NarrowArguments<T>& a, const NarrowPlan& plan) {
   a.rows_per_block = plan.rows_per_block;
   a.staged = plan.staged;
   a.row_groups = plan.row_groups;
-  a.residuals = plan.residuals;
+  a.scratch = plan.scratch;
 }
 
 inline void check_narrow(const LastLayerSizes& sizes, const Tensor& features) {

@@ -99,7 +99,7 @@ struct OuterProducts {
 #pragma unroll
       for (int j = 0; j < sum_outputs; j += 4) {
         if (c + j >= a.outputs) break;
-        const Quad r = *reinterpret_cast<const Quad*>(residuals + row * stride + c + j);
+        const Quad r = read_quad(residuals + row * stride + c + j);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
 #pragma unroll
@@ -113,19 +113,19 @@ struct OuterProducts {
   __device__ __forceinline__ void add_groups(Sums& sums) const {
     const int group = warp % a.row_groups, slab = warp / a.row_groups;
     for (int half = a.row_groups / 2; half > 0; half /= 2) {
-      Quad* from = reinterpret_cast<Quad*>(scratch) + (slab * half + group % half) * kept * 32 + lane;
+      float* shared = scratch + ((slab * half + group % half) * kept * 32 + lane) * 4;
       __syncthreads();  // what was there has been read
       if (group >= half && group < 2 * half) {
 #pragma unroll
         for (int m = 0; m < kept; ++m) {
-          from[m * 32] = {sums[4 * m], sums[4 * m + 1], sums[4 * m + 2], sums[4 * m + 3]};
+          write_quad(shared + m * 128, quad_of(sums, m));
         }
       }
       __syncthreads();
       if (group < half) {
 #pragma unroll
         for (int m = 0; m < kept; ++m) {
-          const Quad other = from[m * 32];
+          const Quad other = read_quad(shared + m * 128);
 #pragma unroll
           for (int i = 0; i < 4; ++i) sums[4 * m + i] += other.v[i];
         }
@@ -139,22 +139,37 @@ struct OuterProducts {
       const int c = first_output + lane / lanes * kept + m;
       if (c >= a.outputs) break;
       float* partial = partial_weight(a, blockIdx.x, c);
+      if (a.vectorized) {
+        const int64_t d = slab * slab_features + 4 * (lane % lanes);
+        if (d >= a.num_features) return;
+        Quad sum = quad_of(sums, m);
+        if (!starts) {
+          const Quad before = read_quad(partial + d);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t d = feature_of<lanes>(slab * slab_features, lane % lanes, i, a.vectorized);
-        if (d >= a.num_features) continue;
-        partial[d] = starts ? sums[4 * m + i] : partial[d] + sums[4 * m + i];
+          for (int i = 0; i < 4; ++i) sum.v[i] += before.v[i];
+        }
+        write_quad(partial + d, sum);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t d = slab * slab_features + lane % lanes + lanes * i;
+          if (d < a.num_features) partial[d] = starts ? sums[4 * m + i] : partial[d] + sums[4 * m + i];
+        }
       }
     }
+  }
+
+  static __device__ __forceinline__ Quad quad_of(const Sums& sums, int m) {
+    return {sums[4 * m], sums[4 * m + 1], sums[4 * m + 2], sums[4 * m + 3]};
   }
 };
 
 template <class T, int padded, int lanes, RowResult result>
 __global__ void __launch_bounds__(32 * narrow_warps, 3) narrow_gradient(FASTMETA_STRUCTURE(NarrowArguments<T>) a) {
-  FASTMETA_DYNAMIC_SHARED(float, residuals);
+  FASTMETA_DYNAMIC_SHARED(float, scratch);
   using Tile = RowTile<T, padded, lanes, result>;
   constexpr int stride = Tile::layout.residual_stride();
-  float* scratch = residuals + a.residuals;
+  float* residuals = scratch + a.scratch;
   const Tile tile(a, scratch);
   const int64_t begin = blockIdx.x * a.rows_per_block;
   const int64_t end = begin + a.rows_per_block < a.examples ? begin + a.rows_per_block : a.examples;
