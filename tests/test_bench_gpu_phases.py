@@ -232,6 +232,8 @@ def test_the_commands_of_the_real_phases(tmp_path):
     assert tests.environment["FASTMETA_TEST_DEVICE"] == "cuda"
     names = {Path(argument).name for argument in tests.command if argument.endswith(".py")}
     assert names >= {"test_ops_kernels.py", "test_masked_adam.py", "test_gpu_large.py"}
+    assert all((ROOT / "tests" / name).is_file() for name in command.HOST_TESTS)
+    assert not names & command.HOST_TESTS
 
 
 def test_json_has_no_nan(tmp_path):

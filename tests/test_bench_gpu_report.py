@@ -117,7 +117,10 @@ def test_goals_take_the_worst(results):
     )
     lists = found["lists of tensors, 25.6M parameters: share of the copy bandwidth"]
     assert len(lists.found) == 3
-    assert goals.Goal("launches", 2, {"a": 2, "b": 3}, at_least=False).met is False
+    few = goals.Goal("launches", 2, {"a": 2, "b": 3}, at_least=False)
+    assert (few.worst, few.met) == (("b", 3), False)
+    much = goals.Goal("share", 0.85, {"a": 0.9, "b": 0.5})
+    assert (much.worst, much.met) == (("b", 0.5), False)
 
 
 def test_pictures(results, tmp_path, monkeypatch, capsys):

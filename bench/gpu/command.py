@@ -33,7 +33,11 @@ GROUPS: tuple[tuple[tuple[str, ...], float, float], ...] = (
     (("operators",), 135.0, 240.0),
     (("step",), 60.0, 120.0),
 )
-TEST_FILES = ("test_triton_*.py", "test_cuda_*.py", "test_gpu_*.py", "test_graph*.py", "test_device_solver*.py")
+TEST_FILES = (
+    *("test_ops*.py", "test_gpu_*.py", *(f"test_{stem}*.py" for stem in choices.STEMS.values())),
+    *("test_triton_*.py", "test_cuda_*.py", "test_graph*.py", "test_device_solver*.py"),
+)
+HOST_TESTS = {"test_cuda_chunk_table.py", "test_cuda_emulator.py", "test_cuda_narrow_plan.py"}  # need no GPU
 TEST_PROCESSES = 6
 COMPILE_PROCESSES = 6
 LOG = 200_000  # characters of each phase's output that are kept
@@ -79,7 +83,9 @@ def _until(seconds: float) -> float:
 
 
 def _build(plan: Plan, seconds: float) -> list[Phase]:
-    return [Phase("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], seconds, plan.log("build"))]
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    programs = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}
+    return [Phase("build", command, seconds, plan.log("build"), environment=programs)]  # ninja is beside Python
 
 
 def _environment(plan: Plan, seconds: float) -> list[Phase]:
@@ -89,11 +95,8 @@ def _environment(plan: Plan, seconds: float) -> list[Phase]:
 
 def files_of_tests(folder: Path) -> list[str]:
     """The operators' tests, and those of what only a GPU has."""
-    stems = [f"test_{stem}*.py" for stem in choices.STEMS.values()]
-    found = []
-    for pattern in ("test_ops*.py", *stems, *TEST_FILES):
-        found += [str(path) for path in sorted(folder.glob(pattern))]
-    return list(dict.fromkeys(found))
+    found = [path for pattern in TEST_FILES for path in sorted(folder.glob(pattern)) if path.name not in HOST_TESTS]
+    return [str(path) for path in dict.fromkeys(found)]
 
 
 def _tests(plan: Plan, seconds: float) -> list[Phase]:
