@@ -61,11 +61,6 @@ def wanted() -> bool:
     return torch.version.cuda is not None and find_nvcc() is not None
 
 
-def _architectures() -> tuple[str, ...]:
-    chosen = os.environ.get("FASTMETA_CUDA_ARCHITECTURES", "").replace(",", " ").split()
-    return tuple(chosen) or ARCHITECTURES
-
-
 def _torch_include() -> Path:
     import torch
 
@@ -77,25 +72,19 @@ def sources() -> list[Path]:
     return sorted(CSRC.glob("cuda/*.cu"))
 
 
-def _nvcc_command(include: Path) -> Command:
-    """Compiles one source for every architecture, up to the source and the output."""
+def _nvcc_command(include: Path, codes: Command) -> Command:
+    """Compiles one source, up to the source and the output; ``codes`` say for which architectures."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise FileNotFoundError("nvcc is not found; put it on the PATH or set CUDA_HOME")
-    command = [
-        str(nvcc),
-        "-std=c++20",
-        "-O3",
-        "--expt-relaxed-constexpr",
-        "-DUSE_CUDA",
-        STABLE_ABI,
-        f"-I{CSRC}",
-        f"-I{include}",
-    ]
-    for number in _architectures():
-        code = f"[sm_{number},compute_{number}]" if number == _architectures()[-1] else f"sm_{number}"
-        command += ["-gencode", f"arch=compute_{number},code={code}"]
-    return [*command, "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-c"]
+    command = [str(nvcc), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    return [*command, "-DUSE_CUDA", STABLE_ABI, f"-I{CSRC}", f"-I{include}", *codes, "-Xptxas=-v", "-c"]
+
+
+def _codes() -> Command:
+    chosen = os.environ.get("FASTMETA_CUDA_ARCHITECTURES", "").replace(",", " ").split() or ARCHITECTURES
+    last = f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"
+    return [*(f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen), last]
 
 
 def _emulation_command(include: Path) -> Command:
@@ -170,7 +159,7 @@ def _torch_libraries(folder: Path, names: Sequence[str]) -> Command:
 
 def build(library: Path) -> list[Path]:
     """Build the CUDA library; returns the objects it is made of."""
-    command = _nvcc_command(_torch_include())
+    command = _nvcc_command(_torch_include(), _codes())
     objects = _compile_all(command, sources(), _torch_include(), ROOT / "build/cuda")
     # The CUDA runtime linked in must not answer for torch's, nor torch's for it.
     options = ["-Xlinker=--exclude-libs,ALL,--no-as-needed,-s", "-cudart=static"]
@@ -246,12 +235,9 @@ def check_headers(include: Path) -> int:
     cpp = [compiler(), "-std=c++20", "-O0", "-fPIC", "-ffp-contract=fast", STABLE_ABI, f"-I{CSRC}", f"-I{include}"]
     cpp += [f"-I{sysconfig.get_path('include')}", '-DFASTMETA_BUILT_FOR_TORCH="headers only"', "-c"]
     for_cpu = sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")])
-    for command, files in [
-        (cpp, for_cpu),
-        (_nvcc_command(include), sources()),
-        (_emulation_command(include), [CSRC / "operators.cpp", CSRC / "cuda/emulator.cpp", *sources()]),
-    ]:
-        _compile_all(command, files, include, folder)
+    _compile_all(cpp, for_cpu, include, folder)
+    # To PTX and no further: what comes then does not see the headers.
+    _compile_all(_nvcc_command(include, ["-gencode=arch=compute_90,code=compute_90"]), sources(), include, folder)
     return len(for_cpu) + len(sources())
 
 
