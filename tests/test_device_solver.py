@@ -282,6 +282,17 @@ def test_why_it_stops(
         assert bool(outcome.solution.isnan().all()) is (status == scalars.NOT_FINITE)
 
 
+def test_a_right_hand_side_that_is_not_finite(implementation: Updates) -> None:
+    target = torch.tensor(1e-6, dtype=torch.float64)
+    for value in (math.nan, math.inf):
+        outcome = conjugate_gradient(
+            lambda p: 2 * p, torch.tensor([[1.0, value]]), target=target, max_iter=3, updates=implementation
+        )
+        assert outcome.read is not None
+        assert (outcome.read[scalars.STATUS], outcome.read[scalars.COUNT]) == (scalars.NOT_FINITE, 0)
+        assert bool(outcome.solution.isnan().all())
+
+
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 1023, 1025, 2 * 2 * 1024 + 3])
