@@ -50,7 +50,7 @@ CUresult cuGetErrorString(CUresult error, const char **text) { *text = "no error
 class Launched(NamedTuple):
     """The last launch that reached the driver, and how many did."""
 
-    count: int
+    number: int
     grid: tuple[int, ...]
     threads: int
     shared: int

@@ -1,6 +1,7 @@
 """Calls of the Triton operators that between them make every launch that can be made, on tensors without memory."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -17,15 +18,12 @@ from fastmeta.triton_kernels._launch import Recorded, recording
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLASSES = (10, 20, 50, 100, 200, 400, 1000, 2000, 4000, 8000, 30522)
-LONG = (8192, 2048, 30522)
-# The losses with the most to hold; the rest have parts of their row functions.
-HEAVY = ("mse_probs", "cross_entropy")
 
 
 class Variant(NamedTuple):
     """What a call has beside its shape."""
 
-    loss: str = HEAVY[0]
+    loss: str = "mse_probs"  # the most to hold: the others have parts of its row functions
     head: bool = False
     extras: bool = True  # biases, weights, damping, projection
     classes: bool = False
@@ -96,67 +94,82 @@ def _arithmetic(name: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _variants(operator: str, quick: bool) -> list[Variant]:
-    """Those whose launches differ."""
+def _heavy(operator: str, form: str) -> Variant:
+    """The call with the most to hold, in which every tile is taken."""
+    return Variant(head=form != "rows" and operator != "hessian_vector_product")
+
+
+def _light(operator: str) -> list[Variant]:
+    """The other losses and layouts, at the tiles that the heuristics pick."""
     if operator in ("feature_similarity", "finite_difference_labels"):
-        found = [Variant(), Variant(extras=False), Variant(aligned=False)]
-        return found[:1] if quick else found
-    heads = [False] if operator == "hessian_vector_product" else [False, True]
-    found = [Variant(loss, head) for loss in HEAVY[: 1 if quick else 2] for head in heads]
-    if not quick:
-        found += [Variant(loss, heads[-1], aligned=False) for loss in LOSSES]
-        found += [Variant(loss, extras=False, classes=True) for loss in LOSSES]
-    return found
+        return [Variant(extras=False), Variant(aligned=False)]
+    head = operator != "hessian_vector_product"
+    found = [Variant(loss, head, aligned=False) for loss in LOSSES]
+    found += [Variant(loss, extras=False, classes=True) for loss in LOSSES]
+    return [*found, Variant("cross_entropy", head), Variant("cross_entropy")]
 
 
-def _shapes(form: str) -> list[tuple[int, int, int]]:
-    if form == "flash":
-        return [(256, 128, 1000), (1024, 512, 2000), LONG]
-    return [(256, 128, c) for c in CLASSES] + [(768, 512, 200), (8192, 2048, 10), (8192, 2048, 200), LONG]
+HEAVY_SHAPES = {
+    "rows": [(256, 128, c) for c in CLASSES] + [(8192, 2048, c) for c in (10, 200, 1000, 30522)],
+    "fused": [(256, 128, c) for c in CLASSES] + [(8192, 2048, c) for c in (10, 200, 400)],
+    "flash": [(256, 128, 1000), (1024, 512, 2000), (8192, 2048, 30522)],
+}
+LIGHT_SHAPES = {"rows": [(256, 128, 100), (256, 128, 30522)], "fused": [(256, 128, 10)], "flash": [(1024, 512, 2000)]}
 
 
 class Enumeration:
     """Every launch of the operators, each tile of each table included.
 
     Args:
-        quick: only the heaviest loss and no unaligned tensors.
+        quick: the heaviest loss only, in two dtypes.
     """
 
     def __init__(self, quick: bool) -> None:
         self.found: list[Found] = []
         self.tiles: set[Any] = set()
+        self.quick = quick
         for operator in _kernels.TRITON:
             for arithmetic, dtype in DTYPES.items():
                 with _arithmetic(arithmetic):
-                    self._operator(operator, arithmetic, dtype, quick)
+                    self._operator(operator, arithmetic, dtype)
         self._conjugate_gradients()
 
-    def _operator(self, operator: str, arithmetic: str, dtype: torch.dtype, quick: bool) -> None:
-        variants = _variants(operator, quick)
-        heavy = [one for one in variants if one.loss in HEAVY and one.aligned and one.extras]
-        for variant in variants:
-            done: set[tuple[str, Any]] = set()
-            for form in _forms.FORMS:
-                for shape in _shapes(form):
-                    given = arguments(operator, shape, dtype, variant)
-                    with _forms.force(form), recording() as launches, _tuning.requested() as requests:
-                        try:
-                            function(operator)(*given)
-                        except ValueError as error:
-                            if "has no form" not in str(error):
-                                raise
-                            continue
-                    new = [(r.kernel, tile) for r in requests for tile in r.table if (r.kernel, tile) not in done]
-                    if not new and variant is not variants[0]:
-                        continue
-                    self.found += [Found(operator, arithmetic, launch) for launch in launches]
-                    for kernel, tile in new if variant in heavy else []:
-                        done.add((kernel, tile))
-                        self.tiles.add(tile)
-                        with _forms.force(form), _tuning.using(kernel, tile), recording() as launches:
-                            function(operator)(*given)
-                        self.found += [Found(operator, arithmetic, launch) for launch in launches]
-                    done.update(new)
+    def _operator(self, operator: str, arithmetic: str, dtype: torch.dtype) -> None:
+        done: set[tuple[str, Any]] = set()
+        for form in _forms.FORMS:
+            # Rows multiply nothing: TF32 or not is the library's.
+            if (arithmetic == "tf32" and form == "rows") or (arithmetic == "float16" and self.quick):
+                continue
+            heavy = _heavy(operator, form)
+            for variant in (heavy, heavy._replace(aligned=False)):  # unaligned tensors may have tiles of their own
+                for shape in HEAVY_SHAPES[form]:
+                    self._launches(operator, form, arithmetic, arguments(operator, shape, dtype, variant), done)
+            if not self.quick and arithmetic == "bfloat16":
+                for variant, shape in itertools.product(_light(operator), LIGHT_SHAPES[form]):
+                    self._launches(operator, form, arithmetic, arguments(operator, shape, dtype, variant), None)
+
+    def _launches(
+        self, operator: str, form: str, arithmetic: str, given: tuple[Any, ...], done: set[tuple[str, Any]] | None
+    ) -> None:
+        """Those of one call; with every tile of its tables that is not in ``done``."""
+        with _forms.force(form), recording() as launches, _tuning.requested() as requests:
+            try:
+                function(operator)(*given)
+            except ValueError as error:
+                if "has no form" not in str(error):
+                    raise
+                return
+        tiles = {(request.kernel, tile) for request in requests for tile in request.table}
+        new = [] if done is None else sorted(tiles - done)
+        if done is None or new or not requests:
+            self.found += [Found(operator, arithmetic, launch) for launch in launches]
+        for kernel, tile in new:
+            with _forms.force(form), _tuning.using(kernel, tile), recording() as launches:
+                function(operator)(*given)
+            self.found += [Found(operator, arithmetic, launch) for launch in launches]
+        if done is not None:
+            done |= tiles
+            self.tiles.update(tile for _, tile in tiles)
 
     def _conjugate_gradients(self) -> None:
         module = import_module("fastmeta.triton_kernels.conjugate_gradient")
@@ -195,3 +208,19 @@ def _table(module: ModuleType) -> list[Any]:
             if isinstance(table, tuple | list) and table and all(type(one).__name__.endswith("Tile") for one in table):
                 found += [tile for tile in table if type(tile).__module__ == module.__name__]
     return found
+
+
+def kernel_name(launch: Recorded) -> str:
+    """``module.kernel``."""
+    return f"{launch.kernel.__module__.rsplit('.', 1)[-1]}.{launch.kernel.fn.__name__}"
+
+
+def pointer_types(launch: Recorded) -> str:
+    """What the tensors hold; ``-`` for one that is not there."""
+    return " ".join(str(a.dtype) if isinstance(a, Tensor) else "-" if a is None else "." for a in launch.arguments)
+
+
+def constants(launch: Recorded) -> str:
+    """``rows=16 classes=64 ..., 4 warps, 2 stages``."""
+    named = " ".join(f"{name.removeprefix('block_')}={value}" for name, value in launch.constants.items())
+    return f"{named}, {launch.options['num_warps']} warps, {launch.options['num_stages']} stages"

@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 TILES = (
     Tile(16, 64, 16, 64, 4, 2), Tile(16, 64, 32, 64, 4, 2), Tile(16, 32, 64, 64, 4, 2), Tile(16, 32, 128, 32, 4, 2),
     Tile(16, 32, 256, 32, 8, 2),
-    Tile(32, 32, 16, 32, 4, 2), Tile(32, 32, 32, 64, 4, 2), Tile(32, 32, 64, 64, 8, 2), Tile(32, 32, 128, 64, 8, 2),
+    Tile(32, 32, 16, 32, 4, 2), Tile(32, 32, 32, 32, 4, 2), Tile(32, 32, 64, 64, 8, 2), Tile(32, 32, 128, 64, 8, 2),
 )  # fmt: skip
 MOST_CLASSES = 256  # of the fused form: one program holds a row of the result
 
