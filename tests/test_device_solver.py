@@ -17,13 +17,13 @@ from hessian_problems import ITERATIVE, dense_hessian, flat, make, power_law, so
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmeta import _conjugate_gradient_scalars as scalars
 from fastmeta import _extension
 from fastmeta.losses import LOSSES
 from fastmeta.ops import NotConvergedWarning, SolverState, solve_hessian
 from fastmeta.ops._solvers import device
 from fastmeta.ops._solvers.device_conjugate_gradient import CHECK_EVERY, conjugate_gradient
 from fastmeta.ops._solvers.updates import TorchUpdates, Updates, updates_for
-from fastmeta.triton_kernels import conjugate_gradient_scalars as scalars
 
 needs_interpreter = pytest.mark.skipif(
     not _extension.INTERPRETED or _extension.TRITON_REASON is not None,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta.triton_kernels import conjugate_gradient_scalars as scalars
+from fastmeta import _conjugate_gradient_scalars as scalars
 from fastmeta.triton_kernels._launch import Launch, Plans, on_device
 
 _BLOCK = 1024  # entries in one step of a program, 4 warps

@@ -10,12 +10,12 @@ import math
 import torch
 from torch import Tensor
 
+from fastmeta import _conjugate_gradient_scalars as scalars
+from fastmeta._conjugate_gradient_scalars import NEGATIVE
 from fastmeta.ops._solvers import coordinates
 from fastmeta.ops._solvers.device_conjugate_gradient import Outcome, conjugate_gradient, status_of
 from fastmeta.ops._solvers.driver import MARGIN, Answer, Krylov, Solve, reachable
 from fastmeta.ops._solvers.updates import updates_for
-from fastmeta.triton_kernels import conjugate_gradient_scalars as scalars
-from fastmeta.triton_kernels.conjugate_gradient_scalars import NEGATIVE
 
 
 def serves(tensor: Tensor) -> bool:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmeta import _conjugate_gradient_scalars as scalars
 from fastmeta.ops._solvers.updates import Updates
-from fastmeta.triton_kernels import conjugate_gradient_scalars as scalars
 
 # Iterations launched between two looks at the status. A look costs the time from the device to the host and back; an
 # iteration launched after the solve has stopped costs a Hessian-vector product that changes nothing.
@@ -15,7 +15,7 @@ CHECK_EVERY = 5
 
 
 class Outcome(NamedTuple):
-    """``x`` and the last row of scalars (``triton_kernels/conjugate_gradient_scalars.py``)."""
+    """``x`` and the last row of scalars (``fastmeta/_conjugate_gradient_scalars.py``)."""
 
     solution: Tensor  # [C, r]
     row: Tensor  # [8], float64

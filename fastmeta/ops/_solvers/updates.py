@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastmeta import _conjugate_gradient_scalars as scalars
 from fastmeta import _extension, dispatch
-from fastmeta.triton_kernels import conjugate_gradient_scalars as scalars
 
 
 class Updates(Protocol):

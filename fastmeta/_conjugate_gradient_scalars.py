@@ -1,6 +1,6 @@
 """The numbers of a conjugate-gradient solve that stay on the device: a row of float64 for each iteration.
 
-No Triton here: the PyTorch version of the updates (``fastmeta/ops/_solvers/updates.py``) reads the same rows.
+``triton_kernels/conjugate_gradient.py`` and ``fastmeta/ops/_solvers/updates.py`` read and write the same rows.
 """
 
 SLOPE = 0  # <r, z>
