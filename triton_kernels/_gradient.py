@@ -99,7 +99,7 @@ class Fused:
     def __call__(self, given: Operands, addend: Tensor | None, damping: float, weight: Tensor, bias: Tensor) -> None:
         """Write ``weight [C, D]`` and ``bias [C]``."""
         p, features = self.problem, given.features
-        rows = torch.empty((p.n, self.pitch), dtype=p.dtype, device=features.device)
+        rows = torch.empty((p.n, self.pitch), dtype=torch.float32, device=features.device)
         operands = *divided(given.other, p.multiple), step(given.weights), self.pitch
         if p.product:
             self.rows(
