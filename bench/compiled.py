@@ -78,7 +78,7 @@ def compile_one(job: Work) -> Resources:
     try:
         made = triton.compile(source, GPUTarget("cuda", job.architecture, 32), dict(job.options))
     except Exception as error:
-        return Resources(0, 0, 0, f"{type(error).__name__}: {error}".splitlines()[0])
+        return Resources(0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
     registers, stack = _usage(made.asm["cubin"])
     spills = _spills(made.asm["ptx"], job.architecture) if stack else 0
     problem = f"{spills} bytes of spills" if spills else ""
