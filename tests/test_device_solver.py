@@ -148,6 +148,17 @@ def test_a_result_twice_has_the_same_bits(on_device: str) -> None:
     assert torch.equal(flat(once), flat(again))
 
 
+@needs_interpreter
+def test_triton_all_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hessian-vector product too, as on a GPU."""
+    monkeypatch.setattr(device, "serves", lambda tensor: True)
+    problem = power_law(40, 12, 5)
+    options = {"damping": 0.3, "solver": "cg", "tol": 1e-4}
+    got, expected = (solve(problem, True, True, impl=impl, **options) for impl in ("triton", "reference"))
+    torch.testing.assert_close(flat(got), flat(expected), rtol=1e-3, atol=1e-4)
+    assert got.residual <= 1e-4
+
+
 def test_iterations_and_residual_are_numbers_that_wait_until_read(captured: None) -> None:
     solution = solve(power_law(60, 12, 3), True, True, damping=0.3, solver="cg", tol=1e-3)
     _, _, iterations, residual = solution

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastmeta import _conjugate_gradient_scalars as scalars
-from fastmeta._conjugate_gradient_scalars import NEGATIVE
 from fastmeta.ops._solvers import coordinates
 from fastmeta.ops._solvers.device_conjugate_gradient import Outcome, conjugate_gradient, status_of
 from fastmeta.ops._solvers.driver import MARGIN, Answer, Krylov, Solve, reachable
@@ -59,10 +58,10 @@ class DeviceSolve(Solve):
         if outcome.read is None:
             self._keep_in_place(x)
             count = outcome.row[scalars.COUNT].to(torch.int64)
-            indefinite = None if signs is None else (status_of(outcome.row) == NEGATIVE) & (signs < 0).any()
+            indefinite = None if signs is None else (status_of(outcome.row) == scalars.NEGATIVE) & (signs < 0).any()
             return Answer(x, count, relative, solver, indefinite=indefinite)
         status, iterations = outcome.read[scalars.STATUS], int(outcome.read[scalars.COUNT])
-        if status == NEGATIVE and signs is not None and bool((signs < 0).any()):
+        if status == scalars.NEGATIVE and signs is not None and bool((signs < 0).any()):
             raise indefinite_error(iterations)
         stopped_at = None
         if status == scalars.NOT_FINITE:
