@@ -2,6 +2,10 @@
 // function and result are one pass over the features, without tiles of a GEMM.
 #pragma once
 
+#ifdef FASTMETA_EMULATE
+#include <stdexcept>
+#endif
+
 #include "cuda/narrow_arguments.h"
 #include "losses.h"
 
@@ -11,15 +15,29 @@ struct Quad {
   float v[4];
 };
 
-// Memory of 16 bytes, in one instruction.
+// Vectors in memory, in one instruction. A GPU stops at an address that is not a multiple of the vector's size, a CPU
+// does not.
+template <class V>
+__device__ __forceinline__ V* vector_at(void* address) {
+#ifdef FASTMETA_EMULATE
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(V) != 0) throw std::logic_error("a vector at an unaligned address");
+#endif
+  return static_cast<V*>(address);
+}
+
+template <class V>
+__device__ __forceinline__ V load_vector(const void* from) {
+  return *vector_at<V>(const_cast<void*>(from));
+}
+
 __device__ __forceinline__ Quad read_quad(const float* from) {
-  const float4 quad = *reinterpret_cast<const float4*>(from);
+  const auto quad = load_vector<float4>(from);
   return {quad.x, quad.y, quad.z, quad.w};
 }
 
 __device__ __forceinline__ void write_quad(float* to, const Quad& quad) {
   const float4 packed{quad.v[0], quad.v[1], quad.v[2], quad.v[3]};
-  *reinterpret_cast<float4*>(to) = packed;
+  *vector_at<float4>(to) = packed;
 }
 
 // The four features that lane k of `lanes` has of a slab: side by side, or `lanes` apart so that a warp's loads of
@@ -31,7 +49,7 @@ __device__ __forceinline__ Quad load_quad(const T* row, int64_t column, int64_t 
   if (vectorized) {
     const int64_t d = slab_begin + 4 * k;
     if (d < features) {
-      const auto packed = *reinterpret_cast<const Packed<T>*>(row + d);
+      const auto packed = load_vector<Packed<T>>(row + d);
       for (int i = 0; i < 4; ++i) quad.v[i] = widen(packed.v[i]);
     }
   } else {
