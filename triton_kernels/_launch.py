@@ -83,20 +83,17 @@ class Launch:
             self._straight = _straight(compiled, self.grid)
 
 
-def _listens(hook: Any) -> bool:
-    """Whether a profiler has added itself to a hook."""
-    return hook is not None and bool(getattr(hook, "calls", True))
-
-
 def _straight(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
     """The compiled kernel as a function of its arguments, constants included."""
     runner = compiled[grid]
     launcher = compiled.run
     scratch = [getattr(launcher, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
-    if not triton.__version__.startswith("3.6.") or scratch != [0, 0]:
+    # Lists of a profiler's functions; they grow in place.
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    before, after = (getattr(hook, "calls", None) for hook in hooks)
+    if not triton.__version__.startswith("3.6.") or scratch != [0, 0] or before is None or after is None:
         return runner
-    # What the runner does, but for looking up the device: the plan is of this one. A profiler's hooks take the runner.
-    runtime = triton.knobs.runtime
+    # What the runner does, but for looking up the device: the plan is of this one.
     launch, function, metadata = launcher.launch, compiled.function, compiled.packed_metadata
     options = launcher.launch_cooperative_grid, launcher.launch_pdl
     x, y, z = grid
@@ -104,7 +101,7 @@ def _straight(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
     stream = triton.runtime.driver.active.get_current_stream
 
     def straight(*arguments: Any) -> None:
-        if _listens(runtime.launch_enter_hook) or _listens(runtime.launch_exit_hook):
+        if before or after:
             runner(*arguments)
         else:
             launch(x, y, z, stream(device), function, *options, None, None, metadata, None, None, None, *arguments)

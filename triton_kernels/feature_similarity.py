@@ -185,7 +185,7 @@ def feature_similarity(features_u: Tensor, features_h: Tensor, residual_h: Tenso
         plan = _PLANS.keep(key, _Plan(features_u, features_h, residual_h, bias, by))
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    out = torch.empty(plan.shape, dtype=features_u.dtype, device=features_u.device)
+    out = features_u.new_empty(plan.shape)
     if plan.launch is not None:
         plan.launch(features_u, features_h, residual_h, out, *plan.sizes, float(scale), *plan.strides)
     elif not plan.empty:

@@ -199,7 +199,7 @@ def finite_difference_labels(
         plan = _PLANS.keep(key, _Plan(logits_plus, logits_minus, labels, epsilon, project))
     if not math.isfinite(step):
         raise ValueError(f"step must be finite, got {step}")
-    out = torch.empty(logits_plus.shape, dtype=logits_plus.dtype, device=logits_plus.device)
+    out = logits_plus.new_empty(logits_plus.shape)
     if plan.launch is not None:
         plan.launch(logits_plus, logits_minus, labels, epsilon, out, *plan.sizes, float(step), *plan.strides)
     return out

@@ -51,8 +51,8 @@ def hessian_vector_product(
     key = (features.device, loss, damped, precision(features.dtype), *layout(*tensors))
     plan = _PLANS[key] if key in _PLANS else _PLANS.keep(key, _plan(*tensors, loss))
     c, d = direction_weight.shape
-    weight = torch.empty((c, d), dtype=features.dtype, device=features.device)
-    bias = torch.empty(0 if direction_bias is None else c, dtype=features.dtype, device=features.device)
+    weight = features.new_empty((c, d))
+    bias = features.new_empty(0 if direction_bias is None else c)
     if plan is None:
         torch.mul(direction_weight, damping, out=weight)
         if direction_bias is not None:

@@ -1,6 +1,5 @@
 """Gradient of the last layer: the sums of :mod:`._gradient` with ``R = w r``."""
 
-import torch
 from torch import Tensor
 
 from fastmeta import checks
@@ -54,8 +53,8 @@ def last_layer_gradient(
     else:
         plan = _PLANS.keep(key, _plan(*tensors, loss))
     c, d = _num_classes(logits, head_weight), features.shape[1]
-    weight = torch.empty((c, d), dtype=features.dtype, device=features.device)
-    bias = torch.empty(c, dtype=features.dtype, device=features.device)
+    weight = features.new_empty((c, d))
+    bias = features.new_empty(c)
     if plan is None:
         return weight.zero_(), bias.zero_()
     plan(_gradient.Operands(features, logits, head_weight, head_bias, targets, weights), None, 0.0, weight, bias)
