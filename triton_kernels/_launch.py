@@ -139,12 +139,24 @@ def forget_plans() -> None:
         plans.clear()
 
 
+# Past these keys the library's products keep the dtype of their operands.
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCPU
+)
+
+
 def on_device(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Decorates an operator: it runs on the device of its first argument."""
+    """Decorates an operator: it runs on its first argument's device and, under autocast, in its arguments' dtype."""
 
     @wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         first: Any = args[0]
+        if torch._C._is_any_autocast_enabled():
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+                return on_its_device(first, *args, **kwargs)
+        return on_its_device(first, *args, **kwargs)
+
+    def on_its_device(first: Any, *args: Any, **kwargs: Any) -> Result:
         if first.is_cuda and first.get_device() != torch.cuda.current_device():
             with torch.cuda.device(first.device):
                 return function(*args, **kwargs)
