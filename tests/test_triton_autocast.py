@@ -20,7 +20,8 @@ def test_autocast_changes_nothing(case, form, generator):
             try:
                 expected = case.call(arguments, "triton")
             except ValueError as error:
-                assert "has no form" in str(error)
+                if "has no form" not in str(error):
+                    raise
                 pytest.skip(str(error))
             with torch.autocast(DEVICE, dtype=torch.bfloat16):
                 got = case.call(arguments, "triton")
