@@ -84,7 +84,9 @@ class Fused:
         self.pitch = pitch_of(p.c)
         row_function = _row_function(p)
         if p.product:
-            table = _products.fused_tiles(p.c, p.dtype, arithmetic, p.aligned)
+            # Eight warps where a row is wide: the row function takes more registers than the product.
+            found = _products.fused_tiles(p.c, p.dtype, arithmetic, p.aligned)
+            table = tuple(tile._replace(warps=8) if tile.classes >= 128 else tile for tile in found)
             tile = _tuning.tile("product_rows", p.dtype, (p.n, p.d, p.c), table, table[0])
             constants = row_function | {"even": p.d % tile.features == 0, "precision": arithmetic}
             constants |= {"block_rows": tile.rows, "block_classes": tile.classes, "block_features": tile.features}

@@ -158,7 +158,8 @@ class WholeTile(NamedTuple):
     warps: int
 
 
-WHOLE_TILES = (WholeTile(1024, 4), WholeTile(2048, 4), WholeTile(4096, 8), WholeTile(8192, 8), WholeTile(8192, 16))
+# At most 16 entries a thread: twice that leaves registers for a single program on a processor.
+WHOLE_TILES = (WholeTile(1024, 4), WholeTile(2048, 4), WholeTile(4096, 8), WholeTile(8192, 16))
 
 
 def block_of(num_classes: int) -> int:
@@ -177,6 +178,6 @@ def whole_tile(n: int, c: int, dtype: torch.dtype) -> WholeTile:
     table = [tile for tile in WHOLE_TILES if tile.entries >= block]
     heuristic = table[0]
     for tile in table:
-        if tile.warps <= 8 and -(-n // (tile.entries // block)) >= 128:
+        if -(-n // (tile.entries // block)) >= 128:
             heuristic = tile
     return _tuning.tile("whole_rows", dtype, (n, c), table, heuristic)
