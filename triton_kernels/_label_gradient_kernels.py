@@ -157,7 +157,9 @@ def flash_sums(
             z = _tangent(columns(z_tile, part, parts), place, bias_ptr, num_classes, bias_step)
             inside = row_inside[:, None] & (place < num_classes)[None]
             z_ptr = out_ptr + row[:, None] * num_classes + place[None]
-            tl.store(z_ptr, z.to(out_ptr.dtype.element_ty), inside)
+            rounded = z.to(out_ptr.dtype.element_ty)
+            tl.store(z_ptr, rounded, inside)
+            z = rounded.to(tl.float32)  # as it is read back: the mean must cancel it where p is 1
             f = _logits(
                 columns(f_tile, part, parts), row, place, logits_ptr, head_bias_ptr, num_classes, logits_row,
                 logits_column, head_bias_step, loss,

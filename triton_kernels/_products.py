@@ -46,7 +46,7 @@ FUSED_TILES = {
         ProductTile(16, 256, 32, 8, 2),
         ProductTile(16, 512, 16, 8, 2),
     ),
-    "ieee": (
+    "scalar": (
         ProductTile(16, 16, 32, 4, 2),
         ProductTile(16, 32, 32, 4, 2),
         ProductTile(16, 64, 16, 4, 2),
@@ -54,31 +54,24 @@ FUSED_TILES = {
         ProductTile(16, 256, 16, 8, 2),
     ),
 }
-# Tiles of classes for the flash form; the first is the one for many rows. With a head the first takes both accumulators
-# of 128 x 128, 128 registers of a thread beside three stages of the operands in 144 KB: more than sm_80 and sm_100
-# compile without spilling, which have the second.
+# Tiles of classes for the flash form; the first is the one for many rows. With a head it takes both accumulators of
+# 128 x 128, 128 registers of a thread, beside three stages of the operands in 144 KB: only sm_90, whose products read
+# both operands from shared memory, compiles that without spilling; the others then have the second.
 FLASH_TILES = {
     "half": (
         ProductTile(128, 128, 64, 8, 3),
         ProductTile(128, 64, 64, 8, 3),
         ProductTile(64, 128, 64, 8, 3),
-        ProductTile(16, 128, 64, 4, 3),
+        ProductTile(16, 128, 64, 8, 3),
     ),
     "tf32": (
         ProductTile(128, 128, 32, 8, 3),
         ProductTile(128, 64, 32, 8, 3),
         ProductTile(64, 128, 32, 8, 3),
-        ProductTile(16, 128, 32, 4, 3),
+        ProductTile(16, 128, 32, 8, 3),
     ),
-    "ieee": (ProductTile(64, 64, 16, 8, 2), ProductTile(16, 64, 16, 4, 2)),
+    "scalar": (ProductTile(64, 64, 16, 8, 2), ProductTile(32, 64, 16, 8, 2), ProductTile(16, 64, 16, 4, 2)),
 }
-# Operands without 16-byte alignment come through registers, one entry at a time.
-UNALIGNED_FUSED_TILES = (
-    ProductTile(16, 16, 32, 4, 2),
-    ProductTile(16, 64, 32, 4, 2),
-    ProductTile(16, 256, 16, 8, 2),
-)
-UNALIGNED_FLASH_TILES = (ProductTile(64, 64, 16, 8, 2), ProductTile(16, 64, 16, 4, 2))
 # A row kernel holds whole rows up to the last of these, and sweeps over longer ones in tiles of that.
 ROW_TILES = tuple(
     RowTile(max(1, 1024 // classes), classes, min(max(classes // 256, 4), 16))
@@ -150,14 +143,21 @@ def parts(tile: ProductTile, products: int) -> int:
     return 4 if entries >= 64 else 2 if entries >= 32 else 1
 
 
-def arithmetic(dtype: torch.dtype, precision: str) -> str:
-    """Which table of tiles serves a dtype: ``half``, ``tf32`` or ``ieee``."""
-    return precision if dtype == torch.float32 else "half"
+def arithmetic(dtype: torch.dtype, precision: str, operands_aligned: bool) -> str:
+    """Which tiles serve: ``half``, ``tf32``, or ``scalar`` for float32 products and for operands that are not aligned.
+
+    Without tensor cores, or without copies of 16 bytes, operands pass through registers.
+    """
+    if not operands_aligned or (dtype == torch.float32 and precision == "ieee"):
+        return "scalar"
+    return "tf32" if dtype == torch.float32 else "half"
 
 
-def fused_tiles(num_classes: int, dtype: torch.dtype, precision: str, aligned: bool) -> tuple[ProductTile, ...]:
+def fused_tiles(
+    num_classes: int, dtype: torch.dtype, precision: str, operands_aligned: bool
+) -> tuple[ProductTile, ...]:
     """The smallest tile that holds all classes; none where there are too many."""
-    table = FUSED_TILES[arithmetic(dtype, precision)] if aligned else UNALIGNED_FUSED_TILES
+    table = FUSED_TILES[arithmetic(dtype, precision, operands_aligned)]
     return tuple(tile for tile in table if tile.classes >= num_classes)[:1]
 
 
@@ -167,13 +167,13 @@ def offered(fused: tuple[ProductTile, ...], operands_aligned: bool) -> tuple[str
     return (*forms, "flash") if operands_aligned or _forms.forced() else forms
 
 
-def flash_tiles(dtype: torch.dtype, precision: str, products: int, aligned: bool = True) -> tuple[ProductTile, ...]:
+def flash_tiles(
+    dtype: torch.dtype, precision: str, products: int, operands_aligned: bool = True
+) -> tuple[ProductTile, ...]:
     """Tiles that sweep over any number of classes with so many accumulators."""
-    if not aligned:
-        return UNALIGNED_FLASH_TILES
-    table = FLASH_TILES[arithmetic(dtype, precision)]
-    wide = products == 1 or _forms.chip() == _forms.CHIPS[90] or table[0].rows < 128
-    return table if wide else table[1:]
+    kind = arithmetic(dtype, precision, operands_aligned)
+    wide = products == 1 or (kind != "scalar" and _forms.chip() == _forms.CHIPS[90])
+    return FLASH_TILES[kind] if wide else FLASH_TILES[kind][1:]
 
 
 def product_tile(rows: int, table: tuple[ProductTile, ...]) -> ProductTile:
