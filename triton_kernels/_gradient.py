@@ -31,7 +31,7 @@ from fastmeta.losses import LOSSES
 from fastmeta.triton_kernels import _forms, _products, _tuning
 from fastmeta.triton_kernels._launch import Launch, precision
 from fastmeta.triton_kernels._products import step, strides
-from fastmeta.triton_kernels._statistics import Sweep, divided, rows_of_statistics, rows_tile
+from fastmeta.triton_kernels._statistics import MOST_REGISTERS, Sweep, divided, rows_of_statistics, rows_tile
 from fastmeta.triton_kernels._transposed_product import SumOfParts, TransposedProduct
 from fastmeta.triton_kernels._weighted_rows import (
     MOST_CLASSES,
@@ -91,7 +91,12 @@ class Fused:
             constants = row_function | {"even": p.d % tile.features == 0, "precision": arithmetic}
             constants |= {"block_rows": tile.rows, "block_classes": tile.classes, "block_features": tile.features}
             self.rows = Launch(
-                product_rows, (triton.cdiv(p.n, tile.rows),), constants, num_warps=tile.warps, num_stages=tile.stages
+                product_rows,
+                (triton.cdiv(p.n, tile.rows),),
+                constants,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+                max_registers=MOST_REGISTERS,
             )
         else:
             self.rows = _whole_rows(p, p.n)[0]
@@ -144,7 +149,9 @@ class Slabs:
             most = max(1, min(triton.cdiv(_MOST_PROGRAMS, across), _PARTIAL_BYTES // (4 * c)))
             self.steps, self.parts = _share(triton.cdiv(self.slab, tile.rows), most)
             constants = {**row_function, "block_rows": tile.rows, "block_classes": tile.classes}
-            self.rows = Launch(rows_of_statistics, (across, self.parts), constants, num_warps=tile.warps)
+            self.rows = Launch(
+                rows_of_statistics, (across, self.parts), constants, num_warps=tile.warps, max_registers=MOST_REGISTERS
+            )
         # All rows before the first slab, or those of each slab once its product is there.
         self.first = self.each = None
         if not self.whole and p.loss in WHOLE_ROW_LOSSES:
@@ -266,7 +273,8 @@ def _whole_rows(p: Problem, n: int, most: int | None = None) -> tuple[Launch, in
     tiles, programs = _share(blocks, most or blocks)
     constants = _row_function(p)
     constants |= {"block_rows": block_rows, "block_classes": block}
-    return Launch(whole_rows, (programs,), constants, num_warps=tile.warps), tiles, programs
+    launch = Launch(whole_rows, (programs,), constants, num_warps=tile.warps, max_registers=128)
+    return launch, tiles, programs
 
 
 def _share(blocks: int, most: int) -> tuple[int, int]:

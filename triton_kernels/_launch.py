@@ -57,10 +57,19 @@ class Launch:
         constants: compile-time constants by name, in the kernel's order.
         num_warps: warps in a program.
         num_stages: depth of the software pipeline.
+        max_registers: of a thread; where it is given, the assembler does not spill to fit one more program on a
+            processor.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], *, num_warps: int = 4, num_stages: int = 2
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        constants: dict[str, Any],
+        *,
+        num_warps: int = 4,
+        num_stages: int = 2,
+        max_registers: int | None = None,
     ) -> None:
         names = tuple(kernel.arg_names[-len(constants) :]) if constants else ()
         assert names == tuple(constants), f"constants must be the last parameters {names}, got {tuple(constants)}"
@@ -68,6 +77,8 @@ class Launch:
         self.grid: tuple[int, int, int] = (*grid, 1, 1)[:3]  # type: ignore[assignment]
         self.constants = constants
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        if max_registers is not None:
+            self.options["maxnreg"] = max_registers
         self._constants = tuple(constants.values())
         self._straight: Callable[..., None] | None = None
 

@@ -41,6 +41,7 @@ from fastmeta.triton_kernels._weighted_rows import fills, hit, load_bias, load_o
 
 SUMS = 5  # maximum, sum of e, and up to three that depend on the row function
 STATISTICS = 4
+MOST_REGISTERS = 255  # that a thread can have
 
 
 @triton.jit
@@ -247,12 +248,12 @@ class RowsTile(NamedTuple):
     warps: int
 
 
-ROWS_TILES = (RowsTile(16, 256, 8), RowsTile(32, 256, 8))
+ROWS_TILES = (RowsTile(16, 256, 8), RowsTile(8, 256, 4))
 
 
 def rows_tile(n: int, c: int, dtype: torch.dtype) -> RowsTile:
     """The tile of :func:`rows_of_statistics`."""
-    return _tuning.tile("rows_of_statistics", dtype, (n, c), ROWS_TILES, ROWS_TILES[1 if n >= 256 else 0])
+    return _tuning.tile("rows_of_statistics", dtype, (n, c), ROWS_TILES, ROWS_TILES[0])
 
 
 class Sweep:
@@ -298,7 +299,14 @@ class Sweep:
         self.sizes = d if product else 0, c // multiple, steps
         constants = row_function | {"classes": classes, "multiple": multiple} | inner
         constants |= {"block_rows": tile.rows, "block_classes": tile.classes, "block_features": features}
-        self.sweep = Launch(sweep, (blocks, self.shares), constants, num_warps=tile.warps, num_stages=stages)
+        self.sweep = Launch(
+            sweep,
+            (blocks, self.shares),
+            constants,
+            num_warps=tile.warps,
+            num_stages=stages,
+            max_registers=MOST_REGISTERS,
+        )
         self.join = Launch(join, (triton.cdiv(n, 128),), row_function | {"block_rows": 128})
 
     def __call__(

@@ -190,7 +190,7 @@ class TransposedProduct:
         constants = {"precision": precision, "with_bias": with_bias}
         constants |= {"block_classes": tile.classes, "block_features": tile.features, "block_rows": tile.rows}
         self.launch = Launch(
-            _transposed_product, grid, constants, num_warps=tile.warps, num_stages=tile.stages
+            _transposed_product, grid, constants, num_warps=tile.warps, num_stages=tile.stages, max_registers=255
         )  # fmt: skip
         self.parts_shape = parts, c, d + with_bias
         self.sum = SumOfParts(parts, d, c, with_bias) if parts > 1 else None

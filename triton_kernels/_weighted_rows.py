@@ -15,7 +15,7 @@ from fastmeta.triton_kernels import _tuning
 from fastmeta.triton_kernels._products import logits_and_tangent, times
 from fastmeta.triton_kernels._rows import curvature, padding, residual
 
-MOST_CLASSES = 8192  # of a row in registers, 16 entries a thread of 16 warps
+MOST_CLASSES = 4096  # of a row in registers: 16 entries a thread of 8 warps, as many as no loss spills
 ALIGNMENT = 16  # entries: rows of R begin at multiples of 16 bytes, whatever C is
 
 
@@ -158,8 +158,7 @@ class WholeTile(NamedTuple):
     warps: int
 
 
-# At most 16 entries a thread: twice that leaves registers for a single program on a processor.
-WHOLE_TILES = (WholeTile(1024, 4), WholeTile(2048, 4), WholeTile(4096, 8), WholeTile(8192, 16))
+WHOLE_TILES = (WholeTile(1024, 4), WholeTile(2048, 4), WholeTile(4096, 8))
 
 
 def block_of(num_classes: int) -> int:
