@@ -38,10 +38,10 @@ def test_without_a_gpu_it_says_so_and_exits_2(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--phases", "nothing"], ["--operators", "softmax"], ["--dtypes", "int8"], []])
+@pytest.mark.parametrize("arguments", [["--phases", "nothing"], ["--operators", "softmax"], ["--dtypes", "int8"]])
 def test_arguments_are_checked(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as refused:
-        main(["gpu", *([str(tmp_path)] if arguments else []), *arguments])
+        main(["gpu", str(tmp_path), *arguments])
     assert refused.value.code == 2
     assert "error:" in capsys.readouterr().err
 
@@ -221,10 +221,21 @@ def test_a_run_goes_on_after_a_failure_and_writes_what_it_has(tmp_path, capsys):
     assert printed.rstrip().endswith("s in all.")
 
 
-def test_the_commands_of_the_real_phases(tmp_path):
+def test_results_have_a_place_of_their_own(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(command, "run_phases", lambda options: given.append(options.folder) or 0)
+    assert main(["gpu"]) == 0
+    assert given == [ROOT / "bench/results/nvidia-h200"]
+
+
+def test_the_commands_of_the_real_phases(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     plan = command.Plan(tmp_path, options(tmp_path, quick=True))
     made = {name: maker(plan, 100.0) for name, maker in command.MAKERS.items()}
     assert made["build"][0].command[1:] == ["setup.py", "-q", "build_ext", "--inplace"]
+    assert made["build"][0].environment["FASTMETA_CUDA_ARCHITECTURES"] == "90"
     assert made["operators"][0].attempts > 1
     assert made["operators"][0].command.count("--compiled") == 1
     assert len(made["compile"]) == command.COMPILE_PROCESSES

@@ -8,6 +8,7 @@ last. Exit status: 0 if every phase that ran passed, 1 if one did not, 2 without
 import argparse
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 import time
@@ -45,7 +46,7 @@ _START_S = 12.0  # a process's imports and last writes, inside its limit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="where the results go")
+    parser.add_argument("folder", type=Path, nargs="?", help="where the results go (bench/results/<the GPU's name>)")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, metavar="NAME", help=", ".join(PHASES))
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="S", help="seconds in all (%(default).0f)")
     choices.add_choices(parser)
@@ -84,8 +85,12 @@ def _until(seconds: float) -> float:
 
 def _build(plan: Plan, seconds: float) -> list[Phase]:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    programs = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}
-    return [Phase("build", command, seconds, plan.log("build"), environment=programs)]  # ninja is beside Python
+    major, minor = torch.cuda.get_device_capability()
+    environment = {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),  # has ninja
+        "FASTMETA_CUDA_ARCHITECTURES": os.environ.get("FASTMETA_CUDA_ARCHITECTURES", f"{major}{minor}"),
+    }
+    return [Phase("build", command, seconds, plan.log("build"), environment=environment)]
 
 
 def _environment(plan: Plan, seconds: float) -> list[Phase]:
@@ -177,6 +182,9 @@ def run(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print(f"No GPU: torch {torch.__version__} sees no CUDA device.", file=sys.stderr)
         return 2
+    if options.folder is None:
+        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+        options.folder = ROOT / "bench/results" / name
     return run_phases(options)
 
 
