@@ -25,7 +25,9 @@ STATIC_SHARED = 48 * 1024
 def package(tmp_path_factory):
     """fastmeta as it is installed, with the library, in a folder of its own."""
     package = tmp_path_factory.mktemp("installed") / "fastmeta"
-    shutil.copytree(ROOT / "fastmeta", package, ignore=shutil.ignore_patterns("__pycache__", "_C_cuda.so"))
+    unwanted = shutil.ignore_patterns("__pycache__", "_C_cuda.so")
+    shutil.copytree(ROOT / "fastmeta", package, ignore=unwanted)
+    shutil.copytree(ROOT / "triton_kernels", package / "triton_kernels", ignore=unwanted)
     return package
 
 
