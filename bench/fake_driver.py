@@ -65,7 +65,17 @@ def _library() -> tuple[Path, ctypes.CDLL]:
     if compiler is None:
         raise FileNotFoundError("a C compiler is needed, as for Triton itself")
     includes = [f"-I{folder}" for folder in nvidia.include_dirs]
-    command = [compiler, "-shared", "-fPIC", "-O2", *includes, f"-Wl,-soname,{LIBRARY}", str(source), "-o", str(library)]
+    command = [
+        compiler,
+        "-shared",
+        "-fPIC",
+        "-O2",
+        *includes,
+        f"-Wl,-soname,{LIBRARY}",
+        str(source),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True)
     return folder, ctypes.CDLL(str(library))  # loaded: the launchers find it by its name
 

@@ -76,21 +76,27 @@ def triton_rows(quick: bool, processes: int | None) -> tuple[list[Row], list[str
     """The table, what is wrong, and the number of compilations."""
     from bench import compiled, specimens
 
-    every = specimens.Enumeration(quick)
     rows: dict[tuple[str, str, str], Row] = {}
+    launches: dict[tuple[str, str, str], dict[int, list[compiled.Work]]] = {}
+    taken: set[Any] = set()
+    for architecture in compiled.ARCHITECTURES:
+        every = specimens.Enumeration(quick, architecture)
+        taken |= every.tiles
+        for operator, arithmetic, launch in every.found:
+            key = specimens.kernel_name(launch), specimens.pointer_types(launch), specimens.constants(launch)
+            row = rows.setdefault(key, Row([], key[0], [], key[2]))
+            for known, new in ((row.operators, operator), (row.arithmetic, arithmetic)):
+                if new not in known:
+                    known.append(new)
+            work = compiled.work(launch, architecture)
+            launches.setdefault(key, {}).setdefault(architecture, []).append(work)
     jobs: dict[compiled.Work, Row] = {}
-    for operator, arithmetic, launch in every.found:
-        types = specimens.pointer_types(launch)
-        key = specimens.kernel_name(launch), types, specimens.constants(launch)
-        row = rows.setdefault(key, Row([], key[0], [], key[2]))
-        for known, new in ((row.operators, operator), (row.arithmetic, arithmetic)):
-            if new not in known:
-                known.append(new)
-        # When quick, each of them for one architecture, in turn.
-        turn = list(rows).index(key) % len(compiled.ARCHITECTURES)
-        for architecture in compiled.ARCHITECTURES[turn : turn + 1] if quick else compiled.ARCHITECTURES:
-            jobs.setdefault(compiled.work(launch, architecture), row)
-    problems = [f"no call takes {tile}" for tile in every.missing_tiles()]
+    for turn, (key, by_architecture) in enumerate(launches.items()):
+        chosen = list(by_architecture)
+        if quick:  # one architecture each, in turn
+            chosen = [chosen[turn % len(chosen)]]
+        jobs |= {work: rows[key] for architecture in chosen for work in by_architecture[architecture]}
+    problems = [f"no call takes {tile}" for tile in specimens.missing_tiles(taken)]
     for job, resources in compiled.compile_all(jobs, processes):
         row, name = jobs[job], f"sm_{job.architecture}"
         row.registers[name] = max(row.registers.get(name, 0), resources.registers)

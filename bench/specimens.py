@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastmeta import _kernels
 from fastmeta.losses import LOSSES
 from fastmeta.triton_kernels import _forms, _tuning
-from fastmeta.triton_kernels._launch import Recorded, recording
+from fastmeta.triton_kernels._launch import Recorded, forget_plans, recording
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLASSES = (10, 20, 50, 100, 200, 400, 1000, 2000, 4000, 8000, 30522)
@@ -122,17 +123,20 @@ class Enumeration:
 
     Args:
         quick: the heaviest loss only, in two dtypes.
+        architecture: of the GPU for which forms and tiles are chosen.
     """
 
-    def __init__(self, quick: bool) -> None:
+    def __init__(self, quick: bool, architecture: int) -> None:
         self.found: list[Found] = []
         self.tiles: set[Any] = set()
         self.quick = quick
-        for operator in _kernels.TRITON:
-            for arithmetic, dtype in DTYPES.items():
-                with _arithmetic(arithmetic):
-                    self._operator(operator, arithmetic, dtype)
-        self._conjugate_gradients()
+        with mock.patch.object(_forms, "chip", return_value=_forms.CHIPS[architecture]):
+            for operator in _kernels.TRITON:
+                for arithmetic, dtype in DTYPES.items():
+                    with _arithmetic(arithmetic):
+                        self._operator(operator, arithmetic, dtype)
+            self._conjugate_gradients()
+        forget_plans()
 
     def _operator(self, operator: str, arithmetic: str, dtype: torch.dtype) -> None:
         done: set[tuple[str, Any]] = set()
@@ -185,12 +189,11 @@ class Enumeration:
                 name = str(dtype).removeprefix("torch.")
                 self.found += [Found("solve_hessian", name, launch) for launch in launches]
 
-    def missing_tiles(self) -> list[str]:
-        """Entries of the modules' tables that no call has taken."""
-        named = {
-            f"{module.__name__.rsplit('.', 1)[-1]}: {tile}": tile for module in modules() for tile in _table(module)
-        }
-        return [name for name, tile in named.items() if tile not in self.tiles]
+
+def missing_tiles(taken: set[Any]) -> list[str]:
+    """Entries of the modules' tables that are not among those that some call has taken."""
+    named = {f"{module.__name__.rsplit('.', 1)[-1]}: {tile}": tile for module in modules() for tile in _table(module)}
+    return [name for name, tile in named.items() if tile not in taken]
 
 
 def modules() -> list[ModuleType]:
