@@ -70,7 +70,7 @@ FLASH_TILES = {
         ProductTile(64, 128, 32, 8, 3),
         ProductTile(16, 128, 32, 8, 3),
     ),
-    "scalar": (ProductTile(64, 64, 16, 8, 2), ProductTile(32, 64, 16, 8, 2), ProductTile(16, 64, 16, 4, 2)),
+    "scalar": (ProductTile(32, 64, 16, 8, 2), ProductTile(32, 32, 16, 8, 2), ProductTile(16, 64, 16, 4, 2)),
 }
 # A row kernel holds whole rows up to the last of these, and sweeps over longer ones in tiles of that.
 ROW_TILES = tuple(
@@ -221,7 +221,7 @@ def aligned(num_features: int, *matrices: torch.Tensor | None) -> bool:
 
 def strides(matrix: torch.Tensor | None) -> tuple[int, int]:
     """Of a matrix that may be left out."""
-    return (0, 0) if matrix is None else matrix.stride()
+    return (0, 0) if matrix is None else (matrix.stride(0), matrix.stride(1))
 
 
 def step(vector: torch.Tensor | None) -> int:

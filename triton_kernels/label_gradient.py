@@ -139,7 +139,7 @@ class _Rows:
             grid, constants = triton.cdiv(self.slab, tile.rows), self.layout.constants(tile, "ieee")
             del constants["parts"]
             self.launch = Launch(whole_rows, (grid,), {"loss": loss, **constants}, num_warps=tile.warps, num_stages=1)
-            self.strides = self.layout.strides
+            self.strides: tuple[int, ...] = self.layout.strides
         else:
             constants = {"block_classes": _SWEPT.classes, "class_multiple": self.layout.class_multiple}
             self.launch = Launch(
