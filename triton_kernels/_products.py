@@ -70,7 +70,7 @@ FLASH_TILES = {
         ProductTile(64, 128, 32, 8, 3),
         ProductTile(16, 128, 32, 8, 3),
     ),
-    "scalar": (ProductTile(32, 64, 16, 8, 2), ProductTile(32, 32, 16, 8, 2), ProductTile(16, 64, 16, 4, 2)),
+    "scalar": (ProductTile(32, 64, 16, 8, 2), ProductTile(32, 32, 16, 4, 2), ProductTile(16, 64, 16, 4, 2)),
 }
 # A row kernel holds whole rows up to the last of these, and sweeps over longer ones in tiles of that.
 ROW_TILES = tuple(
