@@ -175,11 +175,12 @@ def hooks() -> None:
             failures.append(f"{len(seen)} calls of the hook, {expected} expected")
 
 
-fake_driver.activate()
-register_on_cpu()
-watch()
-for question in (straight_path, new_plans, scalars, selected, hooks):
-    failures.clear()
-    changed.clear()
-    question()
-    print(json.dumps({"question": question.__name__, "calls": calls, "failures": failures}), flush=True)
+if __name__ == "__main__":
+    fake_driver.activate()
+    register_on_cpu()
+    watch()
+    for question in (straight_path, new_plans, scalars, selected, hooks):
+        failures.clear()
+        changed.clear()
+        question()
+        print(json.dumps({"question": question.__name__, "calls": calls, "failures": failures}), flush=True)

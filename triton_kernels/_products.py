@@ -56,7 +56,7 @@ FUSED_TILES = {
 }
 # Tiles of classes for the flash form; the first is the one for many rows. With a head it takes both accumulators of
 # 128 x 128, 128 registers of a thread, beside three stages of the operands in 144 KB: only sm_90, whose products read
-# both operands from shared memory, compiles that without spilling; the others then have the second.
+# both operands from shared memory, compiles that without spilling. The others have the second, and sm_80 always.
 FLASH_TILES = {
     "half": (
         ProductTile(128, 128, 64, 8, 3),
@@ -143,6 +143,11 @@ def parts(tile: ProductTile, products: int) -> int:
     return 4 if entries >= 64 else 2 if entries >= 32 else 1
 
 
+def registers(warps: int) -> int:
+    """All that a thread can have. Left to itself the assembler spills a few bytes to fit one more program."""
+    return min(255, 65536 // (32 * warps))
+
+
 def arithmetic(dtype: torch.dtype, precision: str, operands_aligned: bool) -> str:
     """Which tiles serve: ``half``, ``tf32``, or ``scalar`` for float32 products and for operands that are not aligned.
 
@@ -171,8 +176,11 @@ def flash_tiles(
     dtype: torch.dtype, precision: str, products: int, operands_aligned: bool = True
 ) -> tuple[ProductTile, ...]:
     """Tiles that sweep over any number of classes with so many accumulators."""
-    kind = arithmetic(dtype, precision, operands_aligned)
-    wide = products == 1 or (kind != "scalar" and _forms.chip() == _forms.CHIPS[90])
+    kind, chip = arithmetic(dtype, precision, operands_aligned), _forms.chip()
+    if kind == "scalar" or chip == _forms.CHIPS[100]:
+        wide = products == 1
+    else:
+        wide = chip == _forms.CHIPS[90]
     return FLASH_TILES[kind] if wide else FLASH_TILES[kind][1:]
 
 

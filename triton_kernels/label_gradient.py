@@ -33,6 +33,7 @@ from fastmeta.triton_kernels._products import (
     offered,
     parts,
     product_tile,
+    registers,
     row_tile,
     scratch,
     splits,
@@ -138,7 +139,8 @@ class _Rows:
             tile = _tuning.tile("label_gradient rows", features.dtype, (c,), table, row_tile(c, table))
             grid, constants = triton.cdiv(self.slab, tile.rows), self.layout.constants(tile, "ieee")
             del constants["parts"]
-            self.launch = Launch(whole_rows, (grid,), {"loss": loss, **constants}, num_warps=tile.warps, num_stages=1)
+            options = {"num_warps": tile.warps, "num_stages": 1, "max_registers": registers(tile.warps)}
+            self.launch = Launch(whole_rows, (grid,), {"loss": loss, **constants}, **options)
             self.strides: tuple[int, ...] = self.layout.strides
         else:
             constants = {"block_classes": _SWEPT.classes, "class_multiple": self.layout.class_multiple}

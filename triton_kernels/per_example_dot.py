@@ -34,6 +34,7 @@ from fastmeta.triton_kernels._products import (
     offered,
     parts,
     product_tile,
+    registers,
     row_tile,
     scratch,
     splits,
@@ -285,7 +286,14 @@ class _Plan:
             "class_multiple": class_multiple,
             "feature_multiple": feature_multiple,
         }
-        self.sweep = Launch(_sweep, (row_blocks, self.shares), constants, num_warps=tile.warps, num_stages=stages)
+        self.sweep = Launch(
+            _sweep,
+            (row_blocks, self.shares),
+            constants,
+            num_warps=tile.warps,
+            num_stages=stages,
+            max_registers=registers(tile.warps),
+        )
         self.sums = self.shares, _SUMS[loss], n
         merged = {"loss": loss, "block_rows": _MERGED_ROWS, "block_shares": triton.next_power_of_2(self.shares)}
         self.merge = Launch(_merge, (triton.cdiv(n, _MERGED_ROWS),), merged)
