@@ -18,7 +18,7 @@ demo: $(READY)
 	$(RUN) -m fastmeta compare
 
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # make lint: formatters, linters and types (CI runs it).
 lint: $(READY)

@@ -19,6 +19,7 @@ from fastmeta._kernels import NARROW_OUTPUTS
 from fastmeta.ops.feature_similarity import gram_is_cheaper
 
 CHILD = os.environ.get("FASTMETA_CHILD")  # "cpp" or "gpu": see test_instruction_sets.py and test_emulated_reads.py
+TRITON_ALONE = ("feature_similarity", "finite_difference_labels")
 # Larger than one block of rows or columns, for several threads and for the products of larger heads.
 LARGE = [(2049, 33, 10), (700, 129, 65), (300, 257, 300), (64, 515, 130)]
 
@@ -46,6 +47,8 @@ def emulated(impl: str) -> bool:
 
 def ready(case: Case, impl: str, dtype: torch.dtype = torch.float32) -> None:
     """A missing implementation skips, or fails where a build was promised."""
+    if impl == "cuda" and case.name in TRITON_ALONE:
+        pytest.skip(f"{case.name} on a GPU is Triton's")
     if impl not in case.operator.implementations(DEVICE):
         assert os.environ.get(f"FASTMETA_REQUIRE_{impl.upper()}") != "1", f"{case.name} has no {impl} kernel"
         pytest.skip(f"no {impl} kernel of it here")
