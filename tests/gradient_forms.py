@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import CASES, DEVICE, Case, Draw
-from test_ops_kernels import check
+from kernel_checks import check
 
 pytest.importorskip("triton")
 from fastmeta.triton_kernels import _forms, _gradient, _launch, _tuning

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import CASES, DEVICE, Case, Draw, Shape, map_tensors
-from test_ops_kernels import check, strided
+from kernel_checks import check, strided
 
 pytest.importorskip("triton")
 from fastmeta.triton_kernels import _forms, _products, _tuning

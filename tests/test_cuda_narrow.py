@@ -6,7 +6,7 @@ Compiled for the CPU there are 8 multiprocessors; the layout for many rows begin
 import pytest
 import torch
 from cases import CASES, DEVICE, Case, Draw, map_tensors
-from test_ops_kernels import check, strided
+from kernel_checks import check, strided
 from torch import Tensor
 
 from fastmeta import Head

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import CASES, DEVICE, Draw, map_tensors
-from test_ops_kernels import check
+from kernel_checks import check
 
 pytest.importorskip("triton")
 from fastmeta import ops

@@ -6,7 +6,7 @@ import pytest
 import row_forms as forms
 import torch
 from cases import Draw
-from test_ops_kernels import check
+from kernel_checks import check
 
 from fastmeta import ops
 from fastmeta.losses import LOSSES

@@ -4,7 +4,7 @@ import gradient_forms as forms
 import pytest
 import torch
 from cases import DEVICE, Draw, map_tensors
-from test_ops_kernels import check, strided
+from kernel_checks import check, strided
 
 from fastmeta import Head, ops
 from fastmeta.losses import LOSSES

@@ -4,7 +4,7 @@ import pytest
 import row_forms as forms
 import torch
 from cases import DEVICE, Draw
-from test_ops_kernels import check
+from kernel_checks import check
 
 from fastmeta.losses import LOSSES
 
