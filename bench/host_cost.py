@@ -21,7 +21,7 @@ SHAPE = (256, 128, 10)
 def register_on_cpu() -> None:
     """Have ``impl="triton"`` of every operator take CPU tensors: their memory is not touched."""
     for name in _kernels.TRITON:
-        operator(name)._kernels["cpu", "triton"] = _kernels.resolved(_kernels.triton(name))
+        operator(name)._kernels["cpu", "triton"] = _kernels.triton(name)
 
 
 def operator(name: str) -> Operator:

@@ -1,7 +1,7 @@
 """The kernels of an operator by device and implementation, as functions of the registered schema's arguments."""
 
 from collections.abc import Callable
-from functools import cache, partial, reduce
+from functools import partial, reduce
 from importlib import import_module
 from operator import or_
 from typing import Any
@@ -37,22 +37,25 @@ def direct(name: str, key: str, namespace: str = "fastmeta") -> Kernel:
 
 
 def resolved(kernel: Kernel) -> Kernel:
-    """The same for a function that reads memory itself."""
+    """For arguments among which there are views that say "negate me": a function that reads memory itself."""
 
     def call(*arguments: Any) -> Any:
-        return kernel(*(a.resolve_neg() if isinstance(a, Tensor) and a.is_neg() else a for a in arguments))
+        return kernel(*(a.resolve_neg() if isinstance(a, Tensor) else a for a in arguments))
 
     return call
 
 
 def triton(name: str) -> Kernel:
     """The Triton implementation, imported at its first call: importing Triton takes half a second."""
+    function: Kernel | None = None
 
-    @cache
-    def function() -> Kernel:
-        return getattr(import_module(f"fastmeta.triton_kernels.{TRITON[name]}"), name)
+    def call(*arguments: Any) -> Any:
+        nonlocal function
+        if function is None:
+            function = getattr(import_module(f"fastmeta.triton_kernels.{TRITON[name]}"), name)
+        return function(*arguments)
 
-    return lambda *arguments: function()(*arguments)
+    return call
 
 
 def automatic(name: str) -> Kernel | None:
@@ -83,11 +86,11 @@ def by_device(name: str) -> dict[tuple[str, str | None], Kernel]:
                 found["cpu", "cuda"] = direct(emulated, "CPU", "fastmeta_emulated")
     if name in TRITON:
         if _extension.TRITON_REASON is None:
-            found["cpu" if _extension.INTERPRETED else "cuda", "triton"] = resolved(triton(name))
+            found["cpu" if _extension.INTERPRETED else "cuda", "triton"] = triton(name)
         if _extension.has_kernel(narrow, "CUDA"):
             found["cuda", "cuda"] = direct(narrow, "CUDA")
         if not _extension.INTERPRETED and (kernel := automatic(name)) is not None:
-            found["cuda", None] = resolved(kernel)
+            found["cuda", None] = kernel
     elif _extension.has_kernel(name, "CUDA"):
         found["cuda", "cuda"] = found["cuda", None] = direct(name, "CUDA")
     return found

@@ -87,6 +87,8 @@ class Operator:
         self._float64_on_cuda = name not in _kernels.TRITON
         # What the dispatcher itself would take for a device; other names cannot be seen by it.
         self._registered = {("cpu", "cpp")} | ({("cuda", "cuda")} if name not in _kernels.TRITON else set())
+        # Functions in Python get what the dispatcher would otherwise resolve on its way to a kernel.
+        self._reads_memory = any(implementation == "triton" for _, implementation in self._kernels)
         # Through autograd and the dispatch modes, for who watches the call.
         self._dispatched = getattr(torch.ops.fastmeta, name).default if self._kernels else None
 
@@ -115,7 +117,7 @@ class Operator:
             )
         grad = torch.is_grad_enabled()
         watched = _compiling() or _dispatch_modes() > 0 or _tracing() is not None
-        tracked = False
+        tracked = negated = False
         where: str | torch.device | None = None
         device = "cpu"
         for tensor in tensors:
@@ -144,8 +146,11 @@ class Operator:
                 if named is None:
                     return None
                 tracked = True
+            if self._reads_memory and tensor.is_neg():
+                negated = True
         if not (watched or tracked):
-            return self._kernels.get((device, named))
+            kernel = self._kernels.get((device, named))
+            return _kernels.resolved(kernel) if negated and kernel is not None else kernel
         if named is not None and (device, named) not in self._registered:
             what = "records a derivative" if tracked else "is compiled, traced or dispatched"
             raise RuntimeError(

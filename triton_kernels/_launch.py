@@ -162,16 +162,14 @@ def on_device(function: Callable[Parameters, Result]) -> Callable[Parameters, Re
     @wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         first: Any = args[0]
-        if torch._C._is_any_autocast_enabled():
-            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-                return on_its_device(first, *args, **kwargs)
-        return on_its_device(first, *args, **kwargs)
-
-    def on_its_device(first: Any, *args: Any, **kwargs: Any) -> Result:
-        if first.is_cuda and first.get_device() != torch.cuda.current_device():
-            with torch.cuda.device(first.device):
-                return function(*args, **kwargs)
-        return function(*args, **kwargs)
+        elsewhere = first.is_cuda and first.get_device() != torch.cuda.current_device()
+        if not elsewhere and not torch._C._is_any_autocast_enabled():
+            return function(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch._C._ExcludeDispatchKeyGuard(_AUTOCAST))
+            if elsewhere:
+                stack.enter_context(torch.cuda.device(first.device))
+            return function(*args, **kwargs)
 
     return call
 
