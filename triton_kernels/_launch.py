@@ -126,6 +126,8 @@ def layout(*tensors: Tensor | None) -> tuple[Hashable, ...]:
     return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
 
 
+MISSING: Any = object()
+"""No plan yet: where None is one, and a second look for the key would cost what a launch does."""
 _every_plan: list["Plans[Any]"] = []
 
 

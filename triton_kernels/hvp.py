@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.triton_kernels import _arguments, _gradient, _products
-from fastmeta.triton_kernels._launch import Plans, layout, on_device, precision
+from fastmeta.triton_kernels._launch import MISSING, Plans, layout, on_device, precision
 
 _PLANS: Plans[_gradient.Fused | _gradient.Slabs | None] = Plans()
 
@@ -49,7 +49,9 @@ def hessian_vector_product(
     tensors = (features, logits, direction_weight, direction_bias, weights)
     damped = damping != 0
     key = (features.device, loss, damped, precision(features.dtype), *layout(*tensors))
-    plan = _PLANS[key] if key in _PLANS else _PLANS.keep(key, _plan(*tensors, loss))
+    plan = _PLANS.get(key, MISSING)
+    if plan is MISSING:
+        plan = _PLANS.keep(key, _plan(*tensors, loss))
     c, d = direction_weight.shape
     weight = features.new_empty((c, d))
     bias = features.new_empty(0 if direction_bias is None else c)

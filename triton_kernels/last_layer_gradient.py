@@ -4,7 +4,7 @@ from torch import Tensor
 
 from fastmeta import checks
 from fastmeta.triton_kernels import _arguments, _gradient, _products
-from fastmeta.triton_kernels._launch import INTERPRETED, Plans, layout, on_device, precision
+from fastmeta.triton_kernels._launch import INTERPRETED, MISSING, Plans, layout, on_device, precision
 
 _PLANS: Plans[_gradient.Fused | _gradient.Slabs | None] = Plans()
 
@@ -46,12 +46,11 @@ def last_layer_gradient(
     """See :func:`fastmeta.ops.last_layer_gradient`. ``[C, D]``, ``[C]``."""
     tensors = (features, logits, head_weight, head_bias, targets, weights)
     key = (features.device, loss, precision(features.dtype), *layout(*tensors))
-    if key in _PLANS:
-        plan = _PLANS[key]
-        if INTERPRETED:
-            checks.targets(targets, features, _num_classes(logits, head_weight))  # in range: on the CPU no wait
-    else:
+    plan = _PLANS.get(key, MISSING)
+    if plan is MISSING:
         plan = _PLANS.keep(key, _plan(*tensors, loss))
+    elif INTERPRETED:
+        checks.targets(targets, features, _num_classes(logits, head_weight))  # in range: on the CPU no wait
     c, d = _num_classes(logits, head_weight), features.shape[1]
     weight = features.new_empty((c, d))
     bias = features.new_empty(c)
