@@ -120,6 +120,7 @@ class Operator:
         tracked = negated = False
         where: str | torch.device | None = None
         device = "cpu"
+        kernel = None
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -133,8 +134,9 @@ class Operator:
                 if where is not None and named is None:
                     return None
                 where = place
-                device = tensor.device.type
-                if (device, named) not in self._kernels:
+                device = "cpu" if place == "cpu" else tensor.device.type
+                kernel = self._kernels.get((device, named))
+                if kernel is None:
                     if named is None:
                         return None
                     raise RuntimeError(self._wrong_device(named, tensor.device))
@@ -148,8 +150,9 @@ class Operator:
                 tracked = True
             if self._reads_memory and tensor.is_neg():
                 negated = True
-        if not (watched or tracked):
+        if where is None:  # a list without tensors
             kernel = self._kernels.get((device, named))
+        if not (watched or tracked):
             return _kernels.resolved(kernel) if negated and kernel is not None else kernel
         if named is not None and (device, named) not in self._registered:
             what = "records a derivative" if tracked else "is compiled, traced or dispatched"
