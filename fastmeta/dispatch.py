@@ -118,6 +118,7 @@ class Operator:
         grad = torch.is_grad_enabled()
         watched = _compiling() or _dispatch_modes() > 0 or _tracing() is not None
         tracked = negated = False
+        reads_memory = self._reads_memory and not watched  # torch.compile does not trace is_neg
         where: str | torch.device | None = None
         device = "cpu"
         kernel = None
@@ -148,7 +149,7 @@ class Operator:
                 if named is None:
                     return None
                 tracked = True
-            if self._reads_memory and tensor.is_neg():
+            if reads_memory and tensor.is_neg():
                 negated = True
         if where is None:  # a list without tensors
             kernel = self._kernels.get((device, named))
