@@ -12,11 +12,11 @@ from torch import Tensor
 
 from bench.case import Problem, Role, Variant, flat
 from bench.gpu.floors import Gemm
+from bench.gpu.rows import MAX_AUTOTUNE
 
 MAX_SETS = 24
 MAX_SET_BYTES = 2**31  # of all sets together
 # By the name of their variant. The second without torch.compile's own graphs: all variants are captured alike.
-MAX_AUTOTUNE = "torch.compile max-autotune"
 COMPILE_MODES = {"torch.compile": None, MAX_AUTOTUNE: "max-autotune-no-cudagraphs"}
 
 

@@ -1,7 +1,6 @@
 """How many kernels a call launches, by torch's profiler: after all timing, which it would disturb."""
 
 import time
-from typing import TYPE_CHECKING
 
 import torch
 from torch.autograd import DeviceType
@@ -9,9 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.case import Variant
 from bench.gpu.case import GpuCase
-
-if TYPE_CHECKING:
-    from bench.gpu.operators import Progress
+from bench.gpu.progress import Progress
 
 _MOST_ENTRIES = 2**31  # N D C of a case whose inputs are worth making again
 
@@ -27,7 +24,7 @@ def kernels_of(variant: Variant) -> list[str]:
     return [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
 
 
-def count_all(cases: list[tuple[GpuCase, torch.dtype]], progress: "Progress", deadline: float) -> None:
+def count_all(cases: list[tuple[GpuCase, torch.dtype]], progress: Progress, deadline: float) -> None:
     """Add ``launches`` and ``kernels`` to fastmeta's and the eager variants, until the deadline."""
     records = {record["key"]: record for record in progress.cases}
     for case, dtype in cases:

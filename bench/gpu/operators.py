@@ -7,7 +7,6 @@ beside each other fill the compilers' caches on disk, which the measuring proces
 
 import argparse
 import gc
-import os
 import sys
 import time
 import traceback
@@ -24,6 +23,7 @@ from bench.gpu.choices import add_choices
 from bench.gpu.clock import Clock, DeviceLost, clock_for, ensure_healthy
 from bench.gpu.floors import COPY_BYTES, Floors
 from bench.gpu.measure import Settings, measure_case
+from bench.gpu.progress import Progress
 
 CASES: list[GpuCase] = [*last_layer.CASES, *other_ops.CASES]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -62,43 +62,6 @@ def chosen(options: argparse.Namespace) -> list[tuple[GpuCase, torch.dtype]]:
         and (options.shapes is None or any(text in case.label for text in options.shapes))
     ]
     return sorted(found, key=lambda one: _rank(*one))
-
-
-class Progress:
-    """The results so far, on disk, and beside them what is running."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.running = path, files.running(path)
-        before = files.read(path) or {}
-        self.cases: list[dict[str, Any]] = before.get("cases", [])
-        self.crashed: dict[str, dict[str, str]] = before.get("crashed", {})
-        self.shared: dict[str, Any] = before.get("shared", {})
-        self.unfinished: list[str] = []
-        died_in = files.read(self.running)
-        if died_in:
-            end = os.environ.get("FASTMETA_BENCH_PREVIOUS_END", "ended")
-            self.crashed.setdefault(died_in[0], {})[died_in[1]] = f"the process died in it: {end}"
-
-    def announce(self, key: str, step: str) -> None:
-        files.write(self.running, [key, step])
-
-    def finish(self, key: str, record: dict[str, Any]) -> None:
-        self.cases.append({"key": key} | record)
-        self.save()
-
-    def end(self, unfinished: list[str]) -> None:
-        self.unfinished = unfinished
-        self.save()
-
-    def save(self) -> None:
-        content = {
-            "shared": self.shared,
-            "cases": self.cases,
-            "crashed": self.crashed,
-            "unfinished": self.unfinished,
-        }
-        files.write(self.path, content)
-        files.write(self.running, None)
 
 
 def measure_all(

@@ -12,8 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from bench.gpu.goals import STEP_RATIO
-from bench.gpu.report import MAX_AUTOTUNE
-from bench.gpu.rows import Row, device_us, main_variant, measured, over
+from bench.gpu.rows import MAX_AUTOTUNE, Row, device_us, main_variant, measured, over
 from bench.plot import COMPILE, EAGER, INK, OURS, PEER
 
 TUNED, GRAY = "#7a4fb5", "#666d73"

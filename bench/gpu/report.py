@@ -6,10 +6,9 @@ from typing import Any
 
 from bench import text
 from bench.gpu import choices, files, goals, outcomes
-from bench.gpu.rows import Row, device_us, main_variant, measured, over, title
+from bench.gpu.rows import MAX_AUTOTUNE, Row, device_us, main_variant, measured, over, title
 
 SCHEMA_VERSION = 1
-MAX_AUTOTUNE = "torch.compile max-autotune"
 
 
 def collect(parts: Path, phases: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:

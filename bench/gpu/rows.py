@@ -5,6 +5,7 @@ from typing import Any
 Row = dict[str, Any]
 # A call longer than this waits for no launch: the stream's time is the device's, and no graph is made.
 GRAPH_BELOW_US = 2_000.0
+MAX_AUTOTUNE = "torch.compile max-autotune"  # name of that variant
 
 
 def device_us(variant: Row) -> float | None:
