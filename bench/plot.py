@@ -86,11 +86,13 @@ def _panels(cases: list[dict[str, Any]]) -> dict[str, list[tuple[str, dict[str, 
     return panels | ({"other operators" if panels else "operators": rest} if rest else {})
 
 
-def _legend() -> list[Line2D]:
+def legend(styles: dict[str, dict[str, Any]], labels: dict[str, str]) -> list[Line2D]:
+    """fastmeta, then the peers, those drawn last first."""
+
     def entry(color: str, marker: str, label: str) -> Line2D:
         return Line2D([], [], color=color, marker=marker, linestyle="", markersize=8, markeredgewidth=1.6, label=label)
 
-    peers = [entry(style["color"], style["marker"], _LABELS[role]) for role, style in reversed(_STYLES.items())]
+    peers = [entry(style["color"], style["marker"], labels[kind]) for kind, style in reversed(styles.items())]
     return [entry(OURS, "o", "fastmeta"), *peers]
 
 
@@ -110,7 +112,7 @@ def draw(results: dict[str, Any], folder: Path) -> Path | None:
     title = "Time as a multiple of the hardware floor"
     figure.text(0.012, 1 - 0.14 / height, title, fontsize=17, fontweight="bold", color=INK, va="top")
     figure.legend(
-        handles=_legend(),
+        handles=legend(_STYLES, _LABELS),
         loc="upper left",
         bbox_to_anchor=(0.006, 1 - 0.44 / height),
         ncols=4,

@@ -132,7 +132,7 @@ _PLANS: Plans[_Plan] = Plans()
 
 def _plan(vector: Tensor) -> _Plan:
     key = vector.device, vector.dtype, vector.numel()
-    return _PLANS[key] if key in _PLANS else _PLANS.keep(key, _Plan(vector.numel()))
+    return _PLANS.get(key) or _PLANS.keep(key, _Plan(vector.numel()))
 
 
 def _aligned(vector: Tensor) -> Tensor:

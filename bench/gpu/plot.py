@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from bench.gpu.goals import STEP_RATIO
 from bench.gpu.rows import MAX_AUTOTUNE, Row, device_us, main_variant, measured, over
-from bench.plot import COMPILE, EAGER, INK, OURS, PEER
+from bench.plot import COMPILE, EAGER, INK, OURS, PEER, legend
 
 TUNED, GRAY = "#7a4fb5", "#666d73"
 _STYLES: dict[str, dict[str, Any]] = {
@@ -98,14 +98,6 @@ def _panels(records: list[Row]) -> dict[str, list[Row]]:
     return panels
 
 
-def _legend() -> list[Line2D]:
-    def entry(color: str, marker: str, label: str) -> Line2D:
-        return Line2D([], [], color=color, marker=marker, linestyle="", markersize=8, markeredgewidth=1.6, label=label)
-
-    peers = [entry(style["color"], style["marker"], _LABELS[kind]) for kind, style in reversed(_STYLES.items())]
-    return [entry(OURS, "o", "fastmeta"), *peers]
-
-
 def _draw_operators(results: dict[str, Any], folder: Path) -> Path | None:
     panels = _panels(results["operators"])
     if not panels:
@@ -133,7 +125,7 @@ def _draw_operators(results: dict[str, Any], folder: Path) -> Path | None:
         va="top",
     )
     figure.legend(
-        handles=_legend(),
+        handles=legend(_STYLES, _LABELS),
         loc="upper left",
         bbox_to_anchor=(0.006, 1 - 0.44 / height),
         ncols=5,
