@@ -1,0 +1,106 @@
+"""Sums over the processes of a group: with them a batch that is spread over processes is one joined batch.
+
+A mean over examples is the mean over the joined batch, every example with the same weight: sums and counts are added
+over the processes and divided after that. So local batches may differ in size and one may be empty, where averaging
+the local means would give the examples of a small batch more weight. Every process calls the same functions in the
+same order with the same shapes, and receives the same numbers.
+
+Without a group (None) these functions do nothing at all. Batch statistics are no sum of this kind: a BatchNorm in
+train mode takes those of its own process, unless the model uses ``torch.nn.SyncBatchNorm``.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+else:
+    ProcessGroup = Any  # a build of PyTorch without torch.distributed has none
+
+Group: TypeAlias = "ProcessGroup | None"
+
+
+def check(process_group: Group) -> None:
+    """Nothing for None or a group that this process is in.
+
+    Raises:
+        RuntimeError: torch.distributed is not available or not initialized.
+        TypeError: not a group.
+        ValueError: this process is not in the group.
+    """
+    if process_group is None:
+        return
+    if not torch.distributed.is_available():
+        raise RuntimeError("process_group needs torch.distributed, which this build of PyTorch is without")
+    if process_group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group must be a group that this process is in, got NON_GROUP_MEMBER")
+    if not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}"
+        )
+    if not torch.distributed.is_initialized():
+        raise RuntimeError(
+            "process_group was given, but torch.distributed is not initialized: call init_process_group first"
+        )
+
+
+def world_size(group: Group) -> int:
+    """Number of processes of the group; 1 without one."""
+    return 1 if group is None else torch.distributed.get_world_size(group)
+
+
+def sum_over(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """Every tensor summed over the processes, by one all-reduce for each dtype.
+
+    The inputs stay as they are, the results are detached from them. Without a group: the tensors themselves.
+
+    Args:
+        tensors: of the same number, shapes and dtypes on every process; numbers, not bool.
+        group: the processes.
+
+    Returns:
+        Tensors of the same shapes, equal on all processes; those of one dtype are views of one buffer.
+
+    >>> sum_over([torch.ones(2)], None)
+    [tensor([1., 1.])]
+    """
+    if group is None:
+        return list(tensors)
+    check(group)
+    members: dict[tuple[torch.dtype, torch.device], list[int]] = {}  # in order of first appearance
+    for i, tensor in enumerate(tensors):
+        members.setdefault((tensor.dtype, tensor.device), []).append(i)
+    summed: dict[int, Tensor] = {}
+    for indices in members.values():
+        flat = torch.cat([tensors[i].detach().reshape(-1) for i in indices])
+        if flat.numel():
+            torch.distributed.all_reduce(flat, group=group)
+        for i, part in zip(indices, flat.split([tensors[i].numel() for i in indices]), strict=True):
+            summed[i] = part.view(tensors[i].shape)
+    return [summed[i] for i in range(len(tensors))]
+
+
+def joined_count(count: int, group: Group, device: torch.device | str) -> int | Tensor:
+    """Number of examples over all processes.
+
+    Args:
+        count: number of examples of this process.
+        group: the processes.
+        device: where their tensors live; the backend of the group decides what it can sum.
+
+    Returns:
+        A number on the CPU and without a group; elsewhere an int64 scalar tensor, so that the host waits for nothing.
+
+    >>> joined_count(3, None, "cpu")
+    3
+    """
+    if group is None:
+        return count
+    check(group)
+    total = torch.full((), count, dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(total, group=group)
+    return int(total) if total.is_cpu else total
