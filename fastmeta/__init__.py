@@ -3,6 +3,7 @@
 from fastmeta import _registration as _registration
 from fastmeta import ops
 from fastmeta.capture import FeatureTape, Outputs, capture_features
+from fastmeta.derivatives.of_model import example_weight_gradient, label_gradient
 from fastmeta.dispatch import use_impl
 from fastmeta.graph import graph
 from fastmeta.head import Head
@@ -20,7 +21,9 @@ __all__ = [
     "Outputs",
     "Refined",
     "capture_features",
+    "example_weight_gradient",
     "graph",
+    "label_gradient",
     "ops",
     "use_impl",
 ]

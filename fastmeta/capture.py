@@ -163,7 +163,7 @@ def capture_features(module: nn.Module) -> Iterator[FeatureTape]:
     >>> tape.outputs(logits_u).features.shape
     torch.Size([6, 3])
     """
-    layer, description = _last_linear(module)
+    layer, description = last_linear(module)
     outermost = not isinstance(layer, _Recording)
     if outermost:
         # Past nn.Module's own attribute handling: the model's state must not change.
@@ -184,7 +184,7 @@ def capture_features(module: nn.Module) -> Iterator[FeatureTape]:
         )
 
 
-def _last_linear(module: object) -> tuple[nn.Linear, str]:
+def last_linear(module: object) -> tuple[nn.Linear, str]:
     """The layer, and how to name it in an error."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")

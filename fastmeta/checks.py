@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from fastmeta.losses import LOSSES
+from fastmeta.losses import INNER_LOSSES, LOSSES
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SHAPES = {1: "1-D [N]", 2: "2-D [N, C]"}
@@ -83,6 +83,13 @@ def loss_code(loss: object) -> int:
     if code is None:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     return code
+
+
+def inner_loss(loss: object) -> str:
+    """A loss of the methods: one of the operators, or ``mse_tanh``."""
+    if not isinstance(loss, str) or loss not in INNER_LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(INNER_LOSSES)}, got {loss!r}")
+    return loss
 
 
 def number(value: object, name: str, *, low: float | None = None, high: float | None = None) -> float:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.capture import Outputs
-from fastmeta.methods.base import Batch, Method, as_outputs
+from fastmeta.methods.arguments import as_outputs
+from fastmeta.methods.base import Batch, Method
 from fastmeta.problem import Refined
 
 Computed = Refined | Tensor
@@ -99,6 +100,8 @@ class Graphs:
 
     def refine(self, method: Method, batch: Batch) -> Refined:
         """One step of the method."""
+        if batch["model"] is not None:
+            raise ValueError("model must be None for fastmeta.graph: a captured step works on tape.outputs(logits)")
         device = as_outputs(batch["unlabeled"], "unlabeled").logits.device
         if self._recorder is None and device.type != "cuda":
             raise RuntimeError(f"fastmeta.graph captures CUDA graphs, got tensors on {device}; leave it out there")

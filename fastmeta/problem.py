@@ -1,17 +1,32 @@
-"""The inner and outer problem of one step at the last layer: what directions and derivatives are computed from.
+"""The inner and outer problem of one step: what directions and derivatives are computed from.
 
 With ``m`` the mask, ``w`` the example weights, ``z`` the imputed labels and B the number of unlabeled examples::
 
     inner   C^U(theta) = (1/B) sum_i m_i w_i l(f_i, z_i)      (a sum in place of the mean where a class says so)
     outer   C^H(theta) = (1/B_h) sum_j l_h(f_j, y_j)
+
+:class:`Problem` is that problem where only the last layer moves, in closed form;
+:class:`fastmeta.model_problem.ModelProblem` has the same interface where the whole model moves. Over the processes of a
+group the means are those of the joined batch.
 """
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, Union
 
+import torch
 from torch import Tensor
+from torch.nn import functional
+
+from fastmeta import losses, ops
+from fastmeta.process_group import Group, joined_count, sum_over
+
+if TYPE_CHECKING:
+    from fastmeta.model_problem import ModelProblem
 
 Reduction = Literal["mean", "sum"]
+Part = Literal["unlabeled", "holdout", "labeled"]
 
 
 class Rows(NamedTuple):
@@ -44,9 +59,22 @@ class Factors(NamedTuple):
         return Direction(self.residual.T @ self.features, self.residual.sum(0) if self.bias else None)
 
 
+AnyDirection: TypeAlias = Direction | Factors | dict[str, Tensor]
+AnyProblem: TypeAlias = Union["Problem", "ModelProblem"]
+
+
+class Trajectory(NamedTuple):
+    """The K inner steps that one outer gradient goes back through: where each was taken, and its direction.
+
+    The derivative of the outer loss is the sum of the derivatives of the steps.
+    """
+
+    steps: tuple[tuple[AnyProblem, AnyDirection], ...]
+
+
 @dataclass(frozen=True)
 class Problem:
-    """One step. All tensors are detached, of one floating dtype and on one device.
+    """One step at the last layer. All tensors are detached, of one floating dtype and on one device.
 
     Args:
         unlabeled: the unlabeled examples, in the view that the inner loss is taken on.
@@ -58,6 +86,7 @@ class Problem:
         labeled: labeled examples of the inner loss (C^T), where a direction uses them; None: the hold-out examples.
         labeled_targets: their labels.
         has_bias: whether the layer has a bias.
+        process_group: the processes that the batch is spread over; None: this one alone.
     """
 
     unlabeled: Rows
@@ -69,19 +98,91 @@ class Problem:
     labeled: Rows | None = None
     labeled_targets: Tensor | None = None
     has_bias: bool = True
+    process_group: Group = None
 
     @property
     def inner_weights(self) -> Tensor | None:
         """``m_i w_i``, ``[N]``; None means 1."""
-        if self.weights is None or self.mask is None:
-            return self.weights if self.mask is None else self.mask
-        return self.weights * self.mask
+        return product_of(self.weights, self.mask)
 
     def labeled_rows(self) -> tuple[Rows, Tensor]:
         """The labeled examples of the inner loss and their targets."""
         if self.labeled is None or self.labeled_targets is None:
             return self.holdout, self.targets
         return self.labeled, self.labeled_targets
+
+    def gradient(self, part: Part, *, loss: str, reduction: Reduction = "mean", bias: bool = True) -> Direction:
+        """Gradient of the loss of the hold-out examples, of C^U (``unlabeled``) or of C^T (``labeled``)."""
+        rows, targets, weights = self._part(part)
+        scaled = self.scaled_weights(rows, weights, reduction)
+        if loss in losses.LOSSES:
+            weight, grad_bias = ops.last_layer_gradient(rows.features, rows.logits, targets, scaled, loss=loss)
+        else:
+            residual = losses.residual(rows.logits, targets, loss)
+            residual = residual if scaled is None else residual * scaled.unsqueeze(-1)
+            weight, grad_bias = residual.T @ rows.features, residual.sum(0)
+        return self._joined(Direction(weight, grad_bias if bias and self.has_bias else None))
+
+    def moved(self, direction: Direction, rate: float) -> "Problem":
+        """The same problem at ``theta - rate v``: the features stay and the logits become ``f - rate (h V^T + b)``."""
+
+        def move(rows: Rows) -> Rows:
+            return Rows(rows.features, rows.logits - rate * functional.linear(rows.features, *direction))
+
+        return dataclasses.replace(
+            self,
+            unlabeled=move(self.unlabeled),
+            holdout=move(self.holdout),
+            labeled=None if self.labeled is None else move(self.labeled),
+        )
+
+    def hessian(
+        self, *, loss: str, reduction: Reduction = "mean", labeled_weight: float = 0.0
+    ) -> Callable[[Direction], Direction]:
+        """The product with the exact Hessian of ``C^U + labeled_weight C^T`` (a cross-entropy) at theta."""
+        parts: list[tuple[Part, str, float]] = [("unlabeled", loss, 1.0)]
+        if labeled_weight:
+            parts.append(("labeled", "cross_entropy", labeled_weight))
+
+        def product(direction: Direction) -> Direction:
+            weight, bias = torch.zeros_like(direction.weight), None
+            if direction.bias is not None:
+                bias = torch.zeros_like(direction.bias)
+            for part, its_loss, factor in parts:
+                rows, targets, weights = self._part(part)
+                scaled = self.scaled_weights(rows, weights, reduction)
+                targets = losses.as_probabilities(targets, rows.logits.shape[1], rows.logits.dtype)
+                z = functional.linear(rows.features, *direction)
+                tangent = factor * losses.residual_tangent(rows.logits, targets, z, its_loss)
+                tangent = tangent if scaled is None else tangent * scaled.unsqueeze(-1)
+                weight = weight + tangent.T @ rows.features
+                bias = None if bias is None else bias + tangent.sum(0)
+            return self._joined(Direction(weight, bias))
+
+        return product
+
+    def scaled_weights(self, rows: Rows, weights: Tensor | None, reduction: Reduction) -> Tensor | None:
+        """Weights that make ``sum_i w_i l_i`` the reduced loss: ``w / N`` for a mean; None means 1. ``[N]``."""
+        if reduction == "sum":
+            return weights
+        scale = self.mean_scale(len(rows.features))
+        ones = rows.logits.new_ones(len(rows.features)) if weights is None else weights
+        return ones * scale
+
+    def mean_scale(self, count: int) -> float | Tensor:
+        """``1 / N`` for this process's ``count`` of the N examples of the joined batch."""
+        return one_over(count, self.process_group, self.labels.device)
+
+    def _part(self, part: Part) -> tuple[Rows, Tensor, Tensor | None]:
+        if part == "unlabeled":
+            return self.unlabeled, self.labels, self.inner_weights
+        return (self.holdout, self.targets, None) if part == "holdout" else (*self.labeled_rows(), None)
+
+    def _joined(self, direction: Direction) -> Direction:
+        if self.process_group is None:
+            return direction
+        summed = sum_over([tensor for tensor in direction if tensor is not None], self.process_group)
+        return Direction(summed[0], None if direction.bias is None else summed[1])
 
 
 class Refined(NamedTuple):
@@ -92,9 +193,14 @@ class Refined(NamedTuple):
     loss: Tensor  # scalar, to be added to the loss of the step
 
 
-def example_weights(count: int, weights: Tensor | None, reduction: Reduction, like: Tensor) -> Tensor | None:
-    """Weights that make ``sum_i w_i l_i`` the reduced loss: ``w / count`` for a mean; None means 1. ``[count]``."""
-    if reduction == "sum":
-        return weights
-    scale = 1 / max(count, 1)
-    return like.new_full((count,), scale) if weights is None else weights * scale
+def product_of(weights: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """``m_i w_i``, ``[N]``; None means 1."""
+    if weights is None or mask is None:
+        return weights if mask is None else mask
+    return weights * mask
+
+
+def one_over(count: int, group: Group, device: torch.device) -> float | Tensor:
+    """``1 / N``, N the number of examples over all processes; 1 where there are none."""
+    total = joined_count(count, group, device)
+    return 1 / total.clamp_min(1) if isinstance(total, Tensor) else 1 / max(total, 1)

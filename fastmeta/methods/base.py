@@ -1,16 +1,29 @@
 """A method is a direction, a derivative and an update; this is what all of them share."""
 
 from collections.abc import Hashable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastmeta import checks, losses
+from fastmeta import losses
 from fastmeta.capture import Outputs
 from fastmeta.derivatives import Derivative
 from fastmeta.directions import DirectionRule
-from fastmeta.problem import Problem, Refined, Rows
+from fastmeta.methods.arguments import (
+    as_outputs,
+    check_index,
+    check_model_batch,
+    example_mask,
+    holdout_targets,
+    impute,
+    rows,
+)
+from fastmeta.model_function import Inputs, ModelFunction
+from fastmeta.model_problem import ModelProblem, full_precision
+from fastmeta.problem import AnyProblem, Problem, Refined
+from fastmeta.process_group import Group
+from fastmeta.process_group import check as check_group
 from fastmeta.updates import Update
 
 Batch = dict[str, Any]  # the arguments of refine by name
@@ -22,7 +35,7 @@ class _Graphs(Protocol):
 
 
 class Method:
-    """Any direction, derivative and update as one method at the last layer.
+    """Any direction, derivative and update as one method, at the last layer or for the whole model.
 
     The published methods are subclasses that choose the three; every other choice works as well.
 
@@ -30,6 +43,7 @@ class Method:
         direction: a rule of :mod:`fastmeta.directions`.
         derivative: one of :mod:`fastmeta.derivatives`.
         update: one of :mod:`fastmeta.updates`; it must fit the derivative (labels or example weights).
+        process_group: processes that the batch is spread over, whose gradients are summed; None: this one alone.
 
     >>> import torch
     >>> from fastmeta import capture_features
@@ -50,26 +64,40 @@ class Method:
     inner_loss = "cross_entropy"
     # Attributes that change with every step; a step's tensors depend on them through phase() alone.
     counters: tuple[str, ...] = ()
+    # Arguments of refine that are examples.
+    views: tuple[str, ...] = ("unlabeled", "holdout", "labeled")
 
-    def __init__(self, direction: DirectionRule, derivative: Derivative, update: Update) -> None:
+    # Mode of the model in the method's own passes; None: as it stands.
+    mode: Literal["train", "eval"] | None = None
+
+    def __init__(
+        self, direction: DirectionRule, derivative: Derivative, update: Update, *, process_group: Group = None
+    ) -> None:
+        check_group(process_group)
         self.direction = direction
         self.derivative = derivative
         self.update = update
+        self.process_group = process_group
         self._graphs: _Graphs | None = None  # set by fastmeta.graph
 
     def refine(
         self,
         *,
-        unlabeled: Outputs,
-        holdout: Outputs,
+        unlabeled: Outputs | Inputs,
+        holdout: Outputs | Inputs,
         targets: Tensor,
         index: Tensor | None = None,
         labels: Tensor | None = None,
         mask: Tensor | None = None,
-        labeled: Outputs | None = None,
+        labeled: Outputs | Inputs | None = None,
         labeled_targets: Tensor | None = None,
+        model: nn.Module | None = None,
     ) -> Refined:
         """Refine the labels or weights of one batch of unlabeled examples.
+
+        At the last layer the examples are what the loop's own forward gave. With ``model`` they are its inputs (a
+        tensor, a tuple of arguments or a dict of keyword arguments), and the method makes its own passes, which leave
+        the model as it was; methods whose ``how`` is not ``last_layer`` need it.
 
         Args:
             unlabeled: the unlabeled examples, ``tape.outputs(logits_u)``.
@@ -81,6 +109,7 @@ class Method:
             mask: 0 for an unlabeled example that the training loss leaves out, else 1, ``[N]``.
             labeled: labeled examples of the training loss, where they are not the hold-out examples.
             labeled_targets: their labels.
+            model: takes the examples as inputs.
 
         Returns:
             Labels ``[N, C]`` and weights ``[N]``, detached, and a loss to be added to the step's.
@@ -100,12 +129,19 @@ class Method:
                 "mask": mask,
                 "labeled": labeled,
                 "labeled_targets": labeled_targets,
+                "model": model,
             }
         )
 
     def _refine(self, batch: Batch) -> Refined:
         if self._graphs is not None:
             return self._graphs.refine(self, batch)
+        if batch["model"] is not None:
+            return self._refine_model(batch)
+        if self.derivative.how != "last_layer":
+            raise ValueError(
+                f"model is needed by how={self.derivative.how!r}: refine(model=model, unlabeled=inputs, ...), got None"
+            )
         # A GEMM of float32 must not become one of bfloat16 because the caller trains under autocast.
         with torch.autocast(as_outputs(batch["unlabeled"], "unlabeled").logits.device.type, enabled=False):
             imputed = self._impute(batch, self.update.needs_graph)
@@ -132,7 +168,7 @@ class Method:
             batch["labeled"],
             batch["labeled_targets"],
         )
-        return self._step(problem, labels, index)
+        return self._step(problem, index)
 
     def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
         """The rest of the step: counters, and what hangs on the caller's graph of autograd."""
@@ -146,7 +182,53 @@ class Method:
         """Whatever of its counters decides what the next step computes; steps of one phase share a CUDA graph."""
         return None
 
-    def _step(self, problem: Problem, labels: Tensor, index: Tensor | None) -> Refined | Tensor:
+    def _refine_model(self, batch: Batch) -> Refined:
+        """One step with the model's inputs."""
+        function = ModelFunction(batch["model"], mode=self.mode)
+        on_graph = self.update.needs_graph and batch["labels"] is None
+        if self.derivative.how == "last_layer":
+            outputs = {
+                name: function.outputs(batch[name], on_graph=on_graph and name == "unlabeled")
+                for name in self.views
+                if batch.get(name) is not None
+            }
+            return self._refine({**batch, **outputs, "model": None})
+        with torch.no_grad():
+            problem, index = self._model_problem(function, batch)
+            computed = self._step(problem, index)
+        if isinstance(computed, Refined):
+            return self._finish(computed, computed.labels, batch)
+        imputed = batch["labels"]
+        if imputed is None:
+            logits = full_precision(function.logits(batch["unlabeled"], on_graph=True))
+            imputed = losses.prediction(logits, self.inner_loss)
+        return self._finish(computed, imputed, batch)
+
+    def _model_problem(self, function: ModelFunction, batch: Batch) -> tuple[ModelProblem, Tensor | None]:
+        """The step's problem, and the checked index."""
+        like = next(iter(function.parameters.values()))
+        like = torch.empty(0, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32, device=like.device)
+        index = check_model_batch(batch, like, self.update.needs_index, type(self).__name__)
+        given = None if batch["labels"] is None else batch["labels"].detach().to(like)
+
+        def impute(logits: Tensor) -> Tensor:
+            imputed = losses.prediction(logits, self.inner_loss) if given is None else given
+            return self.update.labels(imputed, index)
+
+        return ModelProblem(
+            function,
+            unlabeled=batch["unlabeled"],
+            impute=impute if given is None else self.update.labels(given, index),
+            holdout=batch["holdout"],
+            targets=batch["targets"],
+            weights=self.update.weights(like, index),
+            mask=None if batch["mask"] is None else batch["mask"].to(like),
+            labeled=batch["labeled"],
+            labeled_targets=batch["labeled_targets"],
+            process_group=self.process_group,
+        ), index
+
+    def _step(self, problem: AnyProblem, index: Tensor | None) -> Refined | Tensor:
         gradient = self.derivative(problem, self.direction(problem))
         # Broadcasting would hide the mistake where N happens to be C.
         if gradient.dim() != (2 if self.update.takes == "labels" else 1):
@@ -154,7 +236,7 @@ class Method:
                 f"{type(self.update).__name__} takes the gradient of {self.update.takes}, but "
                 f"{type(self.derivative).__name__} gives {list(gradient.shape)}"
             )
-        return gradient if self.update.needs_graph else self.update.apply(gradient, labels, index)
+        return gradient if self.update.needs_graph else self.update.apply(gradient, problem.labels, index)
 
     def _problem(
         self,
@@ -177,17 +259,18 @@ class Method:
                 raise ValueError("labeled and labeled_targets must be given together")
         else:
             rows_l = rows(labeled, "labeled", dtype, like=rows_u)
-            labeled_targets = _targets(labeled_targets, rows_l, "labeled_targets")
+            labeled_targets = holdout_targets(labeled_targets, rows_l, "labeled_targets")
         return Problem(
             unlabeled=rows_u,
             labels=labels,
             holdout=rows_h,
-            targets=_targets(targets, rows_h, "targets"),
+            targets=holdout_targets(targets, rows_h, "targets"),
             weights=self.update.weights(labels, index),
-            mask=None if mask is None else _mask(mask, labels),
+            mask=None if mask is None else example_mask(mask, labels),
             labeled=rows_l,
             labeled_targets=labeled_targets,
             has_bias=unlabeled.bias is not None,
+            process_group=self.process_group,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -218,80 +301,3 @@ def _stateful(rule: Any) -> Any:
     while rule is not None and not hasattr(rule, "state_dict"):
         rule = getattr(rule, "of", None)
     return rule
-
-
-def impute(outputs: Outputs, labels: Tensor | None, needs_graph: bool, loss: str = "cross_entropy") -> Tensor:
-    """Imputed labels ``[N, C]`` in float32 or float64: those given, or what the model predicts."""
-    logits = as_outputs(outputs, "unlabeled").logits
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    if labels is None:
-        name, imputed = "unlabeled.logits", losses.prediction(logits.to(dtype), loss)
-    else:
-        name, imputed = "labels", checks.shaped(labels, "labels", "[N, C]", logits.shape).to(dtype)
-    if not needs_graph:
-        return imputed.detach()
-    if not imputed.requires_grad:
-        raise ValueError(f"{name} must be on the graph: this method pulls the gradient back through the imputer")
-    return imputed
-
-
-def rows(outputs: Outputs, name: str, dtype: torch.dtype, like: Rows | None = None) -> Rows:
-    """Features and logits, detached, checked and in ``dtype``."""
-    as_outputs(outputs, name)
-    features = checks.matrix(outputs.features, f"{name}.features", "[N, D]")
-    logits = checks.matrix(outputs.logits, f"{name}.logits", "[N, C]")
-    if len(features) != len(logits):
-        raise ValueError(
-            f"{name}.features must be [N, D] with N = {len(logits)} like its logits, got {list(features.shape)}"
-        )
-    if like is not None:
-        expected = like.features.shape[1], like.logits.shape[1]
-        got = features.shape[1], logits.shape[1]
-        if got != expected:
-            raise ValueError(f"{name} must have D, C = {expected} like unlabeled, got {got}")
-        if features.device != like.features.device:
-            raise ValueError(f"{name} must be on {like.features.device} like unlabeled, got {features.device}")
-    return Rows(features.detach().to(dtype), logits.detach().to(dtype))
-
-
-def as_outputs(outputs: object, name: str) -> Outputs:
-    """Raise unless it is :class:`fastmeta.Outputs`."""
-    if not isinstance(outputs, Outputs):
-        raise TypeError(f"{name} must be Outputs, from tape.outputs(logits), got {type(outputs).__name__}")
-    return outputs
-
-
-def _targets(targets: Tensor, of: Rows, name: str) -> Tensor:
-    if isinstance(targets, Tensor) and targets.is_floating_point():
-        targets = targets.detach().to(of.logits.dtype)
-    try:
-        return checks.targets(targets, of.features, of.logits.shape[1])
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("targets", name, 1)) from None
-
-
-def _mask(mask: Tensor, labels: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != (len(labels),):
-        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"mask must be [N] = [{len(labels)}], got {got}")
-    return mask.detach().to(labels)
-
-
-def check_index(index: Tensor | None, labels: Tensor, needed: bool, method: str) -> Tensor | None:
-    """``index`` on the device of the labels ``[N, C]``; raises unless it is int64 ``[N]``, or None if not needed."""
-    if index is None:
-        if needed:
-            raise ValueError(f"index is needed by {method}: the examples' places in the unlabeled set, int64 [N]")
-        return None
-    if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"index must be an int64 tensor, got {got}")
-    if tuple(index.shape) != (len(labels),):
-        raise ValueError(f"index must be [N] = [{len(labels)}] like unlabeled, got {list(index.shape)}")
-    return index.to(labels.device, non_blocking=True)
-
-
-def choice(value: object, name: str, *allowed: str) -> None:
-    """Raise unless ``value`` is one of the names."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

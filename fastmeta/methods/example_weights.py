@@ -5,13 +5,14 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta import checks
 from fastmeta.capture import Outputs
 from fastmeta.derivatives import ExampleWeightGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, InverseHessian, Solver
-from fastmeta.methods.base import Batch, Method, check_index, choice, impute
+from fastmeta.methods.arguments import check_index, choice, impute
+from fastmeta.methods.base import Batch, Method
 from fastmeta.presets import example_weights as presets
 from fastmeta.problem import Refined
 from fastmeta.updates import WeightTable
@@ -109,6 +110,7 @@ class ExampleWeights(Method):
         labeled_targets: Tensor | None = None,
         strong: Outputs | None = None,
         pseudo_labels: Tensor | None = None,
+        model: nn.Module | None = None,
     ) -> Refined:
         """See :meth:`fastmeta.methods.Method.refine`; ``index`` is needed, ``holdout`` are validation examples.
 
@@ -124,6 +126,7 @@ class ExampleWeights(Method):
             strong: the view that the unlabeled loss is taken on; None: ``unlabeled``.
             pseudo_labels: labels of the unlabeled loss, classes ``[N]`` or probabilities ``[N, C]``; None: the
                 likeliest class of ``labels``.
+            model: takes the examples as inputs; see :meth:`fastmeta.methods.Method.refine`.
         """
         return self._refine(
             {
@@ -137,6 +140,7 @@ class ExampleWeights(Method):
                 "labeled_targets": labeled_targets,
                 "strong": strong,
                 "pseudo_labels": pseudo_labels,
+                "model": model,
             }
         )
 

@@ -6,7 +6,8 @@ from typing import Any, Literal
 from fastmeta import checks
 from fastmeta.derivatives import Derivative, FeatureSimilarity, LabelGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, LookAhead, UnitLength
-from fastmeta.methods.base import Method, choice
+from fastmeta.methods.arguments import choice
+from fastmeta.methods.base import Method
 from fastmeta.presets import l2i as presets
 from fastmeta.problem import Reduction
 from fastmeta.updates import LabelLogitStep, LabelStep, PullBack, Update
@@ -79,12 +80,12 @@ class L2I(Method):
             factored=similarity,
             reduction=reduction if similarity else "mean",
         )
+        if unit_length:
+            direction = UnitLength(direction)
         if look_ahead:
             direction = LookAhead(
                 direction, rate=rate, loss=inner_loss, reduction=reduction, labeled_weight=labeled_weight
             )
-        if unit_length:
-            direction = UnitLength(direction)
         gradient: Derivative
         if similarity:
             gradient = FeatureSimilarity(rate=rate, reduction=reduction)

@@ -8,9 +8,10 @@ from torch import Tensor
 from fastmeta import checks, ops
 from fastmeta.derivatives import FiniteDifference, LabelGradient
 from fastmeta.directions import HoldoutGradient
-from fastmeta.methods.base import Method, choice
+from fastmeta.methods.arguments import choice
+from fastmeta.methods.base import Method
 from fastmeta.presets import meta_gradient as presets
-from fastmeta.problem import Problem, Refined
+from fastmeta.problem import AnyProblem, Refined
 from fastmeta.updates import LabelStep
 
 
@@ -77,12 +78,13 @@ class MetaGradient(Method):
         """
         return cls(**{**asdict(presets.preset(name)), **overrides})
 
-    def _step(self, problem: Problem, labels: Tensor, index: Tensor | None) -> Refined | Tensor:
+    def _step(self, problem: AnyProblem, index: Tensor | None) -> Refined | Tensor:
         probe = self.derivative
         if not isinstance(probe, FiniteDifference) or problem.inner_weights is not None:
-            return super()._step(problem, labels, index)
+            return super()._step(problem, index)
         # The same step in one kernel.
         plus, minus, epsilon = probe.probes(problem, self.direction(problem))
-        step = self.step * probe.scale(problem)
+        labels = problem.labels
+        step = self.step * probe.scale(problem, len(labels))
         moved = ops.finite_difference_labels(plus, minus, labels, epsilon, step=step, project=self._labels.project)
         return Refined(moved, moved.new_ones(len(moved)), moved.new_zeros(()))

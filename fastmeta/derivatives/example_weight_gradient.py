@@ -1,0 +1,63 @@
+"""Gradients with respect to example weights."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastmeta import checks, ops
+from fastmeta.derivatives.derivative import HOWS, Derivative, How, step_scale
+from fastmeta.derivatives.of_model import loss_tangent
+from fastmeta.problem import AnyDirection, AnyProblem, Problem, Reduction
+
+
+@dataclass(frozen=True)
+class ExampleWeightGradient(Derivative):
+    """``dG/dw_i = -(rate m_i / B) <grad l_i, v>`` with no gradient of an example in memory.
+
+    With ``v = H^{-1} grad L_val``, rate 1 and ``reduction="sum"`` this is the influence of an example's weight on the
+    validation loss: Not All Unlabeled Data Are Equal, Eq. (6).
+
+    Args:
+        loss: the inner loss.
+        rate: factor of the inner step.
+        reduction: of the inner loss over its examples.
+        masked: whether the mask belongs to the example's loss; the official code leaves it out here.
+        how: ``last_layer``: in closed form, where only the last layer moves; else how the whole model's derivative is
+            taken, see :func:`fastmeta.example_weight_gradient`.
+        radius: length of the perturbation of a difference.
+    """
+
+    loss: str = "cross_entropy"
+    rate: float = 1.0
+    reduction: Reduction = "sum"
+    masked: bool = True
+    how: How = "last_layer"
+    radius: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.how not in HOWS:
+            raise ValueError(f"how must be one of {', '.join(HOWS)}, got {self.how!r}")
+        checks.loss_code(self.loss)
+        checks.number(self.radius, "radius", low=0.0)
+
+    def at(self, problem: AnyProblem, direction: AnyDirection) -> Tensor:
+        """``[N]``."""
+        if isinstance(problem, Problem):
+            assert not isinstance(direction, dict), "of a last layer"
+            rows, v = problem.unlabeled, direction.dense()
+            slope = ops.per_example_dot(rows.features, rows.logits, problem.labels, v.weight, v.bias, loss=self.loss)
+        else:
+            assert isinstance(direction, dict), "of a whole model"
+            slope = loss_tangent(
+                problem.function,
+                problem.unlabeled,
+                lambda: problem.labels,
+                direction,
+                problem.parameters,
+                loss=self.loss,
+                how=self.how,
+                radius=self.radius,
+                see=problem.see,
+            )
+        gradient = slope * -step_scale(problem, self.rate, self.reduction, len(slope))
+        return gradient * problem.mask if self.masked and problem.mask is not None else gradient

@@ -1,0 +1,64 @@
+"""Label gradients by central differences of the predictions, as Meta-Gradient takes them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastmeta import ops, vectors
+from fastmeta.derivatives.derivative import Derivative, How, step_scale, weighted
+from fastmeta.ops.perturbed import perturbed
+from fastmeta.problem import AnyDirection, AnyProblem, Problem, Reduction
+
+
+@dataclass(frozen=True)
+class FiniteDifference(Derivative):
+    """``dG/dz_i = (rate w_i / (B epsilon)) (p(theta + epsilon v) - p(theta - epsilon v))``, a central difference.
+
+    ``epsilon = radius / ||v||``: Meta-Gradient, Eq. (16), for the squared error on probabilities. At the published
+    radius of 0.01 this is a finite probe, not the derivative.
+
+    Args:
+        radius: length of the perturbation.
+        rate: alpha, the step size of the inner SGD.
+        reduction: of the inner loss over its examples.
+        how: ``last_layer`` perturbs the last layer alone, ``finite_difference`` the whole model, in place.
+    """
+
+    radius: float = 0.01
+    rate: float = 1.0
+    reduction: Reduction = "mean"
+    how: How = "last_layer"
+
+    def at(self, problem: AnyProblem, direction: AnyDirection) -> Tensor:
+        """``[N, C]``."""
+        plus, minus, epsilon = self.probes(problem, direction)
+        zero = plus.new_zeros(plus.shape)
+        step = -self.scale(problem, len(plus))
+        gradient = ops.finite_difference_labels(plus, minus, zero, epsilon, step=step, project=False)
+        return weighted(problem, gradient)
+
+    def scale(self, problem: AnyProblem, count: int) -> float:
+        """``rate / B``, or ``rate`` for a sum."""
+        return step_scale(problem, self.rate, self.reduction, count)
+
+    def probes(self, problem: AnyProblem, direction: AnyDirection) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits at ``theta + epsilon v`` and at ``theta - epsilon v``, and epsilon, which stays on the device.
+
+        The last layer is linear in its parameters, so its perturbed logits are ``f +- epsilon z``.
+        """
+        if not isinstance(problem, Problem):
+            assert isinstance(direction, dict), "of a whole model"
+            theta = problem.parameters
+            with torch.no_grad(), perturbed({n: theta[n] for n in direction}, direction, self.radius) as perturbation:
+                plus = problem.function.logits(problem.unlabeled, theta)
+                perturbation.flip()
+                minus = problem.function.logits(problem.unlabeled, theta)
+            return plus, minus, perturbation.epsilon
+        assert not isinstance(direction, dict), "of a last layer"
+        rows, v = problem.unlabeled, direction.dense()
+        z = rows.features @ v.weight.T
+        if v.bias is not None:
+            z = z + v.bias
+        epsilon = self.radius / vectors.norm(v)
+        return rows.logits + epsilon * z, rows.logits - epsilon * z, epsilon

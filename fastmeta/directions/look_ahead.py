@@ -1,0 +1,85 @@
+"""A direction after inner steps of training, brought back through them."""
+
+from dataclasses import dataclass
+
+from fastmeta import checks, vectors
+from fastmeta.directions.holdout_gradient import HoldoutGradient
+from fastmeta.directions.rule import DirectionRule
+from fastmeta.problem import AnyDirection, AnyProblem, Reduction, Trajectory
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    r"""Another direction, taken after K inner steps of SGD on ``C^U + labeled_weight C^T``, and brought back.
+
+    Learning to Impute, Eq. (3), for one step and more. With ``g_k`` the inner gradient at ``theta_k`` and momentum mu::
+
+        m_{k+1} = mu m_k + g_k,    theta_{k+1} = theta_k - rate m_{k+1},    m_0 = 0
+
+    and v the direction of ``of`` at ``theta_K``, the adjoints run back through the steps by Hessian-vector products::
+
+        u_k = v_{k+1} + mu u_{k+1},    v_k = v_{k+1} - rate H(theta_k) u_k,    u_K = 0
+
+    The derivative of the outer loss is the sum over k of the derivatives at ``theta_k`` along ``u_k``. The parameters
+    of K points are kept, no graph of the K steps. (C^T does not enter ``d theta* / dz`` of one step but moves theta*.)
+
+    Args:
+        of: the rule evaluated at theta_K.
+        rate: eta.
+        loss: the inner loss.
+        reduction: of C^U and C^T over their examples.
+        labeled_weight: 0 leaves C^T, a cross-entropy, out.
+        steps: K.
+        momentum: mu.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    of: DirectionRule = HoldoutGradient()
+    rate: float = 1.0
+    loss: str = "mse_probs"
+    reduction: Reduction = "mean"
+    labeled_weight: float = 0.0
+    steps: int = 1
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        checks.inner_loss(self.loss)
+        checks.number(self.momentum, "momentum", low=0.0)
+        if self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}")
+
+    def __call__(self, problem: AnyProblem) -> AnyDirection | Trajectory:
+        """The direction of ``of`` at theta*; for K > 1 the K directions, each with the problem it belongs to."""
+        points, ahead = self._forward(problem)
+        direction = self.of(ahead)
+        if self.steps == 1 or isinstance(direction, Trajectory):
+            return direction
+        adjoint = vectors.dense(direction)
+        buffer = None
+        steps: list[tuple[AnyProblem, AnyDirection]] = []
+        for point in reversed(points):
+            buffer = adjoint if buffer is None else vectors.combined(adjoint, self.momentum, buffer)
+            steps.append((point, buffer))
+            if point is not points[0]:
+                product = point.hessian(loss=self.loss, reduction=self.reduction, labeled_weight=self.labeled_weight)
+                adjoint = vectors.combined(adjoint, -self.rate, product(buffer))
+        return Trajectory(tuple(reversed(steps)))
+
+    def inner_gradient(self, problem: AnyProblem) -> AnyDirection:
+        """``grad (C^U + labeled_weight C^T)`` at theta."""
+        step = problem.gradient("unlabeled", loss=self.loss, reduction=self.reduction)
+        if self.labeled_weight == 0:
+            return step
+        labeled = problem.gradient("labeled", loss="cross_entropy", reduction=self.reduction)
+        return vectors.combined(step, self.labeled_weight, labeled)
+
+    def _forward(self, problem: AnyProblem) -> tuple[list[AnyProblem], AnyProblem]:
+        points, here, buffer = [], problem, None
+        for _ in range(self.steps):
+            points.append(here)
+            gradient = self.inner_gradient(here)
+            buffer = gradient if buffer is None else vectors.combined(gradient, self.momentum, buffer)
+            here = here.moved(buffer, self.rate)
+        return points, here

@@ -1,0 +1,13 @@
+"""What a direction rule is."""
+
+from typing import Protocol
+
+from fastmeta.problem import AnyDirection, AnyProblem, Trajectory
+
+
+class DirectionRule(Protocol):
+    """Maps a problem to a direction, or to the directions of several inner steps."""
+
+    def __call__(self, problem: AnyProblem, /) -> AnyDirection | Trajectory:
+        """The direction at the problem's parameters."""
+        ...

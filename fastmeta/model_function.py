@@ -1,0 +1,198 @@
+"""A model as a pure function of its parameters: predictions, gradients, forward-mode derivatives, Hessian products.
+
+Nothing of the model changes: every evaluation works on copies of its buffers, starts from the same random state (so
+that dropout draws the same mask) and leaves parameters, ``.grad``, mode and random state as they were.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastmeta import checks
+from fastmeta.capture import Outputs, capture_features, last_linear
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Vector = dict[str, Tensor]
+LossOfLogits = Callable[[Tensor], Tensor]  # [N, C] to a scalar
+
+
+class Term(NamedTuple):
+    """A loss on a batch, one summand of an objective."""
+
+    inputs: Inputs
+    loss: LossOfLogits
+
+
+class ModelFunction:
+    """``theta -> logits`` of a module.
+
+    Args:
+        model: the module; of a DistributedDataParallel or compiled one the module inside.
+        mode: ``train`` or ``eval`` for the evaluations; None: as the model stands.
+    """
+
+    def __init__(self, model: nn.Module, *, mode: Literal["train", "eval"] | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.module = _unwrapped(model)
+        self.parameters: Vector = {
+            name: parameter.detach() for name, parameter in self.module.named_parameters() if parameter.requires_grad
+        }
+        if not self.parameters:
+            raise ValueError(f"model must have parameters that require grad, got none in {type(model).__name__}")
+        self._mode = mode
+        self._random = torch.get_rng_state()
+
+    def check(self, direction: object) -> None:
+        """Raise unless it is a direction of this model: a dict of tensors by parameter name."""
+        if not isinstance(direction, Mapping) or not direction:
+            raise TypeError(f"direction must be a dict of tensors by parameter name, got {type(direction).__name__}")
+        for name, value in direction.items():
+            if name not in self.parameters:
+                raise ValueError(f"direction must name parameters that require grad, got {name!r}")
+            checks.shaped(value, f"direction[{name!r}]", "the parameter's shape", self.parameters[name].shape)
+            checks.like(self.parameters[name], "the parameter", **{f"direction[{name!r}]": value})
+
+    def last_layer_direction(self, direction: Vector) -> tuple[Tensor, Tensor | None]:
+        """The direction's weight ``[C, D]`` and bias ``[C]`` of the last linear layer.
+
+        Raises:
+            ValueError: it moves other parameters, or not the weight.
+        """
+        layer, _ = last_linear(self.module)
+        names = {
+            name: name_of
+            for name, value in self.module.named_parameters()
+            for name_of in ("weight", "bias")
+            if value is getattr(layer, name_of)
+        }
+        other = [name for name in direction if name not in names]
+        if other:
+            raise ValueError(f"direction must name the last layer's parameters ({', '.join(names)}), got {other[0]!r}")
+        parts = {names[name]: value for name, value in direction.items()}
+        weight = parts["weight"] if "weight" in parts else torch.zeros_like(layer.weight)
+        return weight.detach(), parts.get("bias")
+
+    def logits(self, inputs: Inputs, parameters: Vector | None = None, *, on_graph: bool = False) -> Tensor:
+        """``f(theta) [N, C]``, on the graph of ``parameters`` where they require grad.
+
+        Args:
+            inputs: of N examples.
+            parameters: theta; None: the model's own.
+            on_graph: on the graph of the model's own parameters, so that a backward pass reaches their ``.grad``.
+        """
+        theta = {} if on_graph else self.parameters if parameters is None else parameters
+        with torch.enable_grad() if on_graph else contextlib.nullcontext(), self._evaluation():
+            return self._call(theta, inputs)
+
+    def outputs(self, inputs: Inputs, *, on_graph: bool = False) -> Outputs:
+        """Features and logits of the last linear layer at the model's own parameters."""
+        with torch.set_grad_enabled(on_graph), self._evaluation(), capture_features(self.module) as tape:
+            logits = self._call({}, inputs)
+        return tape.outputs(logits)
+
+    def gradient(
+        self, inputs: Inputs, loss: LossOfLogits, parameters: Vector | None = None, *, create_graph: bool = False
+    ) -> tuple[Vector, Tensor]:
+        """Gradient of ``loss(logits)`` at the parameters, and the logits ``[N, C]``, detached."""
+        theta = _leaves(self.parameters if parameters is None else parameters)
+        with torch.enable_grad(), self._evaluation(twice=create_graph):
+            logits = self._call(theta, inputs)
+            value = loss(logits)
+        return _gradient(value, theta, create_graph), logits.detach()
+
+    def jvp(self, inputs: Inputs, direction: Vector, parameters: Vector | None = None) -> tuple[Tensor, Tensor]:
+        """``f(theta)`` and ``D_v f(theta)`` in one pass of forward mode, both ``[N, C]`` without a graph."""
+        theta = self.parameters if parameters is None else parameters
+        still = {name: value for name, value in theta.items() if name not in direction}
+        moving = {name: theta[name] for name in direction}
+        with torch.no_grad(), self._evaluation(twice=True):
+            return torch.func.jvp(lambda moved: self._call({**still, **moved}, inputs), (moving,), (direction,))
+
+    def hessian(self, terms: Sequence[Term], parameters: Vector | None = None) -> Callable[[Vector], Vector]:
+        """The product ``v -> (sum of the terms' Hessians) v``; the graph of the gradient is built once and kept."""
+        theta = _leaves(self.parameters if parameters is None else parameters)
+        with torch.enable_grad():
+            values = []
+            for term in terms:
+                with self._evaluation(twice=True):
+                    values.append(term.loss(self._call(theta, term.inputs)))
+            gradient = _gradient(torch.stack(values).sum(), theta, create_graph=True)
+
+        def product(direction: Vector) -> Vector:
+            on_graph = [name for name in direction if gradient[name].requires_grad]
+            if not on_graph:
+                return {name: torch.zeros_like(value) for name, value in theta.items()}
+            products = torch.autograd.grad(
+                [gradient[name] for name in on_graph],
+                list(theta.values()),
+                [direction[name] for name in on_graph],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            return _filled(products, theta)
+
+        return product
+
+    def _call(self, parameters: Vector, inputs: Inputs) -> Tensor:
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        positional: tuple[Any, ...] = ()
+        keywords: dict[str, Any] = {}
+        if isinstance(inputs, Mapping):
+            keywords = dict(inputs)
+        else:
+            positional = inputs if isinstance(inputs, tuple) else (inputs,)
+        return torch.func.functional_call(self.module, {**parameters, **buffers}, positional, keywords)
+
+    @contextlib.contextmanager
+    def _evaluation(self, *, twice: bool = False) -> Iterator[None]:
+        """One evaluation; ``twice``: with kernels that can be differentiated twice or in forward mode."""
+        before = torch.get_rng_state()
+        modes = [(module, module.training) for module in self.module.modules()]
+        torch.set_rng_state(self._random)
+        try:
+            if self._mode is not None:
+                self.module.train(self._mode == "train")
+            with sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            torch.set_rng_state(before)
+
+
+def batch_size(inputs: Inputs, name: str = "inputs") -> int:
+    """N: the length of the first tensor."""
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
+    for value in values:
+        if isinstance(value, Tensor) and value.dim():
+            return len(value)
+    raise ValueError(f"{name} must contain a tensor [N, ...], got {type(inputs).__name__}")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _leaves(parameters: Vector) -> Vector:
+    return {name: value.detach().requires_grad_() for name, value in parameters.items()}
+
+
+def _gradient(value: Tensor, theta: Vector, create_graph: bool) -> Vector:
+    grads = torch.autograd.grad(value, list(theta.values()), create_graph=create_graph, allow_unused=True)
+    return _filled(grads, theta)
+
+
+def _filled(grads: Sequence[Tensor | None], theta: Vector) -> Vector:
+    pairs = zip(theta.items(), grads, strict=True)
+    return {name: torch.zeros_like(value) if grad is None else grad for (name, value), grad in pairs}
