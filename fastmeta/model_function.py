@@ -47,15 +47,16 @@ class ModelFunction:
         self._mode = mode
         self._random = torch.get_rng_state()
 
-    def check(self, direction: object) -> None:
+    def check(self, direction: object, argument: str = "direction") -> None:
         """Raise unless it is a direction of this model: a dict of tensors by parameter name."""
         if not isinstance(direction, Mapping) or not direction:
-            raise TypeError(f"direction must be a dict of tensors by parameter name, got {type(direction).__name__}")
+            raise TypeError(f"{argument} must be a dict of tensors by parameter name, got {type(direction).__name__}")
         for name, value in direction.items():
             if name not in self.parameters:
-                raise ValueError(f"direction must name parameters that require grad, got {name!r}")
-            checks.shaped(value, f"direction[{name!r}]", "the parameter's shape", self.parameters[name].shape)
-            checks.like(self.parameters[name], "the parameter", **{f"direction[{name!r}]": value})
+                raise ValueError(f"{argument} must name parameters that require grad, got {name!r}")
+            entry = f"{argument}[{name!r}]"
+            checks.shaped(value, entry, "the parameter's shape", self.parameters[name].shape)
+            checks.like(self.parameters[name], "the parameter", **{entry: value})
 
     def last_layer_direction(self, direction: Vector) -> tuple[Tensor, Tensor | None]:
         """The direction's weight ``[C, D]`` and bias ``[C]`` of the last linear layer.

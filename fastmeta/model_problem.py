@@ -21,7 +21,7 @@ class ModelProblem:
         unlabeled: inputs of the inner loss.
         impute: imputed labels ``z [N, C]``, detached, or a rule that makes them of the unlabeled logits at theta; then
             they come out of the first pass that is made anyway.
-        holdout: inputs of the outer loss.
+        holdout: inputs of the outer loss; None where its gradient is given and no other is asked for.
         targets: their labels, probabilities ``[Nh, C]`` or int64 classes ``[Nh]``.
         weights: example weights ``w [N]``; None means 1.
         mask: ``m [N]``, 0 for an example that the inner loss leaves out; None means 1.
@@ -29,19 +29,21 @@ class ModelProblem:
         labeled_targets: their labels.
         parameters: theta; None: the model's own.
         process_group: the processes that the batch is spread over; None: this one alone.
+        holdout_gradient: gradient of the mean outer loss at theta over all processes, where the caller has it already.
     """
 
     function: ModelFunction
     unlabeled: Inputs
     impute: Tensor | Callable[[Tensor], Tensor]
-    holdout: Inputs
-    targets: Tensor
+    holdout: Inputs | None
+    targets: Tensor | None
     weights: Tensor | None = None
     mask: Tensor | None = None
     labeled: Inputs | None = None
     labeled_targets: Tensor | None = None
     parameters: Vector = field(default_factory=dict)
     process_group: Group = None
+    holdout_gradient: Vector | None = None
     start: "ModelProblem | None" = None  # the problem at theta_0 that this one was moved from
     _seen: dict[str, Tensor] = field(default_factory=dict)  # unlabeled logits and labels at theta
 
@@ -85,6 +87,8 @@ class ModelProblem:
 
     def gradient(self, part: Part, *, loss: str, reduction: Reduction = "mean") -> Vector:
         """Gradient of the loss of the hold-out examples, of C^U (``unlabeled``) or of C^T (``labeled``)."""
+        if part == "holdout" and self.holdout_gradient is not None:
+            return self.holdout_gradient
         term = self._term(part, loss, reduction)
         gradient, _ = self.function.gradient(term.inputs, term.loss, self.parameters)
         return self._joined(gradient)
@@ -105,7 +109,7 @@ class ModelProblem:
             self.labeled_targets,
             {**self.parameters, **dict(zip(names, values, strict=True))},
             self.process_group,
-            self if self.start is None else self.start,
+            start=self if self.start is None else self.start,
         )
 
     def hessian(
@@ -121,18 +125,28 @@ class ModelProblem:
 
     def mean_scale(self, count: int) -> float | Tensor:
         """``1 / N`` for this process's ``count`` of the N examples of the joined batch."""
-        return one_over(count, self.process_group, self.targets.device)
+        return one_over(count, self.process_group, next(iter(self.parameters.values())).device)
 
     def labeled_inputs(self) -> tuple[Inputs, Tensor]:
         """The labeled examples of the inner loss and their targets."""
         if self.labeled is None or self.labeled_targets is None:
-            return self.holdout, self.targets
+            return self.holdout_inputs()
         return self.labeled, self.labeled_targets
+
+    def holdout_inputs(self) -> tuple[Inputs, Tensor]:
+        """The hold-out examples and their targets.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.holdout is None or self.targets is None:
+            raise ValueError("holdout and targets are needed by this direction, got None")
+        return self.holdout, self.targets
 
     def _term(self, part: Part, loss: str, reduction: Reduction) -> Term:
         if part == "unlabeled":
             return Term(self.unlabeled, self._inner_loss(loss, reduction))
-        inputs, targets = (self.holdout, self.targets) if part == "holdout" else self.labeled_inputs()
+        inputs, targets = self.holdout_inputs() if part == "holdout" else self.labeled_inputs()
 
         def outer(logits: Tensor) -> Tensor:
             logits = full_precision(logits)

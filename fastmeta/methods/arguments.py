@@ -97,6 +97,10 @@ def check_model_batch(batch: dict[str, Any], like: Tensor, needs_index: bool, me
             raise TypeError(f"{name} must be inputs of the model where model is given, got Outputs")
     if (batch["labeled"] is None) != (batch["labeled_targets"] is None):
         raise ValueError("labeled and labeled_targets must be given together")
+    if (batch["holdout"] is None) != (batch["targets"] is None):
+        raise ValueError("holdout and targets must be given together")
+    if batch["holdout"] is None and batch["holdout_gradient"] is None:
+        raise ValueError("holdout must be inputs of the model, or holdout_gradient given, got None")
     for name, inputs in (("targets", "holdout"), ("labeled_targets", "labeled")):
         if batch[name] is None:
             continue

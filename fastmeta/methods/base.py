@@ -84,14 +84,15 @@ class Method:
         self,
         *,
         unlabeled: Outputs | Inputs,
-        holdout: Outputs | Inputs,
-        targets: Tensor,
+        holdout: Outputs | Inputs | None = None,
+        targets: Tensor | None = None,
         index: Tensor | None = None,
         labels: Tensor | None = None,
         mask: Tensor | None = None,
         labeled: Outputs | Inputs | None = None,
         labeled_targets: Tensor | None = None,
         model: nn.Module | None = None,
+        holdout_gradient: Mapping[str, Tensor] | None = None,
     ) -> Refined:
         """Refine the labels or weights of one batch of unlabeled examples.
 
@@ -110,6 +111,9 @@ class Method:
             labeled: labeled examples of the training loss, where they are not the hold-out examples.
             labeled_targets: their labels.
             model: takes the examples as inputs.
+            holdout_gradient: gradient of the mean hold-out loss by parameter name, where the loop has taken it already
+                (``{name: p.grad ...}`` after the labeled backward pass) and the model did not move since; ``holdout``
+                and ``targets`` may then be left out.
 
         Returns:
             Labels ``[N, C]`` and weights ``[N]``, detached, and a loss to be added to the step's.
@@ -130,6 +134,7 @@ class Method:
                 "labeled": labeled,
                 "labeled_targets": labeled_targets,
                 "model": model,
+                "holdout_gradient": holdout_gradient,
             }
         )
 
@@ -138,6 +143,8 @@ class Method:
             return self._graphs.refine(self, batch)
         if batch["model"] is not None:
             return self._refine_model(batch)
+        if batch["holdout_gradient"] is not None:
+            raise ValueError("holdout_gradient must be None without model")
         if self.derivative.how != "last_layer":
             raise ValueError(
                 f"model is needed by how={self.derivative.how!r}: refine(model=model, unlabeled=inputs, ...), got None"
@@ -186,6 +193,10 @@ class Method:
         """One step with the model's inputs."""
         function = ModelFunction(batch["model"], mode=self.mode)
         on_graph = self.update.needs_graph and batch["labels"] is None
+        if batch["holdout_gradient"] is not None:
+            if self.derivative.how == "last_layer":
+                raise ValueError("holdout_gradient must be None for how='last_layer', which takes it in closed form")
+            function.check(batch["holdout_gradient"], "holdout_gradient")
         if self.derivative.how == "last_layer":
             outputs = {
                 name: function.outputs(batch[name], on_graph=on_graph and name == "unlabeled")
@@ -212,8 +223,7 @@ class Method:
         given = None if batch["labels"] is None else batch["labels"].detach().to(like)
 
         def impute(logits: Tensor) -> Tensor:
-            imputed = losses.prediction(logits, self.inner_loss) if given is None else given
-            return self.update.labels(imputed, index)
+            return self.update.labels(losses.prediction(logits, self.inner_loss), index)
 
         return ModelProblem(
             function,
@@ -226,6 +236,7 @@ class Method:
             labeled=batch["labeled"],
             labeled_targets=batch["labeled_targets"],
             process_group=self.process_group,
+            holdout_gradient=batch["holdout_gradient"],
         ), index
 
     def _step(self, problem: AnyProblem, index: Tensor | None) -> Refined | Tensor:

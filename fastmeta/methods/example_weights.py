@@ -111,6 +111,7 @@ class ExampleWeights(Method):
         strong: Outputs | None = None,
         pseudo_labels: Tensor | None = None,
         model: nn.Module | None = None,
+        holdout_gradient: Mapping[str, Tensor] | None = None,
     ) -> Refined:
         """See :meth:`fastmeta.methods.Method.refine`; ``index`` is needed, ``holdout`` are validation examples.
 
@@ -141,6 +142,7 @@ class ExampleWeights(Method):
                 "strong": strong,
                 "pseudo_labels": pseudo_labels,
                 "model": model,
+                "holdout_gradient": holdout_gradient,
             }
         )
 

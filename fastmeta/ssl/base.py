@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -83,11 +83,14 @@ class Refiner:
         view: the unlabeled images whose predictions it differentiates: ``imputed``, those the labels come from, or
             ``learned``, those that learn from them (the inner loss as it is written).
         hard: it is given labels as the loss uses them (one-hot, with the mask) and not the probabilities behind them.
+        passes: ``shared``: it works on the features of the base's own forward; ``own``: it is given the images and
+            makes its own passes, as methods of the whole model do.
     """
 
     method: Method
     view: Literal["imputed", "learned"] = "imputed"
     hard: bool = False
+    passes: Literal["shared", "own"] = "shared"
 
 
 class Algorithm(Protocol):
@@ -114,7 +117,7 @@ class Algorithm(Protocol):
 @contextlib.contextmanager
 def features_for(refiner: Refiner | None, model: nn.Module) -> Iterator[FeatureTape | None]:
     """Capture the last layer's features if there is a method to use them."""
-    if refiner is None:
+    if refiner is None or refiner.passes == "own":
         yield None
         return
     with capture_features(model) as tape:
@@ -164,6 +167,7 @@ def refine(
     *,
     imputed: Tensor,
     views: dict[str, Tensor],
+    inputs: dict[str, Tensor],
     labeled_logits: Tensor,
     threshold: float | None,
 ) -> Used:
@@ -177,6 +181,7 @@ def refine(
         imputed: probabilities ``[B_u, C]``; on the graph where a method may pull a gradient back through them.
         views: logits ``[B_u, C]`` of the unlabeled images that the labels come from (``imputed``) and of those that
             learn from them (``learned``).
+        inputs: the images ``[B_u, ...]`` of both views.
         labeled_logits: ``[B_l, C]``; the hold-out examples if the batch has none of its own.
         threshold: confidence that a hard label needs; None leaves labels soft and uses all of them.
     """
@@ -185,30 +190,39 @@ def refine(
         return (labels, labels.new_ones(len(labels))) if threshold is None else harden(labels, threshold)
 
     soft = imputed.detach()
-    if refiner is None or tape is None:
+    if refiner is None:
         labels, mask = harden_soft(soft)
         return Used(soft, labels, mask, mask, soft.new_zeros(()))
 
-    labeled = tape.outputs(labeled_logits)
-    holdout, targets = labeled, batch.targets
-    inner_labeled, inner_targets = None, None
-    if batch.holdout is not None and batch.holdout_targets is not None:
-        with torch.no_grad(), frozen_statistics(model), capture_features(model) as holdout_tape:
-            holdout_logits = model(batch.holdout)
-        holdout, targets = holdout_tape.outputs(holdout_logits), batch.holdout_targets
-        inner_labeled, inner_targets = labeled, batch.targets
     hard, confident = harden_soft(soft)
-    refined = refiner.method.refine(
-        unlabeled=tape.outputs(views[refiner.view]),
-        holdout=holdout,
-        targets=targets,
-        index=batch.index,
-        labels=hard if refiner.hard else imputed,
-        mask=confident if refiner.hard else None,
-        labeled=inner_labeled,
-        labeled_targets=inner_targets,
-    )
+    given: dict[str, Any] = {"index": batch.index, "labels": hard if refiner.hard else imputed}
+    given["mask"] = confident if refiner.hard else None
+    if tape is None:
+        refined = refiner.method.refine(
+            model=model, unlabeled=inputs[refiner.view], **_examples(batch, batch.labeled, batch.holdout), **given
+        )
+    else:
+        labeled, holdout = tape.outputs(labeled_logits), None
+        if batch.holdout is not None:
+            with torch.no_grad(), frozen_statistics(model), capture_features(model) as holdout_tape:
+                holdout_logits = model(batch.holdout)
+            holdout = holdout_tape.outputs(holdout_logits)
+        refined = refiner.method.refine(
+            unlabeled=tape.outputs(views[refiner.view]), **_examples(batch, labeled, holdout), **given
+        )
     if refiner.hard:
         return Used(soft, refined.labels, confident * refined.weights, confident, refined.loss)
     labels, mask = harden_soft(refined.labels)
     return Used(refined.labels, labels, mask * refined.weights, mask, refined.loss)
+
+
+def _examples(batch: Batch, labeled: Any, holdout: Any) -> dict[str, Any]:
+    """A method's examples with labels: the labeled batch is the hold-out batch where there is no other."""
+    if holdout is None:
+        return {"holdout": labeled, "targets": batch.targets, "labeled": None, "labeled_targets": None}
+    return {
+        "holdout": holdout,
+        "targets": batch.holdout_targets,
+        "labeled": labeled,
+        "labeled_targets": batch.targets,
+    }

@@ -44,6 +44,7 @@ class FixMatch:
             batch,
             imputed=weak_logits.softmax(dim=1),
             views={"imputed": weak_logits, "learned": strong_logits},
+            inputs={"imputed": batch.weak, "learned": batch.second},
             labeled_logits=labeled_logits,
             threshold=self.threshold,
         )

@@ -47,6 +47,7 @@ class MeanTeacher:
             batch,
             imputed=imputed + (probabilities - probabilities.detach()),  # the teacher's value, the student's derivative
             views={"imputed": student_logits, "learned": student_logits},
+            inputs={"imputed": batch.second, "learned": batch.second},
             labeled_logits=labeled_logits,
             threshold=None,
         )

@@ -44,6 +44,7 @@ class PseudoLabel:
             batch,
             imputed=logits_u.softmax(dim=1),
             views={"imputed": logits_u, "learned": logits_u},
+            inputs={"imputed": batch.weak, "learned": batch.weak},
             labeled_logits=labeled_logits,
             threshold=self.threshold,
         )

@@ -22,7 +22,7 @@ each other are alike. Width is 32 unless it says 16; chosen values in ``**``.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from fastmeta.methods import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient, Method
@@ -38,6 +38,8 @@ class Recipe:
         settings: keyword arguments of the method.
         view: see :class:`fastmeta.ssl.Refiner`.
         hard: see :class:`fastmeta.ssl.Refiner`.
+        passes: see :class:`fastmeta.ssl.Refiner`.
+        own_update: the method's loss has an update of its own, after the base's and at the parameters it left.
         uses_holdout: its outer loss reads the hold-out part of the split and not the labeled batch.
     """
 
@@ -45,13 +47,16 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=dict)
     view: Literal["imputed", "learned"] = "imputed"
     hard: bool = False
+    passes: Literal["shared", "own"] = "shared"
+    own_update: bool = False
     uses_holdout: bool = False
 
     def build(self, num_unlabeled: int, num_classes: int) -> Refiner | None:
         """The method for a data set; None for the base alone."""
         if self.make is None:
             return None
-        return Refiner(self.make(num_unlabeled, num_classes, **self.settings), self.view, self.hard)
+        method = self.make(num_unlabeled, num_classes, **self.settings)
+        return Refiner(method, self.view, self.hard, self.passes)
 
 
 BASE_RECIPES: dict[str, Supervised | PseudoLabel | MeanTeacher | FixMatch] = {
@@ -61,13 +66,22 @@ BASE_RECIPES: dict[str, Supervised | PseudoLabel | MeanTeacher | FixMatch] = {
     "fixmatch": FixMatch(threshold=0.8),
 }
 
+_L2I = Recipe(
+    lambda num_unlabeled, num_classes, **settings: L2I(**settings),
+    {"variant": "V2", "unit_length": True, "weight": 1.0},
+)
+_META_GRADIENT = Recipe(lambda num_unlabeled, num_classes, **settings: MetaGradient(**settings), {"step": 10.0})
+
+
+def _whole_model(recipe: Recipe, **settings: Any) -> Recipe:
+    """The recipe with other settings and passes of the method's own."""
+    return replace(recipe, settings={**recipe.settings, **settings}, passes="own")
+
+
 METHODS: dict[str, Recipe] = {
     "none": Recipe(),
-    "l2i": Recipe(
-        lambda num_unlabeled, num_classes, **settings: L2I(**settings),
-        {"variant": "V2", "unit_length": True, "weight": 1.0},
-    ),
-    "meta-gradient": Recipe(lambda num_unlabeled, num_classes, **settings: MetaGradient(**settings), {"step": 10.0}),
+    "l2i": _L2I,
+    "meta-gradient": _META_GRADIENT,
     "example-weights": Recipe(
         lambda num_unlabeled, num_classes, **settings: ExampleWeights(num_unlabeled, **settings),
         {"inverse_hessian": "cg", "damping": 0.1, "lr": 0.02},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmeta.data import ImageDataset, StatelessSampler, StrongAugment, generator_for, make_split, weak_augment
 from fastmeta.models import ConvNet
-from fastmeta.ssl import Batch, Loss
+from fastmeta.ssl import Batch, Loss, Refiner
 from fastmeta.training.config import RunConfig
 from fastmeta.training.ema import ExponentialMovingAverage
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
@@ -52,6 +52,7 @@ class Run:
         self.base = BASE_RECIPES[config.base]
         recipe = METHODS[config.method]
         self.uses_holdout = recipe.uses_holdout
+        self.own_update = recipe.own_update
         self.refiner = recipe.build(len(self.split.unlabeled), dataset.num_classes)
         self._labeled = StatelessSampler(
             len(self.split.labeled), config.labeled_batch, seed=config.seed, stream="labeled"
@@ -93,16 +94,30 @@ class Run:
             group["lr"] = self.config.learning_rate * math.cos(7 / 16 * math.pi * progress)
         self.model.train()
         batch = self.batch(self.step)
-        loss = self.base.loss(self.model, batch, teacher=self.ema.model, progress=progress, refiner=self.refiner)
-        self.optimizer.zero_grad()
-        loss.total.backward()
-        self.optimizer.step()
+        refiner = None if self.own_update else self.refiner
+        loss = self.base.loss(self.model, batch, teacher=self.ema.model, progress=progress, refiner=refiner)
+        self._update(loss.total)
+        if self.own_update and self.refiner is not None:
+            self._update(self._method_loss(self.refiner, batch))
         self.ema.update()
         if self.config.device == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - begin)
         self.step += 1
         self._watch(batch, loss)
+
+    def _update(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def _method_loss(self, refiner: Refiner, batch: Batch) -> Tensor:
+        """The method's loss at the parameters that the base's update left, from passes of its own."""
+        unlabeled = batch.weak if refiner.view == "imputed" or batch.second is None else batch.second
+        refined = refiner.method.refine(
+            model=self.model, unlabeled=unlabeled, holdout=batch.labeled, targets=batch.targets, index=batch.index
+        )
+        return refined.loss
 
     @torch.no_grad()
     def _watch(self, batch: Batch, loss: Loss) -> None:
