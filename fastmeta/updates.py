@@ -10,9 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastmeta import checks, losses, ops
+from fastmeta import checks, losses
+from fastmeta.masked_adam_table import MaskedAdamTable
 from fastmeta.ops.finite_difference_labels import project_to_simplex_rows
 from fastmeta.problem import Refined
+from fastmeta.process_group import Group, sum_over
+
+Takes = Literal["labels", "weights", "labels and weights"]
 
 
 def _unchanged(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,8 +27,8 @@ def _unchanged(labels: Tensor) -> tuple[Tensor, Tensor]:
 class Update:
     """An update without state. Subclasses with a table override :meth:`labels` or :meth:`weights`."""
 
-    takes: Literal["labels", "weights"] = "labels"
-    """what the gradient is with respect to"""
+    takes: Takes = "labels"
+    """what the gradient is with respect to; weights beside labels are its last column"""
     needs_index = False
     """whether it has a table"""
     needs_graph = False
@@ -123,100 +127,6 @@ class PullBack(Update):
         return Refined(kept, kept.new_ones(kept.shape[0]), loss)
 
 
-class MaskedAdamTable:
-    """One row of parameters for each unlabeled example, with Masked Adam: only sampled rows move and age.
-
-    Not All Unlabeled Data Are Equal, Appendix C. The table moves to the device of the first gradient.
-
-    Args:
-        values: initial values ``[M]`` or ``[M, C]``.
-        lr: learning rate.
-        betas: decays of the two moments.
-        eps: added to the root of the second moment.
-        low: lower bound of a value.
-        high: upper bound of a value.
-    """
-
-    def __init__(
-        self,
-        values: Tensor,
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        low: float | None = None,
-        high: float | None = None,
-    ) -> None:
-        self.lr = lr
-        self.betas = betas
-        self.eps = eps
-        self.low = low
-        self.high = high
-        self.values = values
-        self.exp_avg = torch.zeros_like(values)
-        self.exp_avg_sq = torch.zeros_like(values)
-        self.steps = torch.zeros(values.shape[0], dtype=torch.int32, device=values.device)
-
-    def rows(self, index: Tensor) -> Tensor:
-        """A copy of the rows ``index``."""
-        self.to(index.device)
-        return self.values[self._checked(index)]
-
-    def step_(self, index: Tensor, gradient: Tensor) -> None:
-        """One step of Masked Adam on the rows ``index``; a repeated index has its gradients summed first."""
-        self.to(index.device)
-        gradient = gradient.to(self.values.dtype)
-        ops.masked_adam_(
-            self.values,
-            index,
-            gradient,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.steps,
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            low=self.low,
-            high=self.high,
-        )
-
-    def to(self, device: torch.device | str) -> None:
-        """Move the table."""
-        if self.values.device == torch.device(device):
-            return
-        for name in ("values", "exp_avg", "exp_avg_sq", "steps"):
-            setattr(self, name, getattr(self, name).to(device))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Values, both moments and the step count of every row."""
-        return {name: getattr(self, name).clone() for name in ("values", "exp_avg", "exp_avg_sq", "steps")}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`.
-
-        Raises:
-            ValueError: a tensor is missing or of another shape.
-        """
-        for name in ("values", "exp_avg", "exp_avg_sq", "steps"):
-            own = getattr(self, name)
-            if name not in state:
-                raise ValueError(f"state must have {name!r}, got {sorted(state)}")
-            if state[name].shape != own.shape:
-                raise ValueError(f"{name} must be {list(own.shape)} like the table, got {list(state[name].shape)}")
-        for name in ("values", "exp_avg", "exp_avg_sq", "steps"):
-            own = getattr(self, name)
-            setattr(self, name, state[name].to(device=own.device, dtype=own.dtype, copy=True))
-
-    def _checked(self, index: Tensor) -> Tensor:
-        # On a GPU the check would wait for the device.
-        if index.is_cpu and len(index):
-            low, high = int(index.min()), int(index.max())
-            if low < 0 or high >= len(self.values):
-                bad = low if low < 0 else high
-                raise IndexError(f"index must be places in the unlabeled set, in [0, {len(self.values)}), got {bad}")
-        return index
-
-
 def _count(value: object, name: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
@@ -247,10 +157,11 @@ class WeightTable(_TableUpdate):
         low: smallest weight.
         high: largest weight.
         read: ``before`` the update or ``after`` it: which weights the current step uses.
+        duplicates: of an example that comes twice in a batch, ``sum`` the gradients or use the ``last`` one.
         dtype: of the table.
     """
 
-    takes = "weights"
+    takes: Takes = "weights"
 
     def __init__(
         self,
@@ -260,12 +171,15 @@ class WeightTable(_TableUpdate):
         low: float = 0.0,
         high: float = 2.0,
         read: str = "before",
+        duplicates: Literal["sum", "last"] = "sum",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if read not in ("before", "after"):
             raise ValueError(f"read must be 'before' or 'after', got {read!r}")
         values = torch.ones(_count(num_examples, "num_examples", 1), dtype=dtype)
-        self.table = MaskedAdamTable(values, lr=checks.number(lr, "lr", low=0.0), low=low, high=high)
+        self.table = MaskedAdamTable(
+            values, lr=checks.number(lr, "lr", low=0.0), low=low, high=high, duplicates=duplicates
+        )
         self.read = read
 
     def weights(self, imputed: Tensor, index: Tensor | None) -> Tensor:
@@ -275,42 +189,120 @@ class WeightTable(_TableUpdate):
 
     def apply(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
         """The labels as they were, and the weights."""
-        assert index is not None, "needs_index"
         weights = self.weights(labels, index)
-        self.table.step_(index, gradient)
+        self._step(gradient, index)
         if self.read == "after":
             weights = self.weights(labels, index)
         return Refined(labels, weights, labels.new_zeros(()))
 
+    def _step(self, gradient: Tensor, index: Tensor | None) -> None:
+        assert index is not None, "needs_index"
+        self.table.step_(index, gradient)
+
+
+class SharedWeight(WeightTable):
+    """One weight for all unlabeled examples: a table of one row, whose gradient is the sum over the batch.
+
+    Not All Unlabeled Data Are Equal, Section 4.3, "Tuning a Single Weight": ``lambda`` of Eq. (1).
+
+    Args:
+        lr: learning rate of Adam.
+        low: smallest weight.
+        high: largest weight.
+        read: ``before`` the update or ``after`` it: which weight the current step uses.
+        process_group: processes that the batch is spread over; the sum runs over all of them.
+        dtype: of the weight.
+    """
+
+    needs_index = False
+
+    def __init__(
+        self,
+        *,
+        lr: float = 0.01,
+        low: float = 0.0,
+        high: float = 2.0,
+        read: str = "before",
+        process_group: Group = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(1, lr=lr, low=low, high=high, read=read, dtype=dtype)
+        self.process_group = process_group
+
+    def weights(self, imputed: Tensor, index: Tensor | None) -> Tensor:
+        """The weight, once for each example ``[N]``."""
+        self.table.to(imputed.device)
+        return self.table.values.to(imputed.dtype, copy=True).expand(len(imputed))
+
+    def _step(self, gradient: Tensor, index: Tensor | None) -> None:
+        (total,) = sum_over([gradient.sum().view(1)], self.process_group)
+        self.table.step_(torch.zeros(1, dtype=torch.int64, device=gradient.device), total)
+
+
+class PullBackAndWeights(WeightTable):
+    """:class:`PullBack` of the labels and :class:`WeightTable` of the example weights, of one gradient ``[N, C + 1]``.
+
+    Args:
+        num_examples: M, size of the unlabeled set.
+        weight: of the surrogate.
+        table: see :class:`WeightTable`.
+    """
+
+    takes = "labels and weights"
+    needs_graph = True
+
+    def __init__(self, num_examples: int, *, weight: float = 1.0, **table: Any) -> None:
+        super().__init__(num_examples, **table)
+        self._pull_back = PullBack(weight=weight)
+
+    def apply(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
+        """The labels as they were, the weights, and the surrogate of the labels."""
+        kept, _, loss = self._pull_back.apply(gradient[:, :-1], labels, index)
+        return super().apply(gradient[:, -1], kept, index)._replace(loss=loss)
+
 
 class LabelTable(_TableUpdate):
-    """Label logits for each unlabeled example, initially 0 (uniform labels), stepped by Masked Adam.
+    """Parameters w of the labels of each unlabeled example, initially 0, stepped by Masked Adam.
 
-    Label Gradient Alignment, Algorithm 1: ``y = softmax(w)``, and the gradient with respect to w is ``J_y dG/dy``.
+    Label Gradient Alignment, Algorithm 1: ``y = softmax(w)`` for classification, where the gradient with respect to w
+    is ``J_y dG/dy``, and ``y = w`` for regression.
 
     Args:
         num_examples: M, size of the unlabeled set.
         num_classes: C.
         lr: learning rate of Masked Adam.
+        parameterization: ``softmax`` (labels start uniform) or ``identity`` (labels start at 0).
         dtype: of the table.
     """
 
     def __init__(
-        self, num_examples: int, num_classes: int, *, lr: float = 0.01, dtype: torch.dtype = torch.float32
+        self,
+        num_examples: int,
+        num_classes: int,
+        *,
+        lr: float = 0.01,
+        parameterization: Literal["softmax", "identity"] = "softmax",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        if parameterization not in ("softmax", "identity"):
+            raise ValueError(f"parameterization must be 'softmax' or 'identity', got {parameterization!r}")
         shape = _count(num_examples, "num_examples", 1), _count(num_classes, "num_classes", 1)
         self.table = MaskedAdamTable(torch.zeros(shape, dtype=dtype), lr=checks.number(lr, "lr", low=0.0))
+        self.parameterization = parameterization
 
     def labels(self, imputed: Tensor, index: Tensor | None) -> Tensor:
-        """``softmax`` of the table's rows ``[N, C]``; the imputed labels only say the shape."""
+        """The labels of the table's rows ``[N, C]``; the imputed labels only say the shape."""
         assert index is not None, "needs_index"
         rows = self.table.rows(index)
         if rows.shape != imputed.shape:
             raise ValueError(f"num_classes is {rows.shape[1]}, but logits are {list(imputed.shape)}")
-        return rows.to(imputed.dtype).softmax(-1)
+        rows = rows.to(imputed.dtype)
+        return rows.softmax(-1) if self.parameterization == "softmax" else rows
 
     def apply(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
         """The labels of this step; the table holds those of the next."""
         assert index is not None, "needs_index"
-        self.table.step_(index, losses.softmax_jacobian(labels, gradient))
+        if self.parameterization == "softmax":
+            gradient = losses.softmax_jacobian(labels, gradient)
+        self.table.step_(index, gradient)
         return Refined(labels, *_unchanged(labels))

@@ -19,7 +19,7 @@ from fastmeta.methods.arguments import (
     impute,
     rows,
 )
-from fastmeta.model_function import Inputs, ModelFunction
+from fastmeta.model_function import Inputs, ModelFunction, batch_size
 from fastmeta.model_problem import ModelProblem, full_precision
 from fastmeta.problem import AnyProblem, Problem, Refined
 from fastmeta.process_group import Group
@@ -231,7 +231,7 @@ class Method:
             impute=impute if given is None else self.update.labels(given, index),
             holdout=batch["holdout"],
             targets=batch["targets"],
-            weights=self.update.weights(like, index),
+            weights=self.update.weights(like.new_empty(batch_size(batch["unlabeled"]), 0), index),
             mask=None if batch["mask"] is None else batch["mask"].to(like),
             labeled=batch["labeled"],
             labeled_targets=batch["labeled_targets"],
@@ -242,7 +242,7 @@ class Method:
     def _step(self, problem: AnyProblem, index: Tensor | None) -> Refined | Tensor:
         gradient = self.derivative(problem, self.direction(problem))
         # Broadcasting would hide the mistake where N happens to be C.
-        if gradient.dim() != (2 if self.update.takes == "labels" else 1):
+        if gradient.dim() != (1 if self.update.takes == "weights" else 2):
             raise ValueError(
                 f"{type(self.update).__name__} takes the gradient of {self.update.takes}, but "
                 f"{type(self.derivative).__name__} gives {list(gradient.shape)}"
