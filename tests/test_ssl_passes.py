@@ -1,0 +1,81 @@
+"""A method on the base's own forward and one that makes its own passes; an update of the method's own."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastmeta import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient, Method
+from fastmeta.ssl import Batch, FixMatch, MeanTeacher, PseudoLabel, Refiner
+
+CLASSES = 3
+BASES = [FixMatch(threshold=0.5), PseudoLabel(threshold=0.5, ramp=0.1), MeanTeacher(ramp=0.1)]
+METHODS = {
+    "L2I V1": lambda: Refiner(L2I("V1")),
+    "L2I V2": lambda: Refiner(L2I("V2")),
+    "MetaGradient": lambda: Refiner(MetaGradient()),
+    "ExampleWeights": lambda: Refiner(ExampleWeights(10), "learned", hard=True),
+    "LabelGradientAlignment": lambda: Refiner(LabelGradientAlignment(10, CLASSES), "learned"),
+}
+
+
+def net() -> nn.Module:
+    """Without batch statistics: there a pass of the unlabeled part alone is another pass."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
+
+
+@pytest.fixture
+def batch(generator) -> Batch:
+    def images(count: int) -> Tensor:
+        return 2 * torch.randn(count, 1, 2, 2, generator=generator, dtype=torch.float64)
+
+    return Batch(
+        labeled=images(4),
+        targets=torch.tensor([0, 1, 2, 1]),
+        weak=images(6),
+        second=images(6),
+        index=torch.tensor([5, 0, 3, 9, 1, 2]),
+        holdout=images(3),
+        holdout_targets=torch.tensor([2, 0, 1]),
+    )
+
+
+@pytest.mark.parametrize("own_holdout", [False, True])
+@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("base", BASES, ids=lambda base: type(base).__name__)
+def test_own_passes_give_what_shared_features_give(batch, base, make, own_holdout):
+    """At the last layer and without batch statistics the two are the same numbers, and so are the gradients."""
+    if not own_holdout:
+        batch = dataclasses.replace(batch, holdout=None, holdout_targets=None)
+    model, results = net(), []
+    for passes in ("shared", "own"):
+        refiner = dataclasses.replace(make(), passes=passes)
+        for _ in range(2):  # the second step reads the tables that the first has written
+            loss = base.loss(model, batch, teacher=net(), progress=0.5, refiner=refiner)
+        results.append((loss, torch.autograd.grad(loss.total, list(model.parameters()))))
+    (shared, shared_grads), (own, own_grads) = results
+    torch.testing.assert_close(own.total, shared.total, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(own.used.soft, shared.used.soft, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(own.used.weights, shared.used.weights, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(own_grads, shared_grads, rtol=1e-11, atol=1e-13)
+
+
+def test_own_passes_are_given_images_and_the_model(batch):
+    class Listening(Method):
+        def refine(self, **given):
+            self.given = given
+            return super().refine(**given)
+
+    rules = L2I("V1")
+    for view, images in (("imputed", batch.weak), ("learned", batch.second)):
+        method = Listening(rules.direction, rules.derivative, rules.update)
+        model = net()
+        FixMatch(threshold=0.5).loss(
+            model, batch, teacher=net(), progress=0.5, refiner=Refiner(method, view, passes="own")
+        )
+        assert method.given["model"] is model
+        assert method.given["unlabeled"] is images
+        assert method.given["holdout"] is batch.holdout
+        assert method.given["labeled"] is batch.labeled
