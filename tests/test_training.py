@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -354,3 +355,25 @@ def test_a_changed_recipe_is_another_run(tmp_path, digits, monkeypatch):
     monkeypatch.setitem(METHODS, "l2i", changed)
     with pytest.raises(ConfigMismatch, match="method_settings="):
         train(RunConfig(method="l2i", **SMALL), tmp_path, dataset=digits)
+
+
+def test_an_update_of_the_methods_own_follows_the_bases(digits):
+    """One alternating step by hand: the base alone, then the surrogate of L2I at the parameters it left."""
+    run = Run(RunConfig(method="l2i-alternating", **SMALL), digits)
+    alone = Run(RunConfig(**SMALL), digits)
+    for name, value in alone.model.state_dict().items():
+        assert run.model.state_dict()[name].equal(value)
+    batch = alone.batch(0)
+    alone.train_step()
+    after_base = copy.deepcopy(alone.model.state_dict())
+    refined = run.refiner.method.refine(
+        model=alone.model, unlabeled=batch.weak, holdout=batch.labeled, targets=batch.targets, index=batch.index
+    )
+    alone.optimizer.zero_grad()
+    refined.loss.backward()
+    alone.optimizer.step()
+    run.train_step()
+    for name, value in alone.model.state_dict().items():
+        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-6, atol=1e-7)
+        if name.endswith("weight"):
+            assert not value.equal(after_base[name])

@@ -73,9 +73,9 @@ _L2I = Recipe(
 _META_GRADIENT = Recipe(lambda num_unlabeled, num_classes, **settings: MetaGradient(**settings), {"step": 10.0})
 
 
-def _whole_model(recipe: Recipe, **settings: Any) -> Recipe:
-    """The recipe with other settings and passes of the method's own."""
-    return replace(recipe, settings={**recipe.settings, **settings}, passes="own")
+def _own_passes(recipe: Recipe, *, own_update: bool = False, **settings: Any) -> Recipe:
+    """The recipe with other settings, and passes of the method's own."""
+    return replace(recipe, settings={**recipe.settings, **settings}, passes="own", own_update=own_update)
 
 
 METHODS: dict[str, Recipe] = {
@@ -92,6 +92,8 @@ METHODS: dict[str, Recipe] = {
     "label-gradient-alignment": Recipe(
         LabelGradientAlignment, {"lr": 0.5, "decay": 0.9, "decay_norm": 0.9}, view="learned"
     ),
+    # The papers' own order: an update of the base, then the method's at the parameters it left.
+    "l2i-alternating": _own_passes(_L2I, own_update=True),
 }
 
 
