@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmeta import checks
@@ -78,16 +79,19 @@ class ModelFunction:
         weight = parts["weight"] if "weight" in parts else torch.zeros_like(layer.weight)
         return weight.detach(), parts.get("bias")
 
-    def logits(self, inputs: Inputs, parameters: Vector | None = None, *, on_graph: bool = False) -> Tensor:
+    def logits(
+        self, inputs: Inputs, parameters: Vector | None = None, *, on_graph: bool = False, twice: bool = False
+    ) -> Tensor:
         """``f(theta) [N, C]``, on the graph of ``parameters`` where they require grad.
 
         Args:
             inputs: of N examples.
             parameters: theta; None: the model's own.
             on_graph: on the graph of the model's own parameters, so that a backward pass reaches their ``.grad``.
+            twice: with kernels that can be differentiated twice.
         """
         theta = {} if on_graph else self.parameters if parameters is None else parameters
-        with torch.enable_grad() if on_graph else contextlib.nullcontext(), self._evaluation():
+        with torch.enable_grad() if on_graph else contextlib.nullcontext(), self._evaluation(twice=twice):
             return self._call(theta, inputs)
 
     def outputs(self, inputs: Inputs, *, on_graph: bool = False) -> Outputs:
@@ -106,13 +110,25 @@ class ModelFunction:
             value = loss(logits)
         return _gradient(value, theta, create_graph), logits.detach()
 
-    def jvp(self, inputs: Inputs, direction: Vector, parameters: Vector | None = None) -> tuple[Tensor, Tensor]:
-        """``f(theta)`` and ``D_v f(theta)`` in one pass of forward mode, both ``[N, C]`` without a graph."""
-        theta = self.parameters if parameters is None else parameters
-        still = {name: value for name, value in theta.items() if name not in direction}
-        moving = {name: theta[name] for name in direction}
-        with torch.no_grad(), self._evaluation(twice=True):
-            return torch.func.jvp(lambda moved: self._call({**still, **moved}, inputs), (moving,), (direction,))
+    def gradient_at(self, logits: Tensor, loss: LossOfLogits) -> Vector:
+        """Gradient of ``loss(logits)`` for logits on the graph of the model's own parameters, which is kept."""
+        with torch.enable_grad():
+            value = loss(logits)
+        return _gradient(value, self._own(), create_graph=False, retain_graph=True)
+
+    def jvp(
+        self, inputs: Inputs, direction: Vector, parameters: Vector | None = None, *, on_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """``f(theta)`` and ``D_v f(theta)`` in one pass of forward mode, both ``[N, C]``, the second without a graph.
+
+        ``on_graph``: at the model's own parameters and with the first on their graph.
+        """
+        theta = self._own() if on_graph else self.parameters if parameters is None else parameters
+        # Not torch.func.jvp: its dropout draws another mask than a plain pass where a tensor is not contiguous.
+        with torch.set_grad_enabled(on_graph), self._evaluation(twice=True), forward_ad.dual_level():
+            moving = {name: forward_ad.make_dual(theta[name], v) for name, v in direction.items()}
+            logits, tangent = forward_ad.unpack_dual(self._call({**theta, **moving}, inputs))
+        return logits, torch.zeros_like(logits) if tangent is None else tangent.detach()
 
     def hessian(self, terms: Sequence[Term], parameters: Vector | None = None) -> Callable[[Vector], Vector]:
         """The product ``v -> (sum of the terms' Hessians) v``; the graph of the gradient is built once and kept."""
@@ -139,6 +155,10 @@ class ModelFunction:
 
         return product
 
+    def _own(self) -> Vector:
+        """The parameters themselves, on whose graph a caller's backward pass reaches ``.grad``."""
+        return {name: value for name, value in self.module.named_parameters() if name in self.parameters}
+
     def _call(self, parameters: Vector, inputs: Inputs) -> Tensor:
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         positional: tuple[Any, ...] = ()
@@ -154,13 +174,17 @@ class ModelFunction:
         """One evaluation; ``twice``: with kernels that can be differentiated twice or in forward mode."""
         before = torch.get_rng_state()
         modes = [(module, module.training) for module in self.module.modules()]
+        fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.set_rng_state(self._random)
         try:
             if self._mode is not None:
                 self.module.train(self._mode == "train")
+            # A kernel of transformer layers in evaluation mode that has no derivative of any kind.
+            torch.backends.mha.set_fastpath_enabled(False)
             with sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext():
                 yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
             for module, training in modes:
                 module.training = training
             torch.set_rng_state(before)
@@ -189,8 +213,10 @@ def _leaves(parameters: Vector) -> Vector:
     return {name: value.detach().requires_grad_() for name, value in parameters.items()}
 
 
-def _gradient(value: Tensor, theta: Vector, create_graph: bool) -> Vector:
-    grads = torch.autograd.grad(value, list(theta.values()), create_graph=create_graph, allow_unused=True)
+def _gradient(value: Tensor, theta: Vector, create_graph: bool, retain_graph: bool | None = None) -> Vector:
+    grads = torch.autograd.grad(
+        value, list(theta.values()), create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+    )
     return _filled(grads, theta)
 
 

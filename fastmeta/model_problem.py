@@ -30,6 +30,8 @@ class ModelProblem:
         parameters: theta; None: the model's own.
         process_group: the processes that the batch is spread over; None: this one alone.
         holdout_gradient: gradient of the mean outer loss at theta over all processes, where the caller has it already.
+        keep_graph: the unlabeled logits are wanted on the graph of the model's own parameters, theta; they come out of
+            the first pass that is made anyway.
     """
 
     function: ModelFunction
@@ -44,6 +46,7 @@ class ModelProblem:
     parameters: Vector = field(default_factory=dict)
     process_group: Group = None
     holdout_gradient: Vector | None = None
+    keep_graph: bool = False
     start: "ModelProblem | None" = None  # the problem at theta_0 that this one was moved from
     _seen: dict[str, Tensor] = field(default_factory=dict)  # unlabeled logits and labels at theta
 
@@ -81,15 +84,31 @@ class ModelProblem:
         return logits
 
     @property
+    def keep(self) -> Callable[[Tensor], None] | None:
+        """Takes unlabeled logits of a pass at theta on the graph of the model's own parameters; None: not wanted."""
+        if not self.keep_graph or "graph" in self._seen:
+            return None
+        return lambda logits: self._seen.update(graph=logits)
+
+    @property
+    def logits_on_graph(self) -> Tensor:
+        """Unlabeled logits ``[N, C]`` at theta on the graph of the model's own parameters; run once."""
+        if "graph" not in self._seen:
+            self._seen["graph"] = self.function.logits(self.unlabeled, on_graph=True)
+        return full_precision(self._seen["graph"])
+
+    @property
     def inner_weights(self) -> Tensor | None:
         """``m_i w_i``, ``[N]``; None means 1."""
         return product_of(self.weights, self.mask)
 
     def gradient(self, part: Part, *, loss: str, reduction: Reduction = "mean") -> Vector:
         """Gradient of the loss of the hold-out examples, of C^U (``unlabeled``) or of C^T (``labeled``)."""
-        if part == "holdout" and self.holdout_gradient is not None:
+        if self.holdout_gradient is not None and (part == "holdout" or (part == "labeled" and self.labeled is None)):
             return self.holdout_gradient
         term = self._term(part, loss, reduction)
+        if part == "unlabeled" and self.keep_graph:
+            return self._joined(self.function.gradient_at(self.logits_on_graph, term.loss))
         gradient, _ = self.function.gradient(term.inputs, term.loss, self.parameters)
         return self._joined(gradient)
 
@@ -113,12 +132,17 @@ class ModelProblem:
         )
 
     def hessian(
-        self, *, loss: str, reduction: Reduction = "mean", labeled_weight: float = 0.0
+        self,
+        *,
+        loss: str,
+        reduction: Reduction = "mean",
+        labeled_weight: float = 0.0,
+        labeled_loss: str = "cross_entropy",
     ) -> Callable[[Vector], Vector]:
-        """The product with the Hessian of ``C^U + labeled_weight C^T`` (a cross-entropy) at theta."""
+        """The product with the Hessian of ``C^U + labeled_weight C^T`` at theta."""
         terms = [self._term("unlabeled", loss, reduction)]
         if labeled_weight:
-            labeled = self._term("labeled", "cross_entropy", reduction)
+            labeled = self._term("labeled", labeled_loss, reduction)
             terms.append(Term(labeled.inputs, lambda logits: labeled_weight * labeled.loss(logits)))
         product = self.function.hessian(terms, self.parameters)
         return lambda direction: self._joined(product(direction))

@@ -51,6 +51,7 @@ class LabelGradient(Derivative):
             radius=self.radius,
             labels=lambda: problem.labels,
             see=problem.see,
+            keep=problem.keep,
         )
         return weighted(problem, step_scale(problem, self.rate, self.reduction, len(tangent)) * tangent)
 

@@ -66,6 +66,7 @@ def label_tangent(
     radius: float,
     labels: Callable[[], Tensor] | None = None,
     see: RowFunction = full_precision,
+    keep: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """``T_i(v)``. ``[N, C]``.
 
@@ -79,19 +80,23 @@ def label_tangent(
         radius: of a difference.
         labels: asked for the labels ``[N, C]`` where the loss needs them, after ``see``.
         see: is shown the logits ``[N, C]`` of a pass at theta, if there is one, and returns them in full precision.
+        keep: is given those of a plain pass at theta or one of forward mode, then made at the model's own parameters
+            and on their graph; None: no graph is recorded.
     """
     needs_labels = loss == "mse_tanh"
     if how == "double_backward":
         theta = _leaves(function, parameters)
         with torch.enable_grad():
-            logits = see(function.logits(inputs, theta))
+            logits = see(function.logits(inputs, theta, twice=True))
             targets = labels() if labels is not None else losses.prediction(logits, loss)
             targets = targets.detach().clone().requires_grad_()
             total = losses.loss_per_example(logits, targets, loss).sum()
         return -_mixed(total, theta, direction, targets)
     if how == "jvp":
-        logits, tangent = function.jvp(inputs, direction, parameters)
-        logits = see(logits)
+        logits, tangent = function.jvp(inputs, direction, parameters, on_graph=keep is not None)
+        if keep is not None:
+            keep(logits)
+        logits = see(logits.detach())
         given = labels() if labels is not None and needs_labels else None
         return losses.label_tangent(logits, full_precision(tangent), loss, given)
     known = labels() if labels is not None and needs_labels else None
@@ -99,7 +104,12 @@ def label_tangent(
     def pull(logits: Tensor) -> Tensor:
         return losses.label_pull(full_precision(logits), loss, known)
 
-    return _difference(function, inputs, direction, parameters, pull, how, radius, see)
+    def at_theta(logits: Tensor) -> Tensor:
+        if keep is not None:
+            keep(logits)
+        return see(logits.detach())
+
+    return _difference(function, inputs, direction, parameters, pull, how, radius, at_theta, keep is not None)
 
 
 def loss_tangent(
@@ -122,7 +132,7 @@ def loss_tangent(
     if how == "double_backward":
         theta = _leaves(function, parameters)
         with torch.enable_grad():
-            logits = see(function.logits(inputs, theta))
+            logits = see(function.logits(inputs, theta, twice=True))
             weights = logits.new_ones(len(logits)).requires_grad_()
             total = (weights * losses.loss_per_example(logits, probabilities(logits), loss)).sum()
         return _mixed(total, theta, direction, weights)
@@ -163,12 +173,15 @@ def _difference(
     how: How,
     radius: float,
     see: RowFunction,
+    on_graph: bool = False,
 ) -> Tensor:
     """``(of(theta + epsilon v) - of(theta - epsilon v)) / 2 epsilon``, or one-sided from theta, in place."""
     theta = function.parameters if parameters is None else parameters
     moving = {name: theta[name] for name in direction}
     with torch.no_grad():
-        other = of(see(function.logits(inputs, theta))) if how == "forward_difference" else None
+        other = None
+        if how == "forward_difference":
+            other = of(see(function.logits(inputs, None if on_graph else theta, on_graph=on_graph)))
         with perturbed(moving, direction, radius) as perturbation:
             plus = of(function.logits(inputs, theta))
             if other is None:

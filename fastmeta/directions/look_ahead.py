@@ -28,7 +28,8 @@ class LookAhead:
         rate: eta.
         loss: the inner loss.
         reduction: of C^U and C^T over their examples.
-        labeled_weight: 0 leaves C^T, a cross-entropy, out.
+        labeled_weight: 0 leaves C^T out.
+        labeled_loss: the loss of C^T.
         steps: K.
         momentum: mu.
 
@@ -41,11 +42,13 @@ class LookAhead:
     loss: str = "mse_probs"
     reduction: Reduction = "mean"
     labeled_weight: float = 0.0
+    labeled_loss: str = "cross_entropy"
     steps: int = 1
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
         checks.inner_loss(self.loss)
+        checks.inner_loss(self.labeled_loss)
         checks.number(self.momentum, "momentum", low=0.0)
         if self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
@@ -63,7 +66,12 @@ class LookAhead:
             buffer = adjoint if buffer is None else vectors.combined(adjoint, self.momentum, buffer)
             steps.append((point, buffer))
             if point is not points[0]:
-                product = point.hessian(loss=self.loss, reduction=self.reduction, labeled_weight=self.labeled_weight)
+                product = point.hessian(
+                    loss=self.loss,
+                    reduction=self.reduction,
+                    labeled_weight=self.labeled_weight,
+                    labeled_loss=self.labeled_loss,
+                )
                 adjoint = vectors.combined(adjoint, -self.rate, product(buffer))
         return Trajectory(tuple(reversed(steps)))
 
@@ -72,7 +80,7 @@ class LookAhead:
         step = problem.gradient("unlabeled", loss=self.loss, reduction=self.reduction)
         if self.labeled_weight == 0:
             return step
-        labeled = problem.gradient("labeled", loss="cross_entropy", reduction=self.reduction)
+        labeled = problem.gradient("labeled", loss=self.labeled_loss, reduction=self.reduction)
         return vectors.combined(step, self.labeled_weight, labeled)
 
     def _forward(self, problem: AnyProblem) -> tuple[list[AnyProblem], AnyProblem]:

@@ -21,6 +21,11 @@ def impute(outputs: Outputs, labels: Tensor | None, needs_graph: bool, loss: str
         name, imputed = "labels", checks.shaped(labels, "labels", "[N, C]", logits.shape).to(dtype)
     if not needs_graph:
         return imputed.detach()
+    return check_on_graph(imputed, name)
+
+
+def check_on_graph(imputed: Tensor, name: str) -> Tensor:
+    """Raise unless the imputed labels are on the graph of autograd."""
     if not imputed.requires_grad:
         raise ValueError(f"{name} must be on the graph: this method pulls the gradient back through the imputer")
     return imputed

@@ -14,13 +14,14 @@ from fastmeta.methods.arguments import (
     as_outputs,
     check_index,
     check_model_batch,
+    check_on_graph,
     example_mask,
     holdout_targets,
     impute,
     rows,
 )
 from fastmeta.model_function import Inputs, ModelFunction, batch_size
-from fastmeta.model_problem import ModelProblem, full_precision
+from fastmeta.model_problem import ModelProblem
 from fastmeta.problem import AnyProblem, Problem, Refined
 from fastmeta.process_group import Group
 from fastmeta.process_group import check as check_group
@@ -197,6 +198,8 @@ class Method:
             if self.derivative.how == "last_layer":
                 raise ValueError("holdout_gradient must be None for how='last_layer', which takes it in closed form")
             function.check(batch["holdout_gradient"], "holdout_gradient")
+        if self.update.needs_graph and not on_graph:
+            check_on_graph(batch["labels"], "labels")
         if self.derivative.how == "last_layer":
             outputs = {
                 name: function.outputs(batch[name], on_graph=on_graph and name == "unlabeled")
@@ -211,8 +214,7 @@ class Method:
             return self._finish(computed, computed.labels, batch)
         imputed = batch["labels"]
         if imputed is None:
-            logits = full_precision(function.logits(batch["unlabeled"], on_graph=True))
-            imputed = losses.prediction(logits, self.inner_loss)
+            imputed = losses.prediction(problem.logits_on_graph, self.inner_loss)
         return self._finish(computed, imputed, batch)
 
     def _model_problem(self, function: ModelFunction, batch: Batch) -> tuple[ModelProblem, Tensor | None]:
@@ -237,6 +239,7 @@ class Method:
             labeled_targets=batch["labeled_targets"],
             process_group=self.process_group,
             holdout_gradient=batch["holdout_gradient"],
+            keep_graph=self.update.needs_graph and given is None,
         ), index
 
     def _step(self, problem: AnyProblem, index: Tensor | None) -> Refined | Tensor:
