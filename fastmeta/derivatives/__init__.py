@@ -9,6 +9,7 @@ from fastmeta.derivatives.derivative import HOWS, Derivative, How
 from fastmeta.derivatives.example_weight_gradient import ExampleWeightGradient
 from fastmeta.derivatives.feature_similarity import FeatureSimilarity
 from fastmeta.derivatives.finite_difference import FiniteDifference
+from fastmeta.derivatives.label_and_weight_gradient import LabelAndWeightGradient
 from fastmeta.derivatives.label_gradient import LabelGradient
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "FeatureSimilarity",
     "FiniteDifference",
     "How",
+    "LabelAndWeightGradient",
     "LabelGradient",
 ]

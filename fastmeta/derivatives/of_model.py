@@ -85,13 +85,13 @@ def label_tangent(
     """
     needs_labels = loss == "mse_tanh"
     if how == "double_backward":
-        theta = _leaves(function, parameters)
+        theta = leaves(function, parameters)
         with torch.enable_grad():
             logits = see(function.logits(inputs, theta, twice=True))
             targets = labels() if labels is not None else losses.prediction(logits, loss)
             targets = targets.detach().clone().requires_grad_()
             total = losses.loss_per_example(logits, targets, loss).sum()
-        return -_mixed(total, theta, direction, targets)
+        return -mixed(total, theta, direction, [targets])[0]
     if how == "jvp":
         logits, tangent = function.jvp(inputs, direction, parameters, on_graph=keep is not None)
         if keep is not None:
@@ -109,7 +109,7 @@ def label_tangent(
             keep(logits)
         return see(logits.detach())
 
-    return _difference(function, inputs, direction, parameters, pull, how, radius, at_theta, keep is not None)
+    return difference(function, inputs, direction, parameters, pull, how, radius, at_theta, keep is not None)
 
 
 def loss_tangent(
@@ -130,41 +130,45 @@ def loss_tangent(
         return losses.as_probabilities(targets(), logits.shape[1], logits.dtype).to(logits.dtype)
 
     if how == "double_backward":
-        theta = _leaves(function, parameters)
+        theta = leaves(function, parameters)
         with torch.enable_grad():
             logits = see(function.logits(inputs, theta, twice=True))
             weights = logits.new_ones(len(logits)).requires_grad_()
             total = (weights * losses.loss_per_example(logits, probabilities(logits), loss)).sum()
-        return _mixed(total, theta, direction, weights)
+        return mixed(total, theta, direction, [weights])[0]
     if how == "jvp":
         logits, tangent = function.jvp(inputs, direction, parameters)
         logits = see(logits)
         return (losses.residual(logits, probabilities(logits), loss) * full_precision(tangent)).sum(-1)
 
+    if how == "finite_difference":
+        targets()  # imputed at theta, which the passes below are not
+
     def loss_of(logits: Tensor) -> Tensor:
         logits = full_precision(logits)
         return losses.loss_per_example(logits, probabilities(logits), loss)
 
-    return _difference(function, inputs, direction, parameters, loss_of, how, radius, see)
+    return difference(function, inputs, direction, parameters, loss_of, how, radius, see)
 
 
-def _leaves(function: ModelFunction, parameters: Vector | None) -> Vector:
+def leaves(function: ModelFunction, parameters: Vector | None) -> Vector:
+    """The parameters, theta or else the model's own, as leaves that require grad."""
     theta = function.parameters if parameters is None else parameters
     return {name: value.detach().requires_grad_() for name, value in theta.items()}
 
 
-def _mixed(total: Tensor, theta: Vector, direction: Vector, of: Tensor) -> Tensor:
+def mixed(total: Tensor, theta: Vector, direction: Vector, of: list[Tensor]) -> tuple[Tensor, ...]:
     """``d/d of <grad_theta total, v>``: the definition, by differentiating twice."""
     grads = torch.autograd.grad(total, [theta[name] for name in direction], create_graph=True, allow_unused=True)
     with torch.enable_grad():
         pairs = zip(grads, direction.values(), strict=True)
         slopes = [(grad * v).sum() for grad, v in pairs if grad is not None]
     if not slopes:
-        return torch.zeros_like(of)
-    return torch.autograd.grad(slopes, of)[0]
+        return tuple(torch.zeros_like(tensor) for tensor in of)
+    return torch.autograd.grad(slopes, of, materialize_grads=True)
 
 
-def _difference(
+def difference(
     function: ModelFunction,
     inputs: Inputs,
     direction: Vector,
