@@ -128,6 +128,18 @@ def curvature(logits: Tensor, logit_tangent: Tensor, loss: str) -> Tensor:
     return 2 * softmax_jacobian(p, softmax_jacobian(p, logit_tangent))
 
 
+def gauss_newton(logits: Tensor, targets: Tensor, logit_tangent: Tensor, loss: str) -> Tensor:
+    """``c(z)`` of any targets: :func:`residual_tangent` without the curvature of the prediction. ``[N, C]``.
+
+    Positive semi-definite for every loss, and the second derivative itself for the first three.
+    """
+    if loss == "cross_entropy":
+        return residual_tangent(logits, targets, logit_tangent, loss)
+    if loss == "mse_tanh":
+        return 2 * (1 - logits.tanh().square()).square() * logit_tangent
+    return curvature(logits, logit_tangent, loss)
+
+
 def as_probabilities(targets: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
     """Targets as ``[N, C]``: class indices ``[N]`` become one-hot rows, probabilities pass through."""
     if targets.dim() == 1:

@@ -26,6 +26,7 @@ class Term(NamedTuple):
 
     inputs: Inputs
     loss: LossOfLogits
+    curvature: Callable[[Tensor, Tensor], Tensor]  # logits and their tangent z [N, C] to (d2 loss / df2) z [N, C]
 
 
 class ModelFunction:
@@ -101,14 +102,25 @@ class ModelFunction:
         return tape.outputs(logits)
 
     def gradient(
-        self, inputs: Inputs, loss: LossOfLogits, parameters: Vector | None = None, *, create_graph: bool = False
+        self,
+        inputs: Inputs,
+        loss: LossOfLogits,
+        parameters: Vector | None = None,
+        names: Sequence[str] | None = None,
     ) -> tuple[Vector, Tensor]:
-        """Gradient of ``loss(logits)`` at the parameters, and the logits ``[N, C]``, detached."""
-        theta = _leaves(self.parameters if parameters is None else parameters)
-        with torch.enable_grad(), self._evaluation(twice=create_graph):
+        """Gradient of ``loss(logits)`` at the parameters, and the logits ``[N, C]``, detached.
+
+        Args:
+            inputs: of N examples.
+            loss: of the logits.
+            parameters: theta; None: the model's own.
+            names: the parameters that the gradient is taken by; None: all.
+        """
+        theta, leaves = self._leaves(parameters, names)
+        with torch.enable_grad(), self._evaluation():
             logits = self._call(theta, inputs)
             value = loss(logits)
-        return _gradient(value, theta, create_graph), logits.detach()
+        return _gradient(value, leaves, create_graph=False), logits.detach()
 
     def gradient_at(self, logits: Tensor, loss: LossOfLogits) -> Vector:
         """Gradient of ``loss(logits)`` for logits on the graph of the model's own parameters, which is kept."""
@@ -130,30 +142,86 @@ class ModelFunction:
             logits, tangent = forward_ad.unpack_dual(self._call({**theta, **moving}, inputs))
         return logits, torch.zeros_like(logits) if tangent is None else tangent.detach()
 
-    def hessian(self, terms: Sequence[Term], parameters: Vector | None = None) -> Callable[[Vector], Vector]:
-        """The product ``v -> (sum of the terms' Hessians) v``; the graph of the gradient is built once and kept."""
-        theta = _leaves(self.parameters if parameters is None else parameters)
+    def hessian(
+        self,
+        terms: Sequence[Term],
+        parameters: Vector | None = None,
+        names: Sequence[str] | None = None,
+        *,
+        once: bool = False,
+    ) -> Callable[[Vector], Vector]:
+        """The product ``v -> (sum of the terms' Hessians) v``, by differentiating the gradient.
+
+        Forward mode over the gradient takes as long as this and half as much memory again; reverse mode over a forward
+        derivative is wrong for BatchNorm, whose forward derivative takes the batch statistics for constants.
+
+        Args:
+            terms: the summands.
+            parameters: theta; None: the model's own.
+            names: the parameters that move, in the direction and in the product; None: all.
+            once: one product is wanted: the graph is given up on the way.
+        """
+        theta, leaves = self._leaves(parameters, names)
         with torch.enable_grad():
             values = []
             for term in terms:
                 with self._evaluation(twice=True):
                     values.append(term.loss(self._call(theta, term.inputs)))
-            gradient = _gradient(torch.stack(values).sum(), theta, create_graph=True)
+            gradient = _gradient(torch.stack(values).sum(), leaves, create_graph=True)
 
         def product(direction: Vector) -> Vector:
             on_graph = [name for name in direction if gradient[name].requires_grad]
             if not on_graph:
-                return {name: torch.zeros_like(value) for name, value in theta.items()}
+                return {name: torch.zeros_like(value) for name, value in leaves.items()}
             products = torch.autograd.grad(
                 [gradient[name] for name in on_graph],
-                list(theta.values()),
+                list(leaves.values()),
                 [direction[name] for name in on_graph],
+                retain_graph=not once,
+                allow_unused=True,
+            )
+            return _filled(products, leaves)
+
+        return product
+
+    def gauss_newton(
+        self, terms: Sequence[Term], parameters: Vector | None = None, names: Sequence[str] | None = None
+    ) -> Callable[[Vector], Vector]:
+        """The product ``v -> (sum of J^T C J) v`` with ``J = df/dtheta`` and each term's curvature C of the logits.
+
+        A pass of forward mode and one backward, on a graph that is built once and kept; see :meth:`hessian`.
+        """
+        theta, leaves = self._leaves(parameters, names)
+        logits = []
+        with torch.enable_grad():
+            for term in terms:
+                with self._evaluation(twice=True):
+                    logits.append(self._call(theta, term.inputs))
+
+        def product(direction: Vector) -> Vector:
+            cotangents = []
+            for term, here in zip(terms, logits, strict=True):
+                _, tangent = self.jvp(term.inputs, direction, parameters)
+                cotangents.append(term.curvature(here.detach(), tangent).to(here.dtype))
+            with_graph = [place for place, here in enumerate(logits) if here.requires_grad]
+            if not with_graph:
+                return {name: torch.zeros_like(value) for name, value in leaves.items()}
+            products = torch.autograd.grad(
+                [logits[place] for place in with_graph],
+                list(leaves.values()),
+                [cotangents[place] for place in with_graph],
                 retain_graph=True,
                 allow_unused=True,
             )
-            return _filled(products, theta)
+            return _filled(products, leaves)
 
         return product
+
+    def _leaves(self, parameters: Vector | None, names: Sequence[str] | None) -> tuple[Vector, Vector]:
+        """Theta with leaves of autograd under the names, and these alone."""
+        theta = self.parameters if parameters is None else parameters
+        leaves = {name: theta[name].detach().requires_grad_() for name in (theta if names is None else names)}
+        return {**theta, **leaves}, leaves
 
     def _own(self) -> Vector:
         """The parameters themselves, on whose graph a caller's backward pass reaches ``.grad``."""
@@ -201,16 +269,11 @@ def batch_size(inputs: Inputs, name: str = "inputs") -> int:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
+        name = "module" if isinstance(model, nn.parallel.DistributedDataParallel) else "_orig_mod"
+        inner = getattr(model, name, None)
+        if not isinstance(inner, nn.Module):
             return model
-
-
-def _leaves(parameters: Vector) -> Vector:
-    return {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        model = inner
 
 
 def _gradient(value: Tensor, theta: Vector, create_graph: bool, retain_graph: bool | None = None) -> Vector:

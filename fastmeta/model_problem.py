@@ -1,14 +1,14 @@
 """The inner and outer problem of one step where the whole model moves; see :mod:`fastmeta.problem`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fastmeta import losses
-from fastmeta.model_function import Inputs, LossOfLogits, ModelFunction, Term, Vector
-from fastmeta.problem import Part, Reduction, one_over, product_of
+from fastmeta.model_function import Inputs, ModelFunction, Term, Vector
+from fastmeta.problem import AnyDirection, Curvature, InnerLoss, Part, Reduction, one_over, product_of
 from fastmeta.process_group import Group, sum_over
 
 
@@ -47,6 +47,7 @@ class ModelProblem:
     process_group: Group = None
     holdout_gradient: Vector | None = None
     keep_graph: bool = False
+    moving: tuple[str, ...] | None = None  # names of the parameters that move; None: all
     start: "ModelProblem | None" = None  # the problem at theta_0 that this one was moved from
     _seen: dict[str, Tensor] = field(default_factory=dict)  # unlabeled logits and labels at theta
 
@@ -108,44 +109,67 @@ class ModelProblem:
             return self.holdout_gradient
         term = self._term(part, loss, reduction)
         if part == "unlabeled" and self.keep_graph:
-            return self._joined(self.function.gradient_at(self.logits_on_graph, term.loss))
-        gradient, _ = self.function.gradient(term.inputs, term.loss, self.parameters)
+            gradient = self.function.gradient_at(self.logits_on_graph, term.loss)
+            return self._joined({name: gradient[name] for name in self.names})
+        gradient, _ = self.function.gradient(term.inputs, term.loss, self.parameters, self.names)
         return self._joined(gradient)
 
-    def moved(self, direction: Vector, rate: float) -> "ModelProblem":
+    def moved(self, direction: AnyDirection, rate: float) -> "ModelProblem":
         """The same problem at ``theta - rate v``."""
-        names = list(direction)
-        values = torch._foreach_add([self.parameters[name] for name in names], list(direction.values()), alpha=-rate)
-        return ModelProblem(
-            self.function,
-            self.unlabeled,
-            self.impute,
-            self.holdout,
-            self.targets,
-            self.weights,
-            self.mask,
-            self.labeled,
-            self.labeled_targets,
-            {**self.parameters, **dict(zip(names, values, strict=True))},
-            self.process_group,
+        step = of_model(direction)
+        values = torch._foreach_add([self.parameters[name] for name in step], list(step.values()), alpha=-rate)
+        return replace(
+            self,
+            parameters={**self.parameters, **dict(zip(step, values, strict=True))},
+            holdout_gradient=None,
+            keep_graph=False,
             start=self if self.start is None else self.start,
+            _seen={},
         )
 
-    def hessian(
-        self,
-        *,
-        loss: str,
-        reduction: Reduction = "mean",
-        labeled_weight: float = 0.0,
-        labeled_loss: str = "cross_entropy",
-    ) -> Callable[[Vector], Vector]:
-        """The product with the Hessian of ``C^U + labeled_weight C^T`` at theta."""
-        terms = [self._term("unlabeled", loss, reduction)]
-        if labeled_weight:
-            labeled = self._term("labeled", labeled_loss, reduction)
-            terms.append(Term(labeled.inputs, lambda logits: labeled_weight * labeled.loss(logits)))
-        product = self.function.hessian(terms, self.parameters)
-        return lambda direction: self._joined(product(direction))
+    def restricted(self, layers: Sequence[str]) -> "ModelProblem":
+        """The same problem where only the parameters of some layers move.
+
+        Args:
+            layers: names of modules or parameters, ``("block4", "fc")``.
+
+        Raises:
+            ValueError: nothing that moves has one of these names.
+        """
+        for layer in layers:
+            if not any(_within(name, layer) for name in self.names):
+                raise ValueError(f"layers must name parts of the model that require grad, got {layer!r}")
+        moving = tuple(name for name in self.names if any(_within(name, layer) for layer in layers))
+        gradient = self.holdout_gradient
+        return replace(
+            self,
+            moving=moving,
+            holdout_gradient=None if gradient is None else {name: gradient[name] for name in moving},
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters that move."""
+        return tuple(self.parameters) if self.moving is None else self.moving
+
+    def hessian_vector_product(self, inner: InnerLoss, direction: AnyDirection) -> Vector:
+        """One product with the Hessian of the inner loss at theta; no graph is left, one term's at a time lives."""
+        v = of_model(direction)
+        total: list[Tensor] = []
+        for term in self._terms(inner):
+            product = self.function.hessian([term], self.parameters, self.names, once=True)(v)
+            values = list(product.values())
+            total = list(torch._foreach_add(total, values)) if total else values
+        return self._joined(dict(zip(self.names, total, strict=True)))
+
+    def hessian(self, inner: InnerLoss, curvature: Curvature = "hessian") -> Callable[[AnyDirection], Vector]:
+        """The product with the Hessian of the inner loss at theta, or with its Gauss-Newton matrix; for many products.
+
+        A graph is built once and kept: of the gradient, or of the logits alone.
+        """
+        build = self.function.hessian if curvature == "hessian" else self.function.gauss_newton
+        product = build(self._terms(inner), self.parameters, self.names)
+        return lambda direction: self._joined(product(of_model(direction)))
 
     def mean_scale(self, count: int) -> float | Tensor:
         """``1 / N`` for this process's ``count`` of the N examples of the joined batch."""
@@ -167,35 +191,54 @@ class ModelProblem:
             raise ValueError("holdout and targets are needed by this direction, got None")
         return self.holdout, self.targets
 
-    def _term(self, part: Part, loss: str, reduction: Reduction) -> Term:
-        if part == "unlabeled":
-            return Term(self.unlabeled, self._inner_loss(loss, reduction))
-        inputs, targets = self.holdout_inputs() if part == "holdout" else self.labeled_inputs()
+    def _terms(self, inner: InnerLoss) -> list[Term]:
+        return [self._term(part, loss, inner.reduction, factor) for part, loss, factor in inner.terms()]
 
-        def outer(logits: Tensor) -> Tensor:
-            logits = full_precision(logits)
-            probabilities = losses.as_probabilities(targets, logits.shape[1], logits.dtype).to(logits.dtype)
-            return self._reduced(losses.loss_per_example(logits, probabilities, loss), reduction)
+    def _term(self, part: Part, loss: str, reduction: Reduction, factor: float = 1.0) -> Term:
+        unlabeled = part == "unlabeled"
+        inputs, given = (self.unlabeled, None) if unlabeled else self._labels_of(part)
+        weights = self.inner_weights if unlabeled else None
 
-        return Term(inputs, outer)
+        def targets(logits: Tensor) -> Tensor:
+            labels = self.labels if given is None else given
+            return losses.as_probabilities(labels, logits.shape[1], logits.dtype).to(logits.dtype)
 
-    def _inner_loss(self, loss: str, reduction: Reduction) -> LossOfLogits:
-        def inner(logits: Tensor) -> Tensor:
-            logits = self.see(logits)
-            per_example = losses.loss_per_example(logits, self.labels.to(logits.dtype), loss)
-            weights = self.inner_weights
-            return self._reduced(per_example if weights is None else weights * per_example, reduction)
+        def weighted(rows: Tensor) -> Tensor:
+            scale = factor * self.mean_scale(len(rows)) if reduction == "mean" else factor
+            return rows * scale if weights is None else rows * (scale * weights).view(-1, *[1] * (rows.dim() - 1))
 
-        return inner
+        def value(logits: Tensor) -> Tensor:
+            logits = self.see(logits) if unlabeled else full_precision(logits)
+            return weighted(losses.loss_per_example(logits, targets(logits), loss)).sum()
 
-    def _reduced(self, per_example: Tensor, reduction: Reduction) -> Tensor:
-        total = per_example.sum()
-        return total * self.mean_scale(len(per_example)) if reduction == "mean" else total
+        def curvature(logits: Tensor, tangent: Tensor) -> Tensor:
+            logits = self.see(logits) if unlabeled else full_precision(logits)
+            return weighted(losses.gauss_newton(logits, targets(logits), full_precision(tangent), loss))
+
+        return Term(inputs, value, curvature)
+
+    def _labels_of(self, part: Part) -> tuple[Inputs, Tensor]:
+        return self.holdout_inputs() if part == "holdout" else self.labeled_inputs()
 
     def _joined(self, gradient: Vector) -> Vector:
         if self.process_group is None:
             return gradient
         return dict(zip(gradient, sum_over(list(gradient.values()), self.process_group), strict=True))
+
+
+def of_model(direction: AnyDirection) -> Vector:
+    """Itself.
+
+    Raises:
+        TypeError: it is a last layer's.
+    """
+    if not isinstance(direction, dict):
+        raise TypeError(f"direction must be a whole model's dict by parameter name, got {type(direction).__name__}")
+    return direction
+
+
+def _within(name: str, layer: str) -> bool:
+    return name == layer or name.startswith(f"{layer}.")
 
 
 def full_precision(logits: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastmeta.model_problem import ModelProblem
 
 Reduction = Literal["mean", "sum"]
+Curvature = Literal["hessian", "gauss_newton"]
 Part = Literal["unlabeled", "holdout", "labeled"]
 
 
@@ -59,8 +60,36 @@ class Factors(NamedTuple):
         return Direction(self.residual.T @ self.features, self.residual.sum(0) if self.bias else None)
 
 
-AnyDirection: TypeAlias = Direction | Factors | dict[str, Tensor]
+class InnerLoss(NamedTuple):
+    """``C^U + labeled_weight C^T``: what the inner steps descend."""
+
+    loss: str  # of C^U
+    reduction: Reduction = "mean"  # of both, over their examples
+    labeled_weight: float = 0.0
+    labeled_loss: str = "cross_entropy"  # of C^T
+
+    def terms(self) -> list[tuple[Part, str, float]]:
+        """Part, loss and factor of every summand."""
+        unlabeled: tuple[Part, str, float] = ("unlabeled", self.loss, 1.0)
+        if self.labeled_weight == 0:
+            return [unlabeled]
+        return [unlabeled, ("labeled", self.labeled_loss, self.labeled_weight)]
+
+
+Dense: TypeAlias = Direction | dict[str, Tensor]
+AnyDirection: TypeAlias = Dense | Factors
 AnyProblem: TypeAlias = Union["Problem", "ModelProblem"]
+
+
+def of_last_layer(direction: AnyDirection) -> Direction:
+    """Itself, with factors multiplied out.
+
+    Raises:
+        TypeError: it is a whole model's.
+    """
+    if isinstance(direction, dict):
+        raise TypeError("direction must be a last layer's Direction or Factors, got a whole model's dict")
+    return direction.dense()
 
 
 class Trajectory(NamedTuple):
@@ -123,11 +152,12 @@ class Problem:
             weight, grad_bias = residual.T @ rows.features, residual.sum(0)
         return self._joined(Direction(weight, grad_bias if bias and self.has_bias else None))
 
-    def moved(self, direction: Direction, rate: float) -> "Problem":
+    def moved(self, direction: AnyDirection, rate: float) -> "Problem":
         """The same problem at ``theta - rate v``: the features stay and the logits become ``f - rate (h V^T + b)``."""
+        step = of_last_layer(direction)
 
         def move(rows: Rows) -> Rows:
-            return Rows(rows.features, rows.logits - rate * functional.linear(rows.features, *direction))
+            return Rows(rows.features, rows.logits - rate * functional.linear(rows.features, *step))
 
         return dataclasses.replace(
             self,
@@ -136,25 +166,27 @@ class Problem:
             labeled=None if self.labeled is None else move(self.labeled),
         )
 
-    def hessian(
-        self, *, loss: str, reduction: Reduction = "mean", labeled_weight: float = 0.0
-    ) -> Callable[[Direction], Direction]:
-        """The product with the exact Hessian of ``C^U + labeled_weight C^T`` (a cross-entropy) at theta."""
-        parts: list[tuple[Part, str, float]] = [("unlabeled", loss, 1.0)]
-        if labeled_weight:
-            parts.append(("labeled", "cross_entropy", labeled_weight))
+    def hessian_vector_product(self, inner: InnerLoss, direction: AnyDirection) -> Direction:
+        """One product with the Hessian of the inner loss at theta."""
+        return self.hessian(inner)(direction)
 
-        def product(direction: Direction) -> Direction:
-            weight, bias = torch.zeros_like(direction.weight), None
-            if direction.bias is not None:
-                bias = torch.zeros_like(direction.bias)
-            for part, its_loss, factor in parts:
-                rows, targets, weights = self._part(part)
-                scaled = self.scaled_weights(rows, weights, reduction)
-                targets = losses.as_probabilities(targets, rows.logits.shape[1], rows.logits.dtype)
-                z = functional.linear(rows.features, *direction)
-                tangent = factor * losses.residual_tangent(rows.logits, targets, z, its_loss)
-                tangent = tangent if scaled is None else tangent * scaled.unsqueeze(-1)
+    def hessian(self, inner: InnerLoss, curvature: Curvature = "hessian") -> Callable[[AnyDirection], Direction]:
+        """The product with the Hessian of the inner loss at theta, or with its Gauss-Newton matrix."""
+        terms: list[tuple[Rows, Tensor, Tensor, str]] = []
+        for part, loss, factor in inner.terms():
+            rows, targets, weights = self._part(part)
+            scaled = self.scaled_weights(rows, weights, inner.reduction)
+            scaled = rows.logits.new_ones(len(rows.logits)) if scaled is None else scaled
+            targets = losses.as_probabilities(targets, rows.logits.shape[1], rows.logits.dtype)
+            terms.append((rows, targets, factor * scaled, loss))
+        second = losses.residual_tangent if curvature == "hessian" else losses.gauss_newton
+
+        def product(direction: AnyDirection) -> Direction:
+            v = of_last_layer(direction)
+            weight, bias = torch.zeros_like(v.weight), None if v.bias is None else torch.zeros_like(v.bias)
+            for rows, targets, scaled, loss in terms:
+                z = functional.linear(rows.features, *v)
+                tangent = second(rows.logits, targets, z, loss) * scaled.unsqueeze(-1)
                 weight = weight + tangent.T @ rows.features
                 bias = None if bias is None else bias + tangent.sum(0)
             return self._joined(Direction(weight, bias))

@@ -1,34 +1,46 @@
 """Arithmetic of directions: a last layer's ``(V, b)`` and a model's dict of tensors alike, as lists of tensors."""
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fastmeta.problem import AnyDirection, Direction, Factors
+from fastmeta.problem import AnyDirection, Dense, Direction, Factors
 
-Dense = TypeVar("Dense", Direction, dict[str, Tensor])
+
+def dense(direction: AnyDirection) -> Dense:
+    """Itself; factors are multiplied out."""
+    return direction if isinstance(direction, dict) else direction.dense()
 
 
 def tensors(direction: AnyDirection) -> list[Tensor]:
     """The tensors that move, in a fixed order; factors are multiplied out."""
     if isinstance(direction, dict):
         return list(direction.values())
-    dense = direction.dense()
-    return [dense.weight] if dense.bias is None else [dense.weight, dense.bias]
+    return [tensor for tensor in direction.dense() if tensor is not None]
 
 
-def rebuilt(direction: Dense, values: Sequence[Tensor]) -> Dense:
+def rebuilt(like: Dense, values: Sequence[Tensor]) -> Dense:
     """A direction of the same form with other values; the inverse of :func:`tensors`."""
-    if isinstance(direction, dict):
-        return dict(zip(direction, values, strict=True))
-    return Direction(values[0], None if direction.bias is None else values[1])
+    if isinstance(like, dict):
+        return dict(zip(like, values, strict=True))
+    return Direction(values[0], None if like.bias is None else values[1])
 
 
-def dense(direction: AnyDirection) -> Direction | dict[str, Tensor]:
-    """Itself; factors are multiplied out."""
-    return direction if isinstance(direction, dict) else direction.dense()
+def flat(direction: AnyDirection) -> Tensor:
+    """All tensors behind each other, in the widest of their dtypes and no less than float32. ``[P]``."""
+    parts = tensors(direction)
+    dtype = torch.float32
+    for part in parts:
+        dtype = torch.promote_types(dtype, part.dtype)
+    return torch.cat([part.reshape(-1).to(dtype) for part in parts])
+
+
+def unflat(like: Dense, values: Tensor) -> Dense:
+    """The inverse of :func:`flat`: views of ``values [P]``, in the dtypes of ``like`` where those differ."""
+    parts = tensors(like)
+    pieces = values.split([part.numel() for part in parts])
+    return rebuilt(like, [piece.view(part.shape).to(part.dtype) for piece, part in zip(pieces, parts, strict=True)])
 
 
 def scaled(direction: AnyDirection, factor: Tensor | float) -> AnyDirection:
@@ -38,18 +50,13 @@ def scaled(direction: AnyDirection, factor: Tensor | float) -> AnyDirection:
     return rebuilt(direction, torch._foreach_mul(tensors(direction), factor))
 
 
-def combined(first: Dense, factor: float, second: Dense) -> Dense:
+def combined(first: AnyDirection, factor: float, second: AnyDirection) -> Dense:
     """``first + factor second``; a tensor that only one of the two has is taken as 0 in the other."""
-    if isinstance(first, dict) and first.keys() != second.keys():
-        zeros = {name: torch.zeros_like(value) for name, value in {**first, **second}.items()}
-        first, second = {**zeros, **first}, {**zeros, **second}
-    return rebuilt(first, torch._foreach_add(tensors(first), tensors(second), alpha=factor))
-
-
-def dot(first: AnyDirection, second: AnyDirection) -> Tensor:
-    """``<first, second>`` over all tensors. Scalar."""
-    products = torch._foreach_mul(tensors(first), tensors(second))
-    return torch.stack([product.sum() for product in products]).sum()
+    a, b = dense(first), dense(second)
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() != b.keys():
+        zeros = {name: torch.zeros_like(value) for name, value in {**a, **b}.items()}
+        a, b = {**zeros, **a}, {**zeros, **b}
+    return rebuilt(a, torch._foreach_add(tensors(a), tensors(b), alpha=factor))
 
 
 def norm(direction: AnyDirection) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fastmeta import checks, vectors
 from fastmeta.directions.holdout_gradient import HoldoutGradient
 from fastmeta.directions.rule import DirectionRule
-from fastmeta.problem import AnyDirection, AnyProblem, Reduction, Trajectory
+from fastmeta.problem import AnyDirection, AnyProblem, InnerLoss, Reduction, Trajectory
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,11 @@ class LookAhead:
 
     and v the direction of ``of`` at ``theta_K``, the adjoints run back through the steps by Hessian-vector products::
 
-        u_k = v_{k+1} + mu u_{k+1},    v_k = v_{k+1} - rate H(theta_k) u_k,    u_K = 0
+        u_k = v_{k+1} + mu u_{k+1},    v_k = v_{k+1} - rate H(theta_k) u_k,    v_K = v, u_K = 0
 
-    The derivative of the outer loss is the sum over k of the derivatives at ``theta_k`` along ``u_k``. The parameters
-    of K points are kept, no graph of the K steps. (C^T does not enter ``d theta* / dz`` of one step but moves theta*.)
+    The derivative of the outer loss is the sum over k of the derivatives at ``theta_k`` along ``u_k``. What is kept of
+    the K steps are the parameters and the directions of each: the graph of one Hessian-vector product lives at a time.
+    (C^T does not enter ``d theta* / dz`` of one step but moves theta*.)
 
     Args:
         of: the rule evaluated at theta_K.
@@ -53,38 +54,44 @@ class LookAhead:
         if self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
 
+    @property
+    def inner(self) -> InnerLoss:
+        """What the steps descend."""
+        return InnerLoss(self.loss, self.reduction, self.labeled_weight, self.labeled_loss)
+
     def __call__(self, problem: AnyProblem) -> AnyDirection | Trajectory:
-        """The direction of ``of`` at theta*; for K > 1 the K directions, each with the problem it belongs to."""
+        """The direction of ``of`` at theta*; for K > 1 the K directions, each with the problem it belongs to.
+
+        Raises:
+            TypeError: ``of`` gives the directions of several inner steps itself.
+        """
         points, ahead = self._forward(problem)
         direction = self.of(ahead)
-        if self.steps == 1 or isinstance(direction, Trajectory):
+        if isinstance(direction, Trajectory):
+            raise TypeError("of must give one direction, got those of several inner steps; use LookAhead(steps=K)")
+        if self.steps == 1:
             return direction
-        adjoint = vectors.dense(direction)
-        buffer = None
+        adjoint, buffer = vectors.dense(direction), None
         steps: list[tuple[AnyProblem, AnyDirection]] = []
         for point in reversed(points):
             buffer = adjoint if buffer is None else vectors.combined(adjoint, self.momentum, buffer)
             steps.append((point, buffer))
-            if point is not points[0]:
-                product = point.hessian(
-                    loss=self.loss,
-                    reduction=self.reduction,
-                    labeled_weight=self.labeled_weight,
-                    labeled_loss=self.labeled_loss,
-                )
-                adjoint = vectors.combined(adjoint, -self.rate, product(buffer))
+            if point is not problem:
+                adjoint = vectors.combined(adjoint, -self.rate, point.hessian_vector_product(self.inner, buffer))
         return Trajectory(tuple(reversed(steps)))
 
     def inner_gradient(self, problem: AnyProblem) -> AnyDirection:
         """``grad (C^U + labeled_weight C^T)`` at theta."""
-        step = problem.gradient("unlabeled", loss=self.loss, reduction=self.reduction)
-        if self.labeled_weight == 0:
-            return step
-        labeled = problem.gradient("labeled", loss=self.labeled_loss, reduction=self.reduction)
-        return vectors.combined(step, self.labeled_weight, labeled)
+        total: AnyDirection | None = None
+        for part, loss, factor in self.inner.terms():
+            gradient = problem.gradient(part, loss=loss, reduction=self.reduction)
+            total = gradient if total is None else vectors.combined(total, factor, gradient)
+        assert total is not None, "C^U is always there"
+        return total
 
     def _forward(self, problem: AnyProblem) -> tuple[list[AnyProblem], AnyProblem]:
-        points, here, buffer = [], problem, None
+        points: list[AnyProblem] = []
+        here, buffer = problem, None
         for _ in range(self.steps):
             points.append(here)
             gradient = self.inner_gradient(here)
