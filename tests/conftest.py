@@ -27,6 +27,12 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
 
 
 @pytest.fixture(scope="module")
+def module_draw(request: pytest.FixtureRequest) -> Draw:
+    """Like ``draw``, for what the tests of a module share."""
+    return Draw(torch.Generator("cpu").manual_seed(SEED ^ zlib.crc32(request.node.name.encode())))
+
+
+@pytest.fixture(scope="module")
 def on_device() -> Iterator[None]:
     """Tensors that name no device are on the one under test. For ``pytest.mark.usefixtures``."""
     with torch.device(DEVICE) if DEVICE != "cpu" else contextlib.nullcontext():

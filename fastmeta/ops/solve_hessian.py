@@ -13,10 +13,12 @@ from torch.autograd.function import once_differentiable
 from fastmeta import checks
 from fastmeta.dispatch import in_own_dtype
 from fastmeta.ops import _last_layer
-from fastmeta.ops._solvers import device, system
+from fastmeta.ops._solvers import device, joined, system
 from fastmeta.ops._solvers.driver import Answer, Solve
 from fastmeta.ops._solvers.state import SolverState
 from fastmeta.ops.hvp import hessian_vector_product_reference
+from fastmeta.process_group import Group
+from fastmeta.process_group import check as check_group
 
 SOLVERS = ("auto", "cholesky", "cg", "pcg")
 
@@ -71,6 +73,7 @@ class _Problem:
     max_iter: int
     impl: str | None
     state: SolverState | None = None
+    group: Group = None
 
 
 class _Report:
@@ -115,6 +118,7 @@ def solve_hessian(
     max_iter: int = 100,
     impl: str | None = None,
     state: SolverState | None = None,
+    process_group: Group = None,
 ) -> HessianSolution:
     r"""Solve ``(H + damping I) x = rhs`` for the Hessian ``H`` of ``sum_i w_i l(f_i, y_i)`` in the last layer.
 
@@ -141,6 +145,11 @@ def solve_hessian(
     The derivative is that of the exact solution, by the implicit function theorem: a second solve in backward, as
     exact as ``tol``. Forward mode and a second derivative raise.
 
+    With a ``process_group`` the sum is over the rows of all its processes, and ``N`` is their number: each passes rows
+    of its own, perhaps none, and the same of everything else. The iterates are those of one process with all the rows,
+    for one all-reduce of a ``[C, D]`` a product. The host waits at the start and while the iterations run, also on a
+    GPU; no derivative, no CUDA graph.
+
     Args:
         features: input of the last layer, ``[N, D]``.
         logits: its output, ``[N, C]``.
@@ -155,6 +164,7 @@ def solve_hessian(
         max_iter: most iterations, >= 0.
         impl: implementation of the Hessian-vector product; see :func:`fastmeta.use_impl`.
         state: carrier of a warm start from call to call.
+        process_group: processes whose rows make up the Hessian; None: this one's are all.
 
     Returns:
         Weight ``[C, D]``, bias ``[C]`` or None, iterations, and the relative residual that was reached.
@@ -162,7 +172,9 @@ def solve_hessian(
     Raises:
         ValueError: a shape, loss or solver does not fit, ``damping < 0``, or an input is not finite.
         TypeError: dtypes are not floating or not the same.
-        RuntimeError: the named ``impl`` is not available; ``torch.linalg.LinAlgError``: not positive definite.
+        RuntimeError: the named ``impl`` is not available; or a ``process_group`` with tensors that require a
+            derivative, inside a CUDA graph, or without torch.distributed.
+        torch.linalg.LinAlgError: not positive definite.
 
     Warns:
         NotConvergedWarning: the residual is above ``tol`` after ``max_iter`` iterations or at the dtype's precision;
@@ -174,15 +186,17 @@ def solve_hessian(
     ([[0.25], [0.25]], 0.0)
     """
     _check(features, logits, rhs_weight, rhs_bias, weights, loss)
-    problem = _Problem(
-        loss, checks.number(damping, "damping", low=0.0), solver, checks.number(tol, "tol"), max_iter, impl, state
-    )
+    damping, tol = checks.number(damping, "damping", low=0.0), checks.number(tol, "tol")
+    problem = _Problem(loss, damping, solver, tol, max_iter, impl, state, process_group)
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     if problem.tol <= 0:
         raise ValueError(f"tol must be > 0, got {tol}")
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
         raise ValueError(f"max_iter must be an integer >= 0, got {max_iter!r}")
+    check_group(process_group)
+    if process_group is not None and _tracked(features, logits, rhs_weight, rhs_bias, weights):
+        raise RuntimeError("solve_hessian has no derivative with a process_group; detach its arguments")
     report = _Report()
     solve = _Solution.apply if _tracked(features, logits, rhs_weight, rhs_bias, weights) else _Solution.forward
     weight, bias = solve(features, logits, rhs_weight, rhs_bias, weights, problem, report)
@@ -220,31 +234,59 @@ def _solve(
     problem: _Problem,
 ) -> tuple[Tensor, Tensor | None, Answer]:
     given = {"features": features, "logits": logits, "rhs_weight": rhs_weight, "rhs_bias": rhs_bias, "weights": weights}
-    device.refuse_capture(features, problem.solver, problem.damping)
+    device.refuse_capture(features, problem.solver, problem.damping, grouped=problem.group is not None)
     on_device = device.serves(features) and problem.solver != "cholesky"
-    if not on_device:
-        _check_finite(given)
+    fault = None if on_device and problem.group is None else _not_finite(given)
+    if fault is not None and problem.group is None:
+        raise fault
     dtype = torch.promote_types(features.dtype, torch.float32)
     rhs = system.fold(rhs_weight, rhs_bias, padded=on_device).to(dtype)
-    if features.shape[0] == 0 and problem.damping > 0:
+    others = None if problem.group is None else _meet(problem, features, weights, rhs, fault)
+    num_rows = features.shape[0] if others is None else others.count
+    if num_rows == 0 and problem.damping > 0:
         answer = Answer(rhs / problem.damping, 0, 0.0, problem.solver)
-    elif features.shape[0] == 0:
+    elif num_rows == 0:
         missed = rhs.any().double()
         answer = Answer(torch.zeros_like(rhs), 0, missed if on_device else missed.item(), problem.solver)
     else:
         h, w = features.to(dtype), None if weights is None else weights.to(dtype)
         rows, signs = system.rows(h, w, rhs_bias is not None, on_device=on_device)
-        hessian = system.DampedHessian(rows, logits.to(dtype), signs, problem.loss, problem.damping, problem.impl)
+        hessian = system.DampedHessian(
+            rows, logits.to(dtype), signs, problem.loss, problem.damping, problem.impl, others
+        )
         identity = (features,) if weights is None else (features, weights)
         solve = device.DeviceSolve if on_device else Solve
         answer = solve(hessian, rhs, identity, problem.tol, problem.max_iter, problem.state).run(problem.solver)
         if answer.stopped_at is not None and math.isnan(answer.stopped_at):
-            _check_finite(given)
+            fault = _not_finite(given)
+            if fault is not None:
+                raise fault
     x = answer.solution.to(features.dtype)
     if rhs_bias is None:
         return x, None, answer
     count = rhs_weight.shape[1]
     return x[:, :count].contiguous(), x[:, count].contiguous(), answer
+
+
+def _meet(
+    problem: _Problem, features: Tensor, weights: Tensor | None, rhs: Tensor, fault: ValueError | None
+) -> joined.Joined:
+    assert problem.group is not None
+    state = problem.state
+    settings: dict[str, float] = {
+        "loss": checks.loss_code(problem.loss),
+        "damping": problem.damping,
+        "solver": SOLVERS.index(problem.solver),
+        "tol": problem.tol,
+        "max_iter": problem.max_iter,
+        "the number of classes": rhs.shape[0],
+        "the number of features, with 1 for a bias,": rhs.shape[1],
+        "the dtype": checks.FLOATING.index(features.dtype),
+        "the warm start of state": state is not None and state.solution is not None,
+        "the age of state": 0 if state is None or state.output is None else 1 + state.age,
+        "refresh_every of state": 0 if state is None else state.refresh_every,
+    }
+    return joined.meet(problem.group, features, weights, rhs, settings, fault)
 
 
 class _Solution(torch.autograd.Function):
@@ -331,7 +373,8 @@ def _check(
     _last_layer.check_weights(h, weights)
 
 
-def _check_finite(tensors: dict[str, Tensor | None]) -> None:
+def _not_finite(tensors: dict[str, Tensor | None]) -> ValueError | None:
+    """What is wrong with the first one that is not finite."""
     for name, tensor in tensors.items():
         # The sum of finite numbers may overflow, but one that is not finite never sums to a finite number.
         if tensor is None or math.isfinite(tensor.sum().item()):
@@ -339,4 +382,5 @@ def _check_finite(tensors: dict[str, Tensor | None]) -> None:
         bad = tensor.isfinite().logical_not()
         if bool(bad.any()):
             at = bad.nonzero()[0].tolist()
-            raise ValueError(f"{name} must be finite, got {tensor[tuple(at)].item()} at {at}")
+            return ValueError(f"{name} must be finite, got {tensor[tuple(at)].item()} at {at}")
+    return None

@@ -41,6 +41,8 @@ def hessian_blocks(system: DampedHessian) -> Tensor:  # [blocks, size, size]
         # The diagonal blocks of [C, K, C, K], with the output as the last dimension.
         dense.view(c, k, c, k).diagonal(dim1=0, dim2=2).add_(blocks.permute(1, 2, 0))
         blocks = dense.unsqueeze(0)
+    if system.joined is not None:
+        (blocks,) = system.joined.sum(blocks)
     blocks.diagonal(dim1=1, dim2=2).add_(system.damping)
     return blocks
 
@@ -71,7 +73,7 @@ class CholeskySolver:
         singular = torch.finfo(torch.float64).eps * size * largest
         if bool(info.any()) or bool(pivots.amin() <= singular):
             reason = (
-                "some weights are negative" if system.signs is not None else "the features or outputs are dependent"
+                "some weights are negative" if system.may_be_indefinite else "the features or outputs are dependent"
             )
             raise torch.linalg.LinAlgError(
                 f"the damped Hessian is not positive definite (damping {system.damping:g}): {reason}; raise damping"

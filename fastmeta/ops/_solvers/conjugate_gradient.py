@@ -6,9 +6,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastmeta.ops._solvers.system import DampedHessian
+
 
 def conjugate_gradient(
-    matmul: Callable[[Tensor], Tensor],
+    matmul: Callable[[Tensor], Tensor | None],
     rhs: Tensor,  # [C, r]
     *,
     target: float,
@@ -20,7 +22,7 @@ def conjugate_gradient(
     """Solve ``matmul(x) = rhs`` from ``x = 0`` until the norm of the residual is at most ``target``.
 
     Args:
-        matmul: the symmetric operator.
+        matmul: the symmetric operator; None ends the solve.
         rhs: right-hand side; not changed.
         target: norm of the residual to reach.
         max_iter: most products with ``matmul``.
@@ -44,7 +46,10 @@ def conjugate_gradient(
     if norms[0] <= target:
         return x, r, 0, False
     for iteration in range(1, max_iter + 1):
-        q = matmul(p).reshape(-1)
+        image = matmul(p)
+        if image is None:
+            return x, r, iteration - 1, False
+        q = image.reshape(-1)
         bend = torch.dot(flat_p, q).item()
         if not bend > 0:
             if indefinite and bend < 0:
@@ -72,3 +77,28 @@ def conjugate_gradient(
                 return x, r, iteration, False
             p.mul_(slope / previous).add_(z)
     return x, r, max_iter, False
+
+
+class Together:
+    """The operator of a system whose rows live on several processes: None as soon as one of them has ended its solve.
+
+    A process that ends says so in the all-reduce with which the others would go on, so all end at the same iterate.
+
+    Args:
+        system: the damped Hessian.
+    """
+
+    def __init__(self, system: DampedHessian) -> None:
+        self._system = system
+        self._over = False
+
+    def __call__(self, direction: Tensor) -> Tensor | None:
+        """``(H + damping I) V``."""
+        image, leaving = self._system.carry(direction, 0.0)
+        self._over = leaving.item() > 0
+        return None if self._over else image
+
+    def leave(self) -> None:
+        """After the solve."""
+        if not self._over:
+            self._system.carry(self._system.features.new_zeros(self._system.num_unknowns), 1.0)

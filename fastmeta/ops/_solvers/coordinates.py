@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmeta.ops._solvers.joined import Joined
+
 
 class Coordinates(NamedTuple):
     """``x = y E + outside / damping``."""
@@ -37,13 +39,17 @@ def identity(features: Tensor) -> Coordinates:
     return Coordinates(features, None, True)
 
 
-def span(features: Tensor) -> Coordinates:
-    """N coordinates in the span of the rows, by ``G^T = Q R``; exact whatever the rank of ``G``."""
-    q, r = torch.linalg.qr(features.T)
-    return Coordinates(r.T.contiguous(), q.T, False)
+def span(features: Tensor, joined: Joined | None = None) -> Coordinates:
+    """N coordinates in the span of the rows, by ``G^T = Q R``; exact whatever the rank of ``G``.
+
+    Every process takes the span of the rows of all: N x K numbers to exchange, fewer than their second moment has.
+    """
+    q, r = torch.linalg.qr((features if joined is None else joined.all_rows(features)).T)
+    rows = r.T if joined is None else joined.own_rows(r.T)
+    return Coordinates(rows.contiguous(), q.T, False)
 
 
-def eigenbasis(inside: Coordinates) -> Coordinates:
+def eigenbasis(inside: Coordinates, joined: Joined | None = None) -> Coordinates:
     """The eigenbasis of the second moment ``A = sum_i e_i e_i^T``.
 
     Raises:
@@ -51,6 +57,8 @@ def eigenbasis(inside: Coordinates) -> Coordinates:
     """
     e = inside.features
     moment = e.T @ e
+    if joined is not None:
+        (moment,) = joined.sum(moment)
     if not bool(moment.diagonal().sum().isfinite()):
         raise ValueError(f"features must be small enough for their second moment in {e.dtype}, which overflows")
     vectors = torch.linalg.eigh(moment).eigenvectors

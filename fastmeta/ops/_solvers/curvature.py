@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import losses
+from fastmeta.ops._solvers.joined import Joined
 
 
 class OutputCurvature(NamedTuple):
@@ -32,22 +33,24 @@ def output_curvature(logits: Tensor, loss: str) -> OutputCurvature:
     return OutputCurvature(2 * square, 2 * square - square.sum(1, keepdim=True) * p, p)
 
 
-def mean_curvature(logits: Tensor, weights: Tensor, loss: str) -> Tensor:
+def mean_curvature(logits: Tensor, weights: Tensor, loss: str, joined: Joined | None = None) -> Tensor:
     """``B = sum_i w_i C_i / sum_i w_i`` for weights >= 0 ``[N]``. ``[C, C]``."""
-    weights = weights / _total(weights)
+    weights = weights / _total(weights, joined)
     d, s, p = output_curvature(logits, loss)
-    diagonal = torch.diag(weights @ d)
-    if s is None or p is None:
-        return diagonal
-    mixed = (weights.unsqueeze(1) * s).T @ p
-    return diagonal - mixed - mixed.T
+    mean = torch.diag(weights @ d)
+    if s is not None and p is not None:
+        mixed = (weights.unsqueeze(1) * s).T @ p
+        mean = mean - mixed - mixed.T
+    return mean if joined is None else joined.sum(mean)[0]
 
 
-def mean_diagonal(logits: Tensor, weights: Tensor, loss: str) -> Tensor:
+def mean_diagonal(logits: Tensor, weights: Tensor, loss: str, joined: Joined | None = None) -> Tensor:
     """The diagonal of B, in one pass over the logits. ``[C]``."""
     d, s, p = output_curvature(logits, loss)
-    return weights / _total(weights) @ (d if s is None or p is None else d - 2 * s * p)
+    mean = weights / _total(weights, joined) @ (d if s is None or p is None else d - 2 * s * p)
+    return mean if joined is None else joined.sum(mean)[0]
 
 
-def _total(weights: Tensor) -> Tensor:
-    return weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+def _total(weights: Tensor, joined: Joined | None) -> Tensor:
+    total = weights.sum() if joined is None else joined.sum(weights.sum())[0]
+    return total.clamp_min(torch.finfo(weights.dtype).tiny)

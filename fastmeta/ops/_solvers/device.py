@@ -27,10 +27,14 @@ def capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def refuse_capture(tensor: Tensor, solver: str, damping: float) -> None:
+def refuse_capture(tensor: Tensor, solver: str, damping: float, *, grouped: bool) -> None:
     """Raise for what a CUDA graph cannot hold."""
     if not capturing(tensor):
         return
+    if grouped:
+        raise RuntimeError(
+            "process_group cannot be captured in a CUDA graph, its processes agree on the host; solve outside the graph"
+        )
     if solver == "cholesky":
         raise RuntimeError("solver='cholesky' cannot be captured in a CUDA graph; use solver='cg'")
     if damping == 0:
@@ -61,7 +65,7 @@ class DeviceSolve(Solve):
             indefinite = None if signs is None else (status_of(outcome.row) == scalars.NEGATIVE) & (signs < 0).any()
             return Answer(x, count, relative, solver, indefinite=indefinite)
         status, iterations = outcome.read[scalars.STATUS], int(outcome.read[scalars.COUNT])
-        if status == scalars.NEGATIVE and signs is not None and bool((signs < 0).any()):
+        if status == scalars.NEGATIVE and self._has_negative_weights():
             raise indefinite_error(iterations)
         stopped_at = None
         if status == scalars.NOT_FINITE:
@@ -95,7 +99,9 @@ class DeviceSolve(Solve):
             return DeviceKrylov(self.system, *self._factors())
         features = self.system.features
         singular = self.system.damping == 0 and self.size.n < self.size.k
-        return DeviceKrylov(self.system, coordinates.span(features) if singular else coordinates.identity(features))
+        return DeviceKrylov(
+            self.system, coordinates.span(features, self.system.joined) if singular else coordinates.identity(features)
+        )
 
     def _kept(self) -> Tensor | None:
         """The eigenbasis of an earlier solve, if it and the output factor fit this one."""
@@ -116,7 +122,15 @@ class DeviceSolve(Solve):
         length = (last * self.rhs).sum() / bend
         residual = self.rhs - length * image
         better = (bend > 0) & (norm(residual) < norm(self.rhs))
+        if self.system.joined is not None:
+            better = self.system.joined.first(better.to(torch.int32)) > 0
         return torch.where(better, length * last, zero), torch.where(better, residual, self.rhs)
+
+    def _has_negative_weights(self) -> bool:
+        signs, joined = self.system.signs, self.system.joined
+        if joined is not None:
+            return joined.negative
+        return signs is not None and bool((signs < 0).any())
 
     def _keep_in_place(self, x: Tensor) -> None:
         last, output = self.state.solution, self.state.output
@@ -142,6 +156,7 @@ class DeviceKrylov(Krylov):
             updates=updates_for(inside, self._system.impl),
             precondition=self._precondition,
             fixed=fixed,
+            shared=None if self._system.joined is None else self._system,
         )
         lifted = self._coordinates.lift(outcome.solution, rhs, inside, self._system.damping)
         return outcome._replace(solution=lifted)

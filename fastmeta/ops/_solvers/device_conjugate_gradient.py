@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _conjugate_gradient_scalars as scalars
+from fastmeta.ops._solvers.system import DampedHessian
 from fastmeta.ops._solvers.updates import Updates
 
 # Iterations launched between two looks at the status. A look costs the time from the device to the host and back; an
@@ -31,6 +32,7 @@ def conjugate_gradient(
     updates: Updates,
     precondition: Callable[[Tensor], Tensor] | None = None,
     fixed: bool = False,
+    shared: DampedHessian | None = None,
 ) -> Outcome:
     """Solve ``matmul(x) = rhs`` from ``x = 0`` until the norm of the residual is at most ``target``.
 
@@ -44,6 +46,7 @@ def conjugate_gradient(
         updates: the vector updates.
         precondition: approximate inverse; None is the identity.
         fixed: launch ``max_iter`` iterations and never look whether the solve has stopped, as a CUDA graph must.
+        shared: the operator as a system whose rows live on several processes, all of which stop with the first one.
     """
     x = torch.zeros_like(rhs, memory_format=torch.contiguous_format)
     r = rhs.clone(memory_format=torch.contiguous_format)
@@ -63,7 +66,7 @@ def conjugate_gradient(
     row = rows[0]
     for iteration in range(max_iter):
         now, following = rows[iteration % 2], rows[1 - iteration % 2]
-        q = matmul(p)
+        q = matmul(p) if shared is None else _shared_product(shared, p, now)
         updates.dot(p, q, bends, now)
         updates.advance(x, r, p, q, bends, squares, now)
         if precondition is not None:
@@ -71,15 +74,28 @@ def conjugate_gradient(
             updates.dot(r, z, slopes, now)
         updates.turn(p, z, bends, squares, slopes, now, following)
         row = following
-        if not fixed and (iteration + 1) % CHECK_EVERY == 0 and status_of(row).item() != scalars.RUNNING:
+        if not fixed and (iteration + 1) % CHECK_EVERY == 0 and status_of(_seen(row, shared)).item() != scalars.RUNNING:
             break
     x.masked_fill_(status_of(row) == scalars.NOT_FINITE, torch.nan)
-    return Outcome(x, row, None if fixed else row.tolist())
+    return Outcome(x, row, None if fixed else _seen(row, shared).tolist())
 
 
 def status_of(row: Tensor) -> Tensor:
     """One of the numbers from ``RUNNING`` on. Scalar."""
     return row[scalars.STATUS]
+
+
+def _shared_product(system: DampedHessian, p: Tensor, row: Tensor) -> Tensor:
+    """The product, and the first process's status for the row of every process."""
+    assert system.joined is not None
+    image, status = system.carry(p, status_of(row) if system.joined.is_first else 0.0)
+    row[scalars.STATUS] = status
+    return image
+
+
+def _seen(row: Tensor, shared: DampedHessian | None) -> Tensor:
+    """The row that every host looks at."""
+    return row if shared is None or shared.joined is None else shared.joined.first(row)
 
 
 def _start(row: Tensor, squared: Tensor, slope: Tensor, target: Tensor) -> None:

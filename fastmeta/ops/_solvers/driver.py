@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmeta.ops._solvers import coordinates, cost
 from fastmeta.ops._solvers.cholesky import CholeskySolver
-from fastmeta.ops._solvers.conjugate_gradient import conjugate_gradient
+from fastmeta.ops._solvers.conjugate_gradient import Together, conjugate_gradient
 from fastmeta.ops._solvers.kronecker import KroneckerPreconditioner, OutputFactor, output_factor
 from fastmeta.ops._solvers.state import Rows, SolverState
 from fastmeta.ops._solvers.system import DampedHessian
@@ -72,7 +72,7 @@ class Solve:
         self.max_iter = max_iter
         self.state = SolverState(refresh_every=1) if state is None else state
         c, k = system.num_unknowns
-        self.size = cost.Size(system.logits.shape[0], c, k)
+        self.size = cost.Size(system.num_rows, c, k)
 
     def run(self, solver: str) -> Answer:
         """Solve by ``auto``, ``cholesky``, ``cg`` or ``pcg``."""
@@ -88,6 +88,8 @@ class Solve:
             solver = self._choose()
         x, residual = self._start() if solver != "cholesky" else (torch.zeros_like(self.rhs), self.rhs)
         size, iterations = norm(residual), 0
+        if self.system.joined is not None:
+            scale, size = self.system.joined.agreed(scale, size)
         method = None
         while size > self.tol * scale and iterations < self.max_iter:
             method = method or self._method(solver, automatic)
@@ -95,8 +97,11 @@ class Solve:
             x = x + step.correction
             iterations += step.iterations
             residual = self.rhs - self.system(x)
-            previous, size = size, norm(residual)
-            if step.gave_up:
+            previous, size, gave_up = size, norm(residual), step.gave_up
+            if self.system.joined is not None:
+                size, count, hand_over = self.system.joined.agreed(size, iterations, gave_up)
+                iterations, gave_up = int(count), bool(hand_over)
+            if gave_up:
                 solver, method = "pcg", None
             elif size > STAGNATION * previous:
                 break
@@ -113,7 +118,10 @@ class Solve:
         bend = (last * image).sum().item()
         length = (last * self.rhs).sum().item() / bend if bend > 0 else math.nan
         residual = self.rhs - length * image
-        if not norm(residual) < norm(self.rhs):
+        better = norm(residual) < norm(self.rhs)
+        if self.system.joined is not None:
+            better = self.system.joined.agreed(better) == [1.0]
+        if not better:
             return torch.zeros_like(self.rhs), self.rhs
         return length * last, residual
 
@@ -129,9 +137,7 @@ class Solve:
 
     def _price_of_pcg(self) -> cost.Price:
         state = self.state
-        kept_basis = (
-            state.basis is not None if self.size.n >= self.size.k else state.span_of(self.rows, self.size.k) is not None
-        )
+        kept_basis = state.basis is not None if self.size.n >= self.size.k else self._kept_span() is not None
         price = cost.pcg(self.size, self.system.loss, kept_basis=kept_basis, kept_output=state.output is not None)
         fresh = price.setup / (1 if kept_basis else state.refresh_every)
         return price._replace(setup=fresh)
@@ -146,28 +152,37 @@ class Solve:
             return Krylov(self.system, coordinates.identity(self.system.features), rival=self._price_of_pcg())
         pays = cost.cg_in_span_pays(self.size) or (self.system.damping == 0 and self.size.n < self.size.k)
         features = self.system.features
-        return Krylov(self.system, coordinates.span(features) if pays else coordinates.identity(features))
+        return Krylov(
+            self.system, coordinates.span(features, self.system.joined) if pays else coordinates.identity(features)
+        )
 
     def _factors(self) -> tuple[coordinates.Coordinates, OutputFactor]:
         """Eigenbases of the second moment of the rows and of the mean output curvature, kept or new."""
         state, system = self.state, self.system
         features = system.features
         if self.size.n < self.size.k:
-            inside = state.span_of(self.rows, self.size.k)
+            inside = self._kept_span()
             if inside is None:
-                inside = coordinates.eigenbasis(coordinates.span(features))
-                state.keep_span(self.rows, inside)
+                inside = coordinates.eigenbasis(coordinates.span(features, system.joined), system.joined)
+                if system.joined is None:
+                    state.keep_span(self.rows, inside)
         elif state.basis is not None and state.basis.shape[0] == self.size.k and state.basis.dtype == features.dtype:
             inside = coordinates.Coordinates(features @ state.basis.T, state.basis, True)
         else:
-            inside = coordinates.eigenbasis(coordinates.identity(features))
+            inside = coordinates.eigenbasis(coordinates.identity(features), system.joined)
             state.basis = inside.basis
         kept = state.output
         fits = kept is not None and kept.b.shape[0] == self.size.c and kept.b.dtype == features.dtype
         if kept is None or not fits or (kept.softmax and system.damping == 0):
             softmax = system.damping > 0 and cost.softmax_factor_pays(self.size)
-            kept = state.output = output_factor(system.logits, self._weights(), system.loss, softmax=softmax)
+            kept = state.output = output_factor(
+                system.logits, self._weights(), system.loss, softmax=softmax, joined=system.joined
+            )
         return inside, kept
+
+    def _kept_span(self) -> coordinates.Coordinates | None:
+        # Several processes have none: that one's rows are those of before tells nothing of another's.
+        return None if self.system.joined is not None else self.state.span_of(self.rows, self.size.k)
 
     def _weights(self) -> Tensor:
         features, *weights = self.rows
@@ -191,7 +206,9 @@ def reachable(system: DampedHessian, rhs: Tensor) -> Tensor:
     The Hessian of a softmax is zero along (1, ..., 1), and every Hessian in a coordinate that no row has.
     """
     moment = system.features.square().sum(0)
-    floor = torch.finfo(moment.dtype).eps * max(system.features.shape) * moment.amax()
+    if system.joined is not None:
+        (moment,) = system.joined.sum(moment)
+    floor = torch.finfo(moment.dtype).eps * max(system.num_rows, len(moment)) * moment.amax()
     inside = rhs * (moment > floor)
     return inside - inside.mean(0) if system.loss in ("cross_entropy", "mse_probs") else inside
 
@@ -201,9 +218,9 @@ class Cholesky:
 
     def __init__(self, system: DampedHessian) -> None:
         features = system.features
-        tall = features.shape[0] >= features.shape[1]
+        tall = system.num_rows >= features.shape[1]
         self._damping = system.damping
-        self._coordinates = coordinates.identity(features) if tall else coordinates.span(features)
+        self._coordinates = coordinates.identity(features) if tall else coordinates.span(features, system.joined)
         self._factor = CholeskySolver(system.with_features(self._coordinates.features))
 
     def __call__(self, rhs: Tensor, target: float, budget: int) -> Step:
@@ -233,24 +250,27 @@ class Krylov:
         self._system = system if inside.basis is None else system.with_features(inside.features)
         self._precondition: Callable[[Tensor], Tensor] | None = None
         if output is not None:
-            self._precondition = KroneckerPreconditioner(inside.features, output, system.damping)
+            self._precondition = KroneckerPreconditioner(inside.features, output, system.damping, system.joined)
         self._rival = rival
         c, k = system.num_unknowns
-        self._iteration = cost.cg(cost.Size(system.logits.shape[0], c, k)).iteration
+        self._iteration = cost.cg(cost.Size(system.num_rows, c, k)).iteration
 
     def __call__(self, rhs: Tensor, target: float, budget: int) -> Step:
         inside = self._coordinates.inside(rhs)
         if self._system.damping == 0:
             inside = reachable(self._system, inside)
+        together = None if self._system.joined is None else Together(self._system)
         solution, _, iterations, gave_up = conjugate_gradient(
-            self._system,
+            together or self._system,
             inside,
             target=target,
             max_iter=budget,
             precondition=self._precondition,
             give_up=None if self._rival is None else lambda norms: self._rival_is_cheaper(norms, target),
-            indefinite=self._system.signs is not None,
+            indefinite=self._system.may_be_indefinite,
         )
+        if together is not None:
+            together.leave()
         correction = self._coordinates.lift(solution, rhs, inside, self._system.damping)
         return Step(correction, iterations, gave_up)
 

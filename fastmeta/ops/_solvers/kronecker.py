@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.ops._solvers.curvature import mean_curvature, mean_diagonal
+from fastmeta.ops._solvers.joined import Joined
 
 
 class OutputFactor(NamedTuple):
@@ -25,14 +26,16 @@ class OutputFactor(NamedTuple):
     softmax: bool = False
 
 
-def output_factor(logits: Tensor, weights: Tensor, loss: str, *, softmax: bool) -> OutputFactor:
+def output_factor(
+    logits: Tensor, weights: Tensor, loss: str, *, softmax: bool, joined: Joined | None = None
+) -> OutputFactor:
     """Of examples with these logits ``[N, C]`` and absolute weights ``[N]``; ``softmax`` asks for the third form."""
     if loss in ("mse", "binary_cross_entropy"):
-        return OutputFactor(mean_diagonal(logits, weights, loss))
+        return OutputFactor(mean_diagonal(logits, weights, loss, joined))
     if not softmax:
-        values, vectors = torch.linalg.eigh(mean_curvature(logits, weights, loss))
+        values, vectors = torch.linalg.eigh(mean_curvature(logits, weights, loss, joined))
         return OutputFactor(values.clamp_min(0), vectors)
-    diagonal = mean_diagonal(logits, weights, loss)
+    diagonal = mean_diagonal(logits, weights, loss, joined)
     b = diagonal
     for _ in range(5):  # b - b^2 / sum(b) = diagonal
         b = diagonal / (1 - b / b.sum().clamp_min(torch.finfo(b.dtype).tiny)).clamp_min(0.1)
@@ -49,10 +52,13 @@ class KroneckerPreconditioner:
         features: rows ``e_i`` in the eigenbasis of A, ``[N, r]``.
         output: the factor B.
         damping: as in the system; > 0 for the softmax form.
+        joined: the processes that have the other rows; None if these are all.
     """
 
-    def __init__(self, features: Tensor, output: OutputFactor, damping: float) -> None:
+    def __init__(self, features: Tensor, output: OutputFactor, damping: float, joined: Joined | None = None) -> None:
         a = features.square().sum(0)
+        if joined is not None:
+            (a,) = joined.sum(a)
         product = output.b.unsqueeze(1) * a
         self._inverse = (product + damping).reciprocal()
         if damping == 0:

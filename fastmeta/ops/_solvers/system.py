@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastmeta.losses import LOSSES
 from fastmeta.ops import hvp
+from fastmeta.ops._solvers.joined import Joined
 
 
 class DampedHessian:
@@ -20,10 +21,18 @@ class DampedHessian:
         loss: name of the loss.
         damping: added multiple of the identity.
         impl: implementation of the Hessian-vector product.
+        joined: the processes whose rows make up the system; None if these are all rows.
     """
 
     def __init__(
-        self, features: Tensor, logits: Tensor, signs: Tensor | None, loss: str, damping: float, impl: str | None
+        self,
+        features: Tensor,
+        logits: Tensor,
+        signs: Tensor | None,
+        loss: str,
+        damping: float,
+        impl: str | None,
+        joined: Joined | None = None,
     ) -> None:
         self.features = features
         self.logits = logits
@@ -32,6 +41,17 @@ class DampedHessian:
         self.damping = damping
         self._kernel: Callable[..., Any] | None = hvp.OPERATOR.select(impl, features, logits, signs)
         self.impl = impl
+        self.joined = joined
+
+    @property
+    def num_rows(self) -> int:
+        """``N``, of all processes."""
+        return self.logits.shape[0] if self.joined is None else self.joined.count
+
+    @property
+    def may_be_indefinite(self) -> bool:
+        """Whether a weight is negative; on a GPU, whether there are weights."""
+        return self.signs is not None if self.joined is None else self.joined.negative
 
     @property
     def num_unknowns(self) -> tuple[int, int]:
@@ -40,16 +60,27 @@ class DampedHessian:
 
     def __call__(self, direction: Tensor) -> Tensor:
         """``(H + damping I) V``. ``[C, K]``."""
+        if self.joined is None:
+            return self._of_own_rows(direction, self.damping)
+        return self.joined.sum(self._of_own_rows(direction, 0.0))[0].add_(direction, alpha=self.damping)
+
+    def carry(self, direction: Tensor, number: Tensor | float) -> tuple[Tensor, Tensor]:
+        """``(H + damping I) V`` and, in the same all-reduce, the sum of a small integer over the processes."""
+        assert self.joined is not None
+        image, total = self.joined.sum(self._of_own_rows(direction, 0.0), direction.new_zeros(()).add_(number))
+        return image.add_(direction, alpha=self.damping), total
+
+    def _of_own_rows(self, direction: Tensor, damping: float) -> Tensor:
         if self._kernel is not None:
             code = LOSSES[self.loss]
-            return self._kernel(self.features, self.logits, direction, None, self.signs, code, self.damping)[0]
+            return self._kernel(self.features, self.logits, direction, None, self.signs, code, damping)[0]
         return hvp.hessian_vector_product_reference(
-            self.features, self.logits, direction, None, self.signs, self.loss, self.damping
+            self.features, self.logits, direction, None, self.signs, self.loss, damping
         )[0]
 
     def with_features(self, features: Tensor) -> "DampedHessian":
         """The same examples with their rows in another basis, ``[N, r]``."""
-        return DampedHessian(features, self.logits, self.signs, self.loss, self.damping, self.impl)
+        return DampedHessian(features, self.logits, self.signs, self.loss, self.damping, self.impl, self.joined)
 
 
 def fold(weight: Tensor, bias: Tensor | None, *, padded: bool = False) -> Tensor:

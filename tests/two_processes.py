@@ -1,0 +1,75 @@
+"""Runs a function in two processes that share a group: gloo, on the CPU, one thread each."""
+
+import datetime
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+WORLD_SIZE = 2
+TIME_LIMIT = 100.0  # s
+
+
+def run(calls: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """What each ``function(rank, *arguments)`` returns in each process, in the order of their ranks.
+
+    A start takes some seconds: let it do many checks. The processes meet at a file of their own, so any number of
+    these may run at a time.
+
+    Args:
+        calls: ``(function, *arguments)`` by a name; functions at the top level of a module of this folder, arguments
+            that ``torch.save`` takes.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.save(
+            {key: (_place(function), arguments) for key, (function, *arguments) in calls.items()}, folder / "calls"
+        )
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        processes = []
+        try:
+            for rank in range(WORLD_SIZE):
+                with open(folder / f"output-{rank}", "w") as output:
+                    command = [sys.executable, __file__, name, str(rank)]
+                    processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+            codes = [process.wait(TIME_LIMIT) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        outputs = [(folder / f"output-{rank}").read_text()[-5000:] for rank in range(WORLD_SIZE)]
+        assert codes == [0] * WORLD_SIZE, "\n".join(f"process {rank}:\n{text}" for rank, text in enumerate(outputs))
+        return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(WORLD_SIZE)]
+
+
+def _place(function: Callable[..., Any]) -> tuple[str, str]:
+    return Path(function.__code__.co_filename).stem, function.__name__
+
+
+def _main(folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    calls = torch.load(folder / "calls", weights_only=False)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=(folder / "meeting").as_uri(),
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=datetime.timedelta(seconds=30),
+    )
+    results = {}
+    for key, ((module, name), arguments) in calls.items():
+        results[key] = getattr(importlib.import_module(module), name)(rank, *arguments)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    torch.save(results, folder / f"result-{rank}")
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), int(sys.argv[2]))
