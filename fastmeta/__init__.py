@@ -7,14 +7,27 @@ from fastmeta.derivatives.of_model import example_weight_gradient, label_gradien
 from fastmeta.dispatch import use_impl
 from fastmeta.graph import graph
 from fastmeta.head import Head
-from fastmeta.methods import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient, Method, Refined
+from fastmeta.methods import (
+    L2I,
+    AlignedImputation,
+    ExampleWeights,
+    ImplicitImputation,
+    ImputeAndWeight,
+    LabelGradientAlignment,
+    MetaGradient,
+    Method,
+    Refined,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "L2I",
+    "AlignedImputation",
     "ExampleWeights",
     "FeatureTape",
     "Head",
+    "ImplicitImputation",
+    "ImputeAndWeight",
     "LabelGradientAlignment",
     "MetaGradient",
     "Method",

@@ -2,40 +2,53 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmeta import ops, vectors
-from fastmeta.problem import AnyDirection, AnyProblem
+from fastmeta.problem import AnyDirection, AnyProblem, Reduction
 
 
 class NormalizedGap:
     """The gap between labeled and unlabeled gradient, each coordinate divided by its own scale.
 
     ``2 v / (epsilon + sqrt(EMA(v^4)))`` with ``v = EMA(g_l) - g_u``: minus the gradient of the objective of Label
-    Gradient Alignment (Algorithm 1, Eq. (2)) with respect to ``g_u``, averages held constant. The averages include
-    the current batch and start from the first one.
+    Gradient Alignment (Algorithm 1, Eq. (2)) with respect to ``g_u``, averages held constant. The averages start from
+    the first batch.
 
     Args:
         decay: of the average of ``g_l``.
         decay_norm: of the average of ``v^4``.
         epsilon: added to the scale.
-        loss: of both gradients, means over their examples.
+        loss: of both gradients.
+        reduction: of both losses over their examples.
+        include_current: whether the averages of a step include its own batch, or those before it alone.
     """
 
     def __init__(
-        self, *, decay: float = 0.99, decay_norm: float = 0.99, epsilon: float = 1e-3, loss: str = "cross_entropy"
+        self,
+        *,
+        decay: float = 0.99,
+        decay_norm: float = 0.99,
+        epsilon: float = 1e-3,
+        loss: str = "cross_entropy",
+        reduction: Reduction = "mean",
+        include_current: bool = True,
     ) -> None:
         self.decay = decay
         self.decay_norm = decay_norm
         self.epsilon = epsilon
         self.loss = loss
+        self.reduction = reduction
+        self.include_current = include_current
         self.ema_labeled: list[Tensor] = []
         self.ema_fourth: list[Tensor] = []
 
     def __call__(self, problem: AnyProblem) -> AnyDirection:
         """Update the averages with this batch and return the direction."""
-        labeled = problem.gradient("labeled", loss=self.loss)
-        g_l, g_u = vectors.tensors(labeled), vectors.tensors(problem.gradient("unlabeled", loss=self.loss))
+        labeled = problem.gradient("labeled", loss=self.loss, reduction=self.reduction)
+        unlabeled = problem.gradient("unlabeled", loss=self.loss, reduction=self.reduction)
+        g_l, g_u = vectors.tensors(labeled), vectors.tensors(unlabeled)
         if not self.ema_labeled:
             self.ema_labeled = [g.clone() for g in g_l]
             self.ema_fourth = [(first - second) ** 4 for first, second in zip(g_l, g_u, strict=True)]
@@ -44,15 +57,21 @@ class NormalizedGap:
             raise ValueError(f"the averages of {shapes[0]} do not fit gradients of {shapes[1]}; use one rule a layer")
         self.ema_labeled = [ema.to(g) for ema, g in zip(self.ema_labeled, g_l, strict=True)]
         self.ema_fourth = [ema.to(g) for ema, g in zip(self.ema_fourth, g_l, strict=True)]
+        # With decays of 1 the operator uses the averages as they are.
+        decays = (self.decay, self.decay_norm) if self.include_current else (1.0, 1.0)
         direction = ops.alignment_direction(
             g_l,
             g_u,
             self.ema_labeled,
             self.ema_fourth,
-            decay=self.decay,
-            decay_norm=self.decay_norm,
+            decay=decays[0],
+            decay_norm=decays[1],
             epsilon=self.epsilon,
         )
+        if not self.include_current:
+            fourth = torch._foreach_pow(torch._foreach_sub(self.ema_labeled, g_u), 4.0)
+            torch._foreach_lerp_(self.ema_fourth, fourth, 1 - self.decay_norm)
+            torch._foreach_lerp_(self.ema_labeled, g_l, 1 - self.decay)
         return vectors.rebuilt(labeled, direction)
 
     def state_dict(self) -> dict[str, Any]:
