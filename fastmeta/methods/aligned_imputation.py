@@ -8,6 +8,7 @@ from fastmeta.directions import DirectionRule, NormalizedGap, UnitLength
 from fastmeta.methods.arguments import choice
 from fastmeta.methods.base import Method
 from fastmeta.process_group import Group, world_size
+from fastmeta.process_group import check as check_group
 from fastmeta.updates import PullBack
 
 
@@ -63,6 +64,7 @@ class AlignedImputation(Method):
         weight: float = 0.5,
         process_group: Group = None,
     ) -> None:
+        check_group(process_group)
         if mode is not None:
             choice(mode, "mode", "train", "eval")
         direction: DirectionRule = NormalizedGap(

@@ -1,21 +1,24 @@
 """Not All Unlabeled Data Are Equal: Learning to Weight Data in Semi-Supervised Learning (Ren, Yeh, Schwing)."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any, Literal
+from dataclasses import asdict, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastmeta import checks
+from fastmeta import checks, losses
 from fastmeta.capture import Outputs
-from fastmeta.derivatives import ExampleWeightGradient
+from fastmeta.derivatives import ExampleWeightGradient, How
 from fastmeta.directions import DirectionRule, HoldoutGradient, InverseHessian, Solver
-from fastmeta.methods.arguments import check_index, choice, impute
+from fastmeta.methods.arguments import check_index, check_model_batch, choice, impute
 from fastmeta.methods.base import Batch, Method
+from fastmeta.model_function import Inputs, ModelFunction, batch_size
+from fastmeta.model_problem import ModelProblem, full_precision
 from fastmeta.presets import example_weights as presets
-from fastmeta.problem import Refined
-from fastmeta.updates import WeightTable
+from fastmeta.problem import AnyProblem, Refined
+from fastmeta.process_group import Group
+from fastmeta.updates import SharedWeight, WeightTable
 
 
 class ExampleWeights(Method):
@@ -23,23 +26,34 @@ class ExampleWeights(Method):
 
     .. math:: \frac{\partial L_{val}}{\partial \lambda_u} = -\nabla L_{val}^T\, H^{-1}\, \nabla \ell_u
 
-    (Eq. (6)) in the last layer, H the damped Hessian of ``mean CE(labeled) + mean_u m_u lambda_u CE(u)``. Weights start
-    at 1; every ``interval`` calls Masked Adam moves those of the batch, clipped to ``[low, high]`` (Algorithm 1).
+    (Eq. (6)), H the damped Hessian of ``mean CE(labeled) + mean_u m_u lambda_u CE(u)``. Weights start at 1; every
+    ``interval`` calls Masked Adam moves those of the batch, clipped to ``[low, high]`` (Algorithm 1). The gradients of
+    the validation loss and of the examples are in the last layer or the whole model; no example's gradient is formed.
 
     Args:
         num_examples: M, size of the unlabeled set.
-        inverse_hessian: solver of :func:`fastmeta.ops.solve_hessian` (``cholesky`` is exact), or ``identity``: H = I
-            (Luketina et al., 2016).
+        how: ``last_layer``: in closed form, as published; else over the whole model, and how the derivative of the
+            examples' losses is taken, see :func:`fastmeta.example_weight_gradient`. :meth:`refine` then needs the
+            model.
+        radius: length of the perturbation of a difference.
+        mode: of the model in the method's own passes, ``train`` (BatchNorm takes the statistics of each batch) or
+            ``eval``; None: as it stands.
+        inverse_hessian: solver of :class:`fastmeta.directions.InverseHessian` (``cholesky`` is exact), or ``identity``:
+            H = I (Luketina et al., 2016).
         damping: added to the Hessian's diagonal, > 0.
-        tol: relative residual at which ``cg`` and ``pcg`` stop.
+        tol: relative residual at which iterative solvers stop.
         max_iter: and their limit.
         interval: N, calls from one update to the next; the calls between only read the weights.
         lr: learning rate of Masked Adam.
         low: smallest weight.
         high: largest weight.
-        bias: whether the influence goes through the layer's bias as well.
+        bias: whether the influence goes through the layer's bias as well (last layer alone).
         masked: an example that ``mask`` leaves out has no influence.
+        shared: one weight for all examples, whose gradient is the sum of theirs (Section 4.3); no ``index`` is needed.
+        duplicates: of an example that comes twice in a batch, ``sum`` the gradients or use the ``last`` one.
         read: whether the step uses its weights from ``before`` or ``after`` their update.
+        process_group: processes that the batch is spread over, whose gradients are summed; each keeps the weights of
+            the examples it draws.
         dtype: of the table.
 
     Raises:
@@ -52,6 +66,9 @@ class ExampleWeights(Method):
         self,
         num_examples: int,
         *,
+        how: How = "last_layer",
+        radius: float = 0.01,
+        mode: Literal["train", "eval"] | None = None,
         inverse_hessian: Solver | Literal["identity"] = "auto",
         damping: float = 0.1,
         tol: float = 1e-4,
@@ -62,24 +79,37 @@ class ExampleWeights(Method):
         high: float = 2.0,
         bias: bool = True,
         masked: bool = True,
+        shared: bool = False,
+        duplicates: Literal["sum", "last"] = "sum",
         read: Literal["before", "after"] = "after",
+        process_group: Group = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        choice(inverse_hessian, "inverse_hessian", "auto", "cholesky", "cg", "pcg", "identity")
+        choice(inverse_hessian, "inverse_hessian", *get_args(Solver), "identity")
         checks.number(damping, "damping", low=0.0)
+        if mode is not None:
+            choice(mode, "mode", "train", "eval")
         if interval < 1:
             raise ValueError(f"interval must be >= 1, got {interval}")
+        if how != "last_layer" and not bias:
+            raise ValueError(f"bias=False is for how='last_layer', got how={how!r}")
         direction: DirectionRule = HoldoutGradient(bias=bias)
         if inverse_hessian != "identity":
             direction = InverseHessian(direction, damping=damping, solver=inverse_hessian, tol=tol, max_iter=max_iter)
-        self._weights = WeightTable(num_examples, lr=lr, low=low, high=high, read=read, dtype=dtype)
+        table: dict[str, Any] = {"lr": lr, "low": low, "high": high, "read": read, "dtype": dtype}
+        if shared:
+            self._weights: WeightTable = SharedWeight(process_group=process_group, **table)
+        else:
+            self._weights = WeightTable(num_examples, duplicates=duplicates, **table)
+        self.mode = mode
         self.interval = interval
         self.calls = 0
-        super().__init__(direction, ExampleWeightGradient(masked=masked), self._weights)
+        gradient = ExampleWeightGradient(masked=masked, how=how, radius=radius)
+        super().__init__(direction, gradient, self._weights, process_group=process_group)
 
     @property
     def weights(self) -> Tensor:
-        """The weights of all unlabeled examples ``[M]``."""
+        """The weights of all unlabeled examples ``[M]``; ``[1]`` if they share one."""
         return self._weights.table.values
 
     @classmethod
@@ -100,34 +130,38 @@ class ExampleWeights(Method):
     def refine(
         self,
         *,
-        unlabeled: Outputs,
-        holdout: Outputs,
-        targets: Tensor,
+        unlabeled: Outputs | Inputs,
+        holdout: Outputs | Inputs | None = None,
+        targets: Tensor | None = None,
         index: Tensor | None = None,
         labels: Tensor | None = None,
         mask: Tensor | None = None,
-        labeled: Outputs | None = None,
+        labeled: Outputs | Inputs | None = None,
         labeled_targets: Tensor | None = None,
-        strong: Outputs | None = None,
-        pseudo_labels: Tensor | None = None,
         model: nn.Module | None = None,
         holdout_gradient: Mapping[str, Tensor] | None = None,
+        strong: Outputs | Inputs | None = None,
+        pseudo_labels: Tensor | None = None,
     ) -> Refined:
-        """See :meth:`fastmeta.methods.Method.refine`; ``index`` is needed, ``holdout`` are validation examples.
+        """See :meth:`fastmeta.Method.refine`; ``index`` is needed, ``holdout`` are validation examples.
+
+        With ``model`` and no ``labels``, a call makes one pass over ``unlabeled`` for the labels alone where ``strong``
+        is given, or where it only reads the weights.
 
         Args:
             unlabeled: the view that the labels are imputed from.
-            holdout: validation examples.
+            holdout: validation examples, drawn by the caller (the published code draws them with replacement).
             targets: their labels.
             index: places of the unlabeled examples in the unlabeled set ``[N]``.
             labels: imputed labels ``[N, C]``, returned as they are; None: ``softmax`` of the unlabeled logits.
             mask: 0 for an unlabeled example that the training loss leaves out, else 1, ``[N]``.
             labeled: labeled examples of the Hessian; None: the hold-out examples.
             labeled_targets: their labels.
+            model: takes the examples as inputs.
+            holdout_gradient: gradient of the mean validation loss by parameter name, where the loop has it already.
             strong: the view that the unlabeled loss is taken on; None: ``unlabeled``.
             pseudo_labels: labels of the unlabeled loss, classes ``[N]`` or probabilities ``[N, C]``; None: the
                 likeliest class of ``labels``.
-            model: takes the examples as inputs; see :meth:`fastmeta.methods.Method.refine`.
         """
         return self._refine(
             {
@@ -139,29 +173,61 @@ class ExampleWeights(Method):
                 "mask": mask,
                 "labeled": labeled,
                 "labeled_targets": labeled_targets,
-                "strong": strong,
-                "pseudo_labels": pseudo_labels,
                 "model": model,
                 "holdout_gradient": holdout_gradient,
+                "strong": strong,
+                "pseudo_labels": pseudo_labels,
             }
         )
 
     @torch.no_grad()
     def _compute(self, imputed: Tensor, batch: Batch) -> Refined | Tensor:
         if not self.phase():
-            index = check_index(batch["index"], imputed, needed=True, method="ExampleWeights")
-            assert index is not None, "needed"
+            index = check_index(batch["index"], imputed, self.update.needs_index, type(self).__name__)
             return Refined(imputed, self._weights.weights(imputed, index), imputed.new_zeros(()))
-        pseudo = imputed.argmax(-1) if batch["pseudo_labels"] is None else batch["pseudo_labels"]
         view = batch["unlabeled"] if batch["strong"] is None else batch["strong"]
-        labels = impute(view, _probabilities(pseudo, imputed), needs_graph=False)
+        labels = impute(view, _pseudo(imputed, batch["pseudo_labels"]), needs_graph=False)
         refined = super()._compute(labels, batch | {"unlabeled": view})
         assert isinstance(refined, Refined), "a table needs no graph"
         return refined._replace(labels=imputed)
 
+    def _refine_model(self, batch: Batch) -> Refined:
+        function = ModelFunction(batch["model"], mode=self.mode)
+        like = next(iter(function.parameters.values()))
+        index = check_model_batch(batch, like, self.update.needs_index, type(self).__name__)
+        _check_views(batch)
+        labels = batch["labels"]
+        if labels is None and (batch["strong"] is not None or not self.phase()):
+            with torch.no_grad():
+                labels = losses.prediction(full_precision(function.logits(batch["unlabeled"])), self.inner_loss)
+        if not self.phase():
+            labels = full_precision(labels.detach())
+            weights = self._weights.weights(labels, index)
+            return self._finish(Refined(labels, weights, labels.new_zeros(())), labels, batch)
+        # From here on the labels are what matters of the weak view.
+        view = batch["unlabeled"] if batch["strong"] is None else batch["strong"]
+        return super()._refine_model({**batch, "unlabeled": view, "strong": None, "labels": labels})
+
+    def _model_problem(self, function: ModelFunction, batch: Batch) -> tuple[ModelProblem, Tensor | None]:
+        problem, index = super()._model_problem(function, batch)
+        given, pseudo_labels = problem.impute, batch["pseudo_labels"]
+        if isinstance(given, Tensor):
+            return replace(problem, impute=_pseudo(given, pseudo_labels)), index
+        return replace(problem, impute=lambda logits: _pseudo(given(logits), pseudo_labels)), index
+
+    def _step(self, problem: AnyProblem, index: Tensor | None) -> Refined | Tensor:
+        refined = super()._step(problem, index)
+        assert isinstance(refined, Refined), "a table needs no graph"
+        if isinstance(problem, ModelProblem) and not isinstance(problem.impute, Tensor):
+            return refined._replace(labels=losses.prediction(problem.logits, self.inner_loss))
+        return refined
+
     def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
         self.calls += 1
-        return super()._finish(computed, imputed, batch)
+        refined = super()._finish(computed, imputed, batch)
+        if batch["model"] is not None and batch["labels"] is not None:
+            return refined._replace(labels=full_precision(batch["labels"].detach()))
+        return refined
 
     def phase(self) -> bool:
         """Whether the next call updates the weights."""
@@ -181,10 +247,19 @@ class ExampleWeights(Method):
         self.calls = state["calls"]
 
 
-def _probabilities(pseudo_labels: Tensor, imputed: Tensor) -> Tensor:
-    if pseudo_labels.is_floating_point():
-        return pseudo_labels
-    if pseudo_labels.dtype != torch.int64 or pseudo_labels.dim() != 1:
-        got = f"{pseudo_labels.dtype} {list(pseudo_labels.shape)}"
+def _pseudo(imputed: Tensor, pseudo_labels: Tensor | None) -> Tensor:
+    """Labels of the unlabeled loss ``[N, C]``: those given, or the likeliest class of the imputed ones ``[N, C]``."""
+    classes = imputed.argmax(-1) if pseudo_labels is None else pseudo_labels
+    if classes.is_floating_point():
+        return checks.shaped(classes, "pseudo_labels", "[N, C]", imputed.shape).to(imputed)
+    if classes.dtype != torch.int64 or classes.dim() != 1:
+        got = f"{classes.dtype} {list(classes.shape)}"
         raise ValueError(f"pseudo_labels must be int64 classes [N] or probabilities [N, C], got {got}")
-    return torch.nn.functional.one_hot(pseudo_labels, imputed.shape[1]).to(imputed.dtype)
+    return torch.nn.functional.one_hot(classes, imputed.shape[1]).to(imputed.dtype)
+
+
+def _check_views(batch: Batch) -> None:
+    count = batch_size(batch["unlabeled"], "unlabeled")
+    for name in ("strong", "pseudo_labels"):
+        if batch[name] is not None and batch_size(batch[name], name) != count:
+            raise ValueError(f"{name} must have N = {count} like unlabeled, got {batch_size(batch[name], name)}")

@@ -8,6 +8,7 @@ from fastmeta.directions import DirectionRule, HoldoutGradient, InverseHessian, 
 from fastmeta.methods.arguments import choice
 from fastmeta.methods.base import Method
 from fastmeta.process_group import Group, world_size
+from fastmeta.process_group import check as check_group
 from fastmeta.updates import LabelLogitStep, PullBack, Update
 
 
@@ -71,6 +72,7 @@ class ImplicitImputation(Method):
         weight: float = 0.5,
         process_group: Group = None,
     ) -> None:
+        check_group(process_group)
         choice(variant, "variant", "V1", "V2")
         if mode is not None:
             choice(mode, "mode", "train", "eval")

@@ -11,6 +11,7 @@ from fastmeta.directions import DirectionRule, HoldoutGradient, LookAhead, UnitL
 from fastmeta.methods.arguments import choice
 from fastmeta.methods.base import Method
 from fastmeta.process_group import Group, world_size
+from fastmeta.process_group import check as check_group
 from fastmeta.updates import PullBackAndWeights
 
 
@@ -83,6 +84,7 @@ class ImputeAndWeight(Method):
         process_group: Group = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        check_group(process_group)
         if mode is not None:
             choice(mode, "mode", "train", "eval")
         checks.loss_code(outer_loss)
