@@ -5,16 +5,18 @@ that dropout draws the same mask) and leaves parameters, ``.grad``, mode and ran
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 
 from fastmeta import checks
 from fastmeta.capture import Outputs, capture_features, last_linear
+from fastmeta.evaluation import Evaluator, Mode
+from fastmeta.forward_mode import ForwardMode
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Vector = dict[str, Tensor]
@@ -26,39 +28,81 @@ class Term(NamedTuple):
 
     inputs: Inputs
     loss: LossOfLogits
-    curvature: Callable[[Tensor, Tensor], Tensor]  # logits and their tangent z [N, C] to (d2 loss / df2) z [N, C]
+    # Logits and their tangent z [N, C] to (d2 loss / df2) z [N, C]; a Gauss-Newton product needs it.
+    curvature: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class ModelFunction:
-    """``theta -> logits`` of a module.
+    """``theta -> logits`` of a module, as it would run next: with its mode, its buffers and the random state as they
+    are when this is made.
+
+    In place of the module that a DistributedDataParallel, DataParallel or compiled one wraps it takes the one inside,
+    and a compiled part of it runs uncompiled. What no evaluation can put back is a model's own: forward hooks run in
+    each, tensors that are neither parameters nor buffers and other libraries' random states are as it leaves them.
 
     Args:
-        model: the module; of a DistributedDataParallel or compiled one the module inside.
+        model: the module; it gives logits ``[N, C]``, or an object or dict with ``logits``.
         mode: ``train`` or ``eval`` for the evaluations; None: as the model stands.
+
+    Raises:
+        TypeError: not a module, or one of TorchScript.
+        ValueError: no parameter requires grad, or one is not initialized yet.
     """
 
-    def __init__(self, model: nn.Module, *, mode: Literal["train", "eval"] | None = None) -> None:
+    def __init__(self, model: nn.Module, *, mode: Mode | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._given = model
         self.module = _unwrapped(model)
-        self.parameters: Vector = {
-            name: parameter.detach() for name, parameter in self.module.named_parameters() if parameter.requires_grad
-        }
-        if not self.parameters:
+        if isinstance(self.module, torch.jit.ScriptModule):
+            raise TypeError(f"model must be a module in Python, got {type(model).__name__}")
+        own = dict(self.module.named_parameters())
+        lazy = [name for name, parameter in own.items() if is_lazy(parameter)]
+        if lazy:
+            raise ValueError(f"model must be initialized, but {lazy[0]} is lazy; run the model once before")
+        self._own: Vector = {name: parameter for name, parameter in own.items() if parameter.requires_grad}
+        if not self._own:
             raise ValueError(f"model must have parameters that require grad, got none in {type(model).__name__}")
-        self._mode = mode
-        self._random = torch.get_rng_state()
+        with torch.inference_mode(False):
+            self.parameters: Vector = {name: parameter.detach() for name, parameter in self._own.items()}
+        self._evaluator = Evaluator(self.module, mode)
 
-    def check(self, direction: object, argument: str = "direction") -> None:
-        """Raise unless it is a direction of this model: a dict of tensors by parameter name."""
+    def check(self, direction: object, argument: str = "direction") -> Vector:
+        """A direction of this model, detached: a dict of tensors by parameter name.
+
+        A tied parameter has any one of its names, one of a wrapped model its name with the prefix or without.
+
+        Raises:
+            TypeError: not such a dict, or an entry's dtype is not the parameter's.
+            ValueError: a name, shape or device is not the parameter's.
+        """
         if not isinstance(direction, Mapping) or not direction:
-            raise TypeError(f"{argument} must be a dict of tensors by parameter name, got {type(direction).__name__}")
-        for name, value in direction.items():
-            if name not in self.parameters:
-                raise ValueError(f"{argument} must name parameters that require grad, got {name!r}")
-            entry = f"{argument}[{name!r}]"
+            got = "an empty one" if isinstance(direction, Mapping) else type(direction).__name__
+            raise TypeError(f"{argument} must be a dict of tensors by parameter name, got {got}")
+        checked: Vector = {}
+        for given, value in direction.items():
+            name = given if given in self.parameters else self._name_of(given, argument)
+            if name in checked:
+                raise ValueError(f"{argument} must name a parameter once, got {given!r}, which is also {name!r}")
+            entry = f"{argument}[{given!r}]"
             checks.shaped(value, entry, "the parameter's shape", self.parameters[name].shape)
             checks.like(self.parameters[name], "the parameter", **{entry: value})
+            checked[name] = value.detach()
+        return checked
+
+    def _name_of(self, given: object, argument: str) -> str:
+        """The name among the parameters of one that goes by another name."""
+        everything = {
+            name: parameter
+            for model in (self.module, self._given)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+        if given not in everything:
+            raise ValueError(f"{argument} must name parameters of {type(self.module).__name__}, got {given!r}")
+        parameter = everything[given]  # type: ignore[index]
+        if not parameter.requires_grad:
+            raise ValueError(f"{argument} must name parameters that require grad, got {given!r}, which is frozen")
+        return next(name for name, own in self._own.items() if own is parameter)
 
     def last_layer_direction(self, direction: Vector) -> tuple[Tensor, Tensor | None]:
         """The direction's weight ``[C, D]`` and bias ``[C]`` of the last linear layer.
@@ -66,10 +110,13 @@ class ModelFunction:
         Raises:
             ValueError: it moves other parameters, or not the weight.
         """
-        layer, _ = last_linear(self.module)
+        layer, description = last_linear(self.module)
+        uses = [part for part in self.module.modules() if any(p is layer.weight for p in part._parameters.values())]
+        if len(uses) > 1:
+            raise ValueError(f"how='last_layer' cannot move {description}: its weight is tied to another layer's")
         names = {
             name: name_of
-            for name, value in self.module.named_parameters()
+            for name, value in self._own.items()
             for name_of in ("weight", "bias")
             if value is getattr(layer, name_of)
         }
@@ -91,14 +138,14 @@ class ModelFunction:
             on_graph: on the graph of the model's own parameters, so that a backward pass reaches their ``.grad``.
             twice: with kernels that can be differentiated twice.
         """
-        theta = {} if on_graph else self.parameters if parameters is None else parameters
-        with torch.enable_grad() if on_graph else contextlib.nullcontext(), self._evaluation(twice=twice):
-            return self._call(theta, inputs)
+        theta = self._own if on_graph else self.parameters if parameters is None else parameters
+        with torch.enable_grad() if on_graph else contextlib.nullcontext():
+            return self._call(theta, inputs, derivative=twice)
 
     def outputs(self, inputs: Inputs, *, on_graph: bool = False) -> Outputs:
         """Features and logits of the last linear layer at the model's own parameters."""
-        with torch.set_grad_enabled(on_graph), self._evaluation(), capture_features(self.module) as tape:
-            logits = self._call({}, inputs)
+        with torch.set_grad_enabled(on_graph), capture_features(self.module) as tape:
+            logits = self._call(self._own, inputs)
         return tape.outputs(logits)
 
     def gradient(
@@ -117,16 +164,41 @@ class ModelFunction:
             names: the parameters that the gradient is taken by; None: all.
         """
         theta, leaves = self._leaves(parameters, names)
-        with torch.enable_grad(), self._evaluation():
+        with torch.enable_grad():
             logits = self._call(theta, inputs)
             value = loss(logits)
-        return _gradient(value, leaves, create_graph=False), logits.detach()
+        return self.differentiated(value, theta, leaves), logits.detach()
 
     def gradient_at(self, logits: Tensor, loss: LossOfLogits) -> Vector:
         """Gradient of ``loss(logits)`` for logits on the graph of the model's own parameters, which is kept."""
         with torch.enable_grad():
             value = loss(logits)
-        return _gradient(value, self._own(), create_graph=False, retain_graph=True)
+        return self.differentiated(value, self._own, self._own, retain_graph=True)
+
+    def differentiated(
+        self,
+        value: Tensor | Sequence[Tensor],
+        theta: Vector,
+        by: Vector,
+        cotangents: Sequence[Tensor] | None = None,
+        *,
+        create_graph: bool = False,
+        retain_graph: bool | None = None,
+    ) -> Vector:
+        """Gradient of what was computed of logits at theta, by some tensors; 0 where it does not depend on one.
+
+        The module is at theta again: a model that checkpoints activations runs once more in the backward pass.
+        """
+        with self._evaluator.evaluation(theta, derivative=create_graph):
+            grads = torch.autograd.grad(
+                value,
+                list(by.values()),
+                cotangents,
+                create_graph=create_graph,
+                retain_graph=retain_graph,
+                materialize_grads=True,
+            )
+        return dict(zip(by, grads, strict=True))
 
     def jvp(
         self, inputs: Inputs, direction: Vector, parameters: Vector | None = None, *, on_graph: bool = False
@@ -135,11 +207,19 @@ class ModelFunction:
 
         ``on_graph``: at the model's own parameters and with the first on their graph.
         """
-        theta = self._own() if on_graph else self.parameters if parameters is None else parameters
+        theta = self._own if on_graph else self.parameters if parameters is None else parameters
         # Not torch.func.jvp: its dropout draws another mask than a plain pass where a tensor is not contiguous.
-        with torch.set_grad_enabled(on_graph), self._evaluation(twice=True), forward_ad.dual_level():
+        # With gradients enabled, so that the model's own torch.no_grad can be told; nothing here requires them.
+        with torch.enable_grad(), forward_ad.dual_level():
             moving = {name: forward_ad.make_dual(theta[name], v) for name, v in direction.items()}
-            logits, tangent = forward_ad.unpack_dual(self._call({**theta, **moving}, inputs))
+            try:
+                dual = self._call({**theta, **moving}, inputs, derivative=True, inside=ForwardMode())
+            except NotImplementedError as error:
+                raise NotImplementedError(
+                    "how='jvp' needs forward mode in every part of the model, use how='double_backward' or "
+                    f"how='finite_difference'; {str(error).splitlines()[0]}"
+                ) from error
+            logits, tangent = forward_ad.unpack_dual(dual)
         return logits, torch.zeros_like(logits) if tangent is None else tangent.detach()
 
     def hessian(
@@ -163,24 +243,16 @@ class ModelFunction:
         """
         theta, leaves = self._leaves(parameters, names)
         with torch.enable_grad():
-            values = []
-            for term in terms:
-                with self._evaluation(twice=True):
-                    values.append(term.loss(self._call(theta, term.inputs)))
-            gradient = _gradient(torch.stack(values).sum(), leaves, create_graph=True)
+            values = [term.loss(self._call(theta, term.inputs, derivative=True)) for term in terms]
+            gradient = self.differentiated(torch.stack(values).sum(), theta, leaves, create_graph=True)
 
         def product(direction: Vector) -> Vector:
             on_graph = [name for name in direction if gradient[name].requires_grad]
             if not on_graph:
                 return {name: torch.zeros_like(value) for name, value in leaves.items()}
-            products = torch.autograd.grad(
-                [gradient[name] for name in on_graph],
-                list(leaves.values()),
-                [direction[name] for name in on_graph],
-                retain_graph=not once,
-                allow_unused=True,
-            )
-            return _filled(products, leaves)
+            along = [direction[name] for name in on_graph]
+            values = [gradient[name] for name in on_graph]
+            return self.differentiated(values, theta, leaves, along, retain_graph=not once)
 
         return product
 
@@ -192,28 +264,20 @@ class ModelFunction:
         A pass of forward mode and one backward, on a graph that is built once and kept; see :meth:`hessian`.
         """
         theta, leaves = self._leaves(parameters, names)
-        logits = []
         with torch.enable_grad():
-            for term in terms:
-                with self._evaluation(twice=True):
-                    logits.append(self._call(theta, term.inputs))
+            logits = [self._call(theta, term.inputs) for term in terms]
 
         def product(direction: Vector) -> Vector:
             cotangents = []
             for term, here in zip(terms, logits, strict=True):
+                assert term.curvature is not None, "of a Gauss-Newton product"
                 _, tangent = self.jvp(term.inputs, direction, parameters)
                 cotangents.append(term.curvature(here.detach(), tangent).to(here.dtype))
             with_graph = [place for place, here in enumerate(logits) if here.requires_grad]
             if not with_graph:
                 return {name: torch.zeros_like(value) for name, value in leaves.items()}
-            products = torch.autograd.grad(
-                [logits[place] for place in with_graph],
-                list(leaves.values()),
-                [cotangents[place] for place in with_graph],
-                retain_graph=True,
-                allow_unused=True,
-            )
-            return _filled(products, leaves)
+            along = [cotangents[place] for place in with_graph]
+            return self.differentiated([logits[place] for place in with_graph], theta, leaves, along, retain_graph=True)
 
         return product
 
@@ -223,39 +287,23 @@ class ModelFunction:
         leaves = {name: theta[name].detach().requires_grad_() for name in (theta if names is None else names)}
         return {**theta, **leaves}, leaves
 
-    def _own(self) -> Vector:
-        """The parameters themselves, on whose graph a caller's backward pass reaches ``.grad``."""
-        return {name: value for name, value in self.module.named_parameters() if name in self.parameters}
-
-    def _call(self, parameters: Vector, inputs: Inputs) -> Tensor:
-        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+    def _call(
+        self,
+        parameters: Vector,
+        inputs: Inputs,
+        *,
+        derivative: bool = False,
+        inside: contextlib.AbstractContextManager[Any] | None = None,
+    ) -> Tensor:
+        """Logits ``[N, C]`` at the parameters."""
         positional: tuple[Any, ...] = ()
         keywords: dict[str, Any] = {}
         if isinstance(inputs, Mapping):
-            keywords = dict(inputs)
+            keywords = {name: _normal(value) for name, value in inputs.items()}
         else:
-            positional = inputs if isinstance(inputs, tuple) else (inputs,)
-        return torch.func.functional_call(self.module, {**parameters, **buffers}, positional, keywords)
-
-    @contextlib.contextmanager
-    def _evaluation(self, *, twice: bool = False) -> Iterator[None]:
-        """One evaluation; ``twice``: with kernels that can be differentiated twice or in forward mode."""
-        before = torch.get_rng_state()
-        modes = [(module, module.training) for module in self.module.modules()]
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.set_rng_state(self._random)
-        try:
-            if self._mode is not None:
-                self.module.train(self._mode == "train")
-            # A kernel of transformer layers in evaluation mode that has no derivative of any kind.
-            torch.backends.mha.set_fastpath_enabled(False)
-            with sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext():
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            for module, training in modes:
-                module.training = training
-            torch.set_rng_state(before)
+            positional = tuple(map(_normal, inputs if isinstance(inputs, tuple) else (inputs,)))
+        with self._evaluator.evaluation(parameters, derivative=derivative), inside or contextlib.nullcontext():
+            return _logits_of(self.module(*positional, **keywords))
 
 
 def batch_size(inputs: Inputs, name: str = "inputs") -> int:
@@ -268,21 +316,24 @@ def batch_size(inputs: Inputs, name: str = "inputs") -> int:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
+    parallel = nn.parallel.DistributedDataParallel, nn.DataParallel
     while True:
-        name = "module" if isinstance(model, nn.parallel.DistributedDataParallel) else "_orig_mod"
+        name = "module" if isinstance(model, parallel) else "_orig_mod"
         inner = getattr(model, name, None)
         if not isinstance(inner, nn.Module):
             return model
         model = inner
 
 
-def _gradient(value: Tensor, theta: Vector, create_graph: bool, retain_graph: bool | None = None) -> Vector:
-    grads = torch.autograd.grad(
-        value, list(theta.values()), create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
-    )
-    return _filled(grads, theta)
+def _normal(value: Any) -> Any:
+    """A tensor that autograd can save: one of inference mode is copied."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def _filled(grads: Sequence[Tensor | None], theta: Vector) -> Vector:
-    pairs = zip(theta.items(), grads, strict=True)
-    return {name: torch.zeros_like(value) if grad is None else grad for (name, value), grad in pairs}
+def _logits_of(output: Any) -> Tensor:
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"model must give logits, or an object or dict with logits, got {type(output).__name__}")
+    if logits.dim() != 2:
+        raise ValueError(f"model must give logits [N, C], got {list(logits.shape)}")
+    return logits

@@ -172,26 +172,39 @@ class Problem:
 
     def hessian(self, inner: InnerLoss, curvature: Curvature = "hessian") -> Callable[[AnyDirection], Direction]:
         """The product with the Hessian of the inner loss at theta, or with its Gauss-Newton matrix."""
-        terms: list[tuple[Rows, Tensor, Tensor, str]] = []
+        parts = self.inner_rows(inner)
+        exact = curvature == "hessian"
+
+        def product(direction: AnyDirection) -> Direction:
+            v = of_last_layer(direction)
+            weight, bias = torch.zeros_like(v.weight), None if v.bias is None else torch.zeros_like(v.bias)
+            for rows, targets, weights, loss in parts:
+                if loss in losses.LOSSES and not (exact and loss == "mse_probs"):
+                    dw, db = ops.hessian_vector_product(rows.features, rows.logits, *v, weights, loss=loss)
+                else:
+                    z = functional.linear(rows.features, *v)
+                    second = losses.residual_tangent if exact else losses.gauss_newton
+                    tangent = second(rows.logits, targets, z, loss) * weights.unsqueeze(-1)
+                    dw, db = tangent.T @ rows.features, tangent.sum(0)
+                weight, bias = weight + dw, None if bias is None or db is None else bias + db
+            return self._joined(Direction(weight, bias))
+
+        return product
+
+    def inner_rows(self, inner: InnerLoss) -> list[tuple[Rows, Tensor, Tensor, str]]:
+        """Rows, targets ``[N, C]``, weights ``[N]`` and loss of every summand of the inner loss's second derivative.
+
+        The weights are those of its sum over the rows, and a cross-entropy's have the factor ``sum_c y_c``.
+        """
+        found = []
         for part, loss, factor in inner.terms():
             rows, targets, weights = self._part(part)
             scaled = self.scaled_weights(rows, weights, inner.reduction)
             scaled = rows.logits.new_ones(len(rows.logits)) if scaled is None else scaled
             targets = losses.as_probabilities(targets, rows.logits.shape[1], rows.logits.dtype)
-            terms.append((rows, targets, factor * scaled, loss))
-        second = losses.residual_tangent if curvature == "hessian" else losses.gauss_newton
-
-        def product(direction: AnyDirection) -> Direction:
-            v = of_last_layer(direction)
-            weight, bias = torch.zeros_like(v.weight), None if v.bias is None else torch.zeros_like(v.bias)
-            for rows, targets, scaled, loss in terms:
-                z = functional.linear(rows.features, *v)
-                tangent = second(rows.logits, targets, z, loss) * scaled.unsqueeze(-1)
-                weight = weight + tangent.T @ rows.features
-                bias = None if bias is None else bias + tangent.sum(0)
-            return self._joined(Direction(weight, bias))
-
-        return product
+            scaled = scaled * targets.sum(-1) if loss == "cross_entropy" else scaled
+            found.append((rows, targets, scaled if factor == 1 else factor * scaled, loss))
+        return found
 
     def scaled_weights(self, rows: Rows, weights: Tensor | None, reduction: Reduction) -> Tensor | None:
         """Weights that make ``sum_i w_i l_i`` the reduced loss: ``w / N`` for a mean; None means 1. ``[N]``."""

@@ -1,32 +1,72 @@
 """A direction times the inverse Hessian of the inner problem."""
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from fastmeta import ops
+from fastmeta import checks, losses, ops, vectors
+from fastmeta.directions import linear_solvers
 from fastmeta.directions.holdout_gradient import HoldoutGradient
 from fastmeta.directions.rule import DirectionRule
-from fastmeta.problem import AnyProblem, Direction, Problem, Trajectory
+from fastmeta.ops import HessianSolution, NotConvergedWarning
+from fastmeta.ops._solvers import device
+from fastmeta.problem import AnyProblem, Curvature, Dense, Direction, InnerLoss, Problem, Trajectory
 
-Solver = Literal["auto", "cholesky", "cg", "pcg"]
+Solver = Literal["auto", "cholesky", "cg", "pcg", "neumann"]
+SOLVERS: tuple[Solver, ...] = ("auto", "cholesky", "cg", "pcg", "neumann")
+
+
+class _Last:
+    """The last solution: told of, never used. In slots, as no part of a method's state that fastmeta.graph looks at."""
+
+    __slots__ = ("solution",)
+
+    def __init__(self) -> None:
+        self.solution: HessianSolution | linear_solvers.Solved | None = None
 
 
 @dataclass(frozen=True)
 class InverseHessian:
-    """``(H + damping I)^{-1} v`` of another direction, with H the Hessian of the inner problem at the last layer.
+    r"""``(H + damping I)^{-1} v`` of another direction, with H the Hessian of the inner problem.
 
-    Not All Unlabeled Data Are Equal, Eq. (6): H of ``C^T + C^U`` with cross-entropies. Leaving this rule out (H = I)
-    is the identity approximation of Luketina et al. (2016).
+    Not All Unlabeled Data Are Equal, Eq. (6): H of ``C^T + C^U``, both means of one loss. The choices of its Fig. 3:
+
+    ==================================  ==============================================================================
+    Ren et al. (2020)                   the last layer, by ``cholesky``
+    Lorraine et al. (2020)              ``neumann`` on the whole model or the ``layers`` that memory allows
+    Luketina et al. (2016)              H = I: leave this rule out. Its result is this one's times ``1 + damping`` where
+                                        H is I and times ``damping`` where H is 0; Adam is blind to the factor
+    ==================================  ==============================================================================
+
+    At the last layer the system is solved by :func:`fastmeta.ops.solve_hessian`. For the whole model H is known by its
+    products alone, over the inputs' own batch; ``auto`` is ``cg``. Away from a minimum the Hessian of a model has
+    negative eigenvalues, and no iteration solves that system: ``curvature="gauss_newton"`` takes ``J^T C J`` in its
+    place, with ``J = df/dtheta`` and C the second derivative of the loss by its prediction, which has none (for weights
+    ``>= 0``), equals H where the predictions fit, and costs less than half as much a product.
 
     Args:
         of: the rule that gives v.
-        damping: > 0; weight decay enters here.
-        solver: ``auto``, ``cholesky`` (exact), ``cg`` or ``pcg``; see :func:`fastmeta.ops.solve_hessian`.
+        damping: >= 0; weight decay enters here. More than 0 wherever there are more parameters than ``N C``.
+        solver: ``auto``; ``cholesky`` (exact) and ``pcg``, for the last layer alone; ``cg``; ``neumann``:
+            ``step sum_{j<=J} (I - step (H + damping I))^j v``.
         tol: relative residual at which the iterative solvers stop.
-        max_iter: and their limit.
+        max_iter: and their limit; J.
         loss: the inner loss on the unlabeled examples, which is the labeled one too.
+        step: of ``neumann``; it converges below ``2 / (largest eigenvalue of H + damping)``. None: one over that
+            eigenvalue, found by 10 more products.
+        layers: names of the modules or parameters that move, and that H is taken by; the others are left out of the
+            direction. None: all. For the whole model alone.
+        curvature: ``gauss_newton`` or ``hessian``. At the last layer they differ for ``mse_probs`` and ``mse_tanh``.
+
+    Raises:
+        ValueError: an option is not one of those named or not for this level, or a number is out of its range.
+        torch.linalg.LinAlgError: when called, negative curvature or a series that diverges; the message says the cure.
+
+    Warns:
+        NotConvergedWarning: the residual of ``cg`` stayed above ``tol``.
     """
 
     of: DirectionRule = HoldoutGradient()
@@ -35,31 +75,112 @@ class InverseHessian:
     tol: float = 1e-4
     max_iter: int = 100
     loss: str = "cross_entropy"
+    step: float | None = None
+    layers: tuple[str, ...] | None = None
+    curvature: Curvature = "gauss_newton"
+    _last: _Last = field(default_factory=_Last, init=False, repr=False, compare=False)
 
-    def __call__(self, problem: AnyProblem) -> Direction:
-        """Solve at the problem's own logits."""
-        if not isinstance(problem, Problem):
-            raise TypeError("InverseHessian is for the last layer alone, got a whole model")
+    def __post_init__(self) -> None:
+        checks.inner_loss(self.loss)
+        checks.number(self.damping, "damping", low=0.0)
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        if self.curvature not in ("gauss_newton", "hessian"):
+            raise ValueError(f"curvature must be gauss_newton or hessian, got {self.curvature!r}")
+        if checks.number(self.tol, "tol") <= 0:
+            raise ValueError(f"tol must be > 0, got {self.tol}")
+        if self.max_iter < 1:
+            raise ValueError(f"max_iter must be >= 1, got {self.max_iter}")
+        if self.step is not None and (checks.number(self.step, "step") <= 0 or self.solver != "neumann"):
+            raise ValueError(f"step must be > 0 and for solver='neumann', got {self.step} for {self.solver!r}")
+        if isinstance(self.layers, str):
+            raise TypeError(f"layers must be a tuple of names, got the string {self.layers!r}")
+
+    @property
+    def last_solution(self) -> HessianSolution | linear_solvers.Solved | None:
+        """``iterations`` and ``residual`` of the last call; reading them may wait for a GPU."""
+        return self._last.solution
+
+    def __call__(self, problem: AnyProblem) -> Dense:
+        """Solve at the problem's own parameters."""
+        last_layer = isinstance(problem, Problem)
+        if last_layer and self.layers is not None:
+            raise ValueError(f"layers must be None where only the last layer moves, got {self.layers}")
+        if not last_layer and self.solver in ("cholesky", "pcg"):
+            raise ValueError(f"solver must be cg or neumann for a whole model, got {self.solver!r}")
+        if not isinstance(problem, Problem) and self.layers is not None:
+            problem = problem.restricted(self.layers)
         direction = self.of(problem)
         if isinstance(direction, Trajectory):
             raise TypeError("of must give one direction, got those of several inner steps")
-        assert not isinstance(direction, dict), "of a last layer"
-        rhs = direction.dense()
-        labeled, _ = problem.labeled_rows()
-        parts = [(labeled, None), (problem.unlabeled, problem.inner_weights)]
-        features = torch.cat([rows.features for rows, _ in parts])
-        logits = torch.cat([rows.logits for rows, _ in parts])
-        scaled = [problem.scaled_weights(rows, weights, "mean") for rows, weights in parts]
+        rhs = vectors.dense(direction)
+        if isinstance(problem, Problem) and isinstance(rhs, Direction) and self.solver != "neumann":
+            return self._closed_form(problem, rhs)
+        return self._by_products(problem, rhs)
+
+    @property
+    def _inner(self) -> InnerLoss:
+        return InnerLoss(self.loss, labeled_weight=1.0, labeled_loss=self.loss)
+
+    def _closed_form(self, problem: Problem, rhs: Direction) -> Direction:
+        if self.curvature == "hessian" and self.loss == "mse_probs":
+            raise ValueError("curvature must be gauss_newton for mse_probs at the last layer, or solver neumann")
+        if self.loss not in losses.LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(losses.LOSSES)} at the last layer, got {self.loss!r}")
+        parts = problem.inner_rows(self._inner)
         solution = ops.solve_hessian(
-            features,
-            logits,
+            torch.cat([rows.features for rows, *_ in parts]),
+            torch.cat([rows.logits for rows, *_ in parts]),
             rhs.weight,
             rhs.bias,
-            torch.cat([weights for weights in scaled if weights is not None]),  # a mean always has weights
+            torch.cat([weights for _, _, weights, _ in parts]),
             loss=self.loss,
             damping=self.damping,
             solver=self.solver,
             tol=self.tol,
             max_iter=self.max_iter,
+            process_group=problem.process_group,
         )
+        self._last.solution = solution
         return Direction(solution.weight, solution.bias)
+
+    def _by_products(self, problem: AnyProblem, rhs: Dense) -> Dense:
+        curved = problem.hessian(self._inner, self.curvature)
+
+        def product(vector: Tensor) -> Tensor:
+            return vectors.flat(curved(vectors.unflat(rhs, vector))).add_(vector, alpha=self.damping)
+
+        v, group = vectors.flat(rhs), problem.process_group
+        if self.solver == "neumann":
+            solution = linear_solvers.neumann(
+                product, v, tol=self.tol, max_iter=self.max_iter, step=self.step, group=group
+            )
+        else:
+            solution = linear_solvers.conjugate_gradient(product, v, tol=self.tol, max_iter=self.max_iter, group=group)
+        self._last.solution = solution.solved
+        if not device.capturing(v):
+            self._judge(solution)
+        return vectors.unflat(rhs, solution.vector)
+
+    def _judge(self, solution: linear_solvers.Solution) -> None:
+        """Raise or warn for what is no solution; nobody can while a CUDA graph is captured."""
+        matrix = "Hessian" if self.curvature == "hessian" else "Gauss-Newton matrix"
+        cure = "raise damping or take curvature='gauss_newton'" if self.curvature == "hessian" else "raise damping"
+        iterations, residual = solution.solved.iterations, solution.solved.residual
+        if solution.indefinite:
+            raise torch.linalg.LinAlgError(
+                f"the damped {matrix} is not positive definite (negative curvature along a direction of iteration "
+                f"{iterations}); {cure}"
+            )
+        if self.solver == "neumann" and not residual <= 1:
+            raise torch.linalg.LinAlgError(
+                f"the Neumann series diverges (its power {iterations} of the damped {matrix} has {residual:.3g} times "
+                f"the length of the direction): lower step, or, if there is negative curvature, {cure}"
+            )
+        if self.solver != "neumann" and not residual <= self.tol:
+            warnings.warn(
+                f"the inverse Hessian is not converged: relative residual {residual:.3g} > tol {self.tol:.3g} after "
+                f"{iterations} iterations; raise damping or max_iter",
+                NotConvergedWarning,
+                stacklevel=2,
+            )

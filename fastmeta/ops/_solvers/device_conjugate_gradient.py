@@ -1,18 +1,27 @@
 """Conjugate gradients whose iterations never wait for the host: every scalar stays on the device."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastmeta import _conjugate_gradient_scalars as scalars
-from fastmeta.ops._solvers.system import DampedHessian
+from fastmeta.ops._solvers.joined import Joined
 from fastmeta.ops._solvers.updates import Updates
 
 # Iterations launched between two looks at the status. A look costs the time from the device to the host and back; an
 # iteration launched after the solve has stopped costs a Hessian-vector product that changes nothing.
 CHECK_EVERY = 5
+
+
+class Shared(Protocol):
+    """An operator that several processes apply together."""
+
+    joined: Joined | None
+
+    def carry(self, direction: Tensor, number: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The product, and the sum of a small integer over the processes."""
 
 
 class Outcome(NamedTuple):
@@ -32,7 +41,8 @@ def conjugate_gradient(
     updates: Updates,
     precondition: Callable[[Tensor], Tensor] | None = None,
     fixed: bool = False,
-    shared: DampedHessian | None = None,
+    check_every: int = CHECK_EVERY,
+    shared: Shared | None = None,
 ) -> Outcome:
     """Solve ``matmul(x) = rhs`` from ``x = 0`` until the norm of the residual is at most ``target``.
 
@@ -46,7 +56,8 @@ def conjugate_gradient(
         updates: the vector updates.
         precondition: approximate inverse; None is the identity.
         fixed: launch ``max_iter`` iterations and never look whether the solve has stopped, as a CUDA graph must.
-        shared: the operator as a system whose rows live on several processes, all of which stop with the first one.
+        check_every: iterations between two looks.
+        shared: the operator as one that several processes apply together, all of which stop with the first one.
     """
     x = torch.zeros_like(rhs, memory_format=torch.contiguous_format)
     r = rhs.clone(memory_format=torch.contiguous_format)
@@ -74,7 +85,8 @@ def conjugate_gradient(
             updates.dot(r, z, slopes, now)
         updates.turn(p, z, bends, squares, slopes, now, following)
         row = following
-        if not fixed and (iteration + 1) % CHECK_EVERY == 0 and status_of(_seen(row, shared)).item() != scalars.RUNNING:
+        looks = not fixed and (iteration + 1) % check_every == 0
+        if looks and status_of(_seen(row, shared)).item() != scalars.RUNNING:
             break
     x.masked_fill_(status_of(row) == scalars.NOT_FINITE, torch.nan)
     return Outcome(x, row, None if fixed else _seen(row, shared).tolist())
@@ -85,7 +97,7 @@ def status_of(row: Tensor) -> Tensor:
     return row[scalars.STATUS]
 
 
-def _shared_product(system: DampedHessian, p: Tensor, row: Tensor) -> Tensor:
+def _shared_product(system: Shared, p: Tensor, row: Tensor) -> Tensor:
     """The product, and the first process's status for the row of every process."""
     assert system.joined is not None
     image, status = system.carry(p, status_of(row) if system.joined.is_first else 0.0)
@@ -93,7 +105,7 @@ def _shared_product(system: DampedHessian, p: Tensor, row: Tensor) -> Tensor:
     return image
 
 
-def _seen(row: Tensor, shared: DampedHessian | None) -> Tensor:
+def _seen(row: Tensor, shared: Shared | None) -> Tensor:
     """The row that every host looks at."""
     return row if shared is None or shared.joined is None else shared.joined.first(row)
 
