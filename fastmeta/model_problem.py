@@ -107,7 +107,7 @@ class ModelProblem:
         """Gradient of the loss of the hold-out examples, of C^U (``unlabeled``) or of C^T (``labeled``)."""
         if self.holdout_gradient is not None and (part == "holdout" or (part == "labeled" and self.labeled is None)):
             return self.holdout_gradient
-        term = self._term(part, loss, reduction)
+        term = self.term(part, loss, reduction)
         if part == "unlabeled" and self.keep_graph:
             gradient = self.function.gradient_at(self.logits_on_graph, term.loss)
             return self._joined({name: gradient[name] for name in self.names})
@@ -192,9 +192,10 @@ class ModelProblem:
         return self.holdout, self.targets
 
     def _terms(self, inner: InnerLoss) -> list[Term]:
-        return [self._term(part, loss, inner.reduction, factor) for part, loss, factor in inner.terms()]
+        return [self.term(part, loss, inner.reduction, factor) for part, loss, factor in inner.terms()]
 
-    def _term(self, part: Part, loss: str, reduction: Reduction, factor: float = 1.0) -> Term:
+    def term(self, part: Part, loss: str, reduction: Reduction, factor: float = 1.0) -> Term:
+        """A reduced loss times ``factor``, as a summand of an objective."""
         unlabeled = part == "unlabeled"
         inputs, given = (self.unlabeled, None) if unlabeled else self._labels_of(part)
         weights = self.inner_weights if unlabeled else None

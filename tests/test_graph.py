@@ -28,7 +28,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "L2I Eq. (6)": lambda: L2I("V1", derivative="eq6"),
     "L2I regression": lambda: L2I("V2", inner_loss="mse", outer_loss="mse"),
     "MetaGradient": lambda: MetaGradient(),
-    "MetaGradient differences": lambda: MetaGradient(derivative="finite_difference", radius=1.0),
+    "MetaGradient differences": lambda: MetaGradient(how="last_layer_difference", radius=1.0),
     "ExampleWeights": lambda: ExampleWeights(M, lr=0.1, **SOLVER),
     "ExampleWeights identity": lambda: ExampleWeights(M, lr=0.1, inverse_hessian="identity", read="before"),
     "LabelGradientAlignment": lambda: LabelGradientAlignment(M, C, lr=0.1),

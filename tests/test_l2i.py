@@ -165,7 +165,7 @@ def test_eq6_as_printed(draw):
     """Journal version, Eq. (6): eta sum_h (p_h - y_h) <h_h, h_u>, no bias, no mean, nothing of the inner loss."""
     layer = make_layer(draw)
     labels = draw.probabilities(6, 4)
-    method = published(derivative="eq6", reduction="sum", look_ahead=False)
+    method = published(derivative="eq6", reduction="sum", outer_reduction="sum", look_ahead=False)
     f_h = layer.holdout.logits.detach()
     expected = torch.zeros(6, 4, dtype=torch.float64)
     for u in range(6):
@@ -181,7 +181,7 @@ def test_eq6_takes_the_holdout_predictions_at_theta_star(draw):
     ahead = layer.inner_step(labels, rate=RATE, loss="mse_probs", reduction="sum")
     p = functional.linear(layer.features_h, *ahead).softmax(-1).detach()
     expected = RATE * layer.features_u @ layer.features_h.T @ (p - layer.targets)
-    got = label_gradient(published(derivative="eq6", reduction="sum"), layer, labels)
+    got = label_gradient(published(derivative="eq6", reduction="sum", outer_reduction="sum"), layer, labels)
     assert_close(got, expected)
     assert float((got - label_gradient(published(reduction="sum"), layer, labels)).norm()) > 1e-3
 
@@ -226,35 +226,6 @@ def test_defaults_are_the_measured_configuration(draw):
         assert_close(got, e)
 
 
-@pytest.mark.parametrize("variant", ["V1", "V2"])
-def test_presets_differ_by_the_labeled_loss(draw, variant):
-    """The paper's inner step is on C^T + C^U, the code's on C^U alone; both are sums."""
-    layer = make_layer(draw)
-    labels = draw.probabilities(6, 4)
-    rate = 0.1 if variant == "V2" else 0.2
-    for name, labeled_weight in (("paper", 1.0), ("official_code", 0.0)):
-        gradient = brute_force(layer, labels, rate=rate, reduction="sum", labeled_weight=labeled_weight)
-        method = L2I.from_preset(name, variant)
-        if variant == "V2":
-            assert_close(label_gradient(method, layer, labels), gradient)
-        elif name == "paper":
-            assert_close(method.refine(**layer.batch(), labels=labels).labels, labels - gradient)
-        else:
-            dq = labels * (gradient - (labels * gradient).sum(-1, keepdim=True))
-            assert_close(method.refine(**layer.batch(), labels=labels).labels, (labels.log() - dq).softmax(-1))
-
-
-@pytest.mark.parametrize("variant", ["V1", "V2"])
-def test_presets_differ_nowhere_else(draw, variant):
-    layer = make_layer(draw)
-    labels = draw.probabilities(6, 4).requires_grad_()
-    same = {"labeled_weight": 0.0, "label_space": "logits"}
-    paper, code = (L2I.from_preset(name, variant, **same) for name in ("paper", "official_code"))
-    first, second = (method.refine(**layer.batch(), labels=labels) for method in (paper, code))
-    assert torch.equal(first.labels, second.labels)
-    assert torch.equal(first.loss, second.loss)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -263,19 +234,20 @@ def test_presets_differ_nowhere_else(draw, variant):
         ({"reduction": "max"}, "reduction must be one of mean, sum"),
         ({"inner_loss": "hinge"}, "loss must be one of"),
         ({"rate": -1.0}, "rate must be >= 0"),
+        ({"how": "exact"}, "how must be one of double_backward, jvp"),
+        ({"how": "jvp", "derivative": "eq6"}, "derivative='eq6' needs how='last_layer', got 'jvp'"),
+        ({"derivative": "eq6", "look_ahead": True, "steps": 2}, "derivative='eq6' needs steps=1, got 2"),
+        ({"steps": 2}, "steps, momentum and labeled_weight need look_ahead=True"),
+        ({"steps": 0, "look_ahead": True}, "steps must be >= 1, got 0"),
+        ({"labeled_weight": 1.0}, "steps, momentum and labeled_weight need look_ahead=True"),
+        ({"radius": -1.0}, "radius must be >= 0"),
+        ({"imputer": "teacher"}, "imputer must be one of base, student, got 'teacher'"),
         ({"variant": "V1", "inner_loss": "mse"}, "needs label_space='probabilities' and project=False"),
     ],
 )
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         L2I(**options)
-
-
-def test_unknown_presets_and_overrides_are_refused():
-    with pytest.raises(ValueError, match="L2I has the presets paper, official_code, got 'papre'"):
-        L2I.from_preset("papre")
-    with pytest.raises(TypeError, match="ratee"):
-        L2I.from_preset("paper", ratee=1.0)
 
 
 def test_v2_needs_the_graph(draw):

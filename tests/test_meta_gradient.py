@@ -64,7 +64,7 @@ def test_without_rate_the_step_is_that_of_algorithm_2(draw):
 def test_finite_difference_is_the_difference_of_perturbed_layers(draw, radius, bias):
     layer = make_layer(draw, bias=bias)
     imputed = layer.unlabeled.logits.detach().softmax(-1)
-    method = MetaGradient(step=BETA, rate=ALPHA, derivative="finite_difference", radius=radius, project=False)
+    method = MetaGradient(step=BETA, rate=ALPHA, how="last_layer_difference", radius=radius, project=False)
     expected = imputed - BETA * ALPHA / 6 * probe(layer, radius)
     assert_close(method.refine(**layer.batch()).labels - imputed, expected - imputed, 1e-6)
 
@@ -74,7 +74,7 @@ def test_finite_difference_converges_to_the_derivative_at_second_order(draw):
     exact = MetaGradient(step=1.0, project=False).refine(**layer.batch()).labels
     errors = []
     for radius in (0.2, 0.1, 0.05):
-        method = MetaGradient(step=1.0, derivative="finite_difference", radius=radius, project=False)
+        method = MetaGradient(step=1.0, how="last_layer_difference", radius=radius, project=False)
         errors.append((method.refine(**layer.batch()).labels - exact).norm().item())
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
@@ -83,7 +83,7 @@ def test_finite_difference_converges_to_the_derivative_at_second_order(draw):
 def test_the_fused_step_is_the_composed_one(draw):
     """A mask of ones goes through derivative and update; without it one operator does both."""
     layer = make_layer(draw)
-    method = MetaGradient(step=3.0, derivative="finite_difference")
+    method = MetaGradient(step=3.0, how="last_layer_difference")
     fused = method.refine(**layer.batch()).labels
     composed = method.refine(**layer.batch(), mask=torch.ones(6)).labels
     assert_close(fused, composed, 1e-12)
@@ -93,14 +93,17 @@ def test_a_labeled_batch_without_gradient_moves_nothing(draw):
     layer = make_layer(draw)
     batch = layer.batch() | {"targets": layer.holdout.logits.detach().softmax(-1)}
     imputed = layer.unlabeled.logits.detach().softmax(-1)
-    for derivative in ("exact", "finite_difference"):
-        assert_close(MetaGradient(derivative=derivative).refine(**batch).labels, imputed, 1e-9)
+    for how in ("last_layer", "last_layer_difference"):
+        assert_close(MetaGradient(how=how).refine(**batch).labels, imputed, 1e-9)
 
 
 def test_presets_differ_by_projection_alone_at_the_published_batch_size(draw):
     layer = make_layer(draw, (128, 5, 4))
     layer.features_u *= 20
-    paper, code = (MetaGradient.from_preset(name).refine(**layer.batch()).labels for name in ("paper", "official_code"))
+    paper, code = (
+        MetaGradient.from_preset(name, how="last_layer_difference").refine(**layer.batch()).labels
+        for name in ("paper", "official_code")
+    )
     assert bool((paper < 0).any())
     assert_close(projected(paper), code, 1e-12)
 
@@ -110,7 +113,8 @@ def test_presets_differ_by_alpha_over_b_at_another(draw):
     layer = make_layer(draw, (64, 5, 4))
     imputed = layer.unlabeled.logits.detach().softmax(-1)
     paper, code = (
-        MetaGradient.from_preset(name, project=False).refine(**layer.batch()).labels - imputed
+        MetaGradient.from_preset(name, project=False, how="last_layer_difference").refine(**layer.batch()).labels
+        - imputed
         for name in ("paper", "official_code")
     )
     assert_close(paper, 2 * code, 1e-9)
@@ -123,5 +127,29 @@ def test_the_step_follows_a_schedule(draw):
     assert torch.equal(method.refine(**layer.batch()).labels, MetaGradient(step=0.7).refine(**layer.batch()).labels)
     with pytest.raises(ValueError, match="step must be finite"):
         method.step = float("nan")
-    with pytest.raises(ValueError, match="derivative must be one of exact, finite_difference"):
-        MetaGradient(derivative="jvp")
+
+
+def test_the_rate_follows_a_schedule(draw):
+    layer = make_layer(draw)
+    for how in ("last_layer", "last_layer_difference"):
+        method = MetaGradient(how=how, step=2.0, rate=0.1, project=False)
+        method.rate = 0.3
+        expected = MetaGradient(how=how, step=2.0, rate=0.3, project=False)
+        assert torch.equal(method.refine(**layer.batch()).labels, expected.refine(**layer.batch()).labels)
+    with pytest.raises(ValueError, match="rate must stay None, which leaves out alpha"):
+        MetaGradient().rate = 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"how": "exact"}, ValueError, "how must be one of last_layer, last_layer_difference, jvp"),
+        ({"statistics": "eval"}, ValueError, "statistics must be one of batch, running, got 'eval'"),
+        ({"radius": -1.0}, ValueError, "radius must be >= 0"),
+        ({"rate": "0.1"}, TypeError, "rate must be a number"),
+        ({"process_group": 2}, TypeError, "process_group must be"),
+    ],
+)
+def test_options_are_checked(options, error, message):
+    with pytest.raises(error, match=message):
+        MetaGradient(**options)

@@ -1,12 +1,14 @@
 """Label gradients by central differences of the predictions, as Meta-Gradient takes them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastmeta import ops, vectors
-from fastmeta.derivatives.derivative import Derivative, How, step_scale, weighted
+from fastmeta import checks, ops, vectors
+from fastmeta.derivatives.derivative import Derivative, step_scale, weighted
+from fastmeta.model_problem import full_precision
 from fastmeta.ops.perturbed import perturbed
 from fastmeta.problem import AnyDirection, AnyProblem, Problem, Reduction
 
@@ -22,13 +24,19 @@ class FiniteDifference(Derivative):
         radius: length of the perturbation.
         rate: alpha, the step size of the inner SGD.
         reduction: of the inner loss over its examples.
-        how: ``last_layer`` perturbs the last layer alone, ``finite_difference`` the whole model, in place.
+        how: ``last_layer`` perturbs the last layer alone, ``finite_difference`` the whole model, in place, and
+            ``forward_difference`` to one side only: ``2 (p(theta + epsilon v) - p(theta)) / epsilon``.
     """
 
     radius: float = 0.01
     rate: float = 1.0
     reduction: Reduction = "mean"
-    how: How = "last_layer"
+    how: Literal["last_layer", "finite_difference", "forward_difference"] = "last_layer"
+
+    def __post_init__(self) -> None:
+        if self.how not in ("last_layer", "finite_difference", "forward_difference"):
+            raise ValueError(f"how must be one of last_layer, finite_difference, forward_difference, got {self.how!r}")
+        checks.number(self.radius, "radius", low=0.0)
 
     def at(self, problem: AnyProblem, direction: AnyDirection) -> Tensor:
         """``[N, C]``."""
@@ -45,16 +53,20 @@ class FiniteDifference(Derivative):
     def probes(self, problem: AnyProblem, direction: AnyDirection) -> tuple[Tensor, Tensor, Tensor]:
         """Logits at ``theta + epsilon v`` and at ``theta - epsilon v``, and epsilon, which stays on the device.
 
-        The last layer is linear in its parameters, so its perturbed logits are ``f +- epsilon z``.
+        The last layer is linear in its parameters, so its perturbed logits are ``f +- epsilon z``. Of the one-sided
+        difference they are those at ``theta + epsilon v`` and at theta, half an epsilon to each side of their middle.
         """
         if not isinstance(problem, Problem):
             assert isinstance(direction, dict), "of a whole model"
             theta = problem.parameters
+            one_sided = self.how == "forward_difference"
+            minus = problem.logits if one_sided else None  # run before anything is moved
             with torch.no_grad(), perturbed({n: theta[n] for n in direction}, direction, self.radius) as perturbation:
-                plus = problem.function.logits(problem.unlabeled, theta)
-                perturbation.flip()
-                minus = problem.function.logits(problem.unlabeled, theta)
-            return plus, minus, perturbation.epsilon
+                plus = full_precision(problem.function.logits(problem.unlabeled, theta))
+                if minus is None:
+                    perturbation.flip()
+                    minus = full_precision(problem.function.logits(problem.unlabeled, theta))
+            return plus, minus, perturbation.epsilon / 2 if one_sided else perturbation.epsilon
         assert not isinstance(direction, dict), "of a last layer"
         rows, v = problem.unlabeled, direction.dense()
         z = rows.features @ v.weight.T

@@ -1,116 +1,215 @@
 """Learning to Impute (Li, Foo, Bilen; NeurIPS-workshop and journal version)."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from fastmeta import checks
-from fastmeta.derivatives import Derivative, FeatureSimilarity, LabelGradient
+from torch import Tensor
+
+from fastmeta import checks, losses
+from fastmeta.derivatives import HOWS, FeatureSimilarity, How, LabelGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, LookAhead, UnitLength
 from fastmeta.methods.arguments import choice
-from fastmeta.methods.base import Method
+from fastmeta.methods.base import Batch, Method
 from fastmeta.presets import l2i as presets
-from fastmeta.problem import Reduction
+from fastmeta.problem import Reduction, Refined
+from fastmeta.process_group import Group, world_size
+from fastmeta.process_group import check as check_group
 from fastmeta.updates import LabelLogitStep, LabelStep, PullBack, Update
 
 
 class L2I(Method):
-    r"""Labels such that an inner step of training on them lowers the hold-out loss.
+    r"""Labels such that inner steps of training on them lower the hold-out loss.
 
-    With ``theta* = theta - rate grad C^U(theta, z)``:
+    With ``theta* = theta - rate grad (C^U(theta, z) + labeled_weight C^T(theta))``:
 
     .. math:: \frac{\partial C^H(\theta^*)}{\partial z_i} = \frac{\text{rate}}{B}\, T_i(v), \qquad
         v = \nabla C^H(\theta^*)
 
     (Eq. (V1)). V1 steps on the labels along it; V2 (Eq. (V2), "O" in the code) leaves them and returns as
-    ``Refined.loss`` a surrogate whose gradient is the pull-back of it through the imputer. The defaults are what worked
-    best on scikit-learn's digits; :meth:`from_preset` has the published settings.
+    ``Refined.loss`` a surrogate whose gradient is the pull-back of it through the imputer: through the model's own
+    predictions, or through whatever made ``labels``, which then must be on the graph. The papers weigh the inner losses
+    ``C^T + lambda C^U`` at eta; that is ``rate = lambda eta`` and ``labeled_weight = 1 / lambda``.
+
+    The defaults are what worked best on scikit-learn's digits; :meth:`from_preset` has the published settings.
 
     Args:
         variant: ``V1`` or ``V2``.
-        derivative: ``exact``, or ``eq6``: Eq. (6) of the journal version as printed (feature similarity, no bias, no
-            softmax Jacobian).
-        inner_loss: of the unlabeled examples; the labels are imputed as its prediction. Any loss of the operators.
-        outer_loss: of the hold-out examples.
-        reduction: of the inner loss over its examples, ``mean`` or ``sum``; with ``eq6``, ``sum`` also leaves out the
-            division by the number of hold-out examples, as printed.
-        rate: eta of the inner step.
+        how: ``last_layer``: in closed form, where only the last layer moves; else the whole model moves and its
+            derivative is taken in this way (see :func:`fastmeta.label_gradient`): ``jvp`` (exact), ``double_backward``
+            (exact, as published), ``finite_difference`` or ``forward_difference``. All but ``last_layer`` need
+            ``refine(model=...)``.
+        derivative: ``exact``, or ``eq6`` (last layer alone): Eq. (6) of the journal version as printed (feature
+            similarity, no bias, no softmax Jacobian).
+        inner_loss: of the unlabeled examples; the labels are imputed as its prediction. A loss of the operators, or
+            ``mse_tanh``, ``|tanh f - tanh z|^2``, of the published landmarks.
+        outer_loss: of the hold-out examples, and of the labeled ones in the inner loss.
+        reduction: of the inner losses over their examples, ``mean`` or ``sum``.
+        outer_reduction: of the hold-out loss; ``sum`` as printed in the papers, Eq. (6) included.
+        rate: eta of the inner step. May be changed between calls, to follow a schedule.
         look_ahead: take the hold-out gradient at theta* (as published) or at theta.
-        labeled_weight: weight of the labeled loss C^T in the inner step.
+        steps: K inner steps; more than one need ``look_ahead``.
+        momentum: of the inner steps.
+        labeled_weight: weight of the labeled loss C^T in the inner step. It is on ``labeled`` where that is given, else
+            on the hold-out examples.
         unit_length: scale the hold-out gradient to length 1.
         label_space: V1: step on the labels themselves (``probabilities``) or on their ``logits`` (the code).
         label_step: V1: size of that step.
         project: V1 on probabilities: bring the result back to a probability.
         weight: V2: of the surrogate.
+        imputer: ``base``: the ``labels`` that are given, or the model's own predictions if none are; ``student``: the
+            model's own predictions whatever is given, as the code imputes once more with the student under a mean
+            teacher.
+        radius: length of the perturbation of a difference.
+        second_weight: V1: of :meth:`unlabeled_loss`.
+        second_reduction: V1: of :meth:`unlabeled_loss`, over examples (``sum``, ``mean``), or the mean over examples
+            and outputs (``mean_entries``).
+        process_group: processes that the batch is spread over. V2's surrogate is then multiplied by their number,
+            because DistributedDataParallel averages the gradients of what is a sum over all examples.
 
     Raises:
-        ValueError: an option is not one of those named, or a number is negative.
+        ValueError: an option is not one of those named, options contradict each other, or a number is out of range.
     """
 
     def __init__(
         self,
         variant: Literal["V1", "V2"] = "V2",
         *,
+        how: How = "last_layer",
         derivative: Literal["exact", "eq6"] = "exact",
         inner_loss: str = "mse_probs",
         outer_loss: str = "cross_entropy",
         reduction: Reduction = "mean",
+        outer_reduction: Reduction = "mean",
         rate: float = 1.0,
         look_ahead: bool = False,
+        steps: int = 1,
+        momentum: float = 0.0,
         labeled_weight: float = 0.0,
         unit_length: bool = True,
         label_space: Literal["probabilities", "logits"] = "logits",
         label_step: float = 1.0,
         project: bool = True,
         weight: float = 0.5,
+        imputer: Literal["base", "student"] = "base",
+        radius: float = 0.01,
+        second_weight: float = 1.0,
+        second_reduction: presets.SecondReduction = "mean",
+        process_group: Group = None,
     ) -> None:
         choice(variant, "variant", "V1", "V2")
+        choice(how, "how", *HOWS)
         choice(derivative, "derivative", "exact", "eq6")
         choice(reduction, "reduction", "mean", "sum")
+        choice(outer_reduction, "outer_reduction", "mean", "sum")
         choice(label_space, "label_space", "probabilities", "logits")
-        checks.loss_code(inner_loss)
+        choice(imputer, "imputer", "base", "student")
+        choice(second_reduction, "second_reduction", "sum", "mean", "mean_entries")
+        checks.inner_loss(inner_loss)
         checks.loss_code(outer_loss)
         checks.number(rate, "rate", low=0.0)
+        checks.number(labeled_weight, "labeled_weight", low=0.0)
+        check_group(process_group)
         softmax = inner_loss in ("mse_probs", "cross_entropy")
         if variant == "V1" and not softmax and (label_space == "logits" or project):
             raise ValueError(f"V1 with {inner_loss} needs label_space='probabilities' and project=False")
         similarity = derivative == "eq6"
+        if similarity and how != "last_layer":
+            raise ValueError(f"derivative='eq6' needs how='last_layer', got {how!r}")
+        if not look_ahead and (steps != 1 or momentum != 0 or labeled_weight != 0):
+            # The label gradient of one step from theta does not depend on C^T: only theta* does.
+            raise ValueError("steps, momentum and labeled_weight need look_ahead=True")
+        if similarity and steps != 1:
+            raise ValueError(f"derivative='eq6' needs steps=1, got {steps}")
         direction: DirectionRule = HoldoutGradient(
-            loss=outer_loss,
-            bias=not similarity,
-            factored=similarity,
-            reduction=reduction if similarity else "mean",
+            outer_loss, bias=not similarity, factored=similarity, reduction=outer_reduction
         )
         if unit_length:
             direction = UnitLength(direction)
         if look_ahead:
             direction = LookAhead(
-                direction, rate=rate, loss=inner_loss, reduction=reduction, labeled_weight=labeled_weight
+                direction,
+                rate=rate,
+                loss=inner_loss,
+                reduction=reduction,
+                labeled_weight=labeled_weight,
+                labeled_loss=outer_loss,
+                steps=steps,
+                momentum=momentum,
             )
-        gradient: Derivative
+        gradient: FeatureSimilarity | LabelGradient
         if similarity:
             gradient = FeatureSimilarity(rate=rate, reduction=reduction)
         else:
-            gradient = LabelGradient(loss=inner_loss, rate=rate, reduction=reduction)
+            gradient = LabelGradient(loss=inner_loss, rate=rate, reduction=reduction, how=how, radius=radius)
         update: Update
         if variant == "V2":
-            update = PullBack(weight=checks.number(weight, "weight"))
+            update = PullBack(weight=checks.number(weight, "weight") * world_size(process_group))
         elif label_space == "logits":
             update = LabelLogitStep(step=checks.number(label_step, "label_step"))
         else:
             update = LabelStep(step=checks.number(label_step, "label_step"), project=project)
         self.inner_loss = inner_loss
-        super().__init__(direction, gradient, update)
+        self.imputer = imputer
+        self.second_weight = checks.number(second_weight, "second_weight", low=0.0)
+        self.second_reduction = second_reduction
+        self._gradient = gradient
+        super().__init__(direction, gradient, update, process_group=process_group)
+
+    @property
+    def rate(self) -> float:
+        """Eta of the inner step."""
+        return self._gradient.rate
+
+    @rate.setter
+    def rate(self, value: float) -> None:
+        self._gradient = self.derivative = replace(self._gradient, rate=checks.number(value, "rate", low=0.0))
+        if isinstance(self.direction, LookAhead):
+            self.direction = replace(self.direction, rate=value)
+
+    def unlabeled_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of V1's second step, in which the model learns the refined labels: C^U of Algorithm 1.
+
+        The papers sum it over examples and outputs; the published code takes a mean over both, with weight 1 in place
+        of the base's own weight.
+
+        Args:
+            logits: of the unlabeled examples ``[N, C]``, on the graph.
+            labels: ``Refined.labels [N, C]``.
+
+        >>> import torch
+        >>> logits, labels = torch.zeros(3, 2), torch.tensor([[1.0, 0.0]]).expand(3, 2)
+        >>> [float(L2I.from_preset(name, "V1").unlabeled_loss(logits, labels)) for name in ("paper", "official_code")]
+        [1.5, 0.25]
+        """
+        per_example = losses.loss_per_example(logits, labels, self.inner_loss)
+        if self.second_reduction == "sum":
+            return self.second_weight * per_example.sum()
+        entries = logits.shape[1] if self.second_reduction == "mean_entries" else 1
+        return self.second_weight * per_example.mean() / entries
 
     @classmethod
     def from_preset(
-        cls, name: Literal["paper", "official_code"], variant: Literal["V1", "V2"] = "V2", **overrides: Any
+        cls,
+        name: Literal["paper", "official_code"],
+        variant: Literal["V1", "V2"] = "V2",
+        task: presets.Task = "classification",
+        outputs: int | None = None,
+        **overrides: Any,
     ) -> "L2I":
         """The settings of the papers or of the published code; ``overrides`` are arguments of the constructor.
 
+        They are of the whole model with the exact derivative; ``how="last_layer"`` gives the form in which only the
+        last layer moves. See :func:`fastmeta.presets.l2i.preset`.
+
         Raises:
-            ValueError: unknown preset.
+            ValueError: unknown preset, variant or task.
             TypeError: unknown override.
 
-        >>> method = L2I.from_preset("official_code", variant="V1", rate=0.1)
+        >>> method = L2I.from_preset("official_code", variant="V1", how="last_layer", rate=0.1)
+        >>> L2I.from_preset("official_code", task="landmarks").inner_loss
+        'mse_tanh'
         """
-        return cls(**{**asdict(presets.preset(name, variant)), **overrides})
+        return cls(**{**asdict(presets.preset(name, variant, task, outputs)), **overrides})
+
+    def _refine(self, batch: Batch) -> Refined:
+        return super()._refine(batch if self.imputer == "base" else {**batch, "labels": None})
