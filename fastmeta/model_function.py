@@ -167,17 +167,17 @@ class ModelFunction:
         with torch.enable_grad():
             logits = self._call(theta, inputs)
             value = loss(logits)
-        return self.differentiated(value, theta, leaves), logits.detach()
+        return self.differentiated([value], theta, leaves), logits.detach()
 
     def gradient_at(self, logits: Tensor, loss: LossOfLogits) -> Vector:
         """Gradient of ``loss(logits)`` for logits on the graph of the model's own parameters, which is kept."""
         with torch.enable_grad():
             value = loss(logits)
-        return self.differentiated(value, self._own, self._own, retain_graph=True)
+        return self.differentiated([value], self._own, self._own, retain_graph=True)
 
     def differentiated(
         self,
-        value: Tensor | Sequence[Tensor],
+        values: Sequence[Tensor],
         theta: Vector,
         by: Vector,
         cotangents: Sequence[Tensor] | None = None,
@@ -185,15 +185,18 @@ class ModelFunction:
         create_graph: bool = False,
         retain_graph: bool | None = None,
     ) -> Vector:
-        """Gradient of what was computed of logits at theta, by some tensors; 0 where it does not depend on one.
+        """Gradient of the sum of some values computed at theta, by some tensors; 0 by one that they do not depend on.
 
-        The module is at theta again: a model that checkpoints activations runs once more in the backward pass.
+        The module is at theta again: one that checkpoints its activations runs once more in the backward pass.
         """
+        on_graph = [place for place, value in enumerate(values) if value.requires_grad]
+        if not on_graph:
+            return {name: torch.zeros_like(value) for name, value in by.items()}
         with self._evaluator.evaluation(theta, derivative=create_graph):
             grads = torch.autograd.grad(
-                value,
+                [values[place] for place in on_graph],
                 list(by.values()),
-                cotangents,
+                None if cotangents is None else [cotangents[place] for place in on_graph],
                 create_graph=create_graph,
                 retain_graph=retain_graph,
                 materialize_grads=True,
@@ -244,15 +247,11 @@ class ModelFunction:
         theta, leaves = self._leaves(parameters, names)
         with torch.enable_grad():
             values = [term.loss(self._call(theta, term.inputs, derivative=True)) for term in terms]
-            gradient = self.differentiated(torch.stack(values).sum(), theta, leaves, create_graph=True)
+            gradient = self.differentiated(values, theta, leaves, create_graph=True)
 
         def product(direction: Vector) -> Vector:
-            on_graph = [name for name in direction if gradient[name].requires_grad]
-            if not on_graph:
-                return {name: torch.zeros_like(value) for name, value in leaves.items()}
-            along = [direction[name] for name in on_graph]
-            values = [gradient[name] for name in on_graph]
-            return self.differentiated(values, theta, leaves, along, retain_graph=not once)
+            along = [gradient[name] for name in direction]
+            return self.differentiated(along, theta, leaves, list(direction.values()), retain_graph=not once)
 
         return product
 
@@ -273,11 +272,7 @@ class ModelFunction:
                 assert term.curvature is not None, "of a Gauss-Newton product"
                 _, tangent = self.jvp(term.inputs, direction, parameters)
                 cotangents.append(term.curvature(here.detach(), tangent).to(here.dtype))
-            with_graph = [place for place, here in enumerate(logits) if here.requires_grad]
-            if not with_graph:
-                return {name: torch.zeros_like(value) for name, value in leaves.items()}
-            along = [cotangents[place] for place in with_graph]
-            return self.differentiated([logits[place] for place in with_graph], theta, leaves, along, retain_graph=True)
+            return self.differentiated(logits, theta, leaves, cotangents, retain_graph=True)
 
         return product
 

@@ -64,7 +64,7 @@ class LabelAndWeightGradient(Derivative):
                 labels = problem.labels.detach().clone().requires_grad_()
                 weights = logits.new_ones(len(logits)).requires_grad_()
                 total = (weights * losses.loss_per_example(logits, labels, self.loss)).sum()
-            pulls, slopes = mixed(total, theta, direction, [labels, weights])
+            pulls, slopes = mixed(function, total, theta, direction, [labels, weights])
             return -pulls, slopes
         if self.how == "jvp":
             logits, tangent = function.jvp(inputs, direction, problem.parameters, on_graph=problem.keep is not None)

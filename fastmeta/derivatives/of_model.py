@@ -91,7 +91,7 @@ def label_tangent(
             targets = labels() if labels is not None else losses.prediction(logits, loss)
             targets = targets.detach().clone().requires_grad_()
             total = losses.loss_per_example(logits, targets, loss).sum()
-        return -mixed(total, theta, direction, [targets])[0]
+        return -mixed(function, total, theta, direction, [targets])[0]
     if how == "jvp":
         logits, tangent = function.jvp(inputs, direction, parameters, on_graph=keep is not None)
         if keep is not None:
@@ -135,7 +135,7 @@ def loss_tangent(
             logits = see(function.logits(inputs, theta, twice=True))
             weights = logits.new_ones(len(logits)).requires_grad_()
             total = (weights * losses.loss_per_example(logits, probabilities(logits), loss)).sum()
-        return mixed(total, theta, direction, [weights])[0]
+        return mixed(function, total, theta, direction, [weights])[0]
     if how == "jvp":
         logits, tangent = function.jvp(inputs, direction, parameters)
         logits = see(logits)
@@ -157,15 +157,15 @@ def leaves(function: ModelFunction, parameters: Vector | None) -> Vector:
     return {name: value.detach().requires_grad_() for name, value in theta.items()}
 
 
-def mixed(total: Tensor, theta: Vector, direction: Vector, of: list[Tensor]) -> tuple[Tensor, ...]:
+def mixed(
+    function: ModelFunction, total: Tensor, theta: Vector, direction: Vector, of: list[Tensor]
+) -> tuple[Tensor, ...]:
     """``d/d of <grad_theta total, v>``: the definition, by differentiating twice."""
-    grads = torch.autograd.grad(total, [theta[name] for name in direction], create_graph=True, allow_unused=True)
-    with torch.enable_grad():
-        pairs = zip(grads, direction.values(), strict=True)
-        slopes = [(grad * v).sum() for grad, v in pairs if grad is not None]
-    if not slopes:
-        return tuple(torch.zeros_like(tensor) for tensor in of)
-    return torch.autograd.grad(slopes, of, materialize_grads=True)
+    moving = {name: theta[name] for name in direction}
+    gradient = function.differentiated([total], theta, moving, create_graph=True)
+    by = {str(place): tensor for place, tensor in enumerate(of)}
+    along = list(direction.values())
+    return tuple(function.differentiated(list(gradient.values()), theta, by, along).values())
 
 
 def difference(

@@ -1,0 +1,154 @@
+"""What stands around an evaluation of a model, so that it leaves no trace and every one sees the same randomness."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Mode = Literal["train", "eval"]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function without a graph of autograd, outside ``torch.inference_mode``, and not traced by torch.compile.
+
+    A compiled caller breaks its graph here and goes on behind it: what is replayed and put back around an evaluation is
+    state of the process, which a graph does not hold.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return torch.compiler.disable(run)
+
+
+class RandomState:
+    """Torch's random state at one moment, of the CPU and of the CUDA devices among those named."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+
+    def restore(self) -> None:
+        """Go back to it."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+
+class Evaluator:
+    """Evaluates a module at other parameters and on copies of its buffers, always from the same random state.
+
+    Args:
+        module: the module. Its parts are looked up once; they must not be exchanged while this is in use.
+        mode: ``train`` or ``eval`` for the evaluations; None: as the module stands.
+    """
+
+    def __init__(self, module: nn.Module, mode: Mode | None) -> None:
+        self._module = module
+        self._mode = mode
+        self._modules = list(module.modules())
+        names = {parameter: name for name, parameter in module.named_parameters()}  # one name of a tied parameter
+        self._parameters: list[tuple[dict[str, Any], str, str]] = [
+            (part._parameters, key, names[parameter])
+            for part in self._modules
+            for key, parameter in part._parameters.items()
+            if parameter is not None
+        ]
+        self._buffers: list[tuple[dict[str, Any], str, Tensor]] = [
+            (part._buffers, key, buffer)
+            for part in self._modules
+            for key, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in self._modules)
+        self._devices = {parameter.device for parameter in names}
+        self._random = RandomState(self._devices)
+
+    @contextlib.contextmanager
+    def evaluation(self, parameters: Mapping[str, Tensor], *, derivative: bool = False) -> Iterator[None]:
+        """Inside, the module is at these parameters.
+
+        A backward pass is run inside as well: where the model checkpoints activations it calls the module again.
+
+        Args:
+            parameters: theta by name; one that is left out stays the module's own.
+            derivative: with kernels that have a forward-mode derivative and can be differentiated twice.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._same_randomness())
+            stack.enter_context(self._in_mode())
+            stack.enter_context(self._at(parameters))
+            # A compiled part would draw other dropout masks and loses tangents.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_settings())
+            if derivative:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                if self._recurrent:
+                    stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                    stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            yield
+
+    @contextlib.contextmanager
+    def _same_randomness(self) -> Iterator[None]:
+        before = RandomState(self._devices)
+        self._random.restore()
+        try:
+            yield
+        finally:
+            before.restore()
+
+    @contextlib.contextmanager
+    def _in_mode(self) -> Iterator[None]:
+        before = [part.training for part in self._modules]
+        try:
+            if self._mode is not None:
+                self._module.train(self._mode == "train")
+            yield
+        finally:
+            # A module may do more in train() than set the flag.
+            if self._module.training != before[0]:
+                self._module.train(before[0])
+            for part, training in zip(self._modules, before, strict=True):
+                if part.training != training:
+                    part.training = training
+
+    @contextlib.contextmanager
+    def _at(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        owns = [values[key] for values, key, _ in self._parameters]
+        copies: dict[Tensor, Tensor] = {}  # a buffer under two names stays one tensor
+        try:
+            for values, key, name in self._parameters:
+                if name in parameters:
+                    values[key] = parameters[name]
+            for values, key, buffer in self._buffers:
+                if buffer not in copies:
+                    copies[buffer] = buffer.detach().clone()
+                values[key] = copies[buffer]
+            yield
+        finally:
+            for (values, key, _), own in zip(self._parameters, owns, strict=True):
+                values[key] = own
+            for values, key, buffer in self._buffers:
+                values[key] = buffer
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """No kernels of transformer layers that have no derivative of any kind, and nothing in the cache of autocast."""
+    fast_path, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        # It would hold casts of parameters that are given up or moved until the caller leaves autocast.
+        torch.set_autocast_cache_enabled(False)
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cache)
+        torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -1,0 +1,110 @@
+"""Forward mode through any module: dual numbers, and what PyTorch leaves to the one who calls it.
+
+A dual tensor carries its tangent along. Three things are made good while a model runs on them:
+
+* inside ``torch.no_grad`` forward mode goes on, so that what a model means as a constant is none; here it is one;
+* an operator of no library of PyTorch's (``torch.library.custom_op``, C++) drops the tangent without a word; here it
+  raises;
+* some functions have no forward-mode derivative, or a slow one; they are in ``RULES``.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+class ForwardMode(TorchFunctionMode):
+    """What a model runs in while it is on dual tensors; see above."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            with forward_ad._set_fwd_grad_enabled(False):
+                return function(*args, **kwargs)
+        if isinstance(function, (OpOverload, OpOverloadPacket)):
+            result = function(*args, **kwargs)
+            _check_tangents(function, [*args, *kwargs.values()], result)
+            return result
+        rule = RULES.get(function)
+        return function(*args, **kwargs) if rule is None else rule(*args, **kwargs)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Two passes over the tangent in place of ten: the Jacobian by the input is symmetric, so its backward is used."""
+    if training and input.numel() == input.shape[1]:
+        return functional.batch_norm(input, None, None, training=True)  # raises: no statistics of one value
+    x, dx = _parts(input)
+    w, dw = (None, None) if weight is None else _parts(weight)
+    b, db = (None, None) if bias is None else _parts(bias)
+    statistics = (running_mean, running_var)
+    y, mean, deviation = torch.native_batch_norm(x, w, b, *statistics, training, momentum, eps)
+    with torch.no_grad():
+        if not training:
+            assert running_mean is not None
+            assert running_var is not None
+            mean, deviation = running_mean, (running_var + eps).rsqrt()
+        dy = None
+        if dx is not None:
+            backward = torch.ops.aten.native_batch_norm_backward
+            dy = backward(dx, x, w, *statistics, mean, deviation, training, eps, [True, False, False])[0]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        if dw is not None:
+            normalized = ((x - mean.view(shape)) * deviation.view(shape)).mul_(dw.view(shape)).to(y.dtype)
+            dy = normalized if dy is None else dy.add_(normalized)
+        if db is not None:
+            moved = db.view(shape).to(y.dtype)
+            dy = moved.expand_as(y) if dy is None else dy.add_(moved)
+    return y if dy is None else forward_ad.make_dual(y, dy)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+# Functions without a forward-mode derivative, or with a slow one.
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    functional.batch_norm: _batch_norm,
+    torch._weight_norm: _weight_norm,
+}
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    primal, tangent = forward_ad.unpack_dual(tensor)
+    return primal, tangent
+
+
+def _check_tangents(operator: OpOverload | OpOverloadPacket, arguments: list[Any], result: Any) -> None:
+    """Raise if an operator took tangents and returned none."""
+    name = str(operator)
+    if name.startswith("aten.") or not any(_parts(tensor)[1] is not None for tensor in _tensors(arguments)):
+        return
+    overload = operator if isinstance(operator, OpOverload) else getattr(operator, operator.overloads()[0])
+    results = [tensor for tensor in _tensors([result]) if tensor.is_floating_point()]
+    lost = results and all(_parts(tensor)[1] is None for tensor in results)
+    if lost or overload._schema.is_mutable:
+        raise NotImplementedError(f"{name} has no forward-mode derivative")
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
