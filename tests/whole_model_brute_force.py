@@ -202,7 +202,7 @@ def brute_force_directions(problem: Bilevel) -> list[Parameters]:
     return [{name: -g / problem.rate for name, g in _gradient(outer, shift).items()} for shift in shifts]
 
 
-def richardson(function: Callable[[float], Tensor], step: float = 0.02) -> Tensor:
+def richardson(function: Callable[[float], Tensor], step: float = 0.005) -> Tensor:
     """``d/dt function(t)`` at 0: central differences at three steps, extrapolated to an error of ``step^6``."""
     column = [(function(h) - function(-h)) / (2 * h) for h in (step, step / 2, step / 4)]
     for order in (4, 16):
