@@ -50,6 +50,7 @@ class LookAhead:
     def __post_init__(self) -> None:
         checks.inner_loss(self.loss)
         checks.inner_loss(self.labeled_loss)
+        checks.number(self.rate, "rate")
         checks.number(self.momentum, "momentum", low=0.0)
         if self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
