@@ -257,6 +257,11 @@ class PullBackAndWeights(WeightTable):
 
     def apply(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
         """The labels as they were, the weights, and the surrogate of the labels."""
+        wanted = len(labels), labels.shape[1] + 1
+        if gradient.shape != wanted:
+            raise ValueError(
+                f"{type(self).__name__} takes a gradient [N, C + 1] = {list(wanted)}, got {list(gradient.shape)}"
+            )
         kept, _, loss = self._pull_back.apply(gradient[:, :-1], labels, index)
         return super().apply(gradient[:, -1], kept, index)._replace(loss=loss)
 

@@ -6,6 +6,7 @@ whole model) to a direction. Rules that refine another one take it as ``of``, so
 """
 
 from fastmeta.directions.holdout_gradient import HoldoutGradient
+from fastmeta.directions.in_layers import InLayers
 from fastmeta.directions.inverse_hessian import InverseHessian, Solver
 from fastmeta.directions.look_ahead import LookAhead
 from fastmeta.directions.normalized_gap import NormalizedGap
@@ -15,6 +16,7 @@ from fastmeta.directions.unit_length import UnitLength
 __all__ = [
     "DirectionRule",
     "HoldoutGradient",
+    "InLayers",
     "InverseHessian",
     "LookAhead",
     "NormalizedGap",

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from fastmeta import checks, losses
 from fastmeta.capture import Outputs
 from fastmeta.derivatives import ExampleWeightGradient, How
-from fastmeta.directions import DirectionRule, HoldoutGradient, InverseHessian, Solver
+from fastmeta.directions import DirectionRule, HoldoutGradient, InLayers, InverseHessian, Solver
 from fastmeta.methods.arguments import check_index, check_model_batch, choice, impute
 from fastmeta.methods.base import Batch, Method
 from fastmeta.model_function import Inputs, ModelFunction, batch_size
 from fastmeta.model_problem import ModelProblem, full_precision
 from fastmeta.presets import example_weights as presets
-from fastmeta.problem import AnyProblem, Refined
+from fastmeta.problem import AnyProblem, Curvature, Refined
 from fastmeta.process_group import Group
 from fastmeta.updates import SharedWeight, WeightTable
 
@@ -38,11 +38,16 @@ class ExampleWeights(Method):
         radius: length of the perturbation of a difference.
         mode: of the model in the method's own passes, ``train`` (BatchNorm takes the statistics of each batch) or
             ``eval``; None: as it stands.
-        inverse_hessian: solver of :class:`fastmeta.directions.InverseHessian` (``cholesky`` is exact), or ``identity``:
-            H = I (Luketina et al., 2016).
+        inverse_hessian: the choices of Fig. 3. At the last layer ``cholesky`` (exact, as published), ``pcg``, ``cg``,
+            ``auto`` or ``neumann``; for the whole model ``neumann`` (Lorraine et al., 2020), ``cg`` or ``auto``; and
+            ``identity``, H = I (Luketina et al., 2016). See :class:`fastmeta.directions.InverseHessian`.
         damping: added to the Hessian's diagonal, > 0.
         tol: relative residual at which iterative solvers stop.
-        max_iter: and their limit.
+        max_iter: and their limit; the number of terms of ``neumann``.
+        neumann_step: of ``neumann``; None: from the largest eigenvalue.
+        layers: names of the modules or parameters that the influence goes through, ``("block3", "fc")``; None: all.
+            For the whole model alone.
+        curvature: ``gauss_newton`` or ``hessian``; for a cross-entropy at the last layer they are the same.
         interval: N, calls from one update to the next; the calls between only read the weights.
         lr: learning rate of Masked Adam.
         low: smallest weight.
@@ -73,6 +78,9 @@ class ExampleWeights(Method):
         damping: float = 0.1,
         tol: float = 1e-4,
         max_iter: int = 100,
+        neumann_step: float | None = None,
+        layers: tuple[str, ...] | None = None,
+        curvature: Curvature = "gauss_newton",
         interval: int = 1,
         lr: float = 0.01,
         low: float = 0.0,
@@ -91,11 +99,25 @@ class ExampleWeights(Method):
             choice(mode, "mode", "train", "eval")
         if interval < 1:
             raise ValueError(f"interval must be >= 1, got {interval}")
-        if how != "last_layer" and not bias:
-            raise ValueError(f"bias=False is for how='last_layer', got how={how!r}")
+        if how == "last_layer" and layers is not None:
+            raise ValueError(f"layers must be None for how='last_layer', got {layers}")
+        if how != "last_layer" and (not bias or inverse_hessian in ("cholesky", "pcg")):
+            given = "bias=False" if not bias else f"inverse_hessian={inverse_hessian!r}"
+            raise ValueError(f"{given} is for how='last_layer', got how={how!r}")
         direction: DirectionRule = HoldoutGradient(bias=bias)
         if inverse_hessian != "identity":
-            direction = InverseHessian(direction, damping=damping, solver=inverse_hessian, tol=tol, max_iter=max_iter)
+            direction = InverseHessian(
+                direction,
+                damping=damping,
+                solver=inverse_hessian,
+                tol=tol,
+                max_iter=max_iter,
+                step=neumann_step,
+                layers=layers,
+                curvature=curvature,
+            )
+        elif layers is not None:
+            direction = InLayers(direction, layers)
         table: dict[str, Any] = {"lr": lr, "low": low, "high": high, "read": read, "dtype": dtype}
         if shared:
             self._weights: WeightTable = SharedWeight(process_group=process_group, **table)

@@ -7,6 +7,7 @@ from fastmeta.derivatives import How, LabelGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, InverseHessian, Solver, UnitLength
 from fastmeta.methods.arguments import choice
 from fastmeta.methods.base import Method
+from fastmeta.problem import Curvature
 from fastmeta.process_group import Group, world_size
 from fastmeta.process_group import check as check_group
 from fastmeta.updates import LabelLogitStep, PullBack, Update
@@ -35,6 +36,9 @@ class ImplicitImputation(Method):
         solver: see :class:`fastmeta.directions.InverseHessian`.
         tol: relative residual at which iterative solvers stop.
         max_iter: and their limit.
+        layers: names of the modules or parameters that are trained to the end; None: all. For the whole model alone.
+        curvature: of the whole model, ``gauss_newton`` or ``hessian``, which needs a damping above its most negative
+            eigenvalue.
         unit_length: scale ``H^{-1} grad C^H`` to length 1.
         label_step: V1: size of the step.
         weight: V2: of the surrogate.
@@ -67,6 +71,8 @@ class ImplicitImputation(Method):
         solver: Solver = "auto",
         tol: float = 1e-4,
         max_iter: int = 100,
+        layers: tuple[str, ...] | None = None,
+        curvature: Curvature = "gauss_newton",
         unit_length: bool = True,
         label_step: float = 1.0,
         weight: float = 0.5,
@@ -80,6 +86,8 @@ class ImplicitImputation(Method):
         if variant == "V1":
             choice(loss, "loss", "cross_entropy", "mse_probs")
         checks.loss_code(outer_loss)
+        if how == "last_layer" and layers is not None:
+            raise ValueError(f"layers must be None for how='last_layer', got {layers}")
         direction: DirectionRule = InverseHessian(
             HoldoutGradient(loss=outer_loss),
             damping=checks.number(damping, "damping", low=0.0),
@@ -87,6 +95,8 @@ class ImplicitImputation(Method):
             tol=tol,
             max_iter=max_iter,
             loss=loss,
+            layers=layers,
+            curvature=curvature,
         )
         if unit_length:
             direction = UnitLength(direction)
