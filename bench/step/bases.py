@@ -1,0 +1,120 @@
+"""The plain steps: the base algorithms without a method. F is one forward of B images; a backward is 2 F."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bench.step.task import NUM_CLASSES, UNLABELED, Batch, Network, Step, squared_error
+from fastmeta.training.ema import ExponentialMovingAverage
+
+
+class MeanTeacher(Step):
+    """The step that Learning to Impute extends: 3 F for each of labeled and unlabeled images, 1 F for the teacher.
+
+    Teacher and student see different views, each batch its own statistics, as published.
+    """
+
+    weight = 5.0
+
+    def __init__(self, network: Network, batch: Batch) -> None:
+        super().__init__(network, batch)
+        self.average = ExponentialMovingAverage(self.model, 0.999)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.model.parameters(), lr=1e-4)
+
+    def teacher_labels(self) -> Tensor:
+        with torch.no_grad():
+            return self.average.model(self.batch.strong).softmax(1)
+
+    def finish(self) -> None:
+        self.optimizer.step()
+        self.average.update()
+
+    def __call__(self) -> Tensor:
+        labels = self.teacher_labels()
+        self.optimizer.zero_grad()
+        loss = self.labeled_loss() + self.weight * squared_error(self.model(self.batch.weak), labels)
+        loss.backward()
+        self.finish()
+        return loss.detach()
+
+
+class FixMatch(Step):
+    """One forward and one backward of labeled, weak and strong images together, as published: 9 F."""
+
+    threshold = 0.95
+
+    def forward(self) -> tuple[Tensor, ...]:
+        batch = self.batch
+        return self.model(torch.cat([batch.labeled, batch.weak, batch.strong])).chunk(3)
+
+    def unlabeled_loss(self, strong: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The strong view's loss against the weak view's confident labels."""
+        confidence, classes = labels.max(1)
+        per_example = (confidence >= self.threshold) * functional.cross_entropy(strong, classes, reduction="none")
+        return (per_example if weights is None else weights * per_example).mean()
+
+    def finish(self, loss: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def __call__(self) -> Tensor:
+        labeled, weak, strong = self.forward()
+        unlabeled = self.unlabeled_loss(strong, weak.detach().softmax(1))
+        return self.finish(functional.cross_entropy(labeled, self.batch.targets) + unlabeled)
+
+
+class SeparateFixMatch(FixMatch):
+    """The cheapest form of it: the weak view without a graph, 7 F. Each pass has its own batch statistics."""
+
+    def imputed(self) -> Tensor:
+        with torch.no_grad():
+            return self.model(self.batch.weak).softmax(1)
+
+    def __call__(self) -> Tensor:
+        labels = self.imputed()
+        return self.finish(self.labeled_loss() + self.unlabeled_loss(self.model(self.batch.strong), labels))
+
+
+class PseudoLabel(Step):
+    """The step that Meta-Gradient extends: soft labels in evaluation mode (1 F), then a step on both batches (6 F)."""
+
+    def imputed_logits(self) -> Tensor:
+        """The model's predictions with its running statistics; leaves it in training mode."""
+        self.model.eval()
+        with torch.no_grad():
+            logits = self.model(self.batch.weak)
+        self.model.train()
+        return logits
+
+    def train_on(self, labels: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.labeled_loss() + squared_error(self.model(self.batch.weak), labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def __call__(self) -> Tensor:
+        return self.train_on(self.imputed_logits().softmax(1))
+
+
+class TableLabels(Step):
+    """The step that Label Gradient Alignment extends: cross-entropies on labels given and labels from a table, 6 F."""
+
+    def __init__(self, network: Network, batch: Batch) -> None:
+        super().__init__(network, batch)
+        self.table = torch.zeros(UNLABELED, NUM_CLASSES, dtype=batch.labeled.dtype)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.model.parameters(), lr=1e-4)
+
+    def __call__(self) -> Tensor:
+        labels = self.table[self.batch.index].softmax(1)
+        self.optimizer.zero_grad()
+        loss = self.labeled_loss() + functional.cross_entropy(self.model(self.batch.weak), labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()

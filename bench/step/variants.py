@@ -1,0 +1,106 @@
+"""Every step that is measured: method, how, schedule, and the plain step it is divided by."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from bench.step import alignment, bases, example_weights, l2i, meta_gradient, published
+from bench.step.task import Batch, Network, Step
+from fastmeta.derivatives import How
+
+Make = Callable[[Network, Batch], Step]
+
+EXACT = ("jvp", "double_backward")
+WHOLE_MODEL: tuple[How, ...] = ("jvp", "finite_difference", "double_backward")
+EVERY = 100  # steps from one update of the example weights to the next, as published
+PLAIN: dict[str, Make] = {
+    "Mean Teacher": bases.MeanTeacher,
+    "FixMatch": bases.FixMatch,
+    "FixMatch, separate passes": bases.SeparateFixMatch,
+    "pseudo-labels": bases.PseudoLabel,
+    "table labels": bases.TableLabels,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One step with a method.
+
+    Args:
+        method: with what distinguishes it.
+        how: of the derivative.
+        schedule: ``published``, ``alternating`` or ``fused``.
+        plain: name of the plain step that it extends.
+        make: builds it.
+        same_as: name of the published form that it must agree with; None: there is none.
+    """
+
+    method: str
+    how: How
+    schedule: str
+    plain: str
+    make: Make
+    same_as: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.how}, {self.schedule}"
+
+
+def variants() -> list[Variant]:
+    return [*_l2i("V2", WHOLE_MODEL), *_l2i("V1", ("jvp",)), *_meta_gradient(), *_example_weights(), *_alignment()]
+
+
+def _l2i(variant: l2i.Variant, hows: tuple[How, ...]) -> Iterator[Variant]:
+    name, plain = f"L2I {variant}", "Mean Teacher"
+    yield Variant(name, "last_layer", "fused", plain, partial(l2i.FusedLastLayer, variant=variant))
+    ahead = partial(l2i.FusedLastLayer, variant=variant, look_ahead=True)
+    yield Variant(f"{name}, look-ahead", "last_layer", "fused", plain, ahead)
+    for how in hows:
+        yield Variant(name, how, "fused", plain, partial(l2i.FusedWholeModel, variant=variant, how=how))
+    form = published.PublishedL2I if variant == "V2" else published.PublishedL2IV1
+    for two_views in (False, True):
+        name = f"L2I {variant}" + ", two views" * two_views
+        original = Variant(name, "double_backward", "published", plain, partial(form, two_views=two_views))
+        yield original
+        for how in ("last_layer", *hows):
+            cls = l2i.AlternatingLastLayer if how == "last_layer" else l2i.AlternatingWholeModel
+            make = partial(cls, variant=variant, how=how, two_views=two_views)
+            same = original.name if how in EXACT else None
+            yield Variant(name, how, "alternating", plain, make, same)
+    if variant == "V2":
+        yield Variant("L2I V2 on FixMatch", "last_layer", "fused", "FixMatch", l2i.FixMatchLastLayer)
+
+
+def _meta_gradient() -> Iterator[Variant]:
+    name, plain = "MetaGradient", "pseudo-labels"
+    probe = Variant(name, "finite_difference", "published", plain, published.PublishedMetaGradient)
+    exact = Variant(name, "double_backward", "published", plain, published.DoubleBackwardMetaGradient)
+    yield from (probe, exact)
+    yield Variant(name, "last_layer", "fused", plain, meta_gradient.FusedLastLayer)
+    yield Variant(name, "last_layer", "alternating", plain, partial(meta_gradient.Alternating, how="last_layer"))
+    for how in WHOLE_MODEL:
+        same = probe if how == "finite_difference" else exact
+        if how != "double_backward":
+            yield Variant(name, how, "fused", plain, partial(meta_gradient.FusedWholeModel, how=how))
+        yield Variant(name, how, "alternating", plain, partial(meta_gradient.Alternating, how=how), same.name)
+
+
+def _example_weights() -> Iterator[Variant]:
+    name, plain, separate = "ExampleWeights", "FixMatch", "FixMatch, separate passes"
+    step = example_weights.FusedLastLayer
+    yield Variant(name, "last_layer", "fused", plain, step)
+    yield Variant(f"{name}, between updates", "last_layer", "fused", plain, partial(step, update=False))
+    yield Variant(name, "last_layer", "alternating", plain, example_weights.AlternatingLastLayer)
+    identity = f"{name}, identity"
+    yield Variant(identity, "jvp", "fused", separate, partial(example_weights.FusedWholeModel, how="jvp"))
+    yield Variant(identity, "jvp", "alternating", separate, partial(example_weights.AlternatingWholeModel, how="jvp"))
+
+
+def _alignment() -> Iterator[Variant]:
+    name, plain = "LabelGradientAlignment", "table labels"
+    exact = Variant(name, "double_backward", "published", plain, published.PublishedLabelGradientAlignment)
+    yield exact
+    yield Variant(name, "last_layer", "fused", plain, alignment.FusedLastLayer)
+    yield Variant(name, "jvp", "fused", plain, partial(alignment.FusedWholeModel, how="jvp"), exact.name)
+    yield Variant(name, "jvp", "alternating", plain, partial(alignment.AlternatingWholeModel, how="jvp"), exact.name)
