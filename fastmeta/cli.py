@@ -4,7 +4,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
@@ -15,9 +15,23 @@ from fastmeta.training.train import ConfigMismatch
 from fastmeta.training.workers import WorkerError
 
 Base = Literal["supervised", "pseudo-label", "mean-teacher", "fixmatch"]
-Method = Literal["none", "l2i", "meta-gradient", "example-weights", "label-gradient-alignment"]
+Method = Literal[
+    "none",
+    "l2i",
+    "meta-gradient",
+    "example-weights",
+    "label-gradient-alignment",
+    "aligned-imputation",
+    "implicit-imputation",
+    "impute-and-weight",
+    "l2i-alternating",
+    "l2i-jvp",
+    "l2i-jvp-alternating",
+    "meta-gradient-jvp",
+    "meta-gradient-finite-difference",
+]
 BASES: tuple[Base, ...] = ("supervised", "pseudo-label", "mean-teacher", "fixmatch")
-METHODS: tuple[Method, ...] = ("none", "l2i", "meta-gradient", "example-weights", "label-gradient-alignment")
+METHODS: tuple[Method, ...] = get_args(Method)[:8]  # with the features of the base's own forward, last layer alone
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,7 @@ class Compare:
     steps: int = 1000
     """Training steps of a run."""
     full: bool = False
-    """All bases with all methods and 5 seeds."""
+    """All bases with the default methods and 5 seeds."""
     out: Path | None = None
     """Folder for the results (default: a name under runs/ made from the settings)."""
     workers: int | None = None
@@ -53,7 +67,7 @@ class Compare:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         bases: tuple[Base, ...] = (self.base,)
-        methods = [method for method in METHODS if method == "none" or method in self.methods]
+        methods: list[Method] = [method for method in get_args(Method) if method == "none" or method in self.methods]
         if self.full:
             if self.base != "fixmatch" or self.methods != METHODS:
                 raise ValueError("full must be given without base and methods: it compares all of them")

@@ -36,7 +36,7 @@ def test_compare_writes_everything(comparison):
     _, out, finished = comparison
     assert finished.returncode == 0, finished.stderr
     config = json.loads((out / "config.json").read_text())
-    assert len(config["runs"]) == 10
+    assert len(config["runs"]) == 2 * len(cli.METHODS)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {(row["method"], row["seed"]) for row in rows} == {
         (method, seed) for method in cli.METHODS for seed in (0, 1)
@@ -50,7 +50,7 @@ def test_compare_writes_everything(comparison):
 def test_the_table_is_what_the_runs_say(comparison):
     _, out, finished = comparison
     results = json.loads((out / "results.json").read_text())
-    assert (results["finished"], results["planned"]) == (10, 10)
+    assert (results["finished"], results["planned"]) == (2 * len(cli.METHODS),) * 2
     seconds = results["step_seconds"]
     for method in cli.METHODS:
         folders = [out / "runs" / "fixmatch" / method / f"seed-{seed}" for seed in (0, 1)]

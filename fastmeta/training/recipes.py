@@ -25,7 +25,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from fastmeta.methods import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient, Method
+from fastmeta.methods import (
+    L2I,
+    AlignedImputation,
+    ExampleWeights,
+    ImplicitImputation,
+    ImputeAndWeight,
+    LabelGradientAlignment,
+    MetaGradient,
+    Method,
+)
 from fastmeta.ssl import FixMatch, MeanTeacher, PseudoLabel, Refiner, Supervised
 
 
@@ -92,8 +101,26 @@ METHODS: dict[str, Recipe] = {
     "label-gradient-alignment": Recipe(
         LabelGradientAlignment, {"lr": 0.5, "decay": 0.9, "decay_norm": 0.9}, view="learned"
     ),
+    # Combinations that no paper has.
+    "aligned-imputation": Recipe(
+        lambda num_unlabeled, num_classes, **settings: AlignedImputation(**settings), {"weight": 1.0}, view="learned"
+    ),
+    "implicit-imputation": Recipe(
+        lambda num_unlabeled, num_classes, **settings: ImplicitImputation(**settings),
+        {"weight": 1.0, "damping": 0.1, "solver": "cg"},
+    ),
+    "impute-and-weight": Recipe(
+        lambda num_unlabeled, num_classes, **settings: ImputeAndWeight(num_unlabeled, **settings),
+        {"weight": 1.0, "lr": 0.02},
+        view="learned",
+    ),
     # The papers' own order: an update of the base, then the method's at the parameters it left.
     "l2i-alternating": _own_passes(_L2I, own_update=True),
+    # The whole model in place of the last layer.
+    "l2i-jvp": _own_passes(_L2I, how="jvp"),
+    "l2i-jvp-alternating": _own_passes(_L2I, how="jvp", own_update=True),
+    "meta-gradient-jvp": _own_passes(_META_GRADIENT, how="jvp"),
+    "meta-gradient-finite-difference": _own_passes(_META_GRADIENT, how="finite_difference", statistics="running"),
 }
 
 
