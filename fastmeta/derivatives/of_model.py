@@ -26,7 +26,7 @@ def label_gradient(
 ) -> Tensor:
     """``scale T_i(v)`` where the whole model moves, ``T = D_v(-dl/dy)``. ``[N, C]``."""
     checks.loss_code(loss)
-    function, parts = _function(model, direction, how, radius)
+    function, direction, parts = _function(model, direction, how, radius)
     if parts is not None:
         outputs = function.outputs(inputs)
         return ops.label_gradient(outputs.features, full_precision(outputs.logits), *parts, loss=loss, scale=scale)
@@ -46,7 +46,7 @@ def example_weight_gradient(
 ) -> Tensor:
     """``-scale D_v l_i`` where the whole model moves. ``[N]``."""
     checks.loss_code(loss)
-    function, parts = _function(model, direction, how, radius)
+    function, direction, parts = _function(model, direction, how, radius)
     if parts is not None:
         outputs = function.outputs(inputs)
         return -scale * ops.per_example_dot(
@@ -197,11 +197,11 @@ def difference(
 
 def _function(
     model: nn.Module, direction: Vector, how: How, radius: float
-) -> tuple[ModelFunction, tuple[Tensor, Tensor | None] | None]:
-    """The model, and for ``last_layer`` the direction of its last layer."""
+) -> tuple[ModelFunction, Vector, tuple[Tensor, Tensor | None] | None]:
+    """The model, the direction by the names of its parameters, and for ``last_layer`` that of its last layer."""
     if how not in HOWS:
         raise ValueError(f"how must be one of {', '.join(HOWS)}, got {how!r}")
     checks.number(radius, "radius", low=0.0)
     function = ModelFunction(model)
-    function.check(direction)
-    return function, function.last_layer_direction(direction) if how == "last_layer" else None
+    direction = function.check(direction)
+    return function, direction, function.last_layer_direction(direction) if how == "last_layer" else None
