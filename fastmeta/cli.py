@@ -14,7 +14,7 @@ from fastmeta.training.doctor import doctor
 from fastmeta.training.train import ConfigMismatch
 from fastmeta.training.workers import WorkerError
 
-Base = Literal["supervised", "pseudo-label", "mean-teacher", "fixmatch"]
+Base = Literal["supervised", "pseudo-label", "mean-teacher", "fixmatch", "vat"]
 Method = Literal[
     "none",
     "l2i",
@@ -30,7 +30,7 @@ Method = Literal[
     "meta-gradient-jvp",
     "meta-gradient-finite-difference",
 ]
-BASES: tuple[Base, ...] = ("supervised", "pseudo-label", "mean-teacher", "fixmatch")
+BASES: tuple[Base, ...] = get_args(Base)
 METHODS: tuple[Method, ...] = get_args(Method)[:8]  # with the features of the base's own forward, last layer alone
 
 

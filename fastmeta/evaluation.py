@@ -36,6 +36,11 @@ class RandomState:
         self._cpu = torch.get_rng_state()
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
 
+    def is_current(self) -> bool:
+        """Whether nothing has been drawn since."""
+        on_cuda = (state.equal(torch.cuda.get_rng_state(device)) for device, state in self._cuda.items())
+        return self._cpu.equal(torch.get_rng_state()) and all(on_cuda)
+
     def restore(self) -> None:
         """Go back to it."""
         torch.set_rng_state(self._cpu)

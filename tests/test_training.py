@@ -65,6 +65,8 @@ class Killed(BaseException):
         ("supervised", "none"),
         ("pseudo-label", "none"),
         ("mean-teacher", "l2i"),
+        ("vat", "none"),
+        ("vat", "label-gradient-alignment"),
         *(("fixmatch", name) for name in METHODS),
     ],
 )
@@ -191,7 +193,10 @@ def test_learns_something(tmp_path, digits):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"base": "mixmatch"}, "base must be one of supervised, pseudo-label, mean-teacher, fixmatch, got 'mixmatch'"),
+        (
+            {"base": "mixmatch"},
+            "base must be one of supervised, pseudo-label, mean-teacher, fixmatch, vat, got 'mixmatch'",
+        ),
         ({"method": "maml"}, "method must be one of none, l2i, .*, got 'maml'"),
         ({"base": "supervised", "method": "l2i"}, "method must be none for base supervised .*, got 'l2i'"),
         ({"labels": 0}, "labels must be at least 1, got 0"),

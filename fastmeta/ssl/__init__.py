@@ -1,26 +1,37 @@
 """Base semi-supervised algorithms, one file each."""
 
-from fastmeta.ssl.base import Algorithm, Batch, Loss, Refiner
+from fastmeta.ssl.base import Algorithm, Batch, Loss, Refiner, kl_divergence
 from fastmeta.ssl.fixmatch import FixMatch
 from fastmeta.ssl.mean_teacher import MeanTeacher
+from fastmeta.ssl.mix_up import Mixed, mix_up
 from fastmeta.ssl.pseudo_label import PseudoLabel
 from fastmeta.ssl.supervised import Supervised
+from fastmeta.ssl.virtual_adversarial import VirtualAdversarial, virtual_adversarial_loss
 
-BASES: dict[str, type[Supervised | PseudoLabel | MeanTeacher | FixMatch]] = {
+Base = Supervised | PseudoLabel | MeanTeacher | FixMatch | VirtualAdversarial
+
+BASES: dict[str, type[Base]] = {
     "supervised": Supervised,
     "pseudo-label": PseudoLabel,
     "mean-teacher": MeanTeacher,
     "fixmatch": FixMatch,
+    "vat": VirtualAdversarial,
 }
 
 __all__ = [
     "BASES",
     "Algorithm",
+    "Base",
     "Batch",
     "FixMatch",
     "Loss",
     "MeanTeacher",
+    "Mixed",
     "PseudoLabel",
     "Refiner",
     "Supervised",
+    "VirtualAdversarial",
+    "kl_divergence",
+    "mix_up",
+    "virtual_adversarial_loss",
 ]

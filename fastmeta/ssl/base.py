@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastmeta.capture import FeatureTape, capture_features
 from fastmeta.methods import Method
@@ -126,16 +127,16 @@ def features_for(refiner: Refiner | None, model: nn.Module) -> Iterator[FeatureT
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch normalization uses the batch's statistics in the block and leaves the running ones alone."""
+    """Batch normalization uses the batch's statistics in the block and leaves its buffers alone."""
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
+    tracking = [layer.track_running_stats for layer in layers]
     for layer in layers:
-        layer.momentum = 0.0
+        layer.track_running_stats = False
     try:
         yield
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+        for layer, tracks in zip(layers, tracking, strict=True):
+            layer.track_running_stats = tracks
 
 
 def harden(labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -147,6 +148,20 @@ def harden(labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     confidence, place = labels.max(dim=1)
     hard = torch.zeros_like(labels).scatter_(1, place.unsqueeze(1), 1.0)
     return hard, (confidence >= threshold).to(labels.dtype)
+
+
+def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
+    """``mean_i KL(y_i || softmax f_i)``, at least in float32.
+
+    Args:
+        logits: f ``[N, C]``.
+        targets: probabilities y ``[N, C]``, constants.
+
+    >>> kl_divergence(torch.zeros(1, 4), torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
+    tensor(0.6931)
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return functional.kl_div(logits.to(wide).log_softmax(dim=1), targets.detach().to(wide), reduction="batchmean")
 
 
 def ramp_up(progress: float, length: float) -> float:

@@ -18,7 +18,7 @@ class RunConfig:
     """
 
     base: str = "fixmatch"
-    """Base algorithm: supervised, pseudo-label, mean-teacher or fixmatch."""
+    """Base algorithm: supervised, pseudo-label, mean-teacher, fixmatch or vat (virtual adversarial training)."""
     method: str = "none"
     """Method on top of it: none, l2i, meta-gradient, example-weights or label-gradient-alignment."""
     labels: int = 1

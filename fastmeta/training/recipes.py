@@ -35,7 +35,7 @@ from fastmeta.methods import (
     MetaGradient,
     Method,
 )
-from fastmeta.ssl import FixMatch, MeanTeacher, PseudoLabel, Refiner, Supervised
+from fastmeta.ssl import Base, FixMatch, MeanTeacher, PseudoLabel, Refiner, Supervised, VirtualAdversarial
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ class Recipe:
         return Refiner(method, self.view, self.hard, self.passes)
 
 
-BASE_RECIPES: dict[str, Supervised | PseudoLabel | MeanTeacher | FixMatch] = {
+BASE_RECIPES: dict[str, Base] = {
     "supervised": Supervised(),
     "pseudo-label": PseudoLabel(threshold=0.8),
     "mean-teacher": MeanTeacher(weight=20.0),
     "fixmatch": FixMatch(threshold=0.8),
+    "vat": VirtualAdversarial(radius=1.0, weight=1.0, entropy_weight=0.06),
 }
 
 _L2I = Recipe(
