@@ -1,5 +1,7 @@
 """Influence weights against a dense Hessian from autograd, and the weights' own bookkeeping."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from brute_force import Layer, assert_close, make_layer, per_example
@@ -7,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastmeta import ExampleWeights
+from fastmeta.presets.example_weights import preset
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -162,16 +165,67 @@ def test_an_update_every_interval_calls(draw):
     assert changed == [False, False, True, False, False, True, False]
 
 
+def one_adam_step(gradient: Tensor) -> Tensor:
+    """A weight of 1 after one step of Adam at 0.01, in the official code's words."""
+    m, v = 0.1 * gradient, 0.001 * gradient**2
+    return 1 - 0.01 * (m / (1 - 0.9)) / ((v / (1 - 0.999)).sqrt() + 1e-8)
+
+
+def test_one_shared_weight_has_the_sum_of_the_gradients(draw):
+    """Eq. (1)'s single lambda: its influence is that of ``sum_u l_u``. It needs no index."""
+    layer = make_layer(draw)
+    mask = (draw.uniform(6) > 0.3).double()
+    method = ExampleWeights(100, shared=True, inverse_hessian="cholesky", **DOUBLE)
+    assert method.weights.shape == (1,)
+    refined = method.refine(**layer.batch(), mask=mask)
+    pseudo = one_hot(layer.unlabeled.logits.argmax(-1))
+    each = influence(layer, pseudo, damping=0.1, weights=mask) * mask
+    assert_close(gradient_seen_by_adam(method, torch.tensor([0])), each.sum().view(1))
+    assert_close(refined.weights, one_adam_step(each.sum()).expand(6))
+
+
+def test_a_shared_weight_moves_with_its_steps_and_is_saved(draw):
+    layer = make_layer(draw)
+    before, after = (ExampleWeights(9, shared=True, read=read, **DOUBLE) for read in ("before", "after"))
+    first = before.refine(**layer.batch()).weights, after.refine(**layer.batch()).weights
+    assert torch.equal(first[0], torch.ones(6, dtype=torch.float64))
+    assert torch.equal(first[1], after.weights.expand(6))
+    assert not torch.equal(*first)
+    resumed = ExampleWeights(9, shared=True, read="after", **DOUBLE)
+    resumed.load_state_dict(after.state_dict())
+    assert torch.equal(resumed.refine(**layer.batch()).weights, after.refine(**layer.batch()).weights)
+    before.refine(**layer.batch())
+    assert torch.equal(first[0], torch.ones(6, dtype=torch.float64)), "the weights handed out are copies"
+
+
+def test_duplicates_in_a_batch(draw):
+    """The gradients of an example drawn twice are added, or the last one alone counts, as in NumPy's assignment."""
+    layer = make_layer(draw)
+    index = torch.tensor([7, 2, 7, 0, 2, 7])
+    each = influence(layer, one_hot(layer.unlabeled.logits.argmax(-1)), damping=1.0, hessian=False)
+    expected = {"sum": torch.zeros(10, **DOUBLE).index_add(0, index, each), "last": torch.zeros(10, **DOUBLE)}
+    for place, gradient in zip(index.tolist(), each, strict=True):
+        expected["last"][place] = gradient
+    for duplicates, gradient in expected.items():
+        method = ExampleWeights(10, duplicates=duplicates, inverse_hessian="identity", **DOUBLE)
+        method.refine(**layer.batch(), index=index)
+        assert_close(gradient_seen_by_adam(method, torch.arange(10)), gradient)
+        assert method.state_dict()["update"]["steps"].tolist() == [1, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+    assert not torch.allclose(expected["sum"], expected["last"])
+
+
 PRESET_DIFFERENCES = {
     "damping": {"damping": 1.0},
     "bias": {"bias": False},
-    "mask": {"masked": False},
+    "masked": {"masked": False},
+    "duplicates": {"duplicates": "last"},
 }
+TWICE = torch.tensor([0, 1, 2, 3, 1, 5])
 
 
-def preset_gradient(layer: Layer, name: str, mask: Tensor, **overrides) -> Tensor:
+def preset_gradient(layer: Layer, name: str, mask: Tensor, index: Tensor, **overrides) -> Tensor:
     method = ExampleWeights.from_preset(name, 6, interval=1, **DOUBLE, **overrides)
-    method.refine(**layer.batch(), index=torch.arange(6), mask=mask)
+    method.refine(**layer.batch(), index=index, mask=mask)
     return gradient_seen_by_adam(method, torch.arange(6))
 
 
@@ -180,21 +234,26 @@ def test_presets_are_what_they_say(draw):
     mask = torch.tensor([1.0, 0, 1, 1, 0, 1], dtype=torch.float64)
     pseudo = one_hot(layer.unlabeled.logits.argmax(-1))
     paper = influence(layer, pseudo, damping=5e-4, weights=mask)
-    assert_close(preset_gradient(layer, "paper", mask), paper * mask, 1e-8)
+    assert_close(preset_gradient(layer, "paper", mask, torch.arange(6)), paper * mask, 1e-8)
     code = influence(layer, pseudo, damping=1.0, weights=mask, bias=False)
-    assert_close(preset_gradient(layer, "official_code", mask), code)
+    assert_close(preset_gradient(layer, "official_code", mask, torch.arange(6)), code)
 
 
 @pytest.mark.parametrize("left_out", [None, *PRESET_DIFFERENCES])
 def test_presets_differ_exactly_there(draw, left_out):
     """The paper's preset with the differences put in is the code's; with one of them missing it is not."""
     layer = make_layer(draw, (6, 3, 4), holdout=30)
-    mask = torch.tensor([1.0, 0, 1, 1, 0, 1], dtype=torch.float64)
+    mask = torch.tensor([1.0, 1, 0, 1, 1, 1], dtype=torch.float64)
     overrides = {k: v for name, change in PRESET_DIFFERENCES.items() if name != left_out for k, v in change.items()}
     same = torch.equal(
-        preset_gradient(layer, "paper", mask, **overrides), preset_gradient(layer, "official_code", mask)
+        preset_gradient(layer, "paper", mask, TWICE, **overrides), preset_gradient(layer, "official_code", mask, TWICE)
     )
     assert same == (left_out is None)
+
+
+def test_every_difference_of_the_presets_has_a_test():
+    paper, code = (asdict(preset(name)) for name in ("paper", "official_code"))
+    assert {name for name in paper if paper[name] != code[name]} == {*PRESET_DIFFERENCES, "read"}
 
 
 def test_presets_read_the_weights_after_and_before(draw):
