@@ -118,9 +118,54 @@ def test_schedule_of_the_labeled_loss(draw, separate):
     assert_close(torch.autograd.grad(own + loss, layer.weight, retain_graph=True)[0], expected)
 
 
-def test_only_the_paper_has_a_preset():
-    assert LabelGradientAlignment.from_preset("paper", 5, 3).direction.epsilon == 1e-3
-    with pytest.raises(ValueError, match="LabelGradientAlignment has the presets paper, got 'official_code'"):
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_averages_without_the_current_batch(draw, reduction):
+    """Each step is along the averages of those before it; the first has none but its own."""
+    method, _ = method_and_reference(include_current=False, reduction=reduction)
+    ema = fourth = None
+    for _ in range(3):
+        layer = make_layer(draw)
+        f_u = functional.linear(layer.features_u, *layer.parameters)
+        labels = method.label_logits[:6].softmax(-1)
+        g_u = layer.gradient(reduced(f_u, labels, "cross_entropy", None, reduction), layer.parameters)
+        f_h = functional.linear(layer.features_h, *layer.parameters)
+        g_l = layer.gradient(reduced(f_h, layer.targets, "cross_entropy", None, reduction), layer.parameters)
+        ema = [g.clone() for g in g_l] if ema is None else ema
+        v = [e - u for e, u in zip(ema, g_u, strict=True)]
+        fourth = [x**4 for x in v] if fourth is None else fourth
+        before = method.state_dict()["update"]["exp_avg"][:6]
+        method.refine(**layer.batch(), index=torch.arange(6))
+        direction = [2 * x / (EPSILON + f.sqrt()) for x, f in zip(v, fourth, strict=True)]
+        z = functional.linear(layer.features_u, *direction)
+        tangent = z - (f_u.softmax(-1) * z).sum(-1, keepdim=True)
+        tangent = tangent / (6 if reduction == "mean" else 1)
+        expected = labels * (tangent - (labels * tangent).sum(-1, keepdim=True))
+        assert_close((method.state_dict()["update"]["exp_avg"][:6] - 0.9 * before) / 0.1, expected.detach(), 1e-8)
+        ema = [DECAY * e + (1 - DECAY) * g for e, g in zip(ema, g_l, strict=True)]
+        fourth = [DECAY_NORM * f + (1 - DECAY_NORM) * x**4 for f, x in zip(fourth, v, strict=True)]
+
+
+def lr_of(method: LabelGradientAlignment, draw) -> float:
+    """The first step of Adam has length lr wherever the gradient is not 0."""
+    method.refine(**make_layer(draw).batch(), index=torch.arange(6))
+    return float(method.label_logits[:6].abs().max())
+
+
+def test_presets(draw):
+    """Figure 1 prints both steps and epsilon; the harness that Section 4 takes over has Adam's 3e-3 and a ramp."""
+    paper, realistic = (LabelGradientAlignment.from_preset(name, 9, 4) for name in ("paper", "realistic"))
+    assert paper.direction.epsilon == realistic.direction.epsilon == 1e-3
+    assert paper.labeled_weight is None
+    assert [realistic.labeled_weight(step) for step in (200_000, 10**6)] == [1.0, 1.0]
+    assert realistic.labeled_weight(0) == pytest.approx(148.4, abs=0.1)
+    assert realistic.labeled_weight(100_000) == pytest.approx(torch.tensor(1.25).exp().item())
+    layer = make_layer(draw)
+    own = functional.cross_entropy(layer.holdout.logits, layer.classes)
+    loss = realistic.refine(**layer.batch(), index=torch.arange(6)).loss
+    assert ((own + loss) / own).item() == pytest.approx(realistic.labeled_weight(0), rel=1e-5)
+    assert lr_of(LabelGradientAlignment.from_preset("paper", 9, 4), draw) == pytest.approx(1e-3, rel=1e-3)
+    assert lr_of(LabelGradientAlignment.from_preset("realistic", 9, 4), draw) == pytest.approx(3e-3, rel=1e-3)
+    with pytest.raises(ValueError, match="has the presets paper, realistic, got 'official_code'"):
         LabelGradientAlignment.from_preset("official_code", 5, 3)
 
 
