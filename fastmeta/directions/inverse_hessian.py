@@ -42,10 +42,10 @@ class InverseHessian:
     ==================================  ==============================================================================
 
     At the last layer the system is solved by :func:`fastmeta.ops.solve_hessian`. For the whole model H is known by its
-    products alone, over the inputs' own batch; ``auto`` is ``cg``. Away from a minimum the Hessian of a model has
-    negative eigenvalues, and no iteration solves that system: ``curvature="gauss_newton"`` takes ``J^T C J`` in its
-    place, with ``J = df/dtheta`` and C the second derivative of the loss by its prediction, which has none (for weights
-    ``>= 0``), equals H where the predictions fit, and costs less than half as much a product.
+    products alone; ``auto`` is ``cg``. Away from a minimum the Hessian of a model has negative eigenvalues, and neither
+    iteration solves that system. ``curvature="gauss_newton"`` takes ``J^T C J`` in its place, with ``J = df/dtheta``,
+    and C the curvature of the loss by the logits (itself Gauss-Newton for ``mse_probs`` and ``mse_tanh``): it has no
+    negative eigenvalue as long as no weight is negative, and equals H where the predictions fit.
 
     Args:
         of: the rule that gives v.
@@ -119,7 +119,8 @@ class InverseHessian:
         return self._by_products(problem, rhs)
 
     @property
-    def _inner(self) -> InnerLoss:
+    def inner(self) -> InnerLoss:
+        """What H is the second derivative of."""
         return InnerLoss(self.loss, labeled_weight=1.0, labeled_loss=self.loss)
 
     def _closed_form(self, problem: Problem, rhs: Direction) -> Direction:
@@ -127,7 +128,7 @@ class InverseHessian:
             raise ValueError("curvature must be gauss_newton for mse_probs at the last layer, or solver neumann")
         if self.loss not in losses.LOSSES:
             raise ValueError(f"loss must be one of {', '.join(losses.LOSSES)} at the last layer, got {self.loss!r}")
-        parts = problem.inner_rows(self._inner)
+        parts = problem.inner_rows(self.inner)
         solution = ops.solve_hessian(
             torch.cat([rows.features for rows, *_ in parts]),
             torch.cat([rows.logits for rows, *_ in parts]),
@@ -145,7 +146,7 @@ class InverseHessian:
         return Direction(solution.weight, solution.bias)
 
     def _by_products(self, problem: AnyProblem, rhs: Dense) -> Dense:
-        curved = problem.hessian(self._inner, self.curvature)
+        curved = problem.hessian(self.inner, self.curvature)
 
         def product(vector: Tensor) -> Tensor:
             return vectors.flat(curved(vectors.unflat(rhs, vector))).add_(vector, alpha=self.damping)
