@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastmeta import losses
+from fastmeta import checks, losses
 from fastmeta.model_function import Inputs, ModelFunction, Term, Vector
 from fastmeta.problem import AnyDirection, Curvature, InnerLoss, Part, Reduction, one_over, product_of
 from fastmeta.process_group import Group, sum_over
@@ -136,6 +136,8 @@ class ModelProblem:
         Raises:
             ValueError: nothing that moves has one of these names.
         """
+        if not layers:
+            raise ValueError("layers must name at least one part of the model, got none")
         for layer in layers:
             if not any(_within(name, layer) for name in self.names):
                 raise ValueError(f"layers must name parts of the model that require grad, got {layer!r}")
@@ -201,8 +203,7 @@ class ModelProblem:
         weights = self.inner_weights if unlabeled else None
 
         def targets(logits: Tensor) -> Tensor:
-            labels = self.labels if given is None else given
-            return losses.as_probabilities(labels, logits.shape[1], logits.dtype).to(logits.dtype)
+            return probabilities(self.labels if given is None else given, logits)
 
         def weighted(rows: Tensor) -> Tensor:
             scale = factor * self.mean_scale(len(rows)) if reduction == "mean" else factor
@@ -240,6 +241,14 @@ def of_model(direction: AnyDirection) -> Vector:
 
 def _within(name: str, layer: str) -> bool:
     return name == layer or name.startswith(f"{layer}.")
+
+
+def probabilities(targets: Tensor, logits: Tensor) -> Tensor:
+    """Targets ``[N]`` or ``[N, C]`` of logits ``[N, C]``, checked, as probabilities in their dtype. ``[N, C]``."""
+    if isinstance(targets, Tensor) and targets.is_floating_point():
+        targets = targets.to(logits.dtype)
+    checked = checks.targets(targets, logits, logits.shape[1])
+    return losses.as_probabilities(checked, logits.shape[1], logits.dtype)
 
 
 def full_precision(logits: Tensor) -> Tensor:

@@ -248,4 +248,4 @@ def product_of(weights: Tensor | None, mask: Tensor | None) -> Tensor | None:
 def one_over(count: int, group: Group, device: torch.device) -> float | Tensor:
     """``1 / N``, N the number of examples over all processes; 1 where there are none."""
     total = joined_count(count, group, device)
-    return 1 / total.clamp_min(1) if isinstance(total, Tensor) else 1 / max(total, 1)
+    return 1 / total.clamp_min(1).double() if isinstance(total, Tensor) else 1 / max(total, 1)

@@ -1,13 +1,19 @@
 """Directions: each against autograd of its definition, and nested in each other."""
 
+import dataclasses
+
 import pytest
 import torch
 from brute_force import Layer, assert_close, make_layer, reduced
 from torch import Tensor
 from torch.nn import functional
 
+import fastmeta
+from fastmeta.derivatives import ExampleWeightGradient, FeatureSimilarity, FiniteDifference, LabelGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, InverseHessian, LookAhead, NormalizedGap, UnitLength
 from fastmeta.losses import LOSSES
+from fastmeta.model_function import ModelFunction
+from fastmeta.model_problem import ModelProblem
 from fastmeta.problem import Direction, Factors, Problem, Rows
 
 biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
@@ -159,6 +165,46 @@ def test_normalized_gap_of_another_layer_is_refused(draw):
         ValueError, match=r"averages of \[\[4, 5\], \[4\]\] do not fit gradients of \[\[4, 3\], \[4\]\]"
     ):
         rule(problem_of(make_layer(draw, (6, 3, 4)), draw.probabilities(6, 4)))
+
+
+def test_normalized_gap_of_one_layer_is_that_of_the_model(draw, layer, problem):
+    """Both levels give one direction where only the last layer moves."""
+    model = torch.nn.Linear(5, 4).double()
+    model.weight.data, model.bias.data = layer.weight.detach(), layer.bias.detach()
+    whole = ModelProblem(ModelFunction(model), layer.features_u, problem.labels, layer.features_h, layer.classes)
+    rules = [NormalizedGap(decay=0.9, decay_norm=0.8) for _ in range(2)]
+    for _ in range(2):
+        direction, named = rules[0](problem), rules[1](whole)
+    assert_same(direction, (named["weight"], named["bias"]))
+
+
+COUNTED = {
+    "label gradient": lambda: LabelGradient("cross_entropy", rate=0.3),
+    "label gradient without a kernel": lambda: LabelGradient("mse_tanh", rate=0.3),
+    "feature similarity": lambda: FeatureSimilarity(rate=0.3, reduction="mean"),
+    "finite difference": lambda: FiniteDifference(rate=0.3),
+    "example weights": lambda: ExampleWeightGradient(rate=0.3, reduction="mean"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_examples_counted_on_a_device_are_not_waited_for(monkeypatch, problem, name):
+    """Over the processes of a group their number is a tensor there: 1 / B is applied and never read."""
+    problem = dataclasses.replace(problem, targets=torch.eye(4, dtype=torch.float64)[problem.targets])
+    rules = LookAhead(HoldoutGradient(factored=True), rate=0.2, labeled_weight=0.5), COUNTED[name]()
+    expected = rules[1](problem, rules[0](problem))
+
+    def refuse(tensor: Tensor) -> float:
+        raise AssertionError("the host waits")
+
+    counted = "fastmeta.problem.joined_count"
+    monkeypatch.setattr(counted, lambda count, group, device: torch.tensor(count, dtype=torch.int64))
+    for reads in ("__float__", "__int__", "__bool__", "item", "tolist"):
+        monkeypatch.setattr(Tensor, reads, refuse)
+    with fastmeta.use_impl("reference"):
+        got = rules[1](problem, rules[0](problem))
+    monkeypatch.undo()
+    assert_close(got, expected)
 
 
 NESTED: list[DirectionRule] = [

@@ -1,9 +1,11 @@
 """What a derivative is."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
 
+from fastmeta import checks
 from fastmeta.problem import AnyDirection, AnyProblem, Reduction, Trajectory
 
 How = Literal["double_backward", "jvp", "finite_difference", "forward_difference", "last_layer"]
@@ -34,9 +36,25 @@ class Derivative:
         raise NotImplementedError
 
 
-def step_scale(problem: AnyProblem, rate: float, reduction: Reduction, count: int) -> float:
-    """``rate / B`` for a mean over the B examples of the joined batch, ``rate`` for a sum."""
-    return float(rate * problem.mean_scale(count)) if reduction == "mean" else rate
+def check_how(how: object, radius: object) -> None:
+    """Raise unless ``how`` is one of :data:`HOWS` and the radius of a difference is > 0."""
+    if how not in HOWS:
+        raise ValueError(f"how must be one of {', '.join(HOWS)}, got {how!r}")
+    if checks.number(radius, "radius") <= 0:
+        raise ValueError(f"radius must be > 0, got {radius}")
+
+
+def step_scale(problem: AnyProblem, rate: float, reduction: Reduction, count: int) -> float | Tensor:
+    """``rate / B`` for a mean over the B examples of the joined batch, ``rate`` for a sum.
+
+    A scalar tensor where several processes count B on their GPUs, so that no host waits for them.
+    """
+    return rate * problem.mean_scale(count) if reduction == "mean" else rate
+
+
+def scaled(operator: Callable[[float], Tensor], scale: float | Tensor) -> Tensor:
+    """What an operator gives for a scale, which it takes as a number."""
+    return operator(1.0) * scale if isinstance(scale, Tensor) else operator(scale)
 
 
 def weighted(problem: AnyProblem, gradient: Tensor) -> Tensor:

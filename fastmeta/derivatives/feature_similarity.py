@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastmeta import ops
-from fastmeta.derivatives.derivative import Derivative, step_scale, weighted
+from fastmeta.derivatives.derivative import Derivative, scaled, step_scale, weighted
 from fastmeta.problem import AnyDirection, AnyProblem, Factors, Problem, Reduction
 
 
@@ -38,5 +38,8 @@ class FeatureSimilarity(Derivative):
         scale = step_scale(problem, self.rate, self.reduction, len(problem.labels))
         bias = self.bias and direction.bias
         features = problem.unlabeled.features
-        gradient = ops.feature_similarity(features, direction.features, direction.residual, scale=scale, bias=bias)
+        holdout, residual, _ = direction
+        gradient = scaled(
+            lambda factor: ops.feature_similarity(features, holdout, residual, scale=factor, bias=bias), scale
+        )
         return weighted(problem, gradient)

@@ -42,13 +42,17 @@ class FiniteDifference(Derivative):
         """``[N, C]``."""
         plus, minus, epsilon = self.probes(problem, direction)
         zero = plus.new_zeros(plus.shape)
-        step = -self.scale(problem, len(plus))
+        step, epsilon = self.step_over(epsilon, problem, -1.0)
         gradient = ops.finite_difference_labels(plus, minus, zero, epsilon, step=step, project=False)
         return weighted(problem, gradient)
 
-    def scale(self, problem: AnyProblem, count: int) -> float:
-        """``rate / B``, or ``rate`` for a sum."""
-        return step_scale(problem, self.rate, self.reduction, count)
+    def step_over(self, epsilon: Tensor, problem: AnyProblem, step: float) -> tuple[float, Tensor]:
+        """``step rate / B`` (``step rate`` for a sum) and epsilon, as :func:`ops.finite_difference_labels` takes them.
+
+        Where ``rate / B`` is on the device it divides epsilon.
+        """
+        scale = step_scale(problem, self.rate, self.reduction, len(problem.labels))
+        return (step, epsilon / scale.to(epsilon)) if isinstance(scale, Tensor) else (step * scale, epsilon)
 
     def probes(self, problem: AnyProblem, direction: AnyDirection) -> tuple[Tensor, Tensor, Tensor]:
         """Logits at ``theta + epsilon v`` and at ``theta - epsilon v``, and epsilon, which stays on the device.

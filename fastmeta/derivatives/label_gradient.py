@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastmeta import checks, losses, ops
-from fastmeta.derivatives.derivative import HOWS, Derivative, How, step_scale, weighted
+from fastmeta import losses, ops
+from fastmeta.derivatives.derivative import Derivative, How, check_how, scaled, step_scale, weighted
 from fastmeta.derivatives.of_model import label_tangent
 from fastmeta.problem import AnyDirection, AnyProblem, Problem, Reduction
 
@@ -32,9 +32,7 @@ class LabelGradient(Derivative):
     radius: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.how not in HOWS:
-            raise ValueError(f"how must be one of {', '.join(HOWS)}, got {self.how!r}")
-        checks.number(self.radius, "radius", low=0.0)
+        check_how(self.how, self.radius)
 
     def at(self, problem: AnyProblem, direction: AnyDirection) -> Tensor:
         """``[N, C]``."""
@@ -60,7 +58,9 @@ class LabelGradient(Derivative):
         rows, v = problem.unlabeled, direction.dense()
         scale = step_scale(problem, self.rate, self.reduction, len(problem.labels))
         if self.loss in losses.LOSSES:
-            return ops.label_gradient(rows.features, rows.logits, v.weight, v.bias, loss=self.loss, scale=scale)
+            return scaled(
+                lambda factor: ops.label_gradient(rows.features, rows.logits, *v, loss=self.loss, scale=factor), scale
+            )
         z = rows.features @ v.weight.T
         z = z if v.bias is None else z + v.bias
         return scale * losses.label_tangent(rows.logits, z, self.loss, problem.labels)

@@ -165,6 +165,6 @@ class MetaGradient(Method):
         # The same step in one kernel.
         plus, minus, epsilon = probe.probes(problem, direction)
         labels = problem.labels
-        step = self.step * probe.scale(problem, len(labels))
+        step, epsilon = probe.step_over(epsilon, problem, self.step)
         moved = ops.finite_difference_labels(plus, minus, labels, epsilon, step=step, project=self._labels.project)
         return Refined(moved, moved.new_ones(len(moved)), moved.new_zeros(()))
