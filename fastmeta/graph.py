@@ -63,7 +63,7 @@ def graph(method: AnyMethod, *, copy: bool = True, keep: int = 8, recorder: Reco
         The method.
 
     Raises:
-        ValueError: ``keep < 1``.
+        ValueError: ``keep < 1``; in ``refine``, the method has a ``process_group`` or is given a model.
         RuntimeError: in ``refine``, the tensors are not on a GPU, or the step cannot be captured.
 
     >>> import fastmeta
@@ -100,6 +100,8 @@ class Graphs:
 
     def refine(self, method: Method, batch: Batch) -> Refined:
         """One step of the method."""
+        if method.process_group is not None:
+            raise ValueError("process_group must be None for fastmeta.graph: one process might capture, another replay")
         if batch["model"] is not None:
             raise ValueError("model must be None for fastmeta.graph: a captured step works on tape.outputs(logits)")
         device = as_outputs(batch["unlabeled"], "unlabeled").logits.device

@@ -13,6 +13,7 @@ from cases import Draw
 from hessian_problems import ITERATIVE, SOLVERS, flat, make, power_law
 from torch import Tensor
 
+import fastmeta
 from fastmeta import process_group
 from fastmeta.losses import LOSSES
 from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState, solve_hessian
@@ -224,12 +225,16 @@ def test_a_group_that_cannot_serve(draw: Draw) -> None:
         group = torch.distributed.group.WORLD
         alone, all_rows = (solve_hessian(h, f, rhs, damping=0.1, process_group=given) for given in (group, None))
         torch.testing.assert_close(alone.weight, all_rows.weight)
+        method = fastmeta.graph(fastmeta.L2I(process_group=group))
+        with pytest.raises(ValueError, match=r"process_group must be None for fastmeta\.graph"):
+            method.refine(unlabeled=h, holdout=h, targets=f)
     finally:
         torch.distributed.destroy_process_group()
     for call in (
         lambda: solve_hessian(h, f, rhs, damping=0.1, process_group=group),
         lambda: process_group.sum_over([h], group),
         lambda: process_group.joined_count(1, group, "cpu"),
+        lambda: fastmeta.MetaGradient(process_group=group),
     ):
         with pytest.raises(RuntimeError, match=r"process_group.*init_process_group"):
             call()
