@@ -13,12 +13,16 @@ Mode = Literal["train", "eval"]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
+# Why torch.compile must not trace an evaluation.
+TRACELESS = (
+    "it sets and puts back state of the process, which a graph does not hold; do not compile with fullgraph=True"
+)
+
 
 def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """The function without a graph of autograd, outside ``torch.inference_mode``, and not traced by torch.compile.
 
-    A compiled caller breaks its graph here and goes on behind it: what is replayed and put back around an evaluation is
-    state of the process, which a graph does not hold.
+    A compiled caller breaks its graph here and goes on behind it.
     """
 
     @functools.wraps(function)
@@ -26,7 +30,7 @@ def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         with torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)
 
-    return torch.compiler.disable(run)
+    return torch.compiler.disable(run, reason=TRACELESS)
 
 
 class RandomState:
@@ -60,9 +64,9 @@ class Evaluator:
         self._module = module
         self._mode = mode
         self._modules = list(module.modules())
-        names = {parameter: name for name, parameter in module.named_parameters()}  # one name of a tied parameter
+        names = {id(parameter): name for name, parameter in module.named_parameters()}  # one name of a tied parameter
         self._parameters: list[tuple[dict[str, Any], str, str]] = [
-            (part._parameters, key, names[parameter])
+            (part._parameters, key, names[id(parameter)])
             for part in self._modules
             for key, parameter in part._parameters.items()
             if parameter is not None
@@ -74,7 +78,7 @@ class Evaluator:
             if buffer is not None
         ]
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in self._modules)
-        self._devices = {parameter.device for parameter in names}
+        self._devices = {parameter.device for parameter in module.parameters()}
         self._random = RandomState(self._devices)
 
     @contextlib.contextmanager
@@ -128,15 +132,15 @@ class Evaluator:
     @contextlib.contextmanager
     def _at(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
         owns = [values[key] for values, key, _ in self._parameters]
-        copies: dict[Tensor, Tensor] = {}  # a buffer under two names stays one tensor
+        copies: dict[int, Tensor] = {}  # a buffer under two names stays one tensor
         try:
             for values, key, name in self._parameters:
                 if name in parameters:
                     values[key] = parameters[name]
             for values, key, buffer in self._buffers:
-                if buffer not in copies:
-                    copies[buffer] = buffer.detach().clone()
-                values[key] = copies[buffer]
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.detach().clone()
+                values[key] = copies[id(buffer)]
             yield
         finally:
             for (values, key, _), own in zip(self._parameters, owns, strict=True):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -205,9 +206,13 @@ class ModelProblem:
         def targets(logits: Tensor) -> Tensor:
             return probabilities(self.labels if given is None else given, logits)
 
+        @cache  # the processes count their examples once a term, not once a product
+        def scale(count: int) -> float | Tensor:
+            return factor * self.mean_scale(count) if reduction == "mean" else factor
+
         def weighted(rows: Tensor) -> Tensor:
-            scale = factor * self.mean_scale(len(rows)) if reduction == "mean" else factor
-            return rows * scale if weights is None else rows * (scale * weights).view(-1, *[1] * (rows.dim() - 1))
+            each = scale(len(rows))
+            return rows * each if weights is None else rows * (each * weights).view(-1, *[1] * (rows.dim() - 1))
 
         def value(logits: Tensor) -> Tensor:
             logits = self.see(logits) if unlabeled else full_precision(logits)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastmeta import checks, ops
-from fastmeta.derivatives.derivative import HOWS, Derivative, How, step_scale
+from fastmeta.derivatives.derivative import Derivative, How, check_how, step_scale
 from fastmeta.derivatives.of_model import loss_tangent
 from fastmeta.problem import AnyDirection, AnyProblem, Problem, Reduction
 
@@ -35,10 +35,8 @@ class ExampleWeightGradient(Derivative):
     radius: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.how not in HOWS:
-            raise ValueError(f"how must be one of {', '.join(HOWS)}, got {self.how!r}")
+        check_how(self.how, self.radius)
         checks.loss_code(self.loss)
-        checks.number(self.radius, "radius", low=0.0)
 
     def at(self, problem: AnyProblem, direction: AnyDirection) -> Tensor:
         """``[N]``."""

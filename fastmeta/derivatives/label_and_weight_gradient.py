@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import checks, losses, ops
-from fastmeta.derivatives.derivative import HOWS, Derivative, How, step_scale, weighted
+from fastmeta.derivatives.derivative import Derivative, How, check_how, step_scale, weighted
 from fastmeta.derivatives.of_model import difference, leaves, mixed
 from fastmeta.model_problem import ModelProblem, full_precision
 from fastmeta.problem import AnyDirection, AnyProblem, Problem, Reduction
@@ -35,10 +35,8 @@ class LabelAndWeightGradient(Derivative):
     radius: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.how not in HOWS:
-            raise ValueError(f"how must be one of {', '.join(HOWS)}, got {self.how!r}")
+        check_how(self.how, self.radius)
         checks.loss_code(self.loss)
-        checks.number(self.radius, "radius", low=0.0)
 
     def at(self, problem: AnyProblem, direction: AnyDirection) -> Tensor:
         """``[N, C + 1]``."""

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta import checks, losses, ops
-from fastmeta.derivatives.derivative import HOWS, How
+from fastmeta.derivatives.derivative import How, check_how
+from fastmeta.evaluation import eager
 from fastmeta.model_function import Inputs, ModelFunction, Vector
-from fastmeta.model_problem import full_precision
+from fastmeta.model_problem import full_precision, probabilities
 from fastmeta.ops.perturbed import perturbed
 
 RowFunction = Callable[[Tensor], Tensor]  # logits [N, C] to [N, C] or [N]
 
 
+@eager
 def label_gradient(
     model: nn.Module,
     inputs: Inputs,
@@ -24,15 +26,68 @@ def label_gradient(
     how: How = "jvp",
     radius: float = 0.01,
 ) -> Tensor:
-    """``scale T_i(v)`` where the whole model moves, ``T = D_v(-dl/dy)``. ``[N, C]``."""
+    r"""How the pull of the loss on its labels moves as the whole model moves along a direction. ``[N, C]``.
+
+    .. math:: \text{scale}\; T_i(v), \qquad
+        T(v) = D_v\Bigl(-\frac{\partial l}{\partial y}\Bigr) =
+        \frac{d}{dt} \Bigl(-\frac{\partial l}{\partial y}\Bigr)(f(x; \theta + t v)) \Big|_{t=0}
+
+    ``D_v log p`` for cross-entropy, ``D_v f`` for binary cross-entropy, ``2 D_v f`` for mse, ``2 D_v p`` for mse_probs.
+    With ``v = grad C^H(theta*)`` and ``scale = eta / B`` it is the gradient of the hold-out loss after an inner step
+    with respect to the labels of that step: Learning to Impute, Eq. (V1); Meta-Gradient, Eq. (13).
+
+    All ways but the differences give one result, up to rounding:
+
+    - ``jvp``: forward mode, in one pass that holds no graph. Where every weight moves it is three of a forward's
+      convolutions and matrix products (primal, and two for the tangent).
+    - ``double_backward``: the definition, for a model without forward mode; several times the time, and a graph.
+    - ``finite_difference``: ``(g(theta + eps v) - g(theta - eps v)) / 2 eps`` with ``eps = radius / ||v||``, two
+      forward passes, in place, as Meta-Gradient, Eq. (16), takes it. At the published radius of 0.01 it is a probe of
+      finite length, no derivative; shorter ones are limited by rounding, in bfloat16 soon. What a model takes under
+      ``torch.no_grad`` is no constant to it.
+    - ``forward_difference``: ``(g(theta + eps v) - g(theta)) / eps``.
+    - ``last_layer``: in closed form, where only the last linear layer moves.
+
+    The model runs in its mode as it stands: in train mode BatchNorm takes the statistics of this batch, so that
+    examples act on each other, and all of that is in the result. Every pass draws the dropout masks that a call of the
+    model would draw next, up to fused attention kernels on a GPU. Parameters, buffers, ``.grad``, mode and random
+    state are left as they were, after an exception too; forward hooks run in every pass. Under autocast the model's
+    part is in its precision. Inside torch.compile it breaks the graph and runs uncompiled, as do compiled models.
+
+    Args:
+        model: gives logits ``[N, C]``, or an object or dict with ``logits``; may be wrapped for data parallelism or
+            compiled.
+        inputs: of N examples: a tensor, a tuple of arguments or a dict of keyword arguments.
+        direction: v, tensors by parameter name and like the parameters; one that is left out does not move.
+        loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
+        scale: factor of the result.
+        how: see above.
+        radius: length of the differences' perturbation, > 0.
+
+    Returns:
+        In float32, or float64 if the logits are, and detached.
+
+    Raises:
+        TypeError: the direction is no dict, a dtype does not fit, or the model gives no logits.
+        ValueError: a name, shape or device in the direction does not fit, an option is unknown, or the logits are not
+            2-D.
+        NotImplementedError: ``jvp`` meets an operator without a forward-mode derivative.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 2, bias=False)
+    >>> x, v = torch.tensor([[1.0, 2.0]]), {"weight": torch.tensor([[1.0, 0.0], [0.0, 1.0]])}
+    >>> label_gradient(model, x, v, loss="mse", scale=0.5)
+    tensor([[1., 2.]])
+    """
     checks.loss_code(loss)
-    function, direction, parts = _function(model, direction, how, radius)
-    if parts is not None:
-        outputs = function.outputs(inputs)
-        return ops.label_gradient(outputs.features, full_precision(outputs.logits), *parts, loss=loss, scale=scale)
+    function, direction = _function(model, direction, how, radius)
+    if how == "last_layer":
+        features, logits, weight, bias = _last_layer(function, inputs, direction)
+        return ops.label_gradient(features, logits, weight, bias, loss=loss, scale=scale)
     return scale * label_tangent(function, inputs, direction, loss=loss, how=how, radius=radius)
 
 
+@eager
 def example_weight_gradient(
     model: nn.Module,
     inputs: Inputs,
@@ -44,14 +99,44 @@ def example_weight_gradient(
     how: How = "jvp",
     radius: float = 0.01,
 ) -> Tensor:
-    """``-scale D_v l_i`` where the whole model moves. ``[N]``."""
+    r"""How every example's loss falls as the whole model moves along a direction. ``[N]``.
+
+    .. math:: -\text{scale}\; D_v\, l_i = -\text{scale}\; \langle \nabla_\theta\, l(f(x_i; \theta), y_i), v \rangle
+
+    With ``v = H^{-1} grad L_val`` and scale 1 it is the influence of an example's weight on the validation loss: Not
+    All Unlabeled Data Are Equal, Eq. (6). No gradient of a single example is taken. Where examples act on each other
+    (BatchNorm in train mode) ``l_i`` depends on the batch, and so does this.
+
+    Args:
+        model: see :func:`label_gradient`, as for all that is not said here.
+        inputs: of N examples.
+        targets: y, int64 classes ``[N]`` or probabilities ``[N, C]``.
+        direction: v, tensors by parameter name.
+        loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
+        scale: factor of the result.
+        how: ``jvp``, ``double_backward``, ``finite_difference``, ``forward_difference`` or ``last_layer``.
+        radius: length of the differences' perturbation, > 0.
+
+    Returns:
+        In float32, or float64 if the logits are, and detached.
+
+    Raises:
+        TypeError: see :func:`label_gradient`; or the dtype of the targets does not fit.
+        ValueError: see :func:`label_gradient`; or the shape or a class of the targets does not fit.
+        NotImplementedError: ``jvp`` meets an operator without a forward-mode derivative.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 2, bias=False)
+    >>> x, v = torch.tensor([[1.0, 2.0]]), {"weight": torch.tensor([[1.0, 0.0], [0.0, 1.0]])}
+    >>> _ = torch.nn.init.ones_(model.weight)  # f = (3, 3), D_v f = (1, 2)
+    >>> example_weight_gradient(model, x, torch.zeros(1, 2), v, loss="mse")
+    tensor([-18.])
+    """
     checks.loss_code(loss)
-    function, direction, parts = _function(model, direction, how, radius)
-    if parts is not None:
-        outputs = function.outputs(inputs)
-        return -scale * ops.per_example_dot(
-            outputs.features, full_precision(outputs.logits), targets, *parts, loss=loss
-        )
+    function, direction = _function(model, direction, how, radius)
+    if how == "last_layer":
+        features, logits, weight, bias = _last_layer(function, inputs, direction)
+        return -scale * ops.per_example_dot(features, logits, probabilities(targets, logits), weight, bias, loss=loss)
     return -scale * loss_tangent(function, inputs, lambda: targets, direction, loss=loss, how=how, radius=radius)
 
 
@@ -125,28 +210,24 @@ def loss_tangent(
     see: RowFunction = full_precision,
 ) -> Tensor:
     """``D_v l_i``. ``[N]``; see :func:`label_tangent`."""
-
-    def probabilities(logits: Tensor) -> Tensor:
-        return losses.as_probabilities(targets(), logits.shape[1], logits.dtype).to(logits.dtype)
-
     if how == "double_backward":
         theta = leaves(function, parameters)
         with torch.enable_grad():
             logits = see(function.logits(inputs, theta, twice=True))
             weights = logits.new_ones(len(logits)).requires_grad_()
-            total = (weights * losses.loss_per_example(logits, probabilities(logits), loss)).sum()
+            total = (weights * losses.loss_per_example(logits, probabilities(targets(), logits), loss)).sum()
         return mixed(function, total, theta, direction, [weights])[0]
     if how == "jvp":
         logits, tangent = function.jvp(inputs, direction, parameters)
         logits = see(logits)
-        return (losses.residual(logits, probabilities(logits), loss) * full_precision(tangent)).sum(-1)
+        return (losses.residual(logits, probabilities(targets(), logits), loss) * full_precision(tangent)).sum(-1)
 
     if how == "finite_difference":
         targets()  # imputed at theta, which the passes below are not
 
     def loss_of(logits: Tensor) -> Tensor:
         logits = full_precision(logits)
-        return losses.loss_per_example(logits, probabilities(logits), loss)
+        return losses.loss_per_example(logits, probabilities(targets(), logits), loss)
 
     return difference(function, inputs, direction, parameters, loss_of, how, radius, see)
 
@@ -195,13 +276,18 @@ def difference(
         return (plus - other) / perturbation.epsilon
 
 
-def _function(
-    model: nn.Module, direction: Vector, how: How, radius: float
-) -> tuple[ModelFunction, Vector, tuple[Tensor, Tensor | None] | None]:
-    """The model, the direction by the names of its parameters, and for ``last_layer`` that of its last layer."""
-    if how not in HOWS:
-        raise ValueError(f"how must be one of {', '.join(HOWS)}, got {how!r}")
-    checks.number(radius, "radius", low=0.0)
+def _function(model: nn.Module, direction: Vector, how: How, radius: float) -> tuple[ModelFunction, Vector]:
+    """The model, and the direction by the names of its parameters."""
+    check_how(how, radius)
     function = ModelFunction(model)
-    direction = function.check(direction)
-    return function, direction, function.last_layer_direction(direction) if how == "last_layer" else None
+    return function, function.check(direction)
+
+
+def _last_layer(
+    function: ModelFunction, inputs: Inputs, direction: Vector
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Features ``[N, D]`` and logits ``[N, C]``, and the direction's weight and bias, all in full precision."""
+    weight, bias = function.last_layer_direction(direction)
+    outputs = function.outputs(inputs)
+    features, logits, weight = map(full_precision, (outputs.features, outputs.logits, weight))
+    return features, logits, weight, None if bias is None else full_precision(bias)

@@ -10,6 +10,7 @@ from fastmeta import losses
 from fastmeta.capture import Outputs
 from fastmeta.derivatives import Derivative
 from fastmeta.directions import DirectionRule
+from fastmeta.evaluation import TRACELESS
 from fastmeta.methods.arguments import (
     as_outputs,
     check_index,
@@ -190,6 +191,7 @@ class Method:
         """Whatever of its counters decides what the next step computes; steps of one phase share a CUDA graph."""
         return None
 
+    @torch.compiler.disable(reason=TRACELESS)
     def _refine_model(self, batch: Batch) -> Refined:
         """One step with the model's inputs."""
         function = ModelFunction(batch["model"], mode=self.mode)
@@ -197,7 +199,7 @@ class Method:
         if batch["holdout_gradient"] is not None:
             if self.derivative.how == "last_layer":
                 raise ValueError("holdout_gradient must be None for how='last_layer', which takes it in closed form")
-            function.check(batch["holdout_gradient"], "holdout_gradient")
+            batch = {**batch, "holdout_gradient": function.check(batch["holdout_gradient"], "holdout_gradient")}
         if self.update.needs_graph and not on_graph:
             check_on_graph(batch["labels"], "labels")
         if self.derivative.how == "last_layer":
