@@ -28,6 +28,7 @@ from whole_model_nets import NETS, Inputs, Net, net_cases
 from fastmeta import example_weight_gradient, label_gradient
 from fastmeta.derivatives.derivative import HOWS
 from fastmeta.losses import LOSSES
+from fastmeta.model_function import ModelFunction
 
 EXACT = ("double_backward", "jvp")
 DIFFERENCES = {"finite_difference": 2, "forward_difference": 1}  # order of convergence in the radius
@@ -192,7 +193,12 @@ class Trace:
             "requires_grad": {name: p.requires_grad for name, p in named.items()},
             "training": [module.training for module in self._model.modules()],
             "random": torch.get_rng_state(),
-            "modes": (torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()),
+            "settings": (
+                torch.is_grad_enabled(),
+                torch.is_autocast_cache_enabled(),
+                torch.backends.mha.get_fastpath_enabled(),
+                torch.backends.cuda.flash_sdp_enabled(),
+            ),
         }
 
     def assert_unchanged(self) -> None:
@@ -203,17 +209,19 @@ class Trace:
                 assert tensor is self._before[key][name], name
                 assert tensor is None or torch.equal(tensor, self._values[key][name]), name
         assert torch.equal(now["random"], self._values["random"])
-        for key in ("requires_grad", "training", "modes"):
+        for key in ("requires_grad", "training", "settings"):
             assert now[key] == self._values[key], key
 
 
 def with_gradients(draw: Draw, name: str) -> tuple[nn.Module, Inputs]:
     """A model with some ``.grad``, whose submodules are not all in the same mode."""
+    torch.backends.mha.set_fastpath_enabled(True)  # as they start, so that no test before this one hides anything
+    torch.set_autocast_cache_enabled(True)
     model, make_inputs = make_net(draw, name)
     for parameter in list(model.parameters())[::2]:
         parameter.grad = draw.normal(*parameter.shape)
-    first = next(module for module in model.modules() if module is not model)
-    first.eval()
+    parts = [module for module in model.modules() if not list(module.children())]
+    parts[1].eval()  # of two BatchNorm layers the first
     return model, make_inputs(4)
 
 
@@ -311,6 +319,17 @@ def test_the_mask_follows_the_random_state(draw, name, how):
     assert torch.equal(label_gradient(model, inputs, direction, how=how), first)
     torch.rand(1)
     assert not torch.equal(label_gradient(model, inputs, direction, how=how), first)
+
+
+def test_one_mask_as_long_as_a_function_lives(draw):
+    """Whatever has drawn random numbers in between."""
+    model, make_inputs = make_net(draw, "conv")
+    inputs, function = make_inputs(4), ModelFunction(model)
+    first = function.logits(inputs)
+    assert_close(first, forward(model, inputs).detach())
+    torch.rand(1)
+    assert torch.equal(function.logits(inputs), first)
+    assert not torch.equal(ModelFunction(model).logits(inputs), first)
 
 
 def test_batch_statistics_make_examples_interact(draw):
