@@ -64,9 +64,8 @@ def main(steps: int = 200) -> float:
     imputed = torch.where(wrong, (truth + 1) % 10, truth)
     meta = ExampleWeights(len(truth), lr=0.1)
     before, after = train(None, imputed, steps), train(meta, imputed, steps)
-    print(
-        f"mean weight: of wrong labels {meta.weights[wrong].mean():.2f}, of right ones {meta.weights[~wrong].mean():.2f}"
-    )
+    means = [float(meta.weights[part].mean()) for part in (wrong, ~wrong)]
+    print(f"mean weight: of wrong labels {means[0]:.2f}, of right ones {means[1]:.2f}")
     print(f"test accuracy after {steps} steps: weights of 1 {before:.1f}%, learned weights {after:.1f}%")
     return after
 
