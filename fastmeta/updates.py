@@ -236,7 +236,7 @@ class SharedWeight(WeightTable):
 
     def _step(self, gradient: Tensor, index: Tensor | None) -> None:
         (total,) = sum_over([gradient.sum().view(1)], self.process_group)
-        self.table.step_(torch.zeros(1, dtype=torch.int64, device=gradient.device), total)
+        self.table.step_(torch.zeros_like(total, dtype=torch.int64), total)
 
 
 class PullBackAndWeights(WeightTable):

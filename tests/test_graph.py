@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastmeta
-from fastmeta import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient, Method, Outputs, Refined
+from fastmeta import (
+    L2I,
+    AlignedImputation,
+    ExampleWeights,
+    ImplicitImputation,
+    ImputeAndWeight,
+    LabelGradientAlignment,
+    MetaGradient,
+    Method,
+    Outputs,
+    Refined,
+)
 from fastmeta.derivatives import ExampleWeightGradient, LabelGradient
 from fastmeta.directions import HoldoutGradient, InverseHessian, LookAhead, NormalizedGap, UnitLength
 from fastmeta.graph import describe
@@ -31,8 +42,15 @@ METHODS: dict[str, Callable[[], Method]] = {
     "MetaGradient differences": lambda: MetaGradient(how="last_layer_difference", radius=1.0),
     "ExampleWeights": lambda: ExampleWeights(M, lr=0.1, **SOLVER),
     "ExampleWeights identity": lambda: ExampleWeights(M, lr=0.1, inverse_hessian="identity", read="before"),
+    "ExampleWeights shared": lambda: ExampleWeights(M, lr=0.1, shared=True, **SOLVER),
+    "ExampleWeights last of each": lambda: ExampleWeights(M, lr=0.1, duplicates="last", **SOLVER),
     "LabelGradientAlignment": lambda: LabelGradientAlignment(M, C, lr=0.1),
+    "LabelGradientAlignment before": lambda: LabelGradientAlignment(M, C, lr=0.1, include_current=False),
     "LabelGradientAlignment scheduled": lambda: LabelGradientAlignment(M, C, labeled_weight=lambda i: 1 + 0.5 * i),
+    "AlignedImputation": lambda: AlignedImputation(),
+    "ImplicitImputation V1": lambda: ImplicitImputation("V1", max_iter=9, label_step=9.0),
+    "ImplicitImputation V2": lambda: ImplicitImputation(max_iter=9),
+    "ImputeAndWeight": lambda: ImputeAndWeight(M, lr=0.1, loss="mse_probs"),
     "weights from the look-ahead": lambda: Method(
         LookAhead(HoldoutGradient(), rate=0.1, labeled_weight=0.5), ExampleWeightGradient("mse_probs"), WeightTable(M)
     ),

@@ -10,7 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastmeta
-from fastmeta import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient, Method, Outputs, Refined
+from fastmeta import (
+    L2I,
+    AlignedImputation,
+    ExampleWeights,
+    ImplicitImputation,
+    ImputeAndWeight,
+    LabelGradientAlignment,
+    MetaGradient,
+    Method,
+    Outputs,
+    Refined,
+)
 from fastmeta.derivatives import ExampleWeightGradient, LabelGradient
 from fastmeta.directions import HoldoutGradient, InverseHessian, LookAhead, NormalizedGap, UnitLength
 from fastmeta.updates import LabelLogitStep, LabelStep, LabelTable, PullBack, WeightTable
@@ -27,11 +38,18 @@ METHODS: dict[str, Callable[[], Method]] = {
     "MetaGradient official code": lambda: MetaGradient.from_preset("official_code", how="last_layer_difference"),
     "ExampleWeights": lambda: ExampleWeights(M),
     "ExampleWeights paper": lambda: ExampleWeights.from_preset("paper", M, interval=2),
+    "ExampleWeights shared": lambda: ExampleWeights(M, shared=True),
     "LabelGradientAlignment": lambda: LabelGradientAlignment(M, C),
+    "AlignedImputation": lambda: AlignedImputation(),
+    "ImplicitImputation V1": lambda: ImplicitImputation("V1"),
+    "ImplicitImputation V2": lambda: ImplicitImputation(),
+    "ImputeAndWeight": lambda: ImputeAndWeight(M),
 }
 all_methods = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 with_tables = pytest.mark.parametrize(
-    "make", [METHODS[name] for name in ("ExampleWeights", "LabelGradientAlignment")], ids=["weights", "labels"]
+    "make",
+    [METHODS[name] for name in ("ExampleWeights", "LabelGradientAlignment", "ImputeAndWeight")],
+    ids=["weights", "labels", "both"],
 )
 
 
@@ -190,7 +208,7 @@ def test_state_of_another_size_is_refused(make):
 def test_index_is_checked(model, make):
     batch = batch_of(model)
     del batch["index"]
-    with pytest.raises(ValueError, match=r"index is needed by (ExampleWeights|LabelGradientAlignment)"):
+    with pytest.raises(ValueError, match=r"index is needed by (ExampleWeights|LabelGradientAlignment|ImputeAndWeight)"):
         make().refine(**batch)
     with pytest.raises(IndexError, match=r"index must be places in the unlabeled set, in \[0, 20\), got 20"):
         make().refine(**batch, index=torch.arange(M - 6, M + 1))
