@@ -21,6 +21,7 @@ import fastmeta
 from bench.gpu import files
 from bench.gpu.clock import Clock, DeviceLost, clock_for, ensure_healthy
 from bench.gpu.operators import DEVICE_LOST
+from bench.step.task import Batch
 from bench.timing import Timed, interleave
 from fastmeta.methods import Method
 from fastmeta.models import WideResNet
@@ -65,15 +66,6 @@ METHODS: dict[str, tuple[Callable[[int, int], Method], bool]] = {
     "LabelGradientAlignment": (lambda m, c: fastmeta.LabelGradientAlignment(m, c), True),
 }
 PLAIN = "FixMatch"
-
-
-@dataclass(frozen=True)
-class Batch:
-    labeled: Tensor  # [B_l, 3, height, width]
-    targets: Tensor  # [B_l]
-    weak: Tensor  # [B_u, 3, height, width]
-    strong: Tensor  # [B_u, 3, height, width]
-    index: Tensor  # [B_u]
 
 
 def make_batch(task: Task, device: str) -> Batch:

@@ -5,27 +5,26 @@ label gradients of every step did. Dropout is off: the published form draws a ne
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from bench.step.task import Network, Step, random_batch
-from bench.step.variants import Make, Variant
+from bench.step.variants import Make, Variant, variants
 
 TOLERANCE = 1e-9  # relative, over all parameters together
 BATCH, PIXELS = 4, 12
 STEPS = 3
 
 
-def errors(network: Network, variants: list[Variant]) -> dict[str, float]:
+def errors(network: Network, chosen: Sequence[Variant]) -> dict[str, float]:
     """By name, each variant's relative error against the published form that it must agree with."""
-    makes = {variant.name: variant.make for variant in variants}
-    found: dict[str, Tensor] = {}
-    for name in {variant.same_as for variant in variants if variant.same_as}:
-        found[name] = gradients(network, makes[name])
+    wanted = {variant.same_as for variant in chosen}
+    published = {v.name: gradients(network, v.make) for v in variants() if v.name in wanted}
     return {
-        variant.name: relative_error(gradients(network, variant.make), found[variant.same_as])
-        for variant in variants
+        variant.name: relative_error(gradients(network, variant.make), published[variant.same_as])
+        for variant in chosen
         if variant.same_as
     }
 

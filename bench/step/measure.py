@@ -28,14 +28,14 @@ class Settings:
 
 def measure_network(network: Network, variants: Sequence[Variant], settings: Settings) -> Row:
     """All rows of one network; a variant that is wrong or cannot run has a reason and no figure."""
-    errors = gate.errors(network, list(variants))
+    errors = gate.errors(network, variants)
     batch = random_batch(settings.batch, network.pixels)
     forward = _forward_flops(network, batch)
     rows: list[Row] = []
     running: list[tuple[Row, Step]] = []
-    for name, make in PLAIN.items():
+    for name in [name for name in PLAIN if any(variant.plain == name for variant in variants)]:
         rows.append({"name": name, "schedule": "plain", "status": "measured"})
-        running.append((rows[-1], _started(rows[-1], make(network, batch), forward)))
+        running.append((rows[-1], _started(rows[-1], PLAIN[name](network, batch), forward)))
     for variant in variants:
         row = _row(variant, errors)
         rows.append(row)

@@ -30,13 +30,13 @@ NETWORKS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images: B labeled ones, and two views of B unlabeled ones."""
+    """One step's images: labeled ones, and two views of unlabeled ones."""
 
-    labeled: Tensor  # [B, 3, height, width]
-    targets: Tensor  # [B]
-    weak: Tensor  # [B, 3, height, width]
-    strong: Tensor  # [B, 3, height, width]
-    index: Tensor  # [B], places of the unlabeled images in their set
+    labeled: Tensor  # [B_l, 3, height, width]
+    targets: Tensor  # [B_l]
+    weak: Tensor  # [B_u, 3, height, width]
+    strong: Tensor  # [B_u, 3, height, width]
+    index: Tensor  # [B_u], places of the unlabeled images in their set
 
 
 def random_batch(size: int, pixels: int, dtype: torch.dtype = torch.float32) -> Batch:
