@@ -28,8 +28,9 @@ def lines(steps: list[Row]) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {}
     for row in steps:
         if row["status"] == "measured" and "ratio" in row:
-            fused = row["schedule"] == "fused" or row["method"] == "LabelGradientAlignment" != row["schedule"]
-            schedule = "fused" if fused and row["schedule"] != "alternating" else "alternating"
+            schedule = row["schedule"]
+            if schedule == "published":
+                schedule = "fused" if row["method"] == "LabelGradientAlignment" else "alternating"
             rows.setdefault(f"{row['method']}, {schedule}", []).append(row)
     return rows
 
@@ -43,7 +44,7 @@ def _panel(axes: Axes, network: Row, labels: list[str]) -> None:
         for row in rows:
             color = COLORS[row["how"]]
             if row["schedule"] == "published":
-                axes.scatter(row["ratio"], y, color="white", edgecolor=color, marker="D", s=52, linewidth=1.8, zorder=3)
+                axes.scatter(row["ratio"], y, color="none", edgecolor=color, marker="D", s=95, linewidth=1.6, zorder=5)
             else:
                 axes.scatter(row["ratio"], y, color=color, s=80, edgecolor="white", linewidth=1.1, zorder=4)
     axes.set_title(network["network"], loc="left", fontsize=11.5, fontweight="bold", color=INK, family="monospace")
@@ -87,7 +88,7 @@ def draw(results: Row, folder: Path) -> Path:
     caption = (
         f"float32, {environment['cpu']}, {environment['threads']} threads, {settings['batch']} labeled and "
         f"{settings['batch']} unlabeled images of 32 × 32 pixels.\nAlternating: the papers' order, the method's passes "
-        "its own. Fused: one forward and one backward serve base and method."
+        "its own. Fused: the method shares the base's passes."
     )
     figure.text(0.012, 0.08 / height, caption, fontsize=9, color=GRAY, va="bottom")
     figure.tight_layout(rect=(0, 0.5 / height, 1, 1 - 0.85 / height), w_pad=2.6)
