@@ -1,5 +1,6 @@
 """Directions, derivatives and methods on two processes, with parts of the batch of different sizes, against one."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -261,10 +262,42 @@ def training(rank: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     return results
 
 
+def distributed_training(rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Parameters after three steps with DistributedDataParallel on halves of the batches, and without on all."""
+    draw = Draw(torch.Generator().manual_seed(seed))
+    start, x = make_model(draw), draw.normal(3, 12, INPUTS)
+    y = draw.classes(18, CLASSES).view(3, 6)
+    results = {}
+    for how in ("last_layer", "jvp"):
+        found = []
+        for group in (torch.distributed.group.WORLD, None):
+            model = copy.deepcopy(start)
+            running = model if group is None else nn.parallel.DistributedDataParallel(model)
+            method = fastmeta.L2I(how=how, look_ahead=True, rate=0.3, process_group=group)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for inputs, targets in zip(x, y, strict=True):
+                mine = slice(None) if group is None else slice(rank, None, 2)
+                x_l, x_u, y_l = inputs[:6][mine], inputs[6:][mine], targets[mine]
+                with fastmeta.capture_features(running) as tape:
+                    both = tape.outputs(running(torch.cat([x_l, x_u])))
+                halves = zip(*(tensor.split(len(x_l)) for tensor in both[:2]), strict=True)
+                labeled, unlabeled = (both._replace(features=h, logits=f) for h, f in halves)
+                if how == "last_layer":
+                    refined = method.refine(holdout=labeled, unlabeled=unlabeled, targets=y_l)
+                else:
+                    refined = method.refine(model=running, holdout=x_l, unlabeled=x_u, targets=y_l)
+                optimizer.zero_grad()
+                (nn.functional.cross_entropy(labeled.logits, y_l) + refined.loss).backward()
+                optimizer.step()
+            found.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+        results[how] = (found[0], found[1])
+    return results
+
+
 @pytest.fixture(scope="module")
 def results(module_draw: Draw) -> list[dict[str, Any]]:
     seed = module_draw.integer(0, 2**31)
-    return two_processes.run({"layers": (layers, seed), "training": (training, seed)})
+    return two_processes.run({f.__name__: (f, seed) for f in (layers, training, distributed_training)})
 
 
 def same(got: Tensor, expected: Tensor) -> bool:
@@ -302,3 +335,10 @@ def test_methods(results: list[dict[str, Any]]) -> None:
             else:
                 assert same(one.double(), whole.double()), name
                 assert same(other.double(), whole.double()), name
+
+
+def test_distributed_data_parallel(results: list[dict[str, Any]]) -> None:
+    """V2 through the caller's own backward pass: the gradients are averaged, and the surrogate scaled for it."""
+    for result in results:
+        for how, (together, alone) in result["distributed_training"].items():
+            assert same(together, alone), how
