@@ -332,6 +332,15 @@ def test_iterations_and_residual_are_told(generator):
     assert rule.last_solution.residual <= 1e-6
 
 
+def test_vector_updates_of_the_kernels(generator):
+    """Triton's, interpreted here, take a model's parameters as one row."""
+    brute = make(generator, "mlp")
+    expected = InverseHessian(tol=1e-5)(problem_of(brute))
+    with fastmeta.use_impl("triton"):
+        got = InverseHessian(tol=1e-5)(problem_of(brute))
+    assert_close(vectors.flat(got), vectors.flat(expected))
+
+
 def test_what_is_told_is_no_state_of_a_method(generator):
     """fastmeta.graph refuses a step that replaces state."""
     rule = InverseHessian()
