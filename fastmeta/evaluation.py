@@ -102,7 +102,7 @@ class Evaluator:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
                 if self._recurrent:
                     stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-                    stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                    stack.enter_context(_without_mkldnn())
             yield
 
     @contextlib.contextmanager
@@ -161,3 +161,8 @@ def _settings() -> Iterator[None]:
     finally:
         torch.set_autocast_cache_enabled(cache)
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _without_mkldnn() -> contextlib.AbstractContextManager[None]:
+    is_now = torch.backends.mkldnn
+    return is_now.flags(False, deterministic=is_now.deterministic, allow_tf32=is_now.allow_tf32, fp32_precision=None)
