@@ -1,1 +1,1 @@
-"""One short program for each method: what somebody's own loop looks like with it. ``python -m fastmeta.examples.l2i``."""
+"""One short program for each method: a loop of one's own with it. ``python -m fastmeta.examples.l2i``."""
