@@ -8,6 +8,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 
 Mode = Literal["train", "eval"]
 Arguments = ParamSpec("Arguments")
@@ -58,12 +59,18 @@ class Evaluator:
     Args:
         module: the module. Its parts are looked up once; they must not be exchanged while this is in use.
         mode: ``train`` or ``eval`` for the evaluations; None: as the module stands.
+
+    Raises:
+        ValueError: the module changes its own parameters.
     """
 
     def __init__(self, module: nn.Module, mode: Mode | None) -> None:
         self._module = module
         self._mode = mode
         self._modules = list(module.modules())
+        for part in self._modules:
+            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
+                raise ValueError(f"model must not change its parameters as it runs, but {part} does: it has max_norm")
         names = {id(parameter): name for name, parameter in module.named_parameters()}  # one name of a tied parameter
         self._parameters: list[tuple[dict[str, Any], str, str]] = [
             (part._parameters, key, names[id(parameter)])
@@ -151,14 +158,17 @@ class Evaluator:
 
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
-    """No kernels of transformer layers that have no derivative of any kind, and nothing in the cache of autocast."""
+    """No kernels of transformer layers that have no derivative of any kind, and no caches."""
     fast_path, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+    parametrized = parametrize._cache_enabled
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         # It would hold casts of parameters that are given up or moved until the caller leaves autocast.
         torch.set_autocast_cache_enabled(False)
+        parametrize._cache_enabled = 0  # a caller may be in parametrize.cached(), with weights of other parameters
         yield
     finally:
+        parametrize._cache_enabled = parametrized
         torch.set_autocast_cache_enabled(cache)
         torch.backends.mha.set_fastpath_enabled(fast_path)
 

@@ -46,7 +46,7 @@ class ModelFunction:
 
     Raises:
         TypeError: not a module, or one of TorchScript.
-        ValueError: no parameter requires grad, or one is not initialized yet.
+        ValueError: no parameter requires grad, one is not initialized yet, or the model changes one as it runs.
     """
 
     def __init__(self, model: nn.Module, *, mode: Mode | None = None) -> None:

@@ -352,6 +352,7 @@ def test_bad_targets(how, targets, error, generator):
     [
         (torch.sin, TypeError, "model must be a torch.nn.Module"),
         (nn.Sequential(nn.LazyLinear(3)), ValueError, "0.weight is lazy; run the model once"),
+        (nn.Embedding(4, 3, max_norm=1.0), ValueError, "must not change its parameters .* max_norm"),
         (nn.ReLU(), ValueError, "must have parameters that require grad"),
         (nn.Linear(4, 3).requires_grad_(False), ValueError, "must have parameters that require grad"),
     ],

@@ -14,7 +14,7 @@ from test_model_function import EXACT, WAYS, assert_same_state, direction_of, ev
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 from whole_model_nets import conv_net, mlp, normal, text_net, tied_net
 
@@ -219,6 +219,19 @@ def test_parametrizations(parametrized, train, generator):
     name = parametrized.__name__
     smooth = name != "orthogonal" and not (train and name == "spectral_norm")
     check_ways(model, normal(generator, 5, 4), direction_of(model, generator), WAYS if smooth else EXACT)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_cached_parametrization(how, generator):
+    """The caller's cache holds weights of the model's own parameters."""
+    model = parametrizations.weight_norm(double(nn.Linear(4, 3), generator))
+    x, v = normal(generator, 5, 4), direction_of(model, generator)
+    expected = fastmeta.label_gradient(model, x, v, how=how)
+    with parametrize.cached():
+        logits, kept = model(x), model.weight
+        torch.testing.assert_close(fastmeta.label_gradient(model, x, v, how=how), expected)
+        assert model.weight is kept
+        torch.testing.assert_close(model(x), logits)
 
 
 def test_parametrized_last_layer(generator):
