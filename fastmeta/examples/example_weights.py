@@ -62,7 +62,7 @@ def main(steps: int = 200) -> float:
     generator = torch.Generator().manual_seed(0)
     wrong = torch.rand(len(truth), generator=generator) < WRONG
     imputed = torch.where(wrong, (truth + 1) % 10, truth)
-    meta = ExampleWeights(len(truth), lr=0.1)
+    meta = ExampleWeights(len(truth), lr=0.1, damping=1.0)
     before, after = train(None, imputed, steps), train(meta, imputed, steps)
     means = [float(meta.weights[part].mean()) for part in (wrong, ~wrong)]
     print(f"mean weight: of wrong labels {means[0]:.2f}, of right ones {means[1]:.2f}")
