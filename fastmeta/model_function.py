@@ -270,7 +270,13 @@ class ModelFunction:
             cotangents = []
             for term, here in zip(terms, logits, strict=True):
                 assert term.curvature is not None, "of a Gauss-Newton product"
-                _, tangent = self.jvp(term.inputs, direction, parameters)
+                try:
+                    _, tangent = self.jvp(term.inputs, direction, parameters)
+                except NotImplementedError as error:
+                    raise NotImplementedError(
+                        "curvature='gauss_newton' needs forward mode in every part of the model, use "
+                        f"curvature='hessian'; {str(error.__cause__).splitlines()[0]}"
+                    ) from error
                 cotangents.append(term.curvature(here.detach(), tangent).to(here.dtype))
             return self.differentiated(logits, theta, leaves, cotangents, retain_graph=True)
 

@@ -8,7 +8,7 @@ import torch
 from brute_force import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from whole_model_brute_force import (
     INNER_LOSSES,
     Bilevel,
@@ -205,13 +205,16 @@ def test_neumann_series_term_by_term(generator, level, curvature):
     layers = {"last layer": ("fc",), "whole model": None, "layers": ("2", "fc")}[level]
     names = names_of(brute, layers)
     matrix = dense_gauss_newton(brute, names) if curvature == "gauss_newton" else dense_hessian(brute, names)
-    damped = matrix + 0.5 * identity_like(matrix)
-    options = {"damping": 0.5, "solver": "neumann", "loss": "mse_probs", "curvature": curvature, "step": 0.3}
+    lowest, *_, highest = torch.linalg.eigvalsh(matrix).tolist()
+    damping = 0.5 - min(lowest, 0.0)
+    step = 1.5 / (highest + damping)
+    damped = matrix + damping * identity_like(matrix)
+    options = {"damping": damping, "solver": "neumann", "loss": "mse_probs", "curvature": curvature, "step": step}
     power = rhs_of(brute, names)
-    total = 0.3 * power
+    total = step * power
     for count in range(1, 6):
-        power = power - 0.3 * damped @ power
-        total = total + 0.3 * power
+        power = power - step * damped @ power
+        total = total + step * power
         rule = InverseHessian(**options, max_iter=count, layers=None if level == "last layer" else layers)
         got = rule(last_layer_of(brute) if level == "last layer" else problem_of(brute))
         assert_close(vectors.flat(got), total)
@@ -383,6 +386,39 @@ def test_parameters_of_several_dtypes(generator):
     got = InverseHessian(damping=0.5, tol=1e-5)(problem_of(brute))
     assert all(value.dtype == torch.float32 for value in got.values())
     assert_close(vectors.flat(got).double(), vectors.flat(expected), 1e-3)
+
+
+class Reverse(torch.autograd.Function):
+    """An activation with derivatives of every order but no forward mode."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * x.cos()
+
+
+class Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Reverse.apply(x)
+
+
+def test_a_model_without_forward_mode(generator):
+    brute = make(generator, "mlp")
+    brute.model[1] = Sine()
+    with pytest.raises(NotImplementedError, match=r"needs forward mode .* use curvature=.hessian.; You must"):
+        InverseHessian()(problem_of(brute))
+    names, matrix = names_of(brute, None), dense_hessian(brute)
+    damping = 1.0 - min(float(torch.linalg.eigvalsh(matrix)[0]), 0.0)
+    got = InverseHessian(damping=damping, curvature="hessian", **EXACT)(problem_of(brute))
+    assert_close(vectors.flat(got), dense_solution(brute, matrix, damping, names))
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

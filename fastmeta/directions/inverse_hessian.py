@@ -63,10 +63,20 @@ class InverseHessian:
 
     Raises:
         ValueError: an option is not one of those named or not for this level, or a number is out of its range.
+        NotImplementedError: when called, a part of the model has no forward mode, which ``gauss_newton`` needs.
         torch.linalg.LinAlgError: when called, negative curvature or a series that diverges; the message says the cure.
 
     Warns:
         NotConvergedWarning: the residual of ``cg`` stayed above ``tol``.
+
+    Half a step of Newton, as H is that of two losses and v that of one:
+
+    >>> from fastmeta.problem import Rows
+    >>> rows = Rows(torch.ones(1, 1), torch.zeros(1, 1))
+    >>> problem = Problem(rows, torch.ones(1, 1), rows, torch.ones(1, 1), has_bias=False)
+    >>> rule = InverseHessian(HoldoutGradient("mse"), loss="mse", damping=0.0, solver="cholesky")
+    >>> rule(problem).weight.item(), rule.last_solution.iterations
+    (-0.5, 1)
     """
 
     of: DirectionRule = HoldoutGradient()

@@ -36,6 +36,16 @@ class LookAhead:
 
     Raises:
         ValueError: a number is out of its range.
+
+    Regression to 1 by steps of half the way, judged by the distance to 0:
+
+    >>> import torch
+    >>> from fastmeta.problem import Problem, Rows
+    >>> rows = Rows(torch.ones(1, 1), torch.zeros(1, 1))
+    >>> problem = Problem(rows, torch.ones(1, 1), rows, torch.zeros(1, 1), has_bias=False)
+    >>> rule = LookAhead(HoldoutGradient("mse"), rate=0.25, loss="mse", steps=2)
+    >>> [v.weight.item() for _, v in rule(problem).steps]
+    [0.75, 1.5]
     """
 
     of: DirectionRule = HoldoutGradient()
