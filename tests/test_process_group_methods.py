@@ -294,10 +294,21 @@ def distributed_training(rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor
     return results
 
 
+def alone(rank: int, seed: int) -> list[Tensor]:
+    """Meta-Gradient with the labeled gradient of each process: in the group, of its examples alone, and of all."""
+    draw = Draw(torch.Generator().manual_seed(seed))
+    model, batch = make_model(draw), make_batch(draw)
+    group = torch.distributed.group.WORLD
+    published = fastmeta.MetaGradient.from_preset("official_code", process_group=group)
+    joined = fastmeta.MetaGradient.from_preset("official_code", synchronize=True, process_group=group)
+    single = fastmeta.MetaGradient.from_preset("official_code")
+    return [refine(method, model, batch.of(rank)).labels for method in (published, single, joined)]
+
+
 @pytest.fixture(scope="module")
 def results(module_draw: Draw) -> list[dict[str, Any]]:
     seed = module_draw.integer(0, 2**31)
-    return two_processes.run({f.__name__: (f, seed) for f in (layers, training, distributed_training)})
+    return two_processes.run({f.__name__: (f, seed) for f in (layers, training, distributed_training, alone)})
 
 
 def same(got: Tensor, expected: Tensor) -> bool:
@@ -317,6 +328,12 @@ def test_directions_and_derivatives(results: list[dict[str, Any]]) -> None:
             else:
                 assert same(one, alone), name
                 assert same(other, alone), name
+
+
+def test_the_published_code_of_meta_gradient_does_not_join_its_gradients(results: list[dict[str, Any]]) -> None:
+    for published, single, joined in (result["alone"] for result in results):
+        assert same(published, single)
+        assert not same(joined, single)
 
 
 def test_methods(results: list[dict[str, Any]]) -> None:
