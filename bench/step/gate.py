@@ -14,7 +14,7 @@ from bench.step.task import Network, Step, random_batch
 from bench.step.variants import Make, Variant, variants
 
 TOLERANCE = 1e-9  # relative, over all parameters together
-BATCH, PIXELS = 4, 12
+BATCH, PIXELS = 4, 16
 STEPS = 3
 
 

@@ -12,6 +12,21 @@ SCHEMA_VERSION = 1
 Row = dict[str, Any]
 
 
+NOTES = (
+    "The plain steps: Mean Teacher is a labeled and an unlabeled student pass and its teacher's; FixMatch one forward "
+    "and backward of three batches, with separate passes its cheapest form; pseudo-labels an evaluation pass and a step "
+    "on both batches; table labels a step on both batches.",
+    "The hold-out examples are the labeled batch. FixMatch has as many unlabeled as labeled images.",
+    "L2I, two views: labels are imputed from a view of their own and the hold-out gradient is looked ahead for, as in "
+    "the published code. Otherwise from the images that learn from them, where C^U alone makes looking ahead change "
+    "nothing.",
+    "Fused L2I takes the hold-out gradient before the base's update, not after it; fused Meta-Gradient in training "
+    "mode, not in evaluation mode; fused example weights are those of the labeled batch in every step.",
+    "ExampleWeights, between updates: a step that only reads the weights; identity: no inverse Hessian, whole model.",
+    "LabelGradientAlignment has no published code: its published form is Algorithm 1 in plain PyTorch.",
+)
+
+
 def write(results: Row, folder: Path) -> list[str]:
     """Write step.json and step.md; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +133,7 @@ def markdown(results: Row) -> str:
         "its own; `fused`: fastmeta sharing the base's passes, an approximation of it.",
         "",
     ]
+    lines += [*(f"- {note}" for note in NOTES), ""]
     for network in results["networks"]:
         lines += [
             f"## {network['network']}",
