@@ -271,7 +271,7 @@ def problems(draw: Draw) -> Iterator[Case]:
         for solver in ITERATIVE:
             options = {"loss": loss, "damping": 0.0, "solver": solver, **FEW}
             for on_gpu in (False, True):
-                flags = {"bias": True, "weighted": False, "on_gpu": on_gpu}
+                flags = {"bias": True, "weighted": True, "on_gpu": on_gpu}
                 yield {"problem": problem, "options": options, "first": 3, **flags}
     # No rows anywhere.
     options = {"damping": 0.3, "solver": "pcg"}

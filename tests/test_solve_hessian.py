@@ -138,6 +138,21 @@ def test_no_damping_leaves_what_cannot_be_solved_in_the_residual(draw: Draw, los
         solve_hessian(h[:, :1].expand(4, 9), f, rhs, loss=loss, damping=0.0, solver="cholesky")
 
 
+@pytest.mark.parametrize("solver", ITERATIVE)
+@pytest.mark.parametrize("size", [(4, 9, 3), (12, 9, 3)])
+def test_without_damping_a_row_of_weight_zero_is_none(draw: Draw, size: tuple[int, int, int], solver: str) -> None:
+    h, f, rhs, bias, w = make(draw, *size)
+    h[:, 1] = h[:, 0]  # and more rows than dimensions that they span
+    w[2] = 0
+    options = {"loss": "mse", "damping": 0.0, "solver": solver, "tol": 1e-10, "max_iter": 200}
+    others = w > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConvergedWarning)
+        solution = solve_hessian(h, f, rhs, bias, w, **options)
+        expected = solve_hessian(h[others], f[others], rhs, bias, w[others], **options)
+    torch.testing.assert_close(flat(solution), flat(expected), rtol=1e-6, atol=1e-6)
+
+
 def test_the_kronecker_factors_are_exact_for_squared_error(draw: Draw) -> None:
     problem = make(draw, 40, 6, 5)
     assert solve(problem, True, True, loss="mse", damping=0.1, solver="pcg", tol=1e-10).iterations == 1

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastmeta import _conjugate_gradient_scalars as scalars
-from fastmeta.ops._solvers import coordinates
 from fastmeta.ops._solvers.device_conjugate_gradient import Outcome, conjugate_gradient, status_of
 from fastmeta.ops._solvers.driver import MARGIN, Answer, Krylov, Solve, reachable
 from fastmeta.ops._solvers.updates import updates_for
@@ -97,11 +96,7 @@ class DeviceSolve(Solve):
                     "of an earlier solve (of at least as many examples as features), or use solver='cg'"
                 )
             return DeviceKrylov(self.system, *self._factors())
-        features = self.system.features
-        singular = self.system.damping == 0 and self.size.n < self.size.k
-        return DeviceKrylov(
-            self.system, coordinates.span(features, self.system.joined) if singular else coordinates.identity(features)
-        )
+        return DeviceKrylov(self.system, self._plain(in_span=False))
 
     def _kept(self) -> Tensor | None:
         """The eigenbasis of an earlier solve, if it and the output factor fit this one."""

@@ -150,11 +150,19 @@ class Solve:
             return Krylov(self.system, inside, output)
         if automatic:
             return Krylov(self.system, coordinates.identity(self.system.features), rival=self._price_of_pcg())
-        pays = cost.cg_in_span_pays(self.size) or (self.system.damping == 0 and self.size.n < self.size.k)
-        features = self.system.features
-        return Krylov(
-            self.system, coordinates.span(features, self.system.joined) if pays else coordinates.identity(features)
-        )
+        return Krylov(self.system, self._plain(in_span=cost.cg_in_span_pays(self.size)))
+
+    def _plain(self, *, in_span: bool) -> coordinates.Coordinates:
+        """Coordinates of plain CG.
+
+        Without damping those of the eigenbasis: what no row reaches is a coordinate there, for ``reachable`` to leave
+        out. Inside, rounding would grow along it without bound.
+        """
+        singular, joined = self.system.damping == 0, self.system.joined
+        inside = coordinates.identity(self.system.features)
+        if self.size.n < self.size.k and (in_span or singular):
+            inside = coordinates.span(self.system.features, joined)
+        return coordinates.eigenbasis(inside, joined) if singular else inside
 
     def _factors(self) -> tuple[coordinates.Coordinates, OutputFactor]:
         """Eigenbases of the second moment of the rows and of the mean output curvature, kept or new."""
