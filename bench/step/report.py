@@ -14,8 +14,8 @@ Row = dict[str, Any]
 
 NOTES = (
     "The plain steps: Mean Teacher is a labeled and an unlabeled student pass and its teacher's; FixMatch one forward "
-    "and backward of three batches, with separate passes its cheapest form; pseudo-labels an evaluation pass and a step "
-    "on both batches; table labels a step on both batches.",
+    "and backward of three batches, with separate passes its cheapest form; pseudo-labels an evaluation pass and a "
+    "step on both batches; table labels a step on both batches.",
     "The hold-out examples are the labeled batch. FixMatch has as many unlabeled as labeled images.",
     "L2I, two views: labels are imputed from a view of their own and the hold-out gradient is looked ahead for, as in "
     "the published code. Otherwise from the images that learn from them, where C^U alone makes looking ahead change "
