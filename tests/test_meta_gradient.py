@@ -145,7 +145,7 @@ def test_the_rate_follows_a_schedule(draw):
     [
         ({"how": "exact"}, ValueError, "how must be one of last_layer, last_layer_difference, jvp"),
         ({"statistics": "eval"}, ValueError, "statistics must be one of batch, running, got 'eval'"),
-        ({"radius": -1.0}, ValueError, "radius must be >= 0"),
+        ({"radius": 0.0}, ValueError, "radius must be > 0"),
         ({"rate": "0.1"}, TypeError, "rate must be a number"),
         ({"process_group": 2}, TypeError, "process_group must be"),
     ],

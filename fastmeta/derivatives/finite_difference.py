@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastmeta import checks, ops, vectors
-from fastmeta.derivatives.derivative import Derivative, step_scale, weighted
+from fastmeta import ops, vectors
+from fastmeta.derivatives.derivative import Derivative, check_how, step_scale, weighted
 from fastmeta.model_problem import full_precision
 from fastmeta.ops.perturbed import perturbed
 from fastmeta.problem import AnyDirection, AnyProblem, Problem, Reduction
@@ -36,7 +36,7 @@ class FiniteDifference(Derivative):
     def __post_init__(self) -> None:
         if self.how not in ("last_layer", "finite_difference", "forward_difference"):
             raise ValueError(f"how must be one of last_layer, finite_difference, forward_difference, got {self.how!r}")
-        checks.number(self.radius, "radius", low=0.0)
+        check_how(self.how, self.radius)
 
     def at(self, problem: AnyProblem, direction: AnyDirection) -> Tensor:
         """``[N, C]``."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastmeta import checks, ops
 from fastmeta.derivatives import FiniteDifference, LabelGradient
+from fastmeta.derivatives.derivative import check_how
 from fastmeta.directions import HoldoutGradient
 from fastmeta.methods.arguments import choice
 from fastmeta.methods.base import Batch, Method
@@ -66,7 +67,7 @@ class MetaGradient(Method):
     ) -> None:
         choice(how, "how", *get_args(How))
         choice(statistics, "statistics", "batch", "running")
-        checks.number(radius, "radius", low=0.0)
+        check_how("finite_difference", radius)
         check_group(process_group)
         alpha = 1.0 if rate is None else checks.number(rate, "rate", low=0.0)
         reduction: Literal["mean", "sum"] = "sum" if rate is None else "mean"
