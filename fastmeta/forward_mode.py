@@ -3,7 +3,7 @@
 A dual tensor carries its tangent along. Three things are made good while a model runs on them:
 
 * inside ``torch.no_grad`` forward mode goes on, so that what a model means as a constant is none; here it is one;
-* an operator of no library of PyTorch's (``torch.library.custom_op``, C++) drops the tangent without a word; here it
+* an operator that is not PyTorch's own (``torch.library.custom_op``, C++) drops the tangent without a word; here it
   raises;
 * some functions have no forward-mode derivative, or a slow one; they are in ``RULES``.
 """

@@ -33,10 +33,9 @@ class Term(NamedTuple):
 
 
 class ModelFunction:
-    """``theta -> logits`` of a module, as it would run next: with its mode, its buffers and the random state as they
-    are when this is made.
+    """``theta -> logits`` of a module as it would run next.
 
-    In place of the module that a DistributedDataParallel, DataParallel or compiled one wraps it takes the one inside,
+    That is in its mode, from its buffers as they are and from the random state at the moment this is made. In place of the module that a DistributedDataParallel, DataParallel or compiled one wraps it takes the one inside,
     and a compiled part of it runs uncompiled. What no evaluation can put back is a model's own: forward hooks run in
     each, tensors that are neither parameters nor buffers and other libraries' random states are as it leaves them.
 

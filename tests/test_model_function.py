@@ -133,13 +133,25 @@ def test_same_dropout_mask_in_every_evaluation(how, generator):
 
 
 def test_one_function_draws_one_mask(generator):
+    """That of the moment it was made at, whatever is drawn in between."""
     model, make_inputs = conv_net(generator, dropout=0.5)
-    x, function = make_inputs(4), ModelFunction(model)
-    torch.rand(3)
-    logits = [function.logits(x), function.jvp(x, direction_of(model, generator))[0]]
-    logits += [function.gradient(x, torch.sum)[1], function.outputs(x).logits, function.logits(x, on_graph=True)]
-    for other in logits[1:]:
-        torch.testing.assert_close(other, logits[0])
+    x, v = make_inputs(4), direction_of(model, generator)
+    torch.manual_seed(2)
+    function = ModelFunction(model)
+    logits = []
+    for evaluation in (
+        lambda: function.logits(x),
+        lambda: function.jvp(x, v)[0],
+        lambda: function.gradient(x, torch.sum)[1],
+        lambda: function.outputs(x).logits,
+        lambda: function.logits(x, on_graph=True),
+    ):
+        torch.rand(3)
+        logits.append(evaluation())
+    torch.manual_seed(2)
+    expected = model(x)
+    for got in logits:
+        torch.testing.assert_close(got, expected)
 
 
 def test_random_state_of_the_gpus(monkeypatch):
