@@ -6,7 +6,8 @@ the local means would give the examples of a small batch more weight. Every proc
 same order with the same shapes, and receives the same numbers.
 
 Without a group (None) these functions do nothing at all. Batch statistics are no sum of this kind: a BatchNorm in
-train mode takes those of its own process, unless the model uses ``torch.nn.SyncBatchNorm``.
+train mode takes those of its own process, unless it is a ``torch.nn.SyncBatchNorm``, which has neither a forward mode
+nor a second derivative: of the derivatives, differences alone go through it.
 """
 
 from collections.abc import Sequence
