@@ -35,9 +35,10 @@ class Term(NamedTuple):
 class ModelFunction:
     """``theta -> logits`` of a module as it would run next.
 
-    That is in its mode, from its buffers as they are and from the random state at the moment this is made. In place of the module that a DistributedDataParallel, DataParallel or compiled one wraps it takes the one inside,
-    and a compiled part of it runs uncompiled. What no evaluation can put back is a model's own: forward hooks run in
-    each, tensors that are neither parameters nor buffers and other libraries' random states are as it leaves them.
+    That is in its mode, from its buffers as they are and from the random state at the moment this is made. In place of
+    the module that a DistributedDataParallel, DataParallel or compiled one wraps it takes the one inside, and a part
+    that is compiled runs uncompiled. What no evaluation can put back is a model's own: forward hooks run in each,
+    tensors that are neither parameters nor buffers and other libraries' random states are as it leaves them.
 
     Args:
         model: the module; it gives logits ``[N, C]``, or an object or dict with ``logits``.
@@ -139,12 +140,12 @@ class ModelFunction:
         """
         theta = self._own if on_graph else self.parameters if parameters is None else parameters
         with torch.enable_grad() if on_graph else contextlib.nullcontext():
-            return self._call(theta, inputs, derivative=twice)
+            return self._call(theta, inputs, derivative=twice, on_graph=on_graph)
 
     def outputs(self, inputs: Inputs, *, on_graph: bool = False) -> Outputs:
         """Features and logits of the last linear layer at the model's own parameters."""
         with torch.set_grad_enabled(on_graph), capture_features(self.module) as tape:
-            logits = self._call(self._own, inputs)
+            logits = self._call(self._own, inputs, on_graph=on_graph)
         return tape.outputs(logits)
 
     def gradient(
@@ -215,7 +216,7 @@ class ModelFunction:
         with torch.enable_grad(), forward_ad.dual_level():
             moving = {name: forward_ad.make_dual(theta[name], v) for name, v in direction.items()}
             try:
-                dual = self._call({**theta, **moving}, inputs, derivative=True, inside=ForwardMode())
+                dual = self._call({**theta, **moving}, inputs, derivative=True, on_graph=on_graph, inside=ForwardMode())
             except NotImplementedError as error:
                 raise NotImplementedError(
                     "how='jvp' needs forward mode in every part of the model, use how='double_backward' or "
@@ -293,15 +294,23 @@ class ModelFunction:
         inputs: Inputs,
         *,
         derivative: bool = False,
+        on_graph: bool = False,
         inside: contextlib.AbstractContextManager[Any] | None = None,
     ) -> Tensor:
-        """Logits ``[N, C]`` at the parameters."""
+        """Logits ``[N, C]`` at the parameters; ``on_graph``: also on that of the inputs."""
+
+        def prepared(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            value = value if on_graph else value.detach()
+            return value.clone() if value.is_inference() else value  # autograd cannot save one of inference mode
+
         positional: tuple[Any, ...] = ()
         keywords: dict[str, Any] = {}
         if isinstance(inputs, Mapping):
-            keywords = {name: _normal(value) for name, value in inputs.items()}
+            keywords = {name: prepared(value) for name, value in inputs.items()}
         else:
-            positional = tuple(map(_normal, inputs if isinstance(inputs, tuple) else (inputs,)))
+            positional = tuple(map(prepared, inputs if isinstance(inputs, tuple) else (inputs,)))
         with self._evaluator.evaluation(parameters, derivative=derivative), inside or contextlib.nullcontext():
             return _logits_of(self.module(*positional, **keywords))
 
@@ -323,11 +332,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-def _normal(value: Any) -> Any:
-    """A tensor that autograd can save: one of inference mode is copied."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _logits_of(output: Any) -> Tensor:

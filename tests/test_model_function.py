@@ -195,6 +195,16 @@ def test_inputs_and_direction_on_a_graph(how, generator):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("how", WAYS)
+def test_keeps_activations_for_double_backward_alone(how, generator):
+    """So that the others need the memory of a forward pass, also where inputs require grad."""
+    model, make_inputs = conv_net(generator)
+    x, v, saved = make_inputs(4).requires_grad_(), direction_of(model, generator), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(1) or tensor, lambda tensor: tensor):
+        fastmeta.label_gradient(model, x, v, how=how)
+    assert bool(saved) == (how == "double_backward")
+
+
 class Wrapped(nn.Module):
     def __init__(self, model, make):
         super().__init__()
