@@ -256,6 +256,7 @@ def count_passes(model: nn.Module, refine) -> int:
         ({"labeled_weight": 1.0}, 4),  # labeled for theta*
         ({"look_ahead": False, "how": "forward_difference"}, 3),  # hold-out; unlabeled at theta and at one probe
         ({"how": "forward_difference"}, 4),
+        ({"how": "finite_difference"}, 4),  # unlabeled for theta*, hold-out at theta*, two probes
     ],
 )
 def test_no_pass_is_run_twice(draw, variant, options, passes):
