@@ -1,4 +1,4 @@
-"""Run by test_model_function_traps.py in processes of their own."""
+"""Run by test_model_function_surroundings.py in processes of their own."""
 
 import copy
 import sys
