@@ -49,7 +49,7 @@ def _batch_norm(
 ) -> Tensor:
     """Its Jacobian by the input is symmetric, so that its backward gives the tangent, and in one pass.
 
-    PyTorch's own formula is a dozen operators, all of them on the graph where there is one: half of a network's memory.
+    PyTorch's own formula is a dozen operators, all of them on the graph where there is one.
     """
     if training and input.numel() == input.shape[1]:
         return functional.batch_norm(input, None, None, training=True)  # raises: no statistics of one value
