@@ -224,7 +224,7 @@ def runs(task: Task) -> Iterator[list[str]]:
     known = {"weak": task.weak, "strong": task.strong, "holdout": task.holdout, "labeled": task.labeled}
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        made.append(next(name for name, value in known.items() if value is arguments[0]))
+        made.append(next(name for name, value in known.items() if value.data_ptr() == arguments[0].data_ptr()))
 
     handle = task.model.register_forward_pre_hook(hook)
     yield made

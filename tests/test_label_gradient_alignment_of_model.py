@@ -7,7 +7,7 @@ import torch
 from brute_force import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from whole_model_brute_force import brute_force_alignment_gradient, forward, loss_gradient, reduced_loss
 from whole_model_nets import NETS, NetCase, net_cases
@@ -182,9 +182,11 @@ def test_what_a_step_runs(generator):
     """One pass for each gradient, one for the derivative; none for a labeled gradient that the loop has."""
     case = make_case("mlp", generator)
     made: list[str] = []
-    case.model.register_forward_pre_hook(
-        lambda module, inputs: made.append("holdout" if inputs[0] is case.holdout else "unlabeled")
-    )
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        made.append("holdout" if inputs[0].data_ptr() == case.holdout.data_ptr() else "unlabeled")
+
+    case.model.register_forward_pre_hook(hook)
     targets, index = targets_of(case), torch.arange(5)
     first, second = make_method(case, how="jvp"), make_method(case, how="jvp")
     given = loss_gradient(case.model, case.holdout, targets)

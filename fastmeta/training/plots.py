@@ -10,13 +10,21 @@ from fastmeta.data import load_digits
 from fastmeta.training.files import read_json, read_jsonl
 from fastmeta.training.statistics import t_interval
 
-# Color-blind safe (Okabe and Ito); the base is black.
-_COLORS = {
-    "none": "#000000",
-    "l2i": "#0072B2",
-    "meta-gradient": "#E69F00",
-    "example-weights": "#009E73",
-    "label-gradient-alignment": "#CC79A7",
+# Color-blind safe (Okabe and Ito); the base is black, a variant has its method's color and a line of its own.
+_STYLES = {
+    "none": ("#000000", "-"),
+    "l2i": ("#0072B2", "-"),
+    "meta-gradient": ("#E69F00", "-"),
+    "example-weights": ("#009E73", "-"),
+    "label-gradient-alignment": ("#CC79A7", "-"),
+    "aligned-imputation": ("#D55E00", "-"),
+    "implicit-imputation": ("#56B4E9", "-"),
+    "impute-and-weight": ("#8C8C00", "-"),
+    "l2i-alternating": ("#0072B2", "--"),
+    "l2i-jvp": ("#0072B2", ":"),
+    "l2i-jvp-alternating": ("#0072B2", "-."),
+    "meta-gradient-jvp": ("#E69F00", ":"),
+    "meta-gradient-finite-difference": ("#E69F00", "-."),
 }
 Details = dict[tuple[str, str, int], dict[str, Any]]  # by base, method, seed
 _RIGHT, _WRONG = "#009E73", "#D55E00"
@@ -78,7 +86,7 @@ def _errors(folder: Path, rows: list[dict[str, Any]]) -> Path | None:
     )
     for base, axes in zip(bases, panels[0], strict=True):
         _style(axes)
-        for method, color in _COLORS.items():
+        for method, (color, line) in _STYLES.items():
             by_step: dict[int, list[float]] = {}
             for row in rows:
                 if (row["base"], row["method"]) == (base, method):
@@ -88,7 +96,7 @@ def _errors(folder: Path, rows: list[dict[str, Any]]) -> Path | None:
             steps = sorted(by_step)
             means = [sum(by_step[step]) / len(by_step[step]) for step in steps]
             label = "base alone" if method == "none" else f"+ {method}"
-            axes.plot(steps, means, color=color, linewidth=2, label=label)
+            axes.plot(steps, means, color=color, linestyle=line, linewidth=2, label=label)
             axes.fill_between(
                 steps,
                 [min(by_step[step]) for step in steps],
@@ -132,10 +140,12 @@ def _differences(folder: Path, results: dict[str, Any]) -> Path | None:
         seeds = sorted(seed for b, m, seed in runs if (b, m) == (base, method) and (base, "none", seed) in runs)
         values = [100 * (runs[base, method, seed] - runs[base, "none", seed]) for seed in seeds]
         interval = t_interval(values)
+        color, line = _STYLES[method]
         if interval.low is not None and interval.high is not None:
-            axes.plot([interval.low, interval.high], [place, place], color=_COLORS[method], linewidth=2, alpha=0.5)
-        axes.plot(values, [place] * len(values), "o", color=_COLORS[method], markersize=5, alpha=0.7)
-        axes.plot(interval.mean, place, "|", color=_COLORS[method], markersize=18, markeredgewidth=3)
+            ends = [interval.low, interval.high]
+            axes.plot(ends, [place, place], color=color, linestyle=line, linewidth=2, alpha=0.5)
+        axes.plot(values, [place] * len(values), "o", color=color, markersize=5, alpha=0.7)
+        axes.plot(interval.mean, place, "|", color=color, markersize=18, markeredgewidth=3)
     # An interval of two or three seeds can be far wider than anything measured; the table has its ends.
     reach = max(
         abs(100 * (runs[base, method, seed] - runs[base, "none", seed]))
