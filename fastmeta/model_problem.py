@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastmeta import checks, losses
 from fastmeta.model_function import Inputs, ModelFunction, Term, Vector
-from fastmeta.problem import AnyDirection, Curvature, InnerLoss, Part, Reduction, one_over, product_of
+from fastmeta.problem import AnyDirection, Curvature, InnerLoss, Part, Problem, Reduction, one_over, product_of
 from fastmeta.process_group import Group, sum_over
 
 
@@ -231,6 +232,18 @@ class ModelProblem:
         if self.process_group is None:
             return gradient
         return dict(zip(gradient, sum_over(list(gradient.values()), self.process_group), strict=True))
+
+
+AnyProblem: TypeAlias = Problem | ModelProblem
+
+
+class Trajectory(NamedTuple):
+    """The K inner steps that one outer gradient goes back through: where each was taken, and its direction.
+
+    The derivative of the outer loss is the sum of the derivatives of the steps.
+    """
+
+    steps: tuple[tuple[AnyProblem, AnyDirection], ...]
 
 
 def of_model(direction: AnyDirection) -> Vector:

@@ -13,7 +13,7 @@ group the means are those of the joined batch.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, Union
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from torch.nn import functional
 
 from fastmeta import losses, ops
 from fastmeta.process_group import Group, joined_count, sum_over
-
-if TYPE_CHECKING:
-    from fastmeta.model_problem import ModelProblem
 
 Reduction = Literal["mean", "sum"]
 Curvature = Literal["hessian", "gauss_newton"]
@@ -78,7 +75,6 @@ class InnerLoss(NamedTuple):
 
 Dense: TypeAlias = Direction | dict[str, Tensor]
 AnyDirection: TypeAlias = Dense | Factors
-AnyProblem: TypeAlias = Union["Problem", "ModelProblem"]
 
 
 def of_last_layer(direction: AnyDirection) -> Direction:
@@ -90,15 +86,6 @@ def of_last_layer(direction: AnyDirection) -> Direction:
     if isinstance(direction, dict):
         raise TypeError("direction must be a last layer's Direction or Factors, got a whole model's dict")
     return direction.dense()
-
-
-class Trajectory(NamedTuple):
-    """The K inner steps that one outer gradient goes back through: where each was taken, and its direction.
-
-    The derivative of the outer loss is the sum of the derivatives of the steps.
-    """
-
-    steps: tuple[tuple[AnyProblem, AnyDirection], ...]
 
 
 @dataclass(frozen=True)

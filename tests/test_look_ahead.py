@@ -23,8 +23,8 @@ from fastmeta.derivatives import ExampleWeightGradient, LabelGradient
 from fastmeta.directions import HoldoutGradient, InverseHessian, LookAhead, UnitLength
 from fastmeta.losses import LOSSES
 from fastmeta.model_function import ModelFunction, batch_size
-from fastmeta.model_problem import ModelProblem
-from fastmeta.problem import Direction, Problem, Rows, Trajectory
+from fastmeta.model_problem import ModelProblem, Trajectory
+from fastmeta.problem import Direction, Problem, Rows
 
 RATE = 0.05
 MODELS = [(net, mode) for net in NETS for mode in ("train", "eval") if net in ("conv", "text") or mode == "train"]

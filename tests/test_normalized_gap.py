@@ -15,8 +15,8 @@ from fastmeta import ops, vectors
 from fastmeta.derivatives import LabelGradient
 from fastmeta.directions import NormalizedGap
 from fastmeta.model_function import ModelFunction, batch_size
-from fastmeta.model_problem import ModelProblem
-from fastmeta.problem import AnyProblem, Problem, Rows
+from fastmeta.model_problem import AnyProblem, ModelProblem
+from fastmeta.problem import Problem, Rows
 
 DECAY, DECAY_NORM, EPSILON = 0.8, 0.6, 1e-3
 MODELS = [(net, mode) for net in NETS for mode in ("train", "eval") if net in ("conv", "text") or mode == "train"]

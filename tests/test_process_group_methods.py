@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import fastmeta
 from fastmeta import derivatives, directions
 from fastmeta.model_function import ModelFunction
-from fastmeta.model_problem import ModelProblem
-from fastmeta.problem import AnyProblem, Problem, Rows, Trajectory
+from fastmeta.model_problem import AnyProblem, ModelProblem, Trajectory
+from fastmeta.problem import Problem, Rows
 from fastmeta.process_group import Group
 
 # Examples of process 0, and of all.

@@ -6,7 +6,8 @@ from typing import Literal
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.problem import AnyDirection, AnyProblem, Reduction, Trajectory
+from fastmeta.model_problem import AnyProblem, Trajectory
+from fastmeta.problem import AnyDirection, Reduction
 
 How = Literal["double_backward", "jvp", "finite_difference", "forward_difference", "last_layer"]
 HOWS: tuple[How, ...] = ("double_backward", "jvp", "finite_difference", "forward_difference", "last_layer")
@@ -17,7 +18,7 @@ class Derivative:
     """Maps a problem and a direction to the gradient of the outer loss G after inner steps of SGD.
 
     With respect to the labels ``[N, C]`` or to the example weights ``[N]``. Subclasses give :meth:`at`, the derivative
-    for one step; for the steps of a :class:`fastmeta.problem.Trajectory` they add up.
+    for one step; for the steps of a :class:`fastmeta.model_problem.Trajectory` they add up.
     """
 
     how: How = "last_layer"

@@ -7,7 +7,8 @@ from torch import Tensor
 from fastmeta import checks, ops
 from fastmeta.derivatives.derivative import Derivative, How, check_how, step_scale
 from fastmeta.derivatives.of_model import loss_tangent
-from fastmeta.problem import AnyDirection, AnyProblem, Problem, Reduction
+from fastmeta.model_problem import AnyProblem
+from fastmeta.problem import AnyDirection, Problem, Reduction
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fastmeta import ops
 from fastmeta.derivatives.derivative import Derivative, scaled, step_scale, weighted
-from fastmeta.problem import AnyDirection, AnyProblem, Factors, Problem, Reduction
+from fastmeta.model_problem import AnyProblem
+from fastmeta.problem import AnyDirection, Factors, Problem, Reduction
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastmeta import ops, vectors
 from fastmeta.derivatives.derivative import Derivative, check_how, step_scale, weighted
-from fastmeta.model_problem import full_precision
+from fastmeta.model_problem import AnyProblem, full_precision
 from fastmeta.ops.perturbed import perturbed
-from fastmeta.problem import AnyDirection, AnyProblem, Problem, Reduction
+from fastmeta.problem import AnyDirection, Problem, Reduction
 
 
 @dataclass(frozen=True)

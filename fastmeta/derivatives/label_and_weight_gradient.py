@@ -8,8 +8,8 @@ from torch import Tensor
 from fastmeta import checks, losses, ops
 from fastmeta.derivatives.derivative import Derivative, How, check_how, step_scale, weighted
 from fastmeta.derivatives.of_model import difference, leaves, mixed
-from fastmeta.model_problem import ModelProblem, full_precision
-from fastmeta.problem import AnyDirection, AnyProblem, Problem, Reduction
+from fastmeta.model_problem import AnyProblem, ModelProblem, full_precision
+from fastmeta.problem import AnyDirection, Problem, Reduction
 
 
 @dataclass(frozen=True)

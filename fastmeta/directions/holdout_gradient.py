@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from fastmeta import losses
-from fastmeta.problem import AnyDirection, AnyProblem, Direction, Factors, Problem, Reduction
+from fastmeta.model_problem import AnyProblem
+from fastmeta.problem import AnyDirection, Direction, Factors, Problem, Reduction
 
 
 @dataclass(frozen=True)

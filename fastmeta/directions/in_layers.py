@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from fastmeta.directions.rule import DirectionRule
-from fastmeta.problem import AnyDirection, AnyProblem, Problem, Trajectory
+from fastmeta.model_problem import AnyProblem, Trajectory
+from fastmeta.problem import AnyDirection, Problem
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from fastmeta import checks, losses, ops, vectors
 from fastmeta.directions import linear_solvers
 from fastmeta.directions.holdout_gradient import HoldoutGradient
 from fastmeta.directions.rule import DirectionRule
+from fastmeta.model_problem import AnyProblem, Trajectory
 from fastmeta.ops import HessianSolution, NotConvergedWarning
 from fastmeta.ops._solvers import device
-from fastmeta.problem import AnyProblem, Curvature, Dense, Direction, InnerLoss, Problem, Trajectory
+from fastmeta.problem import Curvature, Dense, Direction, InnerLoss, Problem
 
 Solver = Literal["auto", "cholesky", "cg", "pcg", "neumann"]
 SOLVERS: tuple[Solver, ...] = ("auto", "cholesky", "cg", "pcg", "neumann")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmeta import ops, vectors
-from fastmeta.problem import AnyDirection, AnyProblem, Reduction
+from fastmeta.model_problem import AnyProblem
+from fastmeta.problem import AnyDirection, Reduction
 
 
 class NormalizedGap:

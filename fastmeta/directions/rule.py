@@ -2,7 +2,8 @@
 
 from typing import Protocol
 
-from fastmeta.problem import AnyDirection, AnyProblem, Trajectory
+from fastmeta.model_problem import AnyProblem, Trajectory
+from fastmeta.problem import AnyDirection
 
 
 class DirectionRule(Protocol):

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from fastmeta import vectors
 from fastmeta.directions.holdout_gradient import HoldoutGradient
 from fastmeta.directions.rule import DirectionRule
-from fastmeta.problem import AnyDirection, AnyProblem, Trajectory
+from fastmeta.model_problem import AnyProblem, Trajectory
+from fastmeta.problem import AnyDirection
 
 
 @dataclass(frozen=True)

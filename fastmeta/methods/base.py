@@ -22,8 +22,8 @@ from fastmeta.methods.arguments import (
     rows,
 )
 from fastmeta.model_function import Inputs, ModelFunction, batch_size
-from fastmeta.model_problem import ModelProblem
-from fastmeta.problem import AnyProblem, Problem, Refined
+from fastmeta.model_problem import AnyProblem, ModelProblem
+from fastmeta.problem import Problem, Refined
 from fastmeta.process_group import Group
 from fastmeta.process_group import check as check_group
 from fastmeta.updates import Update

@@ -14,9 +14,9 @@ from fastmeta.directions import DirectionRule, HoldoutGradient, InLayers, Invers
 from fastmeta.methods.arguments import check_index, check_model_batch, choice, impute
 from fastmeta.methods.base import Batch, Method
 from fastmeta.model_function import Inputs, ModelFunction, batch_size
-from fastmeta.model_problem import ModelProblem, full_precision
+from fastmeta.model_problem import AnyProblem, ModelProblem, full_precision
 from fastmeta.presets import example_weights as presets
-from fastmeta.problem import AnyProblem, Curvature, Refined
+from fastmeta.problem import Curvature, Refined
 from fastmeta.process_group import Group
 from fastmeta.updates import SharedWeight, WeightTable
 

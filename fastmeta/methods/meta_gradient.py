@@ -13,9 +13,10 @@ from fastmeta.methods.arguments import choice
 from fastmeta.methods.base import Batch, Method
 from fastmeta.methods.step_condition import StepCondition, step_condition
 from fastmeta.model_function import Inputs, ModelFunction, batch_size
+from fastmeta.model_problem import AnyProblem, Trajectory
 from fastmeta.presets import meta_gradient as presets
 from fastmeta.presets.meta_gradient import How
-from fastmeta.problem import AnyProblem, Refined, Trajectory
+from fastmeta.problem import Refined
 from fastmeta.process_group import Group
 from fastmeta.process_group import check as check_group
 from fastmeta.updates import LabelStep
