@@ -265,14 +265,15 @@ def problems(draw: Draw) -> Iterator[Case]:
                     options = {"loss": loss, "damping": 0.3, "solver": solver, **until}
                     flags = {"bias": draw.integer(0, 2), "weighted": draw.integer(0, 2), "on_gpu": on_gpu}
                     yield {"problem": problem, "options": options, "first": first, **flags}
-    # No damping: what no solution meets stays in the residual.
+    # No damping: what no solution meets stays in the residual. The Hessian is singular, so that rounding grows without
+    # bound: only the first two iterates can be compared digit for digit, and pcg's, with the inverse of a singular
+    # preconditioner, not even they.
     problem = make(draw, 4, 9, 3)
     for loss in LOSSES:
-        for solver in ITERATIVE:
-            options = {"loss": loss, "damping": 0.0, "solver": solver, **FEW}
-            for on_gpu in (False, True):
-                flags = {"bias": True, "weighted": True, "on_gpu": on_gpu}
-                yield {"problem": problem, "options": options, "first": 3, **flags}
+        for on_gpu in (False, True):
+            options = {"loss": loss, "damping": 0.0, "solver": "cg", "tol": 1e-3, "max_iter": 2}
+            flags = {"bias": True, "weighted": True, "on_gpu": on_gpu}
+            yield {"problem": problem, "options": options, "first": 3, **flags}
     # No rows anywhere.
     options = {"damping": 0.3, "solver": "pcg"}
     yield {"problem": make(draw, 0, 4, 3), "options": options, "first": 0, "bias": 1, "weighted": 1, "on_gpu": False}
