@@ -146,7 +146,8 @@ def solve_hessian(
     exact as ``tol``. Forward mode and a second derivative raise.
 
     With a ``process_group`` the sum is over the rows of all its processes, and ``N`` is their number: each passes rows
-    of its own, perhaps none, and the same of everything else. The iterates are those of one process with all the rows,
+    of its own, perhaps none, and the same of everything else. The iterates are those of one process with all the rows
+    (up to rounding, which grows without bound where ``damping`` is 0 and H singular; ``pcg`` then gives others),
     for one all-reduce of a ``[C, D]`` a product. The host waits at the start and while the iterations run, also on a
     GPU; no derivative, no CUDA graph.
 
