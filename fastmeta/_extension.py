@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+import fastmeta
+
 HOW_TO_BUILD = "build it with `pip install --no-build-isolation -e .` (needs a C++20 compiler)"
 REASON: str | None = None
 """Why there are no C++ kernels."""
@@ -17,6 +19,11 @@ TRITON_REASON: str | None = None
 """Why there are no Triton kernels."""
 EMULATED = False
 """Whether the CUDA kernels compiled for the CPU are loaded, as the tests do."""
+
+_HERE = Path(__file__).parent
+# In a source tree whose extension was built in place, the folder of the Triton kernels lies beside this package.
+if not (_HERE / "triton_kernels").exists() and (_HERE.parent / "triton_kernels/__init__.py").exists():
+    fastmeta.__path__.append(str(_HERE.parent))
 
 try:
     from fastmeta import _C  # type: ignore[attr-defined]
@@ -29,7 +36,7 @@ except ImportError as error:
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-_CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.so")
+_CUDA_LIBRARY = _HERE / "_C_cuda.so"
 
 
 def _load_cuda() -> str | None:
