@@ -1,4 +1,4 @@
-"""Checks of the arguments of the last-layer operators, made once for each layout of the tensors."""
+"""What planners ask of the arguments of the last-layer operators, once for each layout of the tensors."""
 
 import torch
 from torch import Tensor
@@ -52,3 +52,9 @@ def loss(code: int) -> None:
     """The kernels' number of a loss."""
     if not 0 <= code < 4:
         raise ValueError(f"loss must be in [0, 4), got {code}")
+
+
+def precision(features: Tensor) -> str:
+    """Of float32 products: TF32 where torch's own setting for CUDA allows it, else ``ieee``."""
+    tf32 = features.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"

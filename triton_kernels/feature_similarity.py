@@ -1,13 +1,12 @@
 """``scale (h_u h_H^T + 1) r_H`` in two forms.
 
-``rows``   library products alone, in either association order, with the bias and the scale folded into them: two
-           launches by way of the Gram matrix ``[Nu, Nh]``, three by way of ``r^T h``, two without a bias.
+``rows``   library products alone, in either association order: by way of the Gram matrix ``[Nu, Nh]``, to which the
+           bias is added in passing, or by way of ``r^T h``, which sums r in passing. Float16 similarities may overflow.
 ``fused``  one launch: a program holds rows of the result and goes over the hold-out examples, whose similarities it
            keeps in float32, so that nothing between the two products is rounded.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -16,37 +15,23 @@ from torch import Tensor
 
 from fastmeta import checks
 from fastmeta.ops.feature_similarity import gram_is_cheaper
-from fastmeta.triton_kernels import _arguments, _forms, _tuning
-from fastmeta.triton_kernels._launch import Launch, Plans, layout, on_device, precision
+from fastmeta.triton_kernels import _arguments, _rule
+from fastmeta.triton_kernels._affine import affine_step
+from fastmeta.triton_kernels._fused import is_aligned
+from fastmeta.triton_kernels._program import Buffer, Launch, Matrix, Number, Product, Program, Ref, is_dense, launch
 
-
-class Tile(NamedTuple):
-    """Unlabeled rows, hold-out rows, classes and features that a program holds, and its warps and stages."""
-
-    rows: int
-    held_out: int
-    classes: int
-    features: int
-    num_warps: int
-    num_stages: int
-
-
-TILES = (
-    Tile(16, 64, 16, 64, 4, 2), Tile(16, 64, 32, 64, 4, 2), Tile(16, 32, 64, 64, 4, 2), Tile(16, 32, 128, 32, 4, 2),
-    Tile(16, 32, 256, 32, 8, 2),
-    Tile(32, 32, 16, 32, 4, 2), Tile(32, 32, 32, 32, 4, 2), Tile(32, 32, 64, 64, 8, 2), Tile(32, 32, 128, 64, 8, 2),
-)  # fmt: skip
-MOST_CLASSES = 256  # of the fused form: one program holds a row of the result
+_ROWS, _HELD_OUT, _FEATURES = 16, 32, 64  # of a program's tiles, beside all classes
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_held_out"])
-def _fused(
+def fused(
     u_ptr, h_ptr, r_ptr, out_ptr,
     num_rows, num_held_out, num_features, num_classes, scale,
     u_row, u_column, h_row, h_column, r_row, r_column,
     bias: tl.constexpr, block_rows: tl.constexpr, block_held_out: tl.constexpr, block_classes: tl.constexpr,
     block_features: tl.constexpr, similarity_precision: tl.constexpr, sum_precision: tl.constexpr,
 ):  # fmt: skip
+    """Unlabeled and hold-out features ``[Nu, D]``, ``[Nh, D]``, residuals ``[Nh, C]``; ``out [Nu, C]``."""
     row = (tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows))[:, None]
     column = tl.arange(0, block_classes).to(tl.int64)[None]
     depth = tl.arange(0, block_features).to(tl.int64)
@@ -77,117 +62,94 @@ def _fused(
     tl.store(out_ptr + row * num_classes + column, out, inside_row & inside_column)
 
 
-def _tile(nu: int, nh: int, d: int, c: int, dtype: torch.dtype) -> Tile:
-    classes = max(triton.next_power_of_2(c), 16)
-    fitting = tuple(tile for tile in TILES if tile.classes == classes)
-    wide = triton.cdiv(nu, fitting[-1].rows) >= _forms.chip().processors
-    return _tuning.tile("feature_similarity", dtype, (nu, nh, d, c), fitting, fitting[-1 if wide else 0])
-
-
-def _library_seconds(gram: bool, bias: bool, nu: int, nh: int, d: int, c: int, dtype: torch.dtype, by: str) -> float:
-    """The model's estimate of an association order."""
-    if gram:
-        return _forms.library_seconds(nu, nh, d, dtype, by) + _forms.library_seconds(nu, c, nh, dtype, by)
-    products = _forms.library_seconds(d, c, nh, dtype, by) + _forms.library_seconds(nu, c, d, dtype, by)
-    return products + (_forms.library_seconds(1, c, nh, dtype, by) if bias else 0.0)
-
-
-def _fused_seconds(nu: int, nh: int, d: int, c: int, dtype: torch.dtype, by: str) -> float:
-    """The model's estimate of the fused form."""
-    tile = _tile(nu, nh, d, c, dtype)
-    programs = triton.cdiv(nu, tile.rows)
-    products = _forms.tile_seconds(2.0 * nu * nh * (d + tile.classes), programs, dtype, by)
-    return _forms.LAUNCH + max(products, _forms.l2_seconds(programs * nh * (d + c), dtype))
-
-
-class _Plan:
-    """The form for one layout."""
-
-    def __init__(self, features_u: Tensor, features_h: Tensor, residual_h: Tensor, bias: bool, by: str) -> None:
-        nu, d = checks.matrix(features_u, "features_u", "[Nu, D]").shape
-        _arguments.supported(features_u)
-        nh = checks.matrix(features_h, "features_h", "[Nh, D]").shape[0]
-        checks.shaped(features_h, "features_h", "[Nh, D]", (nh, d))
-        c = checks.matrix(residual_h, "residual_h", "[Nh, C]").shape[1]
-        checks.shaped(residual_h, "residual_h", "[Nh, C]", (nh, c))
-        checks.like(features_u, "features_u", features_h=features_h, residual_h=residual_h)
-        dtype = features_u.dtype
-        self.shape = (nu, c)
-        self.sizes = (nu, nh, d, c)
-        self.strides = (*features_u.stride(), *features_h.stride(), *residual_h.stride())
-        self.launch: Launch | None = None
-        self.ones: Tensor | None = None
-        self.count_h = nh
-        self.bias = bias
-        self.empty = nu == 0 or c == 0
-        orders = {gram: _library_seconds(gram, bias, nu, nh, d, c, dtype, by) for gram in (False, True)}
-        self.gram = gram_is_cheaper(nu, nh, d, c)
-        # Small products: fewer launches count for more. Not in float16, whose range a similarity may exceed.
-        if max(nu, nh) * d * c <= _forms.LAUNCH_BOUND and dtype != torch.float16:
-            self.gram = min(orders, key=orders.__getitem__)
-        estimates = {"rows": orders[self.gram]}
-        if c <= MOST_CLASSES and not self.empty:
-            estimates["fused"] = _fused_seconds(nu, nh, d, c, dtype, by)
-        if self.empty or _forms.cheapest("feature_similarity", estimates) == "rows":
-            return
-        tile = _tile(nu, nh, d, c, dtype)
-        constants = {
-            "bias": bias,
-            "block_rows": tile.rows,
-            "block_held_out": tile.held_out,
-            "block_classes": tile.classes,
-            "block_features": tile.features,
-            "similarity_precision": by,
-            # Residuals of half types are TF32 numbers; of the similarities three products keep what one would round.
-            "sum_precision": by if dtype == torch.float32 else "tf32x3",
-        }
-        grid = (triton.cdiv(nu, tile.rows),)
-        self.launch = Launch(_fused, grid, constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
-
-    def by_library(self, features_u: Tensor, features_h: Tensor, residual_h: Tensor, scale: float, out: Tensor) -> None:
-        """The ``rows`` form."""
-        ones = self._ones(residual_h) if self.bias else None
-        if self.gram:
-            h = features_h.t()
-            # Added within the product, by cuBLASLt: the factor of the bias is 1.
-            similarity = torch.mm(features_u, h) if ones is None else torch.addmm(ones[0], features_u, h)
-            out.addmm_(similarity, residual_h, beta=0, alpha=scale)
-            return
-        product = torch.mm(features_h.t(), residual_h)
-        if ones is None:
-            out.addmm_(features_u, product, beta=0, alpha=scale)
-            return
-        total = torch.empty(1, out.shape[1], dtype=out.dtype, device=out.device)
-        total.addmm_(ones, residual_h, beta=0, alpha=scale)
-        torch.addmm(total[0], features_u, product, alpha=scale, out=out)
-
-    def _ones(self, like: Tensor) -> Tensor:
-        """``[1, Nh]``, kept from the first call on."""
-        if self.ones is not None:
-            return self.ones
-        if like.is_cuda and torch.cuda.is_current_stream_capturing():
-            return torch.ones(1, self.count_h, dtype=like.dtype, device=like.device)  # the graph fills it
-        # Copied from the CPU: it is there for every stream once this returns.
-        self.ones = torch.ones(1, self.count_h, dtype=like.dtype).to(like.device)
-        return self.ones
-
-
-_PLANS: Plans[_Plan] = Plans()
-
-
-@on_device
-def feature_similarity(features_u: Tensor, features_h: Tensor, residual_h: Tensor, scale: float, bias: bool) -> Tensor:
-    """See :func:`fastmeta.ops.feature_similarity`. ``[Nu, C]``."""
-    by = precision(features_u.dtype)
-    key = (features_u.device, bias, by, *layout(features_u, features_h, residual_h))
-    plan = _PLANS.get(key)
-    if plan is None:
-        plan = _PLANS.keep(key, _Plan(features_u, features_h, residual_h, bias, by))
+def plan(
+    features_u: Tensor, features_h: Tensor, residual_h: Tensor, scale: float, bias: bool, *, sums_apart: bool = False
+) -> Program:
+    """See :func:`fastmeta.ops.feature_similarity`. ``[Nu, C]``; the scale is the call's number."""
+    nu, d = checks.matrix(features_u, "features_u", "[Nu, D]").shape
+    _arguments.supported(features_u)
+    nh = checks.matrix(features_h, "features_h", "[Nh, D]").shape[0]
+    checks.shaped(features_h, "features_h", "[Nh, D]", (nh, d))
+    c = checks.matrix(residual_h, "residual_h", "[Nh, C]").shape[1]
+    checks.shaped(residual_h, "residual_h", "[Nh, C]", (nh, c))
+    checks.like(features_u, "features_u", features_h=features_h, residual_h=residual_h)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    out = features_u.new_empty(plan.shape)
-    if plan.launch is not None:
-        plan.launch(features_u, features_h, residual_h, out, *plan.sizes, float(scale), *plan.strides)
-    elif not plan.empty:
-        plan.by_library(features_u, features_h, residual_h, scale, out)
-    return out
+    out = Buffer((nu, c), features_u.dtype)
+    if nu == 0 or c == 0 or nh == 0:
+        return Program((out,), (), tuple(affine_step(Ref("output", 0), (nu, c))))
+    aligned = is_aligned(d, features_u, features_h)
+    if _rule.form(max(nu, nh), d, c, aligned=aligned, multiplies=True) == "fused":
+        return Program((out,), (), (_fused(features_u, features_h, residual_h, bias),))
+    return _by_library(features_u, features_h, residual_h, bias, sums_apart)
+
+
+def _fused(features_u: Tensor, features_h: Tensor, residual_h: Tensor, bias: bool) -> Launch:
+    (nu, d), (nh, c) = features_u.shape, residual_h.shape
+    precision = _arguments.precision(features_u)
+    exact = "tf32x3" if precision == "ieee" else precision
+    constants = {
+        "bias": bias,
+        "block_rows": _ROWS,
+        "block_held_out": _HELD_OUT,
+        "block_classes": max(triton.next_power_of_2(c), 16),
+        "block_features": _FEATURES,
+        "similarity_precision": exact,
+        # Residuals of half types are TF32 numbers; of the similarities three products keep what one would round.
+        "sum_precision": exact if features_u.dtype == torch.float32 else "tf32x3",
+    }
+    strides = (*features_u.stride(), *features_h.stride(), *residual_h.stride())
+    tensors = (Ref("input", 0), Ref("input", 1), Ref("input", 2), Ref("output", 0))
+    arguments = (*tensors, nu, nh, d, c, Number(0), *strides)
+    return launch(fused, (triton.cdiv(nu, _ROWS),), arguments, constants, num_warps=4, num_stages=2)
+
+
+def _by_library(features_u: Tensor, features_h: Tensor, residual_h: Tensor, bias: bool, apart: bool) -> Program:
+    (nu, d), (nh, c) = features_u.shape, residual_h.shape
+    dtype, precision, scale = features_u.dtype, _arguments.precision(features_u), Number(0)
+    scratch: list[Buffer] = []
+    steps: list[Launch | Product] = []
+
+    def new(rows: int, columns: int) -> Matrix:
+        scratch.append(Buffer((rows, columns), dtype))
+        return Matrix(Ref("scratch", len(scratch) - 1), (rows, columns), (columns, 1))
+
+    def ones(columns: int) -> Matrix:
+        made = new(1, columns)
+        steps.extend(affine_step(made.at, made.shape, constant=1.0))
+        return made
+
+    operands = []
+    for index, tensor in enumerate((features_u, features_h, residual_h)):
+        given = Matrix(Ref("input", index), (tensor.shape[0], tensor.shape[1]), (tensor.stride(0), tensor.stride(1)))
+        if not is_dense(given):
+            copy = new(*given.shape)
+            steps += affine_step(copy.at, copy.shape, matrix=given)
+            given = copy
+        operands.append(given)
+    u, h, r = operands
+    out = Matrix(Ref("output", 0), (nu, c), (c, 1))
+    if d == 0:  # similarities are the bias alone
+        gram = new(nu, nh)
+        steps += affine_step(gram.at, gram.shape, constant=float(bias))
+        steps.append(Product(out, gram, r, alpha=scale, precision=precision))
+    elif gram_is_cheaper(nu, nh, d, c):
+        gram = new(nu, nh)
+        steps.append(Product(gram, u, h.transposed, bias=ones(nh).at if bias else None, precision=precision))
+        steps.append(Product(out, gram, r, alpha=scale, precision=precision))
+    else:
+        by_class, total = new(c, d), None
+        product = Product(by_class, r.transposed, h, precision=precision)
+        if bias:
+            sums, total = new(1, c), new(1, c)
+            if apart:
+                steps.append(Product(sums, ones(nh), r, precision=precision))
+            else:
+                product = product._replace(column_sums=sums.at)
+            steps.append(product)
+            steps += affine_step(total.at, total.shape, matrix=sums, factor=scale)
+        else:
+            steps.append(product)
+        in_passing = total.at if total is not None else None
+        steps.append(Product(out, u, by_class.transposed, alpha=scale, bias=in_passing, precision=precision))
+    return Program((Buffer((nu, c), dtype),), tuple(scratch), tuple(steps))

@@ -1,15 +1,14 @@
-"""Gradient of the last layer: the sums of :mod:`._gradient` with ``R = w r``."""
+"""Gradient of the last layer, ``R^T h`` and ``sum_i R_i`` with ``R = w r``."""
 
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.triton_kernels import _arguments, _gradient, _products
-from fastmeta.triton_kernels._launch import INTERPRETED, MISSING, Plans, layout, on_device, precision
+from fastmeta.triton_kernels import _arguments, _last_layer
+from fastmeta.triton_kernels._program import Program
+from fastmeta.triton_kernels._row_functions import RESIDUAL
 
-_PLANS: Plans[_gradient.Fused | _gradient.Slabs | None] = Plans()
 
-
-def _plan(
+def plan(
     features: Tensor,
     logits: Tensor | None,
     head_weight: Tensor | None,
@@ -17,48 +16,21 @@ def _plan(
     targets: Tensor,
     weights: Tensor | None,
     loss: int,
-) -> _gradient.Fused | _gradient.Slabs | None:
-    _arguments.loss(loss)
-    n, d, c = _arguments.outputs(features, logits, head_weight, head_bias)
-    checks.targets(targets, features, c)
-    _arguments.weights(features, weights)
-    if n == 0 or c == 0:
-        return None
-    return _gradient.plan(
-        _gradient.Problem(
-            "last_layer_gradient", n, d, c, features.dtype, loss,
-            curved=False, classes=targets.dim() == 1, product=logits is None, with_bias=True,
-            multiple=_gradient.multiple(c, logits, targets), aligned=_products.aligned(d, features, head_weight),
-        )
-    )  # fmt: skip
-
-
-@on_device
-def last_layer_gradient(
-    features: Tensor,
-    logits: Tensor | None,
-    head_weight: Tensor | None,
-    head_bias: Tensor | None,
-    targets: Tensor,
-    weights: Tensor | None,
-    loss: int,
-) -> tuple[Tensor, Tensor]:
+    *,
+    sums_apart: bool = False,
+) -> Program:
     """See :func:`fastmeta.ops.last_layer_gradient`. ``[C, D]``, ``[C]``."""
-    tensors = (features, logits, head_weight, head_bias, targets, weights)
-    key = (features.device, loss, precision(features.dtype), *layout(*tensors))
-    plan = _PLANS.get(key, MISSING)
-    if plan is MISSING:
-        plan = _PLANS.keep(key, _plan(*tensors, loss))
-    elif INTERPRETED:
-        checks.targets(targets, features, _num_classes(logits, head_weight))  # in range: on the CPU no wait
-    c, d = _num_classes(logits, head_weight), features.shape[1]
-    weight = features.new_empty((c, d))
-    bias = features.new_empty(c)
-    if plan is None:
-        return weight.zero_(), bias.zero_()
-    plan(_gradient.Operands(features, logits, head_weight, head_bias, targets, weights), None, 0.0, weight, bias)
-    return weight, bias
-
-
-def _num_classes(logits: Tensor | None, head_weight: Tensor | None) -> int:
-    return logits.shape[1] if logits is not None else head_weight.shape[0]  # type: ignore[union-attr]
+    _arguments.loss(loss)
+    num_classes = _arguments.outputs(features, logits, head_weight, head_bias)[2]
+    checks.targets(targets, features, num_classes)
+    _arguments.weights(features, weights)
+    tensors = {
+        "features": features,
+        "logits": logits,
+        "head_weight": head_weight,
+        "head_bias": head_bias,
+        "targets": targets,
+        "weights": weights,
+    }
+    problem = _last_layer.Problem(RESIDUAL.value, loss, tensors, _arguments.precision(features))
+    return _last_layer.plan(problem, sums_apart=sums_apart)

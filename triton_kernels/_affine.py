@@ -1,0 +1,42 @@
+"""``out = total + factor matrix``: copies of matrices that no product can read, sums kept in float32, zeros."""
+
+import triton
+import triton.language as tl
+
+from fastmeta.triton_kernels._program import Launch, Matrix, Number, Ref, launch
+
+_BLOCK = 1024  # entries of a program
+
+
+@triton.jit
+def affine(
+    total_ptr, matrix_ptr, out_ptr, size, columns, constant, factor, matrix_row, matrix_column, block: tl.constexpr
+):  # fmt: skip
+    """``total [rows, columns]`` or a constant, and a strided matrix or none; rounded once."""
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < size
+    total = tl.full((block,), 0.0, tl.float32) + constant
+    if total_ptr is not None:
+        total = tl.load(total_ptr + at, inside, 0.0)
+    if matrix_ptr is not None:
+        place = at // columns * matrix_row + at % columns * matrix_column
+        total += factor * tl.load(matrix_ptr + place, inside, 0.0).to(tl.float32)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), inside)
+
+
+def affine_step(
+    out: Ref,
+    shape: tuple[int, int],
+    *,
+    total: Ref | None = None,
+    constant: float = 0.0,
+    matrix: Matrix | None = None,
+    factor: float | Number = 1.0,
+) -> list[Launch]:
+    """The launch, for a contiguous ``out``; none where there are no entries."""
+    size = shape[0] * shape[1]
+    if size == 0:
+        return []
+    at, strides = (None, (0, 0)) if matrix is None else (matrix.at, matrix.strides)
+    arguments = (total, at, out, size, shape[1], constant, factor, *strides)
+    return [launch(affine, (triton.cdiv(size, _BLOCK),), arguments, {"block": _BLOCK})]

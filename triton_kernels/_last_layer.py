@@ -1,0 +1,368 @@
+"""The programs of the four last-layer operators: products of a head and of a direction, a row function, and sums.
+
+``rows``: the library makes the products, one kernel the rows. ``fused``: one kernel makes both. Sums over N are a
+library product ``R^T h`` after either, which adds up R's columns in passing where the library can.
+
+A slab is as many rows as the scratch limit allows. Where sums go by slabs, each adds its part to a result that is
+read and written again, ``12 C D`` bytes in float32 beside ``4 n C D`` operations: as much time at some 500 rows. So a
+slab of theirs is never smaller than four times the result.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastmeta.losses import LOSSES
+from fastmeta.triton_kernels import _fused, _rule
+from fastmeta.triton_kernels._affine import affine_step
+from fastmeta.triton_kernels._program import (
+    Buffer,
+    Launch,
+    Matrix,
+    Number,
+    Product,
+    Program,
+    Ref,
+    is_dense,
+    launch,
+    multiple,
+    vector_step,
+)
+from fastmeta.triton_kernels._row_functions import DOT, LABEL_TANGENT, RESIDUAL
+from fastmeta.triton_kernels._rows import rows
+
+SOFTMAX_LOSSES = (LOSSES["cross_entropy"], LOSSES["mse_probs"])
+_ENTRIES = 512  # of a warp that holds whole rows: sixteen a thread, two operands and their sums in 64 registers
+_MOST_CLASSES = 8192  # of a row that a program holds
+_SWEPT = 2048, 4  # classes of a step over a longer row, and warps
+_IN_PASSING = (
+    1 << 24
+)  # entries of R: the sums of its columns cost the product a fifth, and from here on more than apart
+
+
+class Problem(NamedTuple):
+    """One operator's tensors of one layout.
+
+    Args:
+        function: what a row becomes, of :mod:`._row_functions`.
+        loss: its number.
+        tensors: the operator's arguments by name, in its order: features, and any of logits, head_weight, head_bias,
+            targets, weights, direction_weight, direction_bias.
+        precision: of float32 products.
+        damped: whether the direction is added to the result, times the call's number.
+    """
+
+    function: int
+    loss: int
+    tensors: dict[str, Tensor | None]
+    precision: str = "ieee"
+    damped: bool = False
+
+    def tensor(self, name: str) -> Tensor | None:
+        """An argument; None for logits that the row function does not read, and for a head of such."""
+        unread = self.function == LABEL_TANGENT.value and self.loss not in SOFTMAX_LOSSES
+        if unread and name in ("logits", "head_weight", "head_bias"):
+            return None
+        return self.tensors.get(name)
+
+    def ref(self, name: str, row: int = 0) -> Ref | None:
+        """Where an argument is from a row on."""
+        tensor = self.tensor(name)
+        return None if tensor is None else Ref("input", list(self.tensors).index(name), row * tensor.stride(0))
+
+    def matrix(self, name: str) -> Matrix:
+        """An argument; a vector is a matrix of one row."""
+        tensor, at = self.tensor(name), self.ref(name)
+        assert tensor is not None
+        assert at is not None
+        rows, columns = (1, *tensor.shape) if tensor.dim() == 1 else tensor.shape
+        strides = (columns, tensor.stride(0)) if tensor.dim() == 1 else (tensor.stride(0), tensor.stride(1))
+        return Matrix(at, (rows, columns), strides)
+
+    def strides(self, name: str) -> tuple[int, int]:
+        """Of an argument that may be left out; a vector's second stride is 1."""
+        tensor = self.tensor(name)
+        return (0, 1) if tensor is None else (*tensor.stride(), 1)[:2]  # type: ignore[return-value]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, D, C."""
+        (n, d), outputs = self.tensors["features"].shape, self.tensors.get("logits")  # type: ignore[union-attr]
+        of_outputs = self.tensors.get("head_weight") if outputs is None else outputs.mT
+        return n, d, of_outputs.shape[0]  # type: ignore[union-attr]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every floating tensor."""
+        return self.tensors["features"].dtype  # type: ignore[union-attr]
+
+    @property
+    def classes(self) -> bool:
+        """Whether targets are classes."""
+        targets = self.tensor("targets")
+        return targets is not None and targets.dim() == 1
+
+    @property
+    def per_row(self) -> bool:
+        """Whether the result has a row for each example."""
+        return self.function in (DOT.value, LABEL_TANGENT.value)
+
+    def form(self) -> _rule.Form:
+        """By the rule."""
+        n, d, c = self.sizes
+        head, direction = self.tensor("head_weight"), self.tensor("direction_weight")
+        aligned = _fused.is_aligned(d, self.tensor("features"), head, direction)
+        return _rule.form(n, d, c, aligned=aligned, multiplies=head is not None or direction is not None)
+
+
+def plan(problem: Problem, *, sums_apart: bool = False) -> Program:
+    """The program of a problem.
+
+    Args:
+        problem: the operator's tensors, checked.
+        sums_apart: R's columns are summed by a product of their own, whatever its size.
+    """
+    return _results_of_rows(problem) if problem.per_row else _sums(problem, sums_apart)
+
+
+def _results_of_rows(problem: Problem) -> Program:
+    n, d, c = problem.sizes
+    dots = problem.function == DOT.value
+    out = Buffer((n,) if dots else (n, c), problem.dtype)
+    if n == 0 or c == 0:
+        return Program((out,), (), tuple(affine_step(Ref("output", 0), (1, n if dots else 0))))
+    memory = _Scratch(problem)
+    steps: list[Launch | Product] = memory.copies()
+    tangent_alone = not dots and problem.loss not in SOFTMAX_LOSSES and problem.tensor("direction_bias") is None
+    if tangent_alone and d > 0 and not memory.fused:
+        scale = Number(1, 2.0 if problem.loss == LOSSES["mse"] else 1.0)
+        product = memory.product(Ref("output", 0), c, "direction", 0, n)
+        return Program((out,), memory.buffers(), (*steps, *(step._replace(alpha=scale) for step in product)))
+    for first, count in memory.slabs():
+        at = Ref("output", 0, first * (1 if dots else c))
+        steps += _rows(problem, memory, at, 0 if dots else c, first, count)
+    return Program((out,), memory.buffers(), tuple(steps))
+
+
+def _sums(problem: Problem, apart: bool) -> Program:
+    n, d, c = problem.sizes
+    dtype = problem.dtype
+    with_bias = problem.function == RESIDUAL.value or problem.tensor("direction_bias") is not None
+    weight, bias = Ref("output", 0), Ref("output", 1)
+    outputs = Buffer((c, d), dtype), Buffer((c if with_bias else 0,), dtype)
+    if n == 0 or c == 0:
+        return Program(outputs, (), tuple(_only_damped(problem, with_bias)))
+    memory = _Scratch(problem, least=4 * d)
+    slabs = list(memory.slabs())
+    apart = with_bias and (apart or problem.damped or len(slabs) > 1 or d == 0 or n * c > _IN_PASSING)
+    # Several slabs of 16-bit results add up in float32.
+    wide = len(slabs) > 1 and dtype.itemsize == 2
+    if wide:
+        weight, bias = memory.new((c, d), torch.float32), memory.new((c,), torch.float32)
+    ones = memory.new((memory.rows,), dtype) if apart else None
+    steps: list[Launch | Product] = memory.copies("direction" if problem.damped and not wide else "")
+    into, sums = Matrix(weight, (c, d), (d, 1)), Matrix(bias, (1, c), (c, 1))
+    damped = problem.damped and not wide
+    for turn, (first, count) in enumerate(slabs):
+        steps += _rows(problem, memory, memory.result, memory.pitch, first, count, ones)
+        r, h = Matrix(memory.result, (count, c), (memory.pitch, 1)), memory.operand("features", first, count)
+        product = Product(into, r.transposed, h, precision=problem.precision)
+        of_ones = Product(sums, Matrix(ones or bias, (1, count), (count, 1)), r, precision=problem.precision)
+        if turn > 0:
+            product, of_ones = (one._replace(beta=1.0, addend=one.out) for one in (product, of_ones))
+        elif damped:
+            product = product._replace(beta=Number(1), addend=memory.operand("direction_weight"))
+            if with_bias:
+                of_ones = of_ones._replace(beta=Number(1), addend=memory.operand("direction_bias"))
+        if with_bias and not apart:
+            product = product._replace(column_sums=bias)
+        steps += ([product] if d > 0 else []) + ([of_ones] if apart else [])
+    if wide:
+        steps += _rounded(problem, with_bias, weight, bias)
+    return Program(outputs, memory.buffers(), tuple(steps))
+
+
+def _only_damped(problem: Problem, with_bias: bool) -> list[Launch]:
+    """No examples: the direction times the damping, or zeros."""
+    return _rounded(problem, with_bias, None, None)
+
+
+def _rounded(problem: Problem, with_bias: bool, weight: Ref | None, bias: Ref | None) -> list[Launch]:
+    """Sums in float32, or none, and the damped direction, into the results."""
+    _, d, c = problem.sizes
+    parts = [("weight", weight, (c, d))] + ([("bias", bias, (1, c))] if with_bias else [])
+    steps: list[Launch] = []
+    for index, (name, total, shape) in enumerate(parts):
+        addend = problem.matrix(f"direction_{name}") if problem.damped else None
+        factor = Number(1) if problem.damped else 0.0
+        steps += affine_step(Ref("output", index), shape, total=total, matrix=addend, factor=factor)
+    return steps
+
+
+class _Scratch:
+    """Scratch memory of a call, its slabs of rows, and what products read."""
+
+    def __init__(self, problem: Problem, least: int = 1) -> None:
+        self.problem = problem
+        self.n, self.d, c = problem.sizes
+        dtype = problem.dtype
+        self.pitch = triton.cdiv(c, 16) * 16  # entries from row to row: rows begin at multiples of 16 bytes
+        self.fused = problem.form() == "fused"
+        head, direction = problem.tensor("head_weight") is not None, problem.tensor("direction_weight") is not None
+        # Products that are not made in the kernel, and R where there is no product that it may overwrite.
+        needs_f = head and not self.fused
+        needs_z = direction and not self.fused and problem.function != LABEL_TANGENT.value
+        needs_r = not problem.per_row and not (needs_f or needs_z)
+        matrices = needs_f + needs_z + needs_r
+        self.rows = _rule.slab_rows(self.n, matrices * self.pitch * dtype.itemsize, least) if matrices else self.n
+        self._buffers: list[Buffer] = []
+        new = [self.new((self.rows, self.pitch), dtype) for _ in range(matrices)]
+        self.f = new[0] if needs_f else None
+        self.z = new[-1] if needs_z else None
+        self.result = new[-1] if new else Ref("scratch", 0)
+        self._copied: dict[str, Matrix] = {}
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Ref:
+        """One more buffer."""
+        self._buffers.append(Buffer(shape, dtype))
+        return Ref("scratch", len(self._buffers) - 1)
+
+    def buffers(self) -> tuple[Buffer, ...]:
+        """All there are."""
+        return tuple(self._buffers)
+
+    def slabs(self) -> Iterator[tuple[int, int]]:
+        """First row and number of rows of each."""
+        for first in range(0, self.n, self.rows):
+            yield first, min(self.rows, self.n - first)
+
+    def copies(self, added: str = "") -> list[Launch | Product]:
+        """Launches that copy operands of products whose strides the library does not take; ``added`` names one more."""
+        problem = self.problem
+        multiplied = {"features"} if not (self.fused and problem.per_row) else set()
+        for name in ("head", "direction"):
+            if name == added or not self.fused:
+                multiplied |= {f"{name}_weight", f"{name}_bias"}
+        steps: list[Launch | Product] = []
+        for name in problem.tensors:
+            if name in multiplied and problem.tensor(name) is not None and self.d > 0:
+                matrix = problem.matrix(name)
+                if not is_dense(matrix):
+                    at = self.new(matrix.shape, problem.dtype)
+                    steps += affine_step(at, matrix.shape, matrix=matrix)
+                    self._copied[name] = Matrix(at, matrix.shape, (matrix.shape[1], 1))
+        return steps
+
+    def operand(self, name: str, first: int = 0, count: int | None = None) -> Matrix:
+        """Rows of an argument, or of its copy; a vector is a matrix of one row."""
+        matrix = self._copied.get(name) or self.problem.matrix(name)
+        rows = matrix.shape[0] if count is None else count
+        return Matrix(matrix.at.shifted(first * matrix.strides[0]), (rows, matrix.shape[1]), matrix.strides)
+
+    def product(self, out: Ref, pitch: int, of: str, first: int, count: int) -> list[Launch | Product]:
+        """``h W^T + b`` of some rows, for ``of`` a head or a direction."""
+        bias = self.operand(f"{of}_bias") if self.problem.tensor(f"{of}_bias") is not None else None
+        into = Matrix(out, (count, self.problem.sizes[2]), (pitch, 1))
+        if self.d == 0:
+            whole = (count, pitch)
+            return [*affine_step(out, whole, matrix=bias and Matrix(bias.at, whole, (0, 1)))]
+        h, factor = self.operand("features", first, count), self.operand(f"{of}_weight").transposed
+        return [Product(into, h, factor, bias=bias and bias.at, precision=self.problem.precision)]
+
+
+def _rows(
+    problem: Problem, memory: _Scratch, out: Ref, out_row: int, first: int, count: int, ones: Ref | None = None
+) -> Iterator[Launch | Product]:
+    """The row function of some rows, into ``out``."""
+    if memory.fused:
+        yield _fused_rows(problem, out, out_row, first, count, ones)
+        return
+    c = problem.sizes[2]
+    f, (f_row, f_column) = problem.ref("logits", first), problem.strides("logits")
+    if memory.f is not None:
+        f, f_row, f_column = memory.f, memory.pitch, 1
+        yield from memory.product(f, f_row, "head", first, count)
+    z, z_row = memory.z, memory.pitch
+    if problem.tensor("direction_weight") is not None:
+        if z is None:
+            z, z_row = out, out_row
+        yield from memory.product(z, z_row, "direction", first, count)
+    y, (y_row, y_column) = problem.ref("targets", first), problem.strides("targets")
+    weights, (weights_step, _) = problem.ref("weights", first), problem.strides("weights")
+    by = multiple(c, f_row, z_row, 0 if problem.classes else y_row, out_row)
+    tile = row_tile(c)
+    strides = f_row // by, f_column, z_row // by, y_row if problem.classes else y_row // by, y_column
+    constants = {
+        "loss": problem.loss,
+        "function": problem.function,
+        "classes": problem.classes,
+        "multiple": by,
+        "block_rows": tile.rows,
+        "block_classes": tile.classes,
+        "single": tile.classes >= c,
+    }
+    scale = Number(1) if problem.function == LABEL_TANGENT.value else 1.0
+    arguments = (f, z, y, weights, out, ones, count, c // by, scale, *strides, weights_step, out_row // by)
+    yield launch(rows, (triton.cdiv(count, tile.rows),), arguments, constants, num_warps=tile.warps)
+
+
+class RowTile(NamedTuple):
+    """Rows and classes of a program, and its warps."""
+
+    rows: int
+    classes: int
+    warps: int
+
+
+def row_tile(c: int) -> RowTile:
+    """Whole rows, or a step over longer ones. Measured on an H200: within 5% of the fastest from C = 200 to 128256."""
+    classes = max(triton.next_power_of_2(c), 16)
+    if classes > _MOST_CLASSES:
+        return RowTile(1, *_SWEPT)
+    return RowTile(max(1, _ENTRIES // classes), classes, max(1, classes // _ENTRIES))
+
+
+def _fused_rows(problem: Problem, out: Ref, out_row: int, first: int, count: int, ones: Ref | None) -> Launch:
+    _, d, c = problem.sizes
+    tile = _fused.tile(c, problem.dtype)
+    f_row, f_column = problem.strides("logits")
+    y_row, y_column = problem.strides("targets")
+    features_row, features_column = problem.strides("features")
+    head_row, head_column = problem.strides("head_weight")
+    direction_row, direction_column = problem.strides("direction_weight")
+    by = multiple(c, f_row, 0 if problem.classes else y_row, out_row)
+    depth = multiple(d, features_row, head_row, direction_row)
+    constants = {
+        "loss": problem.loss,
+        "function": problem.function,
+        "classes": problem.classes,
+        "multiple": by,
+        "feature_multiple": depth,
+        "even": d % tile.features == 0,
+        "precision": _fused.arithmetic(problem.precision),
+        "block_rows": tile.rows,
+        "block_classes": tile.classes,
+        "block_features": tile.features,
+    }
+    names = ("head_weight", "head_bias", "targets", "weights", "direction_weight", "direction_bias")
+    per_row = {"targets", "weights"}
+    tensors = [problem.ref("features", first), problem.ref("logits", first)]
+    tensors += [problem.ref(name, first if name in per_row else 0) for name in names]
+    scale = Number(1) if problem.function == LABEL_TANGENT.value else 1.0
+    numbers = (
+        *(count, d // depth, c // by, scale, features_row // depth, features_column, f_row // by, f_column),
+        *(head_row // depth, head_column, vector_step(problem.tensor("head_bias"))),
+        *(y_row if problem.classes else y_row // by, y_column, problem.strides("weights")[0]),
+        *(direction_row // depth, direction_column, vector_step(problem.tensor("direction_bias")), out_row // by),
+    )
+    return launch(
+        _fused.fused,
+        (triton.cdiv(count, tile.rows),),
+        (*tensors, out, ones, *numbers),
+        constants,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
