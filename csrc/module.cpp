@@ -43,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "add_native_operators", [](size_t address) { fastmeta::add_native_operators(reinterpret_cast<void*>(address)); },
       "Adds the operators that the C function at this address lists; entries made later know them.");
+  m.def("has_exchange_api", &fastmeta::has_exchange_api, "Whether this torch lets C read its tensors.");
   m.def("use_driver", &fastmeta::use_driver, "Takes the launches from this library in place of CUDA's driver.");
   m.def("build_info", &build_info, "Compiler, instruction sets, threads, torch built against.");
 }

@@ -201,8 +201,9 @@ PyObject* run_planned(EntryObject* self, PyObject* plan, const Arguments& argume
     PyErr_Clear();
     return slow_way();
   }
-  if (Py_TYPE(plan) != program_type()) {  // the marker of the native kernels
-    return self->on_cuda ? run_native(self, self->on_cuda, arguments, objects, on_cuda, stream) : slow_way();
+  if (Py_TYPE(plan) != program_type()) {  // "native", or a plan that Python runs
+    const bool native = PyUnicode_Check(plan) && self->on_cuda;
+    return native ? run_native(self, self->on_cuda, arguments, objects, on_cuda, stream) : slow_way();
   }
   void* inputs[most_tensors];
   for (int i = 0; i < self->signature->num_tensors; ++i) {
@@ -220,26 +221,17 @@ PyObject* run_planned(EntryObject* self, PyObject* plan, const Arguments& argume
   return wrap(*self->signature, arguments, results);
 }
 
-bool right_count(const Signature& signature, Py_ssize_t count, int more) {
-  const int expected = signature.num_tensors + signature.num_numbers + more;
-  if (count == expected) return true;
-  PyErr_Format(PyExc_TypeError, "%s takes %d positional arguments, got %zd", signature.name, expected, count);
-  return false;
-}
+int num_arguments(const EntryObject* self) { return self->signature->num_tensors + self->signature->num_numbers; }
 
 PyObject* entry_call(PyObject* object, PyObject* const* objects, size_t flags, PyObject* names) {
   auto* self = reinterpret_cast<EntryObject*>(object);
-  if (names || !right_count(*self->signature, PyVectorcall_NARGS(flags), 0)) {
-    if (names) PyErr_Format(PyExc_TypeError, "%s takes no keyword arguments here", self->signature->name);
-    return nullptr;
-  }
+  if (names || PyVectorcall_NARGS(flags) != num_arguments(self)) return slow_way();
+  if (!self->on_cpu && self->plans->size() == 0) return slow_way();
   Arguments arguments;
   if (!read(*self->signature, objects, false, &arguments)) return slow_way();
   const int device = arguments.device.device_type;
   if (device == self->programs_on) {
-    if (self->plans->size() == 0 || (device == kDLCUDA && !on_current_device(arguments.device.device_id))) {
-      return slow_way();
-    }
+    if (device == kDLCUDA && !on_current_device(arguments.device.device_id)) return slow_way();
     KeyWords words;
     PyObject* plan = self->plans->find(key_of(*self->signature, arguments, &words));
     return plan ? run_planned(self, plan, arguments, objects) : slow_way();
@@ -250,27 +242,20 @@ PyObject* entry_call(PyObject* object, PyObject* const* objects, size_t flags, P
 
 PyObject* entry_find(PyObject* object, PyObject* const* objects, Py_ssize_t count) {
   auto* self = reinterpret_cast<EntryObject*>(object);
-  if (!right_count(*self->signature, count, 0)) return nullptr;
   Arguments arguments;
   KeyWords words;
-  if (!read(*self->signature, objects, true, &arguments)) Py_RETURN_NONE;
+  if (count != num_arguments(self) || !read(*self->signature, objects, true, &arguments)) Py_RETURN_NONE;
   PyObject* plan = self->plans->find(key_of(*self->signature, arguments, &words));
   return Py_NewRef(plan ? plan : Py_None);
 }
 
 PyObject* entry_keep(PyObject* object, PyObject* const* objects, Py_ssize_t count) {
   auto* self = reinterpret_cast<EntryObject*>(object);
-  if (!right_count(*self->signature, count, 1)) return nullptr;
-  PyObject* plan = objects[count - 1];
-  if (Py_TYPE(plan) != program_type() && !PyUnicode_Check(plan)) {
-    PyErr_Format(PyExc_TypeError, "a plan must be a Program or \"native\", got %s", Py_TYPE(plan)->tp_name);
-    return nullptr;
-  }
   Arguments arguments;
   KeyWords words;
-  if (!read(*self->signature, objects, true, &arguments)) Py_RETURN_FALSE;
+  if (count != num_arguments(self) + 1 || !read(*self->signature, objects, true, &arguments)) Py_RETURN_FALSE;
   try {
-    self->plans->keep(key_of(*self->signature, arguments, &words), plan);
+    self->plans->keep(key_of(*self->signature, arguments, &words), objects[count - 1]);
   } catch (const std::bad_alloc&) {
     return PyErr_NoMemory();
   }
@@ -351,6 +336,8 @@ PyType_Spec entry_spec{"fastmeta._C.Entry", sizeof(EntryObject), 0,
                        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE, entry_slots};
 
 }  // namespace
+
+bool has_exchange_api() { return connected(); }
 
 PyObject* entry_type() { return PyType_FromSpec(&entry_spec); }
 

@@ -149,19 +149,28 @@ void program_free(PyObject* object) {
   delete self->outputs;
   delete self->steps;
   Py_XDECREF(self->scratch);
+  Py_XDECREF(self->before);
+  Py_XDECREF(self->after);
+  Py_XDECREF(self->observer);
   type->tp_free(object);
   Py_DECREF(type);
 }
 
 PyObject* program_new(PyTypeObject* type, PyObject* args, PyObject*) {
   int inputs = 0, numbers = 0;
-  PyObject *outputs, *scratch, *steps;
-  if (!PyArg_ParseTuple(args, "iiOOO", &inputs, &numbers, &outputs, &scratch, &steps)) return nullptr;
+  PyObject *outputs, *scratch, *steps, *before, *after, *observer;
+  if (!PyArg_ParseTuple(args, "iiOOO((O!O!)O)", &inputs, &numbers, &outputs, &scratch, &steps, &PyList_Type, &before,
+                        &PyList_Type, &after, &observer)) {
+    return nullptr;
+  }
   auto* self = reinterpret_cast<ProgramObject*>(type->tp_alloc(type, 0));
   if (!self) return nullptr;
   const bool built = translated([&] {
     self->num_inputs = inputs;
     self->num_numbers = numbers;
+    self->before = Py_NewRef(before);
+    self->after = Py_NewRef(after);
+    self->observer = Py_NewRef(observer);
     self->outputs = new std::vector<PyObject*>;
     self->steps = new std::vector<std::unique_ptr<Step>>;
     for (Reader list(outputs); list.more();) self->outputs->push_back(read_buffer(list.tuple()));
@@ -226,7 +235,8 @@ PyMethodDef program_methods[] = {
     {"run", program_run, METH_VARARGS, "run(addresses, numbers, stream, on_cuda): the results, as a tuple of tensors."},
     {nullptr, nullptr, 0, nullptr}};
 PyType_Slot program_slots[] = {
-    {Py_tp_doc, const_cast<char*>("Program(inputs, numbers, outputs, scratch, steps): launches of one layout, in C.")},
+    {Py_tp_doc, const_cast<char*>("Program(inputs, numbers, outputs, scratch, steps, ((before, after), observer)): "
+                                  "launches of one layout, in C.")},
     {Py_tp_new, reinterpret_cast<void*>(program_new)},
     {Py_tp_dealloc, reinterpret_cast<void*>(program_free)},
     {Py_tp_methods, program_methods},
@@ -241,6 +251,37 @@ PyTypeObject* program_type() {
   return reinterpret_cast<PyTypeObject*>(type);
 }
 
+namespace {
+
+void observe(PyObject* observer, size_t step, void* stream, bool entering) {
+  PyObject* answer = PyObject_CallFunction(observer, "nKO", static_cast<Py_ssize_t>(step),
+                                           reinterpret_cast<unsigned long long>(stream), entering ? Py_True : Py_False);
+  if (!answer) throw PythonError();
+  Py_DECREF(answer);
+}
+
+void run_observed(const ProgramObject& program, const Call& call) {
+  for (size_t i = 0; i < program.steps->size(); ++i) {
+    observe(program.observer, i, call.stream, true);
+    (*program.steps)[i]->run(call);
+    observe(program.observer, i, call.stream, false);
+  }
+}
+
+void run_steps(const ProgramObject& program, const Call& call) {
+  PyThreadState* state = PyEval_SaveThread();  // a full queue makes a launch wait
+  std::exception_ptr error;
+  try {
+    for (const auto& step : *program.steps) step->run(call);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  PyEval_RestoreThread(state);
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace
+
 bool run_program(const ProgramObject& program, bool on_cuda, void* const* inputs, const double* numbers, void* stream,
                  PyObject** results) {
   PyObject* allocate = on_cuda ? allocator().cuda : allocator().cpu;
@@ -253,17 +294,9 @@ bool run_program(const ProgramObject& program, bool on_cuda, void* const* inputs
   PyObject* scratch = program.scratch ? PyObject_Call(allocate, program.scratch, nullptr) : nullptr;
   if (program.scratch && !scratch) return false;
   const Call call{inputs, outputs, scratch ? static_cast<char*>(address_of(scratch)) : nullptr, numbers, stream};
-  const bool done = !PyErr_Occurred() && translated([&] {
-    PyThreadState* state = PyEval_SaveThread();  // a full queue makes a launch wait
-    std::exception_ptr error;
-    try {
-      for (const auto& step : *program.steps) step->run(call);
-    } catch (...) {
-      error = std::current_exception();
-    }
-    PyEval_RestoreThread(state);
-    if (error) std::rethrow_exception(error);
-  });
+  const bool observed = PyList_GET_SIZE(program.before) > 0 || PyList_GET_SIZE(program.after) > 0;
+  const bool done =
+      !PyErr_Occurred() && translated([&] { observed ? run_observed(program, call) : run_steps(program, call); });
   // Torch's allocator gives the memory to later work of the same stream only, so it may go before the launches end.
   Py_XDECREF(scratch);
   return done;

@@ -59,6 +59,8 @@ struct ProgramObject {
   std::vector<PyObject*>* outputs;  // arguments of the allocator
   PyObject* scratch;                // the same for one block of bytes, or null
   std::vector<std::unique_ptr<Step>>* steps;
+  // Lists of a profiler's functions; while one is not empty, observer(step, stream, entering) is called around steps.
+  PyObject *before, *after, *observer;
 };
 
 PyTypeObject* program_type();  // made at the first call; null with a Python error
