@@ -45,9 +45,9 @@ setup(
     ext_modules=[
         CppExtension(
             "fastmeta._C",
-            sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
+            sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/entry/*.cpp"),
             include_dirs=[str(ROOT / "csrc")],
-            depends=sources("csrc/*.h", "csrc/cpu/*.h"),
+            depends=sources("csrc/*.h", "csrc/cpu/*.h", "csrc/entry/*.h"),
             extra_compile_args={
                 "cxx": [
                     "-O3",
@@ -61,6 +61,7 @@ setup(
                     f'-DFASTMETA_BUILT_FOR_TORCH="{torch.__version__}"',
                 ]
             },
+            libraries=["dl"] if os.name == "posix" else [],
             extra_link_args=["-Wl,-s"] if os.name == "posix" else [],
         )
     ],

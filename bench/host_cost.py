@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench import fake_driver
-from fastmeta import _kernels
+from fastmeta import _entry, _kernels
 from fastmeta.dispatch import Operator
 
 SHAPE = (256, 128, 10)
@@ -21,7 +21,7 @@ SHAPE = (256, 128, 10)
 def register_on_cpu() -> None:
     """Have ``impl="triton"`` of every operator take CPU tensors: their memory is not touched."""
     for name in _kernels.TRITON:
-        operator(name)._kernels["cpu", "triton"] = _kernels.triton(name)
+        operator(name)._kernels["cpu", "triton"] = _kernels.triton(name, _entry.entry(name, "cpu"))
 
 
 def operator(name: str) -> Operator:

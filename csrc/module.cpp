@@ -1,7 +1,10 @@
-// fastmeta._C: build_info(), and the import that loads the operators of operators.cpp.
+// fastmeta._C: build_info(), the fast entry of the operators, and the import that registers those of operators.cpp.
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/isa.h"
+#include "entry/driver.h"
+#include "entry/entry.h"
+#include "entry/program.h"
 // torch 2.11 and 2.12 bundle a pybind11 that refuses to be included beside the stable ABI; nothing of torch follows.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
@@ -35,5 +38,12 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastmeta; importing it registers torch.ops.fastmeta.";
+  m.attr("Entry") = py::reinterpret_steal<py::object>(fastmeta::entry_type());
+  m.attr("Program") = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(fastmeta::program_type()));
+  m.def(
+      "add_native_operators", [](size_t address) { fastmeta::add_native_operators(reinterpret_cast<void*>(address)); },
+      "Adds the operators that the C function at this address lists; entries made later know them.");
+  m.def("has_exchange_api", &fastmeta::has_exchange_api, "Whether this torch lets C read its tensors.");
+  m.def("use_driver", &fastmeta::use_driver, "Takes the launches from this library in place of CUDA's driver.");
   m.def("build_info", &build_info, "Compiler, instruction sets, threads, torch built against.");
 }

@@ -1,6 +1,7 @@
 """The kernels of an operator by device and implementation, as functions of the registered schema's arguments."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial, reduce
 from importlib import import_module
 from operator import or_
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta import _extension
+from fastmeta import _entry, _extension
 
 Kernel = Callable[..., Any]
 
@@ -45,33 +46,73 @@ def resolved(kernel: Kernel) -> Kernel:
     return call
 
 
-def triton(name: str) -> Kernel:
-    """The Triton implementation, imported at its first call: importing Triton takes half a second."""
-    function: Kernel | None = None
+def triton(name: str, entry: Any) -> Kernel:
+    """The Triton implementation, imported at its first call: importing Triton takes half a second.
+
+    Args:
+        name: the operator's.
+        entry: where the plans are kept.
+    """
+    module: Any = None
 
     def call(*arguments: Any) -> Any:
-        nonlocal function
-        if function is None:
-            function = getattr(import_module(f"fastmeta.triton_kernels.{TRITON[name]}"), name)
-        return function(*arguments)
+        nonlocal module
+        if module is None:
+            module = import_module(f"fastmeta.triton_kernels.{TRITON[name]}")
+        if not hasattr(module, "plan"):
+            return getattr(module, name)(*arguments)
+        return _planned(module.plan, entry, _entry.OPERATORS[name], arguments)
 
     return call
 
 
+def _planned(plan_of: Callable[..., Any], entry: Any, count: int, arguments: tuple[Any, ...]) -> Any:
+    """Run the plan of this layout, made if there is none yet; ``count`` numbers follow the tensors."""
+    from fastmeta import _launch  # needs Triton
+
+    tensors, numbers = arguments[:-count], arguments[-count:]
+    first: Tensor = arguments[0]
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        plan = entry.find(*arguments)
+        if plan is None:
+            try:
+                plan = _launch.compile(plan_of(*arguments), tensors, numbers)
+            except _launch.NoSuchProduct:
+                plan = _launch.compile(plan_of(*arguments, sums_apart=True), tensors, numbers)
+            entry.keep(*arguments, plan)
+        results = _launch.run(plan, tensors, numbers)
+    return results[0] if len(results) == 1 else results
+
+
 def automatic(name: str) -> Kernel | None:
     """What serves CUDA tensors when nothing is named: the narrow kernel up to 32 outputs, else Triton's."""
-    general = triton(name) if name in TRITON and _extension.TRITON_REASON is None else None
+    entry = _entry.of(name)
+    general = triton(name, entry) if name in TRITON and _extension.TRITON_REASON is None else None
     if not _extension.has_kernel(f"{name}_narrow", "CUDA"):
         return general
     narrow = direct(f"{name}_narrow", "CUDA")
-    if general is None:
-        return narrow
 
     def choose(features: Tensor, logits: Tensor | None, weight: Tensor, *rest: Any) -> Any:
         outputs = weight.shape[0] if logits is None else logits.shape[-1]
-        return (narrow if outputs <= NARROW_OUTPUTS else general)(features, logits, weight, *rest)
+        if general is not None and outputs > NARROW_OUTPUTS:
+            return general(features, logits, weight, *rest)
+        result = narrow(features, logits, weight, *rest)
+        entry.keep(features, logits, weight, *rest, _entry.NATIVE)  # after it has checked its arguments
+        return result
 
     return choose
+
+
+def kept(name: str, kernel: Kernel) -> Kernel:
+    """A CUDA C++ kernel whose next call with this layout comes through the entry."""
+    entry = _entry.of(name)
+
+    def call(*arguments: Any) -> Any:
+        result = kernel(*arguments)
+        entry.keep(*arguments, _entry.NATIVE)
+        return result
+
+    return call
 
 
 def by_device(name: str) -> dict[tuple[str, str | None], Kernel]:
@@ -86,11 +127,12 @@ def by_device(name: str) -> dict[tuple[str, str | None], Kernel]:
                 found["cpu", "cuda"] = direct(emulated, "CPU", "fastmeta_emulated")
     if name in TRITON:
         if _extension.TRITON_REASON is None:
-            found["cpu" if _extension.INTERPRETED else "cuda", "triton"] = triton(name)
+            found["cpu" if _extension.INTERPRETED else "cuda", "triton"] = triton(name, _entry.entry(name))
         if _extension.has_kernel(narrow, "CUDA"):
             found["cuda", "cuda"] = direct(narrow, "CUDA")
         if not _extension.INTERPRETED and (kernel := automatic(name)) is not None:
             found["cuda", None] = kernel
     elif _extension.has_kernel(name, "CUDA"):
-        found["cuda", "cuda"] = found["cuda", None] = direct(name, "CUDA")
+        found["cuda", "cuda"] = direct(name, "CUDA")
+        found["cuda", None] = kept(name, found["cuda", "cuda"]) if name in _entry.OPERATORS else found["cuda", "cuda"]
     return found

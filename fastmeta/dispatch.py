@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fastmeta import _extension, _kernels
+from fastmeta import _entry, _extension, _kernels
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -60,6 +60,11 @@ def _known(name: str) -> None:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
 
 
+def unnamed(impl: str | None) -> bool:
+    """Whether a call may go through the operator's ``entry``: no implementation is named, nothing is compiled."""
+    return impl is None and _override.name is None and not _compiling()
+
+
 def in_own_dtype(reference: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorates a reference: it computes in its arguments' dtype within an autocast region too, as the kernels do."""
 
@@ -75,7 +80,11 @@ def in_own_dtype(reference: Callable[Parameters, Result]) -> Callable[Parameters
 
 
 class Operator:
-    """One operator's kernels. ``select`` picks one for a call; None means the reference.
+    """One operator's kernels.
+
+    ``entry``, for a call that is :func:`unnamed`, takes the arguments of the schema straight to the kernel, or answers
+    NotImplemented: a derivative is recorded, something watches the call, the arguments are of an unusual kind, or there
+    is no plan for them yet. Then ``select`` picks a kernel; None means the reference.
 
     Args:
         name: the name in the dispatcher, ``fastmeta::<name>``.
@@ -83,6 +92,7 @@ class Operator:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.entry: Any = _entry.of(name) if name in _entry.OPERATORS else None
         self._kernels = _kernels.by_device(name)
         self._float64_on_cuda = name not in _kernels.TRITON
         # What the dispatcher itself would take for a device; other names cannot be seen by it.

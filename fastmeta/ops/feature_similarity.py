@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.dispatch import Operator, in_own_dtype
+from fastmeta.dispatch import Operator, in_own_dtype, unnamed
 
 OPERATOR = Operator("feature_similarity")
 
@@ -72,6 +72,11 @@ def feature_similarity(
     >>> feature_similarity(torch.ones(1, 2), torch.ones(1, 2), torch.tensor([[0.5, -0.5]]))
     tensor([[ 1.5000, -1.5000]])
     """
+    arguments = features_u, features_h, residual_h, scale, bias
+    if unnamed(impl):
+        result = OPERATOR.entry(*arguments)
+        if result is not NotImplemented:
+            return result
     kernel = OPERATOR.select(impl, features_u, features_h, residual_h)
 
     def check() -> None:
@@ -86,6 +91,6 @@ def feature_similarity(
         checks.like(h_u, "features_u", features_h=h_h, residual_h=r)
 
     if kernel is not None:
-        return checks.run(kernel, (features_u, features_h, residual_h, scale, bias), check)
+        return checks.run(kernel, arguments, check)
     check()
     return feature_similarity_reference(features_u, features_h, residual_h, scale, bias)

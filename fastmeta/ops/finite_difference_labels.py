@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.dispatch import Operator, in_own_dtype
+from fastmeta.dispatch import Operator, in_own_dtype, unnamed
 
 OPERATOR = Operator("finite_difference_labels")
 
@@ -93,8 +93,13 @@ def finite_difference_labels(
         check()
         # Filled on the device: a copy from the host could not be captured in a CUDA graph.
         epsilon = torch.full((), epsilon, dtype=torch.float64, device=logits_plus.device)
+    arguments = logits_plus, logits_minus, labels, epsilon, step, project
+    if unnamed(impl):
+        result = OPERATOR.entry(*arguments)
+        if result is not NotImplemented:
+            return result
     kernel = OPERATOR.select(impl, logits_plus, logits_minus, labels, epsilon)
     if kernel is not None:
-        return checks.run(kernel, (logits_plus, logits_minus, labels, epsilon, step, project), check)
+        return checks.run(kernel, arguments, check)
     check()
     return finite_difference_labels_reference(logits_plus, logits_minus, labels, epsilon, step, project)

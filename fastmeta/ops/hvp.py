@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastmeta import checks, losses
-from fastmeta.dispatch import Operator, in_own_dtype
+from fastmeta.dispatch import Operator, in_own_dtype, unnamed
 from fastmeta.losses import LOSSES
 from fastmeta.ops import _last_layer
 
@@ -72,7 +72,13 @@ def hessian_vector_product(
     >>> weight.tolist(), bias
     ([[1.0, 0.0], [0.0, 1.0]], None)
     """
-    kernel = OPERATOR.select(impl, features, logits, direction_weight, direction_bias, weights)
+    tensors = features, logits, direction_weight, direction_bias, weights
+    arguments = (*tensors, LOSSES.get(loss), damping)
+    if unnamed(impl):
+        result = OPERATOR.entry(*arguments)
+        if result is not NotImplemented:
+            return result
+    kernel = OPERATOR.select(impl, *tensors)
 
     def check() -> None:
         checks.loss_code(loss)
@@ -83,7 +89,6 @@ def hessian_vector_product(
         _last_layer.check_weights(h, weights)
 
     if kernel is not None:
-        arguments = (features, logits, direction_weight, direction_bias, weights, LOSSES.get(loss), damping)
         weight, bias = checks.run(kernel, arguments, check)
         return weight, None if direction_bias is None else bias
     check()

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastmeta import checks, losses
-from fastmeta.dispatch import Operator, in_own_dtype
+from fastmeta.dispatch import Operator, in_own_dtype, unnamed
 from fastmeta.head import Head
 from fastmeta.losses import LOSSES
 from fastmeta.ops import _last_layer
@@ -66,7 +66,13 @@ def label_gradient(
     tensor([[ 1., -1.]])
     """
     f, head_weight, head_bias = _last_layer.split(logits)
-    kernel = OPERATOR.select(impl, features, f, head_weight, head_bias, direction_weight, direction_bias)
+    tensors = features, f, head_weight, head_bias, direction_weight, direction_bias
+    arguments = (*tensors, LOSSES.get(loss), scale)
+    if unnamed(impl):
+        result = OPERATOR.entry(*arguments)
+        if result is not NotImplemented:
+            return result
+    kernel = OPERATOR.select(impl, *tensors)
 
     def check() -> None:
         checks.loss_code(loss)
@@ -75,7 +81,6 @@ def label_gradient(
         _last_layer.check_direction(h, num_classes, direction_weight, direction_bias)
 
     if kernel is not None:
-        arguments = (features, f, head_weight, head_bias, direction_weight, direction_bias, LOSSES.get(loss), scale)
         return checks.run(kernel, arguments, check)
     check()
     f = logits.logits(features) if isinstance(logits, Head) else logits

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastmeta import checks, losses
-from fastmeta.dispatch import Operator, in_own_dtype
+from fastmeta.dispatch import Operator, in_own_dtype, unnamed
 from fastmeta.head import Head
 from fastmeta.losses import LOSSES
 from fastmeta.ops import _last_layer
@@ -63,7 +63,13 @@ def last_layer_gradient(
     ([[-0.5, -0.5, -0.5], [0.5, 0.5, 0.5]], [-0.5, 0.5])
     """
     f, head_weight, head_bias = _last_layer.split(logits)
-    kernel = OPERATOR.select(impl, features, f, head_weight, head_bias, targets, weights)
+    tensors = features, f, head_weight, head_bias, targets, weights
+    arguments = (*tensors, LOSSES.get(loss))
+    if unnamed(impl):
+        result = OPERATOR.entry(*arguments)
+        if result is not NotImplemented:
+            return result
+    kernel = OPERATOR.select(impl, *tensors)
 
     def check() -> None:
         checks.loss_code(loss)
@@ -72,7 +78,7 @@ def last_layer_gradient(
         _last_layer.check_weights(h, weights)
 
     if kernel is not None:
-        return checks.run(kernel, (features, f, head_weight, head_bias, targets, weights, LOSSES.get(loss)), check)
+        return checks.run(kernel, arguments, check)
     check()
     f = logits.logits(features) if isinstance(logits, Head) else logits
     y = losses.as_probabilities(targets, f.shape[1], f.dtype)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastmeta import checks, losses
-from fastmeta.dispatch import Operator, in_own_dtype
+from fastmeta.dispatch import Operator, in_own_dtype, unnamed
 from fastmeta.head import Head
 from fastmeta.losses import LOSSES
 from fastmeta.ops import _last_layer
@@ -65,7 +65,13 @@ def per_example_dot(
     tensor([-3.])
     """
     f, head_weight, head_bias = _last_layer.split(logits)
-    kernel = OPERATOR.select(impl, features, f, head_weight, head_bias, targets, direction_weight, direction_bias)
+    tensors = features, f, head_weight, head_bias, targets, direction_weight, direction_bias
+    arguments = (*tensors, LOSSES.get(loss))
+    if unnamed(impl):
+        result = OPERATOR.entry(*arguments)
+        if result is not NotImplemented:
+            return result
+    kernel = OPERATOR.select(impl, *tensors)
 
     def check() -> None:
         checks.loss_code(loss)
@@ -74,7 +80,6 @@ def per_example_dot(
         _last_layer.check_direction(h, num_classes, direction_weight, direction_bias)
 
     if kernel is not None:
-        arguments = (features, f, head_weight, head_bias, targets, direction_weight, direction_bias, LOSSES.get(loss))
         return checks.run(kernel, arguments, check)
     check()
     f = logits.logits(features) if isinstance(logits, Head) else logits

@@ -1,0 +1,31 @@
+// The CUDA driver's launch, found in the library that is already there: building needs no CUDA.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace fastmeta {
+
+// cuLaunchKernel and cuGetErrorString, as in the CUDA Driver API's documentation.
+struct Driver {
+  int (*launch)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+                unsigned block_z, unsigned shared_bytes, void* stream, void** parameters, void** extra) = nullptr;
+  int (*error_text)(int error, const char** text) = nullptr;
+};
+
+const Driver& driver();
+
+// Takes the functions of this library, which then stays loaded; throws std::runtime_error.
+void use_driver(const char* library);
+
+// A loaded library's function, or std::runtime_error.
+void* function_of(void* library, const char* name);
+
+inline void check_launch(int error) {
+  if (error == 0) return;
+  const char* text = nullptr;
+  driver().error_text(error, &text);
+  throw std::runtime_error(std::string("CUDA refuses a launch: ") + (text ? text : "unknown error"));
+}
+
+}  // namespace fastmeta

@@ -1,0 +1,184 @@
+"""Compiles programs of the Triton planners for the executor in C (csrc/entry/program.cpp).
+
+Compiling launches nothing: Triton gives the handle of each kernel and the types of its arguments, and the executor
+passes what Triton's own launcher would. Where that is not sure (another Triton, a kernel with scratch memory of its
+own), programs run step by step in Python.
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmeta import _extension
+
+_ALIGNMENT = 256  # bytes, of each buffer in the scratch memory
+_TRITON = "3.6."  # the version whose launcher the executor follows
+# Triton's types of a kernel's arguments, as struct packs them.
+_PACKED = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"}
+_PACKED |= {"u64": "Q", "fp32": "f", "fp64": "d"}
+
+_Parameter = tuple[str, Any]
+
+
+class NoSuchProduct(RuntimeError):
+    """The library has no algorithm for a product as the program wants it; nothing was launched."""
+
+
+class StepByStep(NamedTuple):
+    """The plan of a layout whose program Python runs."""
+
+    program: Any  # triton_kernels._program.Program
+
+
+def run(plan: Any, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> tuple[Tensor, ...]:
+    """Run a plan, of :func:`compile`, on the current stream of the current device, where the tensors are."""
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    if isinstance(plan, StepByStep):
+        if not torch.is_autocast_enabled(device.type):
+            return plan.program.run(tensors, numbers)
+        with torch.autocast(device.type, enabled=False):
+            return plan.program.run(tensors, numbers)
+    on_cuda = device.type == "cuda"
+    stream = torch.cuda.current_stream().cuda_stream if on_cuda else 0
+    addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+    return plan.run(addresses, tuple(numbers), stream, on_cuda)
+
+
+def compile(program: Any, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> Any:
+    """The plan of a program of triton_kernels/_program.py: for the executor, or to be run step by step.
+
+    Args:
+        program: its steps.
+        tensors: arguments of the layout that it was made for.
+        numbers: numbers of a call, to count them.
+
+    Raises:
+        NoSuchProduct: a product of it, or its epilogue, is not to be had.
+    """
+    import triton
+
+    if not hasattr(_extension._C, "Program") or not triton.__version__.startswith(_TRITON):
+        return StepByStep(program)
+    memory = _Memory(program, tensors)
+    launched: list[tuple[Any, tuple[int, int, int]] | None] = []
+    steps: list[tuple[Any, ...]] = []
+    for step in program.steps:
+        if hasattr(step, "kernel"):
+            compiled = _compiled(step, memory)
+            if compiled is None:
+                return StepByStep(program)
+            launched.append((compiled, step.grid))
+            steps.append(_launch(step, compiled, memory))
+        else:
+            raise NoSuchProduct("products")
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+
+    def observe(index: int, stream: int, entering: bool) -> None:
+        """Calls the hooks of a profiler, which are looked for at every call, around a launch."""
+        of = launched[index]
+        if of is not None:
+            hooks[not entering](of[0].launch_metadata(of[1], stream))
+
+    observers = tuple(hook.calls for hook in hooks), observe
+    return _extension._C.Program(
+        len(tensors), len(numbers), tuple(program.outputs), memory.scratch, tuple(steps), observers
+    )
+
+
+class _Memory:
+    """Where a program's references point."""
+
+    def __init__(self, program: Any, tensors: Sequence[Tensor | None]) -> None:
+        self._dtypes: dict[str, list[torch.dtype | None]] = {
+            "input": [None if tensor is None else tensor.dtype for tensor in tensors],
+            "output": [buffer.dtype for buffer in program.outputs],
+            "scratch": [buffer.dtype for buffer in program.scratch],
+        }
+        self._inputs = tensors
+        self._begins = []
+        size = 0
+        for buffer in program.scratch:
+            self._begins.append(size)
+            bytes_of = math.prod(buffer.shape) * buffer.dtype.itemsize
+            size += -(-bytes_of // _ALIGNMENT) * _ALIGNMENT
+        self.scratch = ((size,), torch.uint8) if size else None
+
+    def dtype(self, ref: Any) -> torch.dtype:
+        """Of a reference's memory."""
+        found = self._dtypes[ref.kind][ref.index]
+        assert found is not None, f"the program reads argument {ref.index}, which is absent"
+        return found
+
+    def address(self, ref: Any) -> tuple[str, int, int]:
+        """As the executor takes it: what, which, and how many bytes on."""
+        offset = ref.offset * self.dtype(ref).itemsize
+        if ref.kind == "scratch":
+            return "scratch", 0, self._begins[ref.index] + offset
+        return ref.kind, ref.index, offset
+
+    def alignment(self, ref: Any) -> int:
+        """Bytes that the address is surely a multiple of, at most 16."""
+        _, index, offset = self.address(ref)
+        tensor = self._inputs[index] if ref.kind == "input" else None
+        return math.gcd(16, offset + (0 if tensor is None else tensor.data_ptr()))
+
+
+class _Pointer:
+    """What Triton looks at in a tensor."""
+
+    def __init__(self, dtype: torch.dtype, alignment: int) -> None:
+        self.dtype = dtype
+        self._address = alignment % 16
+
+    def data_ptr(self) -> int:
+        """An address as aligned as the memory is."""
+        return self._address
+
+
+def _is_ref(argument: Any) -> bool:
+    return hasattr(argument, "kind")
+
+
+def _is_number(argument: Any) -> bool:
+    return hasattr(argument, "factor")
+
+
+def _compiled(step: Any, memory: _Memory) -> Any:
+    """The kernel for arguments of this layout, loaded; None if the executor cannot launch it."""
+    arguments: list[Any] = []
+    for argument in step.arguments:
+        if _is_ref(argument):
+            arguments.append(_Pointer(memory.dtype(argument), memory.alignment(argument)))
+        else:
+            arguments.append(0.5 if _is_number(argument) else argument)
+    compiled = step.kernel.warmup(*arguments, grid=step.grid, **step.constants, **step.options)
+    compiled._init_handles()
+    metadata = compiled.metadata
+    own_memory = metadata.global_scratch_size or metadata.profile_scratch_size
+    if own_memory or metadata.launch_cooperative_grid or metadata.launch_pdl or metadata.num_ctas != 1:
+        return None
+    return compiled
+
+
+def _launch(step: Any, compiled: Any, memory: _Memory) -> tuple[Any, ...]:
+    parameters: list[_Parameter] = []
+    kinds = list(compiled.src.signature.values())
+    for argument, kind in zip(step.arguments, kinds, strict=False):  # the constants come last
+        if kind == "constexpr":
+            continue
+        if _is_ref(argument):
+            parameters.append(("address", memory.address(argument)))
+        elif _is_number(argument):
+            assert kind == "fp32", f"a number of the call is passed as float32, not {kind}"
+            parameters.append(("number", (argument.index, float(argument.factor))))
+        else:
+            packed = struct.pack("<" + _PACKED[kind], argument)
+            parameters.append(("constant", int.from_bytes(packed, "little")))
+    # The addresses of global and profile scratch memory, of which the kernel has none.
+    parameters += [("constant", 0), ("constant", 0)]
+    threads = 32 * compiled.metadata.num_warps
+    return "launch", compiled.function, tuple(step.grid), threads, compiled.metadata.shared, tuple(parameters)

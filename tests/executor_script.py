@@ -1,0 +1,160 @@
+"""Run by test_executor.py without Triton's interpreter: programs on a GPU that is not there (bench/fake_driver.py).
+
+Prints one JSON object for each question: what did not hold.
+"""
+
+import json
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from bench import fake_driver
+from fastmeta import _C, _entry, _launch
+from fastmeta.triton_kernels._program import Buffer, Number, Program, Ref, launch
+
+failures: list[str] = []
+
+
+@triton.jit
+def scaled(x_ptr, y_ptr, absent_ptr, out_ptr, rows, stride, wide, one, factor, shift, block: tl.constexpr):
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    inside = place < rows
+    x = tl.load(x_ptr + place * stride, inside) * tl.load(y_ptr + place * one, inside)
+    tl.store(out_ptr + place, x * factor + shift + wide.to(tl.float32), inside)
+
+
+def expect(condition: bool, note: str) -> None:
+    if not condition:
+        failures.append(note)
+
+
+def program(scratch: bool = True) -> Program:
+    """Two launches: one from two inputs to scratch memory, one from there and an input to the result."""
+    middle = Ref("scratch", 1, 8)
+
+    def step(x: Ref, out: Ref, rows: int) -> Any:
+        numbers = (Number(1, 2.0), 0.25)
+        arguments = (x, Ref("input", 1), None, out, rows, 3, 1 << 40, 1, *numbers)
+        return launch(scaled, (4, 2), arguments, {"block": 64}, num_warps=2)
+
+    steps = (step(Ref("input", 0), middle, 100), step(middle, Ref("output", 0, 1), 96))
+    buffers = (Buffer((5,), torch.bfloat16), Buffer((120,), torch.float32))
+    return Program((Buffer((10, 12), torch.float32),), buffers, steps)
+
+
+def tensors() -> tuple[torch.Tensor, ...]:
+    return torch.rand(320), torch.rand(320)[1:121]  # the second at an address that 16 does not divide
+
+
+def bits(value: float) -> int:
+    return int.from_bytes(torch.tensor(value).numpy().tobytes(), "little")
+
+
+def parameters() -> None:
+    """What the driver is given is what Triton's own launcher gives it."""
+    x, y = tensors()
+    executable = _launch.compile(program(), (x, y), (7.0, 1.5))
+    types = [8, 8, 8, 4, 4, 8, 4, 4, 8, 8]  # x y out rows stride wide factor shift, and two addresses of scratch memory
+    seen = fake_driver.parameters(len(types))
+    masks = [(1 << 8 * size) - 1 for size in types]
+    before = fake_driver.launched().number
+    (out,) = _launch.run(executable, (x, y), (7.0, 1.5))
+    ours = [value & mask for value, mask in zip(seen[: len(types)], masks, strict=True)]
+    expect(fake_driver.launched().number == before + 2, "two launches")
+    expect(fake_driver.launched()[1:3] == ((4, 2, 1), 64), "grid and threads")
+    expect(out.shape == (10, 12) and out.dtype == torch.float32, "the result")
+    expect(ours[2] == out.data_ptr() + 4, "the result, four bytes on")
+    expect(ours[0] % 64 == 32, "scratch memory: 8 entries into a buffer")
+    wanted = [ours[0], y.data_ptr(), ours[2], 96, 3, 1 << 40, bits(3.0), bits(0.25), 0, 0]
+    expect(ours == wanted, f"{ours}, not {wanted}")
+    memory = torch.empty(200)
+    scaled[(4, 2, 1)](memory, y, None, out.view(-1)[1:], 96, 3, 1 << 40, 1, 3.0, 0.25, block=64, num_warps=2)
+    tritons = [value & mask for value, mask in zip(seen[: len(types)], masks, strict=True)]
+    expect(tritons[1:] == ours[1:], f"Triton passes {tritons}, the executor {ours}")
+    expect(fake_driver.launched()[1:] == ((4, 2, 1), 64, fake_driver.launched().shared), "Triton's grid")
+
+
+def compiling_launches_nothing() -> None:
+    before = fake_driver.launched().number
+    executable = _launch.compile(program(), tensors(), (7.0, 1.5))
+    expect(isinstance(executable, _C.Program), "compiled")
+    expect(fake_driver.launched().number == before, "no launch")
+
+
+def hooks() -> None:
+    """A profiler's hooks are called around each launch, with the kernel's name."""
+    executable = _launch.compile(program(), tensors(), (7.0, 1.5))
+    seen: list[tuple[str, str]] = []
+
+    def enter(metadata: Any) -> None:
+        seen.append(("enter", metadata.get()["name"]))
+
+    def leave(metadata: Any) -> None:
+        seen.append(("leave", metadata.get()["name"]))
+
+    knobs = triton.knobs.runtime
+    knobs.launch_enter_hook.add(enter)
+    knobs.launch_exit_hook.add(leave)
+    _launch.run(executable, tensors(), (7.0, 1.5))
+    knobs.launch_enter_hook.remove(enter)
+    knobs.launch_exit_hook.remove(leave)
+    expect(seen == [("enter", "scaled"), ("leave", "scaled")] * 2, f"hooks saw {seen}")
+    _launch.run(executable, tensors(), (7.0, 1.5))
+    expect(len(seen) == 4, "hooks are gone")
+
+
+def entries() -> None:
+    """A kept program is run for its layout and for no other."""
+    entry = _entry.entry("finite_difference_labels", "cpu")
+    f, epsilon = torch.rand(16, 8), torch.ones(())
+    arguments = (f, f, f, epsilon, 0.5, True)
+    expect(entry(*arguments) is NotImplemented, "nothing is kept yet")
+    one = Program(
+        (Buffer((16, 8), torch.float32),),
+        (),
+        (
+            program()
+            .steps[0]
+            ._replace(
+                arguments=(Ref("input", 0), Ref("input", 1), None, Ref("output", 0), 128, 1, 1 << 40, 1, Number(0), 0.0)
+            ),
+        ),
+    )
+    entry.keep(*arguments, _launch.compile(one, arguments[:4], arguments[4:]))
+    result = entry(*arguments)
+    expect(torch.is_tensor(result) and result.shape == (16, 8), f"got {result}")
+    expect(torch.is_tensor(entry(*arguments[:4], 0.25, True)), "another step, the same program")
+    for other in (
+        (*arguments[:5], False),
+        (f[1:], f[1:], f[1:], epsilon, 0.5, True),
+        (f.bfloat16(), f, f, epsilon, 0.5, True),
+        (f.t().contiguous().t(), f, f, epsilon, 0.5, True),
+        (torch.rand(129)[1:].view(16, 8), f, f, epsilon, 0.5, True),
+    ):
+        expect(entry(*other) is NotImplemented, "another layout")
+    expect(entry.find(*arguments) is not None and len(entry) == 1, "found")
+    entry.keep(f[1:], f[1:], f[1:], epsilon, 0.5, True, _entry.NATIVE)
+    expect(entry(f[1:], f[1:], f[1:], epsilon, 0.5, True) is NotImplemented, "no native function here")
+    entry.forget()
+    expect(entry(*arguments) is NotImplemented and len(entry) == 0, "forgotten")
+
+
+def errors() -> None:
+    """The driver's error is raised, in words."""
+    fake_driver.parameters(0)
+    executable = _C.Program(0, 0, (), None, (("launch", 0, (1, 1, 1), 32, 0, ()),), (([], []), print))
+    try:
+        executable.run((), (), 0, False)
+        failures.append("no error")
+    except RuntimeError as error:
+        expect("CUDA refuses a launch: no kernel" in str(error), str(error))
+
+
+if __name__ == "__main__":
+    fake_driver.activate()
+    for question in (parameters, compiling_launches_nothing, hooks, entries, errors):
+        failures.clear()
+        question()
+        print(json.dumps({"question": question.__name__, "failures": failures}), flush=True)
