@@ -38,10 +38,7 @@ def run(plan: Any, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -
     """Run a plan, of :func:`compile`, on the current stream of the current device, where the tensors are."""
     device = next(tensor.device for tensor in tensors if tensor is not None)
     if isinstance(plan, StepByStep):
-        if not torch.is_autocast_enabled(device.type):
-            return plan.program.run(tensors, numbers)
-        with torch.autocast(device.type, enabled=False):
-            return plan.program.run(tensors, numbers)
+        return plan.program.run(tensors, numbers)
     on_cuda = device.type == "cuda"
     stream = torch.cuda.current_stream().cuda_stream if on_cuda else 0
     addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])

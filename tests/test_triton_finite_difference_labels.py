@@ -7,8 +7,7 @@ from kernel_checks import check
 
 pytest.importorskip("triton")
 from fastmeta import ops
-from fastmeta.triton_kernels import _tuning
-from fastmeta.triton_kernels import finite_difference_labels as module
+from fastmeta.triton_kernels._last_layer import row_tile
 
 CASE = next(case for case in CASES if case.name == "finite_difference_labels")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,22 +20,18 @@ pytestmark = pytest.mark.skipif("triton" not in CASE.operator.implementations(DE
 @dtypes
 def test_every_tile_of_whole_rows(dtype, generator):
     draw = Draw(generator, dtype)
-    for tile in module.WHOLE_ROWS:
-        for c in {tile.classes - 3, tile.classes}:
-            variant = draw.choice(CASE.variants)
-            arguments = CASE.arguments(draw, (min(tile.rows, 16) + 1, 1, c), None, variant)
-            with _tuning.using("finite_difference_labels", tile):
-                check(CASE, arguments, "triton", f"{tile} {c} {variant} {dtype}")
+    for classes in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
+        tile = row_tile(classes, dtype)
+        variant = draw.choice(CASE.variants)
+        arguments = CASE.arguments(draw, (min(tile.rows, 16) + 1, 1, classes - draw.integer(0, 4)), None, variant)
+        check(CASE, arguments, "triton", f"{tile} {variant} {dtype}")
 
 
 @dtypes
 @pytest.mark.parametrize("variant", CASE.variants)
 def test_sweeps(dtype, variant, generator):
-    draw = Draw(generator, dtype)
-    for tile in module.SWEPT_ROWS:
-        arguments = CASE.arguments(draw, (2, 1, SWEPT), None, variant)
-        with _tuning.using("finite_difference_labels.swept", tile):
-            check(CASE, arguments, "triton", f"{tile} {variant} {dtype}")
+    arguments = CASE.arguments(Draw(generator, dtype), (2, 1, SWEPT), None, variant)
+    check(CASE, arguments, "triton", f"{variant} {dtype}")
 
 
 def test_sweeps_of_strided_rows(generator):
@@ -79,14 +74,6 @@ def test_rows_clipped_to_nothing_become_uniform(c):
     got = ops.finite_difference_labels(logits, logits, labels, 1.0, step=0.5, impl="triton")
     assert torch.equal(got[0], torch.full((c,), 1 / c, device=DEVICE))
     assert torch.equal(got[1], torch.eye(1, c, device=DEVICE)[0])
-
-
-def test_few_rows_take_smaller_tiles(monkeypatch):
-    monkeypatch.setattr(module._forms, "chip", lambda: module._forms.CHIPS[90])
-    assert module._tile(256, 10, torch.float32) == (True, module.Tile(16, 16, 2))
-    assert module._tile(100_000, 10, torch.float32) == (True, module.Tile(32, 16, 4))
-    assert module._tile(8192, 1000, torch.float32) == (True, module.Tile(1, 1024, 4))
-    assert module._tile(8192, 30522, torch.float32) == (False, module.Tile(1, 4096, 16))
 
 
 def test_a_step_may_be_an_integer(generator):

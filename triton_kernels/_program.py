@@ -101,6 +101,10 @@ class Program(NamedTuple):
     def run(self, tensors: Sequence[Tensor | None], numbers: Sequence[float] = ()) -> tuple[Tensor, ...]:
         """Run on the tensors' device, step by step: under the interpreter, or to be recorded."""
         like = next(tensor for tensor in tensors if tensor is not None)
+        kind = like.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):  # products keep their operands' dtype
+                return self.run(tensors, numbers)
         outputs = tuple(torch.empty(b.shape, dtype=b.dtype, device=like.device) for b in self.outputs)
         scratch = tuple(torch.empty(b.shape, dtype=b.dtype, device=like.device) for b in self.scratch)
         memory = {"input": tensors, "output": outputs, "scratch": scratch}

@@ -1,9 +1,9 @@
 """One kernel over rows in memory, for every operator: what a loss makes of logits, targets and tangents.
 
-A row is read in tiles of groups of eight neighbouring entries. A thread owns whole groups and keeps each group's
-running sums, so that the loop over a long row has neither a barrier nor a shuffle; the groups' sums meet once, after
-it. A result with an entry for each class takes a second sweep, which finds the row in the L2 cache; rows of one tile
-stay in registers.
+A row is read in tiles of groups of neighbouring entries, 16 bytes each. A thread owns whole groups and keeps each
+group's running sums, so that the loop over a long row has neither a barrier nor a shuffle; the groups' sums meet once,
+after it. A result with an entry for each class takes a second sweep, which finds the row in the L2 cache; rows of one
+tile stay in registers.
 """
 
 import triton
@@ -23,8 +23,6 @@ from fastmeta.triton_kernels._row_functions import (
     padding,
 )
 
-GROUP: tl.constexpr = tl.constexpr(8)
-
 
 @triton.jit
 def times(stride, multiple: tl.constexpr):
@@ -37,7 +35,7 @@ def times(stride, multiple: tl.constexpr):
 
 @triton.jit
 def load_rows(pointer, row, place, row_stride, column_stride, inside, fill):
-    """``[rows, groups, 8]`` in float32."""
+    """``[rows, groups, entries]`` in float32."""
     at = pointer + row[:, None, None] * row_stride + place[None] * column_stride
     return tl.load(at, inside, fill).to(tl.float32)
 
@@ -48,7 +46,7 @@ def _operands(
     f_row, f_column, z_row, y_row, y_column,
     loss: tl.constexpr, function: tl.constexpr, classes: tl.constexpr,
 ):  # fmt: skip
-    """Logits, targets and tangents of a tile, whichever the row function reads; ``place [groups, 8]``."""
+    """Logits, targets and tangents of a tile, whichever the row function reads; ``place [groups, entries]``."""
     inside = row_inside[:, None, None] & (place < num_classes)[None]
     f = tl.zeros(inside.shape, tl.float32)
     z = f
@@ -73,7 +71,7 @@ def rows(
     num_rows, num_classes, scale,
     f_row, f_column, z_row, y_row, y_column, weights_step, out_row,
     loss: tl.constexpr, function: tl.constexpr, classes: tl.constexpr, multiple: tl.constexpr,
-    block_rows: tl.constexpr, block_classes: tl.constexpr, single: tl.constexpr,
+    block_rows: tl.constexpr, block_classes: tl.constexpr, group: tl.constexpr, single: tl.constexpr,
 ):  # fmt: skip
     """Logits ``f [N, C]``, tangents ``z [N, C]``, targets ``y [N, C]`` or classes ``[N]``; ``out [N]`` or ``[N, C]``.
 
@@ -90,8 +88,8 @@ def rows(
     line = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
     row_inside = line < num_rows
     row = tl.minimum(line, num_rows - 1)
-    groups: tl.constexpr = block_classes // GROUP
-    lane = (tl.arange(0, groups)[:, None] * GROUP + tl.arange(0, GROUP)[None]).to(tl.int64)
+    groups: tl.constexpr = block_classes // group
+    lane = (tl.arange(0, groups)[:, None] * group + tl.arange(0, group)[None]).to(tl.int64)
     label = row
     if classes:
         label = tl.load(y_ptr + row * y_row)

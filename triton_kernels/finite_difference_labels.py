@@ -15,7 +15,7 @@ from fastmeta.triton_kernels import _arguments
 from fastmeta.triton_kernels._last_layer import row_tile
 from fastmeta.triton_kernels._program import Buffer, Number, Program, Ref, launch, multiple
 from fastmeta.triton_kernels._row_functions import finite
-from fastmeta.triton_kernels._rows import GROUP, load_rows, times
+from fastmeta.triton_kernels._rows import load_rows, times
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def label_step(
     num_rows, num_classes, step,
     plus_row, plus_column, minus_row, minus_column, labels_row, labels_column,
     project: tl.constexpr, multiple: tl.constexpr,
-    block_rows: tl.constexpr, block_classes: tl.constexpr, single: tl.constexpr,
+    block_rows: tl.constexpr, block_classes: tl.constexpr, group: tl.constexpr, single: tl.constexpr,
 ):  # fmt: skip
     """``[N, C]`` each; ``epsilon`` is one number in memory."""
     num_classes = times(num_classes, multiple)
@@ -64,8 +64,8 @@ def label_step(
     line = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
     row_inside = line < num_rows
     row = tl.minimum(line, num_rows - 1)
-    groups: tl.constexpr = block_classes // GROUP
-    lane = (tl.arange(0, groups)[:, None] * GROUP + tl.arange(0, GROUP)[None]).to(tl.int64)
+    groups: tl.constexpr = block_classes // group
+    lane = (tl.arange(0, groups)[:, None] * group + tl.arange(0, group)[None]).to(tl.int64)
     minus_infinity: tl.constexpr = float("-inf")
     epsilon = tl.load(epsilon_ptr).to(tl.float32)
     plus_top = tl.full((block_rows, groups), minus_infinity, tl.float32)
@@ -143,15 +143,13 @@ def plan(
     out = Buffer((n, c), logits_plus.dtype)
     if n == 0 or c == 0:
         return Program((out,), (), ())
-    tile = row_tile(c)
+    tile = row_tile(c, logits_plus.dtype)
     by = multiple(c, *(rows.stride(0) for rows in (logits_plus, logits_minus, labels)))
     strides = [size for rows in (logits_plus, logits_minus, labels) for size in (rows.stride(0) // by, rows.stride(1))]
     constants = {
         "project": project,
         "multiple": by,
-        "block_rows": tile.rows,
-        "block_classes": tile.classes,
-        "single": tile.classes >= c,
+        **tile.constants(c),
     }
     tensors = (*(Ref("input", index) for index in range(4)), Ref("output", 0))
     arguments = (*tensors, n, c // by, Number(0), *strides)
