@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/isa.h"
+#include "entry/cublaslt.h"
 #include "entry/driver.h"
 #include "entry/entry.h"
 #include "entry/program.h"
@@ -40,10 +41,15 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastmeta; importing it registers torch.ops.fastmeta.";
   m.attr("Entry") = py::reinterpret_steal<py::object>(fastmeta::entry_type());
   m.attr("Program") = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(fastmeta::program_type()));
-  m.def(
-      "add_native_operators", [](size_t address) { fastmeta::add_native_operators(reinterpret_cast<void*>(address)); },
-      "Adds the operators that the C function at this address lists; entries made later know them.");
   m.def("has_exchange_api", &fastmeta::has_exchange_api, "Whether this torch lets C read its tensors.");
+  m.def(
+      "use_cublaslt",
+      [](const py::args& names) {
+        std::vector<std::string> all;
+        for (const auto name : names) all.push_back(name.cast<std::string>());
+        fastmeta::lt::use(all);
+      },
+      "Takes matrix products from the first of these libraries that is loaded, or can be.");
   m.def("use_driver", &fastmeta::use_driver, "Takes the launches from this library in place of CUDA's driver.");
   m.def("build_info", &build_info, "Compiler, instruction sets, threads, torch built against.");
 }

@@ -39,7 +39,7 @@ def entry(name: str, programs_on: str = "cuda") -> Any:
     new: Any = None
     if hasattr(_extension._C, "Entry") and _extension._C.has_exchange_api():
         try:
-            new = _extension._C.Entry(name, programs_on)
+            new = _extension._C.Entry(name, programs_on, _extension.cuda_natives())
         except (RuntimeError, ValueError):  # a torch that cannot allocate for it, an operator younger than the build
             new = None
     if new is None:

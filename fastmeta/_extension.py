@@ -85,6 +85,14 @@ def has_kernel(name: str, key: str, namespace: str = "fastmeta") -> bool:
     return defined and torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key)
 
 
+def cuda_natives() -> int:
+    """Address of the function that lists the CUDA library's native operators (csrc/native.h); 0 if there is none."""
+    if CUDA_REASON is not None:
+        return 0
+    function = getattr(ctypes.CDLL(str(_CUDA_LIBRARY)), "fastmeta_cuda_operators", None)
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
 def build_info() -> dict[str, object] | None:
     """Compiler, instruction sets, threads, CUDA architectures, torch built against; None if there is no extension."""
     return None if _C is None else _C.build_info() | {"cuda_architectures": _architectures()}

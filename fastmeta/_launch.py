@@ -8,6 +8,8 @@ own), programs run step by step in Python.
 import math
 import struct
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,9 @@ _TRITON = "3.6."  # the version whose launcher the executor follows
 # Triton's types of a kernel's arguments, as struct packs them.
 _PACKED = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"}
 _PACKED |= {"u64": "Q", "fp32": "f", "fp64": "d"}
+
+# CUDA's numbers of dtypes.
+_CUDA_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
 
 _Parameter = tuple[str, Any]
 
@@ -58,7 +63,7 @@ def compile(program: Any, tensors: Sequence[Tensor | None], numbers: Sequence[fl
     """
     import triton
 
-    if not hasattr(_extension._C, "Program") or not triton.__version__.startswith(_TRITON):
+    if _extension.INTERPRETED or not hasattr(_extension._C, "Program") or not triton.__version__.startswith(_TRITON):
         return StepByStep(program)
     memory = _Memory(program, tensors)
     launched: list[tuple[Any, tuple[int, int, int]] | None] = []
@@ -71,7 +76,8 @@ def compile(program: Any, tensors: Sequence[Tensor | None], numbers: Sequence[fl
             launched.append((compiled, step.grid))
             steps.append(_launch(step, compiled, memory))
         else:
-            raise NoSuchProduct("products")
+            launched.append(None)
+            steps.append(_product(step, memory))
     hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
 
     def observe(index: int, stream: int, entering: bool) -> None:
@@ -81,9 +87,13 @@ def compile(program: Any, tensors: Sequence[Tensor | None], numbers: Sequence[fl
             hooks[not entering](of[0].launch_metadata(of[1], stream))
 
     observers = tuple(hook.calls for hook in hooks), observe
-    return _extension._C.Program(
-        len(tensors), len(numbers), tuple(program.outputs), memory.scratch, tuple(steps), observers
-    )
+    _load_libraries()
+    try:
+        return _extension._C.Program(
+            len(tensors), len(numbers), tuple(program.outputs), memory.scratch, tuple(steps), observers
+        )
+    except LookupError as error:
+        raise NoSuchProduct(str(error)) from None
 
 
 class _Memory:
@@ -96,13 +106,15 @@ class _Memory:
             "scratch": [buffer.dtype for buffer in program.scratch],
         }
         self._inputs = tensors
+        index = next(tensor.device.index for tensor in tensors if tensor is not None)
+        self.device = 0 if index is None else index
         self._begins = []
         size = 0
         for buffer in program.scratch:
             self._begins.append(size)
             bytes_of = math.prod(buffer.shape) * buffer.dtype.itemsize
             size += -(-bytes_of // _ALIGNMENT) * _ALIGNMENT
-        self.scratch = ((size,), torch.uint8) if size else None
+        self.scratch = size, torch.uint8
 
     def dtype(self, ref: Any) -> torch.dtype:
         """Of a reference's memory."""
@@ -179,3 +191,41 @@ def _launch(step: Any, compiled: Any, memory: _Memory) -> tuple[Any, ...]:
     parameters += [("constant", 0), ("constant", 0)]
     threads = 32 * compiled.metadata.num_warps
     return "launch", compiled.function, tuple(step.grid), threads, compiled.metadata.shared, tuple(parameters)
+
+
+def _number(number: Any) -> tuple[int, float]:
+    return (number.index, float(number.factor)) if _is_number(number) else (-1, float(number))
+
+
+def _product(step: Any, memory: _Memory) -> tuple[Any, ...]:
+    def matrix(of: Any) -> tuple[Any, ...]:
+        if of is None:
+            return ()
+        dtype = _CUDA_TYPES.get(memory.dtype(of.at))
+        if dtype is None:
+            raise NoSuchProduct(f"no product in {memory.dtype(of.at)}")
+        return memory.address(of.at), dtype, tuple(of.shape), tuple(of.strides), memory.alignment(of.at)
+
+    vector = step.bias if step.bias is not None else step.column_sums
+    return (
+        "product",
+        *(matrix(of) for of in (step.out, step.a, step.b, step.addend)),
+        _number(step.alpha),
+        _number(step.beta),
+        *(() if ref is None else memory.address(ref) for ref in (step.bias, step.column_sums)),
+        16 if vector is None else memory.alignment(vector),
+        int(step.precision == "tf32"),
+        memory.device,
+    )
+
+
+@cache
+def _load_libraries() -> None:
+    """Find the libraries of CUDA that the executor calls; on a GPU torch has loaded them."""
+    if not torch.cuda.is_available():
+        return  # a GPU is pretended, and so are they
+    _extension._C.use_driver("libcuda.so.1")
+    major = (torch.version.cuda or "").partition(".")[0]
+    names = [f"libcublasLt.so.{number}" for number in dict.fromkeys((major, "13", "12"))]
+    folder = Path(torch.__file__).parents[1] / "nvidia"
+    _extension._C.use_cublaslt(*names, *(str(path) for path in sorted(folder.glob("*/lib/libcublasLt.so.*"))))

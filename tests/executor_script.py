@@ -144,7 +144,7 @@ def entries() -> None:
 def errors() -> None:
     """The driver's error is raised, in words."""
     fake_driver.parameters(0)
-    executable = _C.Program(0, 0, (), None, (("launch", 0, (1, 1, 1), 32, 0, ()),), (([], []), print))
+    executable = _C.Program(0, 0, (), (0, torch.uint8), (("launch", 0, (1, 1, 1), 32, 0, ()),), (([], []), print))
     try:
         executable.run((), (), 0, False)
         failures.append("no error")

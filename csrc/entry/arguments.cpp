@@ -17,7 +17,7 @@ bool read_number(PyObject* object, const NumberRule& rule, double* out) {
     *out = std::numeric_limits<double>::quiet_NaN();
     return true;
   }
-  if (PyFloat_Check(object)) {
+  if (PyFloat_Check(object) && rule.kind != NumberRule::Kind::code) {
     *out = PyFloat_AS_DOUBLE(object);
   } else if (PyLong_CheckExact(object)) {
     *out = PyLong_AsDouble(object);

@@ -23,26 +23,20 @@ __attribute__((weak)) const NativeOperator* native_operators(int* count) {
 
 namespace {
 
-std::vector<NativeOperator>& native_table() {
-  static std::vector<NativeOperator> table = [] {
-    int count = 0;
-    const NativeOperator* first = native_operators(&count);
-    return std::vector<NativeOperator>(first, first + count);
-  }();
-  return table;
-}
+using List = const NativeOperator* (*)(int* count);
 
-// The last one that was added under this name.
-NativeFunction find_native(const Signature& signature, const char* device) {
-  NativeFunction found = nullptr;
-  for (const NativeOperator& each : native_table()) {
-    if (std::strcmp(each.name, signature.name) != 0 || std::strcmp(each.device, device) != 0) continue;
-    if (each.num_tensors == signature.num_tensors && each.num_numbers == signature.num_numbers &&
-        each.num_outputs == signature.num_outputs) {
-      found = each.run;
+// Null if the list has none.
+NativeFunction find_native(const Signature& signature, const char* device, List list) {
+  int count = 0;
+  const NativeOperator* first = list(&count);
+  for (const NativeOperator* each = first; each != first + count; ++each) {
+    if (std::strcmp(each->name, signature.name) == 0 && std::strcmp(each->device, device) == 0 &&
+        each->num_tensors == signature.num_tensors && each->num_numbers == signature.num_numbers &&
+        each->num_outputs == signature.num_outputs) {
+      return each->run;
     }
   }
-  return found;
+  return nullptr;
 }
 
 struct EntryObject {
@@ -272,9 +266,12 @@ Py_ssize_t entry_length(PyObject* object) {
 }
 
 PyObject* entry_new(PyTypeObject* type, PyObject* args, PyObject* keywords) {
-  static const char* names[] = {"name", "programs_on", nullptr};
+  static const char* names[] = {"name", "programs_on", "natives", nullptr};
   const char *name, *device = "cuda";
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "s|s", const_cast<char**>(names), &name, &device)) return nullptr;
+  unsigned long long natives = 0;
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "s|sK", const_cast<char**>(names), &name, &device, &natives)) {
+    return nullptr;
+  }
   const Signature* signature = find_signature(name);
   if (!signature || (std::strcmp(device, "cuda") != 0 && std::strcmp(device, "cpu") != 0)) {
     return PyErr_Format(PyExc_ValueError, "no fast entry of operator %s with programs on %s", name, device);
@@ -283,8 +280,12 @@ PyObject* entry_new(PyTypeObject* type, PyObject* args, PyObject* keywords) {
   if (!self) return nullptr;
   self->vectorcall = entry_call;
   self->signature = signature;
-  self->on_cpu = find_native(*signature, "cpu");
-  self->on_cuda = find_native(*signature, "cuda");
+  self->on_cpu = find_native(*signature, "cpu", native_operators);
+  if (natives) {
+    const auto list = reinterpret_cast<List>(natives);
+    if (const NativeFunction on_cpu = find_native(*signature, "cpu", list)) self->on_cpu = on_cpu;
+    self->on_cuda = find_native(*signature, "cuda", list);
+  }
   self->programs_on = std::strcmp(device, "cuda") == 0 ? kDLCUDA : kDLCPU;
   self->plans = new (std::nothrow) Plans;
   if (!self->plans || !allocator().cpu) {
@@ -322,8 +323,10 @@ PyMemberDef entry_members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(EntryObject, vectorcall), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr}};
 PyType_Slot entry_slots[] = {
-    {Py_tp_doc, const_cast<char*>("Entry(name, programs_on='cuda'): calls an operator without Python in between.\n\n"
-                                  "Answers NotImplemented where the call must go the slow way.")},
+    {Py_tp_doc,
+     const_cast<char*>("Entry(name, programs_on='cuda', natives=0): calls an operator without Python in between.\n\n"
+                       "Answers NotImplemented where the call must go the slow way. natives: address of a "
+                       "function like fastmeta_cuda_operators (csrc/native.h) that lists more.")},
     {Py_tp_new, reinterpret_cast<void*>(entry_new)},
     {Py_tp_dealloc, reinterpret_cast<void*>(entry_free)},
     {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
@@ -340,12 +343,5 @@ PyType_Spec entry_spec{"fastmeta._C.Entry", sizeof(EntryObject), 0,
 bool has_exchange_api() { return connected(); }
 
 PyObject* entry_type() { return PyType_FromSpec(&entry_spec); }
-
-void add_native_operators(const void* address) {
-  const auto list = reinterpret_cast<const NativeOperator* (*)(int*)>(const_cast<void*>(address));
-  int count = 0;
-  const NativeOperator* first = list(&count);
-  native_table().insert(native_table().end(), first, first + count);
-}
 
 }  // namespace fastmeta

@@ -8,9 +8,6 @@ namespace fastmeta {
 
 PyObject* entry_type();  // a new reference; null with a Python error
 
-bool has_exchange_api();
-
-// Adds the native operators that the function at `address` lists (fastmeta_cuda_operators of a loaded library).
-void add_native_operators(const void* address);
+bool has_exchange_api();  // whether this torch lets C read its tensors
 
 }  // namespace fastmeta

@@ -1,11 +1,13 @@
 #include "program.h"
 
+#include <algorithm>
 #include <exception>
 #include <stdexcept>
 #include <string>
 
 #include "allocate.h"
 #include "launch_step.h"
+#include "product_step.h"
 #include "signatures.h"
 
 namespace fastmeta {
@@ -117,6 +119,42 @@ std::unique_ptr<Step> read_launch(Reader& reader, const Limits& limits) {
   return std::make_unique<LaunchStep>(function, grid, threads, shared_bytes, std::move(parameters));
 }
 
+// (address, dtype, (rows, columns), (row stride, column stride), alignment)
+MatrixView read_matrix(Reader reader, const Limits& limits) {
+  MatrixView matrix;
+  matrix.at = read_address(reader.tuple(), limits);
+  matrix.dtype = static_cast<lt::DataType>(reader.integer());
+  Reader shape = reader.tuple(), strides = reader.tuple();
+  matrix.rows = shape.integer();
+  matrix.columns = shape.integer();
+  matrix.row_stride = strides.integer();
+  matrix.column_stride = strides.integer();
+  matrix.alignment = static_cast<uint32_t>(reader.integer());
+  return matrix;
+}
+
+// (out, a, b, addend | (), alpha, beta, bias | (), column sums | (), alignment of the last two, tf32, device)
+std::unique_ptr<ProductStep> read_product(Reader& reader, const Limits& limits) {
+  ProductArguments product{};
+  const auto optional_address = [&] {
+    const Reader address = reader.tuple();
+    return address.more() ? read_address(address, limits) : Address{};
+  };
+  product.out = read_matrix(reader.tuple(), limits);
+  product.a = read_matrix(reader.tuple(), limits);
+  product.b = read_matrix(reader.tuple(), limits);
+  const Reader addend = reader.tuple();
+  if (addend.more()) product.addend = read_matrix(addend, limits);
+  product.alpha = read_number(reader.tuple(), limits);
+  product.beta = read_number(reader.tuple(), limits);
+  product.bias = optional_address();
+  product.column_sums = optional_address();
+  product.vector_alignment = static_cast<uint32_t>(reader.integer());
+  product.tf32 = reader.integer() != 0;
+  product.device = static_cast<int>(reader.integer());
+  return std::make_unique<ProductStep>(product);
+}
+
 // ((size, ...), torch dtype) as arguments of the allocator
 PyObject* read_buffer(Reader reader) {
   std::vector<int64_t> sizes;
@@ -134,6 +172,8 @@ bool translated(const Build& build) {
   } catch (const PythonError&) {
   } catch (const std::invalid_argument& error) {
     PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const NoSuchProduct& error) {
+    PyErr_SetString(PyExc_LookupError, error.what());
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
@@ -158,9 +198,11 @@ void program_free(PyObject* object) {
 
 PyObject* program_new(PyTypeObject* type, PyObject* args, PyObject*) {
   int inputs = 0, numbers = 0;
-  PyObject *outputs, *scratch, *steps, *before, *after, *observer;
-  if (!PyArg_ParseTuple(args, "iiOOO((O!O!)O)", &inputs, &numbers, &outputs, &scratch, &steps, &PyList_Type, &before,
-                        &PyList_Type, &after, &observer)) {
+  long long scratch_bytes = 0;
+  int64_t workspace_bytes = 0;  // one after another, the products share it
+  PyObject *outputs, *uint8, *steps, *before, *after, *observer;
+  if (!PyArg_ParseTuple(args, "iiO(LO)O((O!O!)O)", &inputs, &numbers, &outputs, &scratch_bytes, &uint8, &steps,
+                        &PyList_Type, &before, &PyList_Type, &after, &observer)) {
     return nullptr;
   }
   auto* self = reinterpret_cast<ProgramObject*>(type->tp_alloc(type, 0));
@@ -177,14 +219,23 @@ PyObject* program_new(PyTypeObject* type, PyObject* args, PyObject*) {
     if (inputs > most_tensors || numbers > most_numbers || self->outputs->size() > most_outputs) {
       throw std::invalid_argument("a program has more arguments or results than an operator");
     }
-    if (scratch != Py_None) self->scratch = read_buffer(Reader(scratch));
     const Limits limits{inputs, static_cast<int>(self->outputs->size()), numbers};
     for (Reader list(steps); list.more();) {
       Reader step = list.tuple();
       const std::string kind = step.text();
-      if (kind != "launch") throw std::invalid_argument("no step is called " + kind);
-      self->steps->push_back(read_launch(step, limits));
+      if (kind == "launch") {
+        self->steps->push_back(read_launch(step, limits));
+      } else if (kind == "product") {
+        auto product = read_product(step, limits);
+        product->place_workspace(scratch_bytes);
+        workspace_bytes = std::max(workspace_bytes, static_cast<int64_t>(product->workspace_bytes()));
+        self->steps->push_back(std::move(product));
+      } else {
+        throw std::invalid_argument("no step is called " + kind);
+      }
     }
+    const int64_t all_bytes = scratch_bytes + workspace_bytes;
+    if (all_bytes > 0 && !(self->scratch = allocation(&all_bytes, 1, uint8))) throw PythonError();
   });
   if (built) return reinterpret_cast<PyObject*>(self);
   Py_DECREF(self);
