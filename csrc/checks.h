@@ -2,23 +2,18 @@
 // fastmeta/checks.py makes the same checks for the reference path.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <cmath>
 #include <cstdint>
-#include <optional>
 #include <string>
 
 #include "loss.h"
+#include "view.h"
 
 namespace fastmeta {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline std::string shape_of(const Tensor& tensor) {
+// A tensor is torch's own or a View, which answer the same questions.
+template <class AnyTensor>
+std::string shape_of(const AnyTensor& tensor) {
   std::string text = "[";
   for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
   return text + "]";
@@ -29,31 +24,44 @@ inline bool is_supported(ScalarType type) {
          type == ScalarType::Double;
 }
 
-inline void check_floating(const Tensor& tensor, const char* name) {
+inline bool on_one_device(const Tensor& a, const Tensor& b) { return a.device() == b.device(); }
+inline bool on_one_device(const View& a, const View& b) { return a.is_on_device_of(b); }
+
+inline void check_present(const Tensor&, const char*) {}
+inline void check_present(const View& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.has_value(), name, " must be a tensor, got None");
+}
+
+template <class AnyTensor>
+void check_floating(const AnyTensor& tensor, const char* name) {
+  check_present(tensor, name);
   const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(is_supported(type), name, " must be float32, bfloat16, float16 or float64, got ",
                   torch::headeronly::toString(type));
 }
 
-inline void check_matrix(const Tensor& tensor, const char* name, const char* symbols) {
+inline void check_matrix(const View& tensor, const char* name, const char* symbols) {
   check_floating(tensor, name);
   STD_TORCH_CHECK(tensor.dim() == 2, name, " must be 2-D ", symbols, ", got ", tensor.dim(), "-D ", shape_of(tensor));
 }
 
 // Same dtype and device as the first argument.
-inline void check_like(const Tensor& tensor, const char* name, const Tensor& first, const char* first_name) {
-  STD_TORCH_CHECK(tensor.device() == first.device(), name, " must be on the device of ", first_name);
+template <class AnyTensor>
+void check_like(const AnyTensor& tensor, const char* name, const AnyTensor& first, const char* first_name) {
+  STD_TORCH_CHECK(on_one_device(tensor, first), name, " must be on the device of ", first_name);
   STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), name, " must be ",
                   torch::headeronly::toString(first.scalar_type()), " like ", first_name, ", got ",
                   torch::headeronly::toString(tensor.scalar_type()));
 }
 
-inline void check_vector(const Tensor& tensor, const char* name, const char* symbols, int64_t size) {
+inline void check_vector(const View& tensor, const char* name, const char* symbols, int64_t size) {
+  check_present(tensor, name);
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, " must be ", symbols, " = [", size, "], got ",
                   shape_of(tensor));
 }
 
-inline void check_shape(const Tensor& tensor, const char* name, const char* symbols, int64_t rows, int64_t columns) {
+inline void check_shape(const View& tensor, const char* name, const char* symbols, int64_t rows, int64_t columns) {
+  check_present(tensor, name);
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be ", symbols,
                   " = [", rows, ", ", columns, "], got ", shape_of(tensor));
 }
@@ -62,9 +70,11 @@ inline void check_finite(double value, const char* name) {
   STD_TORCH_CHECK(std::isfinite(value), name, " must be finite, got ", value);
 }
 
-inline Loss check_loss(int64_t loss) {
-  STD_TORCH_CHECK(loss >= 0 && loss < num_losses, "loss must be in [0, ", num_losses, "), got ", loss);
-  return static_cast<Loss>(loss);
+// The code comes as a number among the others of a call.
+inline Loss check_loss(double loss) {
+  STD_TORCH_CHECK(loss >= 0 && loss < num_losses && loss == std::floor(loss), "loss must be in [0, ", num_losses,
+                  "), got ", loss);
+  return static_cast<Loss>(static_cast<int>(loss));
 }
 
 struct LastLayerSizes {
@@ -72,52 +82,52 @@ struct LastLayerSizes {
 };
 
 // Features [N, D], and logits [N, C] or a head [C, D], [C].
-inline LastLayerSizes check_outputs(const Tensor& features, const std::optional<Tensor>& logits,
-                                    const std::optional<Tensor>& head_weight, const std::optional<Tensor>& head_bias) {
+inline LastLayerSizes check_outputs(const View& features, const View& logits, const View& head_weight,
+                                    const View& head_bias) {
   check_matrix(features, "features", "[N, D]");
   STD_TORCH_CHECK(logits.has_value() != head_weight.has_value(), "either logits or a head must be given, got ",
                   logits.has_value() ? "both" : "none");
   LastLayerSizes sizes{features.size(0), features.size(1), 0};
   if (logits.has_value()) {
-    check_matrix(*logits, "logits", "[N, C]");
-    sizes.outputs = logits->size(1);
-    check_shape(*logits, "logits", "[N, C]", sizes.examples, sizes.outputs);
-    check_like(*logits, "logits", features, "features");
+    check_matrix(logits, "logits", "[N, C]");
+    sizes.outputs = logits.size(1);
+    check_shape(logits, "logits", "[N, C]", sizes.examples, sizes.outputs);
+    check_like(logits, "logits", features, "features");
   } else {
-    check_matrix(*head_weight, "head weight", "[C, D]");
-    sizes.outputs = head_weight->size(0);
-    check_shape(*head_weight, "head weight", "[C, D]", sizes.outputs, sizes.features);
-    check_like(*head_weight, "head weight", features, "features");
+    check_matrix(head_weight, "head weight", "[C, D]");
+    sizes.outputs = head_weight.size(0);
+    check_shape(head_weight, "head weight", "[C, D]", sizes.outputs, sizes.features);
+    check_like(head_weight, "head weight", features, "features");
     if (head_bias.has_value()) {
-      check_vector(*head_bias, "head bias", "[C]", sizes.outputs);
-      check_like(*head_bias, "head bias", features, "features");
+      check_vector(head_bias, "head bias", "[C]", sizes.outputs);
+      check_like(head_bias, "head bias", features, "features");
     }
   }
   return sizes;
 }
 
 // Direction [C, D] and [C] or nothing.
-inline void check_direction(const LastLayerSizes& sizes, const Tensor& weight, const std::optional<Tensor>& bias,
-                            const Tensor& features) {
+inline void check_direction(const LastLayerSizes& sizes, const View& weight, const View& bias, const View& features) {
   check_shape(weight, "direction_weight", "[C, D]", sizes.outputs, sizes.features);
   check_like(weight, "direction_weight", features, "features");
   if (bias.has_value()) {
-    check_vector(*bias, "direction_bias", "[C]", sizes.outputs);
-    check_like(*bias, "direction_bias", features, "features");
+    check_vector(bias, "direction_bias", "[C]", sizes.outputs);
+    check_like(bias, "direction_bias", features, "features");
   }
 }
 
 // Example weights [N] or nothing.
-inline void check_weights(const LastLayerSizes& sizes, const std::optional<Tensor>& weights, const Tensor& features) {
+inline void check_weights(const LastLayerSizes& sizes, const View& weights, const View& features) {
   if (!weights.has_value()) return;
-  check_vector(*weights, "weights", "[N]", sizes.examples);
-  check_like(*weights, "weights", features, "features");
+  check_vector(weights, "weights", "[N]", sizes.examples);
+  check_like(weights, "weights", features, "features");
 }
 
 // Probabilities [N, C], or int64 classes [N]; their range is checked where they are read (check_classes).
-inline void check_targets(const LastLayerSizes& sizes, const Tensor& targets, const Tensor& features) {
+inline void check_targets(const LastLayerSizes& sizes, const View& targets, const View& features) {
+  check_present(targets, "targets");
   if (targets.scalar_type() == ScalarType::Long) {
-    STD_TORCH_CHECK(targets.device() == features.device(), "targets must be on the device of features");
+    STD_TORCH_CHECK(targets.is_on_device_of(features), "targets must be on the device of features");
     check_vector(targets, "targets of int64 classes", "[N]", sizes.examples);
   } else {
     check_floating(targets, "targets");

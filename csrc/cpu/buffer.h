@@ -1,4 +1,5 @@
-// Scratch memory, aligned for the widest vectors and not initialised.
+// Scratch memory of a call, aligned for the widest vectors and not initialised. Small buffers come from memory that
+// each thread keeps, so that a small call does not allocate.
 #pragma once
 
 #include <cstddef>
@@ -8,19 +9,54 @@
 
 namespace fastmeta {
 
+constexpr std::align_val_t buffer_alignment{64};
+
+struct FreeAligned {
+  void operator()(char* data) const { ::operator delete(data, buffer_alignment); }
+};
+using AlignedMemory = std::unique_ptr<char, FreeAligned>;
+
+inline AlignedMemory aligned_memory(int64_t bytes) {
+  return AlignedMemory(static_cast<char*>(::operator new(static_cast<size_t>(bytes), buffer_alignment)));
+}
+
+// A thread's buffers end in the opposite order of their beginning, as they are variables of its functions.
+struct ThreadScratch {
+  static constexpr int64_t capacity = 256 << 10;
+  AlignedMemory memory;
+  int64_t used = 0;
+};
+
+inline ThreadScratch& thread_scratch() {
+  static thread_local ThreadScratch scratch;
+  return scratch;
+}
+
 template <class A>
 class Buffer {
  public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<A*>(::operator new(static_cast<size_t>(size) * sizeof(A), alignment))) {}
-  A* data() const { return data_.get(); }
+  explicit Buffer(int64_t size) : bytes_((size * static_cast<int64_t>(sizeof(A)) + 63) / 64 * 64) {
+    ThreadScratch& scratch = thread_scratch();
+    if (scratch.used + bytes_ > ThreadScratch::capacity) {
+      own_ = aligned_memory(bytes_);
+      data_ = reinterpret_cast<A*>(own_.get());
+      return;
+    }
+    if (scratch.memory == nullptr) scratch.memory = aligned_memory(ThreadScratch::capacity);
+    data_ = reinterpret_cast<A*>(scratch.memory.get() + scratch.used);
+    scratch.used += bytes_;
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() {
+    if (own_ == nullptr) thread_scratch().used -= bytes_;
+  }
+  A* data() const { return data_; }
 
  private:
-  static constexpr std::align_val_t alignment{64};
-  struct Free {
-    void operator()(A* data) const { ::operator delete(data, alignment); }
-  };
-  std::unique_ptr<A, Free> data_;
+  int64_t bytes_;
+  AlignedMemory own_;
+  A* data_;
 };
 
 }  // namespace fastmeta

@@ -185,4 +185,15 @@ FASTMETA_INLINE void store_row(const A* src, int64_t n, A scale, const Matrix& m
   }
 }
 
+// Elements [first, first + n) of a vector [N] with n <= lanes, to dst [lanes]. Those beyond n are not defined.
+template <class A>
+FASTMETA_INLINE void load_elements(const Matrix& vector, int64_t first, int64_t n, A* dst) {
+  if (vector.stride == 1) return load_row<A>(vector, first, n, 0.0, dst);
+  alignas(64) A element[lanes<A>];
+  for (int64_t i = 0; i < n; ++i) {
+    load_row<A>(vector, first + i, 1, 0.0, element);
+    dst[i] = element[0];
+  }
+}
+
 }  // namespace fastmeta::FASTMETA_TARGET

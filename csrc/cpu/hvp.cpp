@@ -3,35 +3,36 @@
 
 #include <tuple>
 
-#include "last_layer.h"
+#include "last_layer_tensors.h"
+#include "operators.h"
 
 namespace fastmeta {
 
-std::tuple<Tensor, Tensor> hessian_vector_product(const Tensor& features,                       // [N, D]
-                                                  const Tensor& logits,                         // [N, C]
-                                                  const Tensor& direction_weight,               // [C, D]
-                                                  const std::optional<Tensor>& direction_bias,  // [C]
-                                                  const std::optional<Tensor>& weights,         // [N]
-                                                  int64_t loss, double damping) {               // -> [C, D], [C] or [0]
-  const Loss checked = check_loss(loss);
-  STD_TORCH_CHECK(std::isfinite(damping) && damping >= 0, "damping must be finite and >= 0, got ", damping);
-  const LastLayerSizes sizes = check_outputs(features, logits, std::nullopt, std::nullopt);
-  check_direction(sizes, direction_weight, direction_bias, features);
-  check_weights(sizes, weights, features);
-  return with_accumulation(features, [&](auto zero) {
-    LastLayer<decltype(zero)> layer(sizes,
-                                    {.features = features,
-                                     .logits = logits,
-                                     .weights = weights,
-                                     .direction_weight = direction_weight,
-                                     .direction_bias = direction_bias},
-                                    checked, RowFunction::curvature);
-    return layer.gradient(direction_bias.has_value(), damping);
-  });
+bool hessian_vector_product(const DLTensor* const* tensors, const double* numbers, DLTensor* const* out, void*) {
+  return run_last_layer(hessian_vector_product_call(tensors, numbers), out);
+}
+
+static std::tuple<Tensor, Tensor> hessian_vector_product_tensors(const Tensor& features,                // [N, D]
+                                                                 const Tensor& logits,                  // [N, C]
+                                                                 const Tensor& direction_weight,        // [C, D]
+                                                                 const OptionalTensor& direction_bias,  // [C]
+                                                                 const OptionalTensor& weights,         // [N]
+                                                                 int64_t loss,
+                                                                 double damping) {  // -> [C, D], [C] or [0]
+  const auto out = call_last_layer({.features = features,
+                                    .logits = logits,
+                                    .weights = weights,
+                                    .direction_weight = direction_weight,
+                                    .direction_bias = direction_bias},
+                                   {.function = RowFunction::curvature,
+                                    .result = LastLayerResult::gradient,
+                                    .loss = check_loss(loss),
+                                    .damping = damping});
+  return {*out[0], *out[1]};
 }
 
 }  // namespace fastmeta
 
 STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) {
-  m.impl("hessian_vector_product", TORCH_BOX(&fastmeta::hessian_vector_product));
+  m.impl("hessian_vector_product", TORCH_BOX(&fastmeta::hessian_vector_product_tensors));
 }

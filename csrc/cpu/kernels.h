@@ -6,6 +6,7 @@
 #include "elements.h"
 #include "products.h"
 #include "rows.h"
+#include "columns.h"
 // clang-format on
 
 namespace fastmeta::FASTMETA_TARGET {
@@ -83,36 +84,12 @@ void combine(const Combination<A>& c, int64_t begin, int64_t end) {
 
 template <class A>
 void label_step(const LabelStep<A>& s, int64_t begin, int64_t end) {
-  using V = Vec<A>;
-  const int64_t padded = whole_vectors<A>(s.outputs);
-  const int count = static_cast<int>(padded / lanes<A>);
-  const double padding = padding_logit(Loss::cross_entropy);
-  Buffer<A> scratch(3 * padded);
-  A *plus = scratch.data(), *minus = plus + padded, *labels = minus + padded;
-  auto *p = reinterpret_cast<V*>(plus), *m = reinterpret_cast<V*>(minus), *y = reinterpret_cast<V*>(labels);
-  const V zero = splat<V>(0);
-  for (int64_t row = begin; row < end; ++row) {
-    load_row<A>(s.plus, row, s.outputs, padding, plus);
-    load_row<A>(s.minus, row, s.outputs, padding, minus);
-    load_row<A>(s.labels, row, s.outputs, 0.0, labels);
-    softmax(count, p, p, LaneReduce<A>());
-    softmax(count, m, m, LaneReduce<A>());
-    V total = zero;
-    for (int k = 0; k < count; ++k) {
-      y[k] -= s.step * (p[k] - m[k]);
-      if (s.project) y[k] = y[k] < zero ? zero : y[k];
-      total += y[k];
-    }
-    if (s.project) {
-      total = LaneReduce<A>::sum(total);
-      if (total[0] == 0) {
-        for (int k = 0; k < count; ++k) y[k] = splat<V>(1.0 / static_cast<double>(s.outputs));
-      } else {
-        for (int k = 0; k < count; ++k) y[k] /= total;
-      }
-    }
-    store_row<A>(labels, s.outputs, A{1}, s.out, row);
-  }
+  s.outputs <= few_outputs ? step_columns(s, begin, end) : step_rows(s, begin, end);
+}
+
+template <class A>
+void run(const RowProgram<A>& p, int64_t begin, int64_t end, int64_t chunk) {
+  p.outputs <= few_outputs ? run_columns(p, begin, end, chunk) : run_rows(p, begin, end, chunk);
 }
 
 template <class A>

@@ -1,34 +1,34 @@
 // scale * t(z_i) with z = h V^T + b.
 #include <torch/csrc/stable/library.h>
 
-#include "last_layer.h"
+#include "last_layer_tensors.h"
+#include "operators.h"
 
 namespace fastmeta {
 
-Tensor label_gradient(const Tensor& features,                       // [N, D]
-                      const std::optional<Tensor>& logits,          // [N, C], or
-                      const std::optional<Tensor>& head_weight,     // [C, D]
-                      const std::optional<Tensor>& head_bias,       // [C]
-                      const Tensor& direction_weight,               // [C, D]
-                      const std::optional<Tensor>& direction_bias,  // [C]
-                      int64_t loss, double scale) {                 // -> [N, C]
-  const Loss checked = check_loss(loss);
-  check_finite(scale, "scale");
-  const LastLayerSizes sizes = check_outputs(features, logits, head_weight, head_bias);
-  check_direction(sizes, direction_weight, direction_bias, features);
-  return with_accumulation(features, [&](auto zero) {
-    LastLayer<decltype(zero)> layer(sizes,
-                                    {.features = features,
-                                     .logits = logits,
-                                     .head_weight = head_weight,
-                                     .head_bias = head_bias,
-                                     .direction_weight = direction_weight,
-                                     .direction_bias = direction_bias},
-                                    checked, RowFunction::label_tangent);
-    return layer.rows(scale);
-  });
+bool label_gradient(const DLTensor* const* tensors, const double* numbers, DLTensor* const* out, void*) {
+  return run_last_layer(label_gradient_call(tensors, numbers), out);
+}
+
+static Tensor label_gradient_tensors(const Tensor& features,                // [N, D]
+                                     const OptionalTensor& logits,          // [N, C], or
+                                     const OptionalTensor& head_weight,     // [C, D]
+                                     const OptionalTensor& head_bias,       // [C]
+                                     const Tensor& direction_weight,        // [C, D]
+                                     const OptionalTensor& direction_bias,  // [C]
+                                     int64_t loss, double scale) {          // -> [N, C]
+  return *call_last_layer({.features = features,
+                           .logits = logits,
+                           .head_weight = head_weight,
+                           .head_bias = head_bias,
+                           .direction_weight = direction_weight,
+                           .direction_bias = direction_bias},
+                          {.function = RowFunction::label_tangent,
+                           .result = LastLayerResult::rows,
+                           .loss = check_loss(loss),
+                           .scale = scale})[0];
 }
 
 }  // namespace fastmeta
 
-STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) { m.impl("label_gradient", TORCH_BOX(&fastmeta::label_gradient)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) { m.impl("label_gradient", TORCH_BOX(&fastmeta::label_gradient_tensors)); }

@@ -3,36 +3,35 @@
 
 #include <tuple>
 
-#include "last_layer.h"
+#include "last_layer_tensors.h"
+#include "operators.h"
 
 namespace fastmeta {
 
-std::tuple<Tensor, Tensor> last_layer_gradient(const Tensor& features,                    // [N, D]
-                                               const std::optional<Tensor>& logits,       // [N, C], or
-                                               const std::optional<Tensor>& head_weight,  // [C, D]
-                                               const std::optional<Tensor>& head_bias,    // [C]
-                                               const Tensor& targets,                     // [N, C] or int64 [N]
-                                               const std::optional<Tensor>& weights,      // [N]
-                                               int64_t loss) {                            // -> [C, D], [C]
-  const Loss checked = check_loss(loss);
-  const LastLayerSizes sizes = check_outputs(features, logits, head_weight, head_bias);
-  check_targets(sizes, targets, features);
-  check_weights(sizes, weights, features);
-  return with_accumulation(features, [&](auto zero) {
-    LastLayer<decltype(zero)> layer(sizes,
-                                    {.features = features,
-                                     .logits = logits,
-                                     .head_weight = head_weight,
-                                     .head_bias = head_bias,
-                                     .targets = targets,
-                                     .weights = weights},
-                                    checked, RowFunction::residual);
-    return layer.gradient(true, 0.0);
-  });
+bool last_layer_gradient(const DLTensor* const* tensors, const double* numbers, DLTensor* const* out, void*) {
+  return run_last_layer(last_layer_gradient_call(tensors, numbers), out);
+}
+
+static std::tuple<Tensor, Tensor> last_layer_gradient_tensors(const Tensor& features,             // [N, D]
+                                                              const OptionalTensor& logits,       // [N, C], or
+                                                              const OptionalTensor& head_weight,  // [C, D]
+                                                              const OptionalTensor& head_bias,    // [C]
+                                                              const Tensor& targets,              // [N, C] or int64 [N]
+                                                              const OptionalTensor& weights,      // [N]
+                                                              int64_t loss) {                     // -> [C, D], [C]
+  const auto out = call_last_layer(
+      {.features = features,
+       .logits = logits,
+       .head_weight = head_weight,
+       .head_bias = head_bias,
+       .targets = targets,
+       .weights = weights},
+      {.function = RowFunction::residual, .result = LastLayerResult::gradient, .loss = check_loss(loss)});
+  return {*out[0], *out[1]};
 }
 
 }  // namespace fastmeta
 
 STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) {
-  m.impl("last_layer_gradient", TORCH_BOX(&fastmeta::last_layer_gradient));
+  m.impl("last_layer_gradient", TORCH_BOX(&fastmeta::last_layer_gradient_tensors));
 }

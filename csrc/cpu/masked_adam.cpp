@@ -1,4 +1,6 @@
 // masked_adam_: an Adam step on the rows that `index` names, each once, with the sum of its gradients.
+#include "masked_adam.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -7,21 +9,20 @@
 #include <bit>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <type_traits>
 
+#include "cpu/buffer.h"
 #include "cpu/convert.h"
-#include "cpu/tensor_list.h"
-#include "masked_adam.h"
+#include "cpu/operators.h"
 
 namespace fastmeta {
 namespace {
 
-constexpr int kLanes = 256;  // entries updated together
-// The rows of a batch lie anywhere in the table, so their memory is asked for early: of the first ones, as many as fit
-// the second cache, while duplicates are looked for, of all a few rows before their turn.
-constexpr int64_t kEarly = 2048;
-constexpr int64_t kAhead = 8;
+// Entries updated together: few enough that what they were gathered from is still near when they are written back.
+constexpr int kLanes = 64;
+// The rows of a batch lie anywhere in the table: their memory is asked for so many rows before their turn. Not earlier:
+// four pages a row would be forgotten again by the translation buffers.
+constexpr int64_t kAhead = 16;
 
 // beta^t from its powers by hexadecimal digits: exact to a few units, and cheaper than pow for every row.
 class Powers {
@@ -55,10 +56,10 @@ struct Matrix {
   char* data;
   int64_t row, column;
 
-  explicit Matrix(const Tensor& tensor)
-      : data(static_cast<char*>(tensor.data_ptr())),
-        row(tensor.stride(0) * static_cast<int64_t>(tensor.element_size())),
-        column(tensor.dim() > 1 ? tensor.stride(1) * static_cast<int64_t>(tensor.element_size()) : 0) {}
+  explicit Matrix(const View& tensor)
+      : data(static_cast<char*>(tensor.data())),
+        row(tensor.stride(0) * tensor.element_size()),
+        column(tensor.dim() > 1 ? tensor.stride(1) * tensor.element_size() : 0) {}
   FASTMETA_INLINE char* at(int64_t r, int64_t c) const { return data + r * row + c * column; }
 };
 
@@ -87,38 +88,57 @@ struct Rows {
   }
 };
 
-// The rows of a call without repetition, in order of first appearance. The gradients of one row form a chain.
-struct Unique {
+// The rows of a call without repetition, in order of first appearance, with the positions of their gradients.
+class Unique {
+ public:
   int64_t count = 0;
-  std::unique_ptr<int64_t[]> row;
-  std::unique_ptr<int32_t[]> head, next;  // next[i] < 0 ends a chain
 
-  Unique(const char* index, int64_t stride, int64_t n, const Rows& rows)
-      : row(std::make_unique_for_overwrite<int64_t[]>(n)),
-        head(std::make_unique_for_overwrite<int32_t[]>(n)),
-        next(std::make_unique_for_overwrite<int32_t[]>(n)) {
-    const auto tail = std::make_unique_for_overwrite<int32_t[]>(n);
-    const auto slots = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(2 * n)));
-    const int shift = 64 - std::countr_zero(static_cast<uint64_t>(slots));
-    const auto place = std::make_unique_for_overwrite<int32_t[]>(slots);
-    std::fill_n(place.get(), slots, -1);
+  Unique(const char* index, int64_t stride, int64_t n)
+      : shift_(64 - std::bit_width(static_cast<uint64_t>(4 * n))),
+        row_(n),
+        position_(n),
+        next_(n),
+        last_(n),
+        place_(int64_t{1} << (64 - shift_)) {
+    const int64_t mask = (int64_t{1} << (64 - shift_)) - 1;
+    std::fill_n(place_.data(), mask + 1, -1);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t r = *reinterpret_cast<const int64_t*>(index + i * stride);
-      if (i < kEarly) rows.prefetch(r);
-      uint64_t slot = static_cast<uint64_t>(r) * 0x9e3779b97f4a7c15u >> shift;
-      while (place[slot] >= 0 && row[place[slot]] != r) slot = (slot + 1) & (slots - 1);
-      next[i] = -1;
-      if (place[slot] < 0) {
-        place[slot] = static_cast<int32_t>(count);
-        row[count] = r;
-        head[count] = tail[count] = static_cast<int32_t>(i);
-        ++count;
-      } else {
-        int32_t& last = tail[place[slot]];
-        last = next[last] = static_cast<int32_t>(i);
+      auto slot = static_cast<int64_t>(static_cast<uint64_t>(r) * 0x9e3779b97f4a7c15u >> shift_);
+      int32_t u = place_.data()[slot];
+      while (u >= 0 && row_.data()[u] != r) u = place_.data()[slot = (slot + 1) & mask];
+      if (u >= 0) {
+        chain(u, static_cast<int32_t>(i), n);
+        continue;
       }
+      place_.data()[slot] = static_cast<int32_t>(count);
+      row_.data()[count] = r;
+      position_.data()[count] = static_cast<int32_t>(i);
+      if (repeats_) last_.data()[count] = static_cast<int32_t>(i);
+      ++count;
     }
   }
+
+  int64_t row(int64_t u) const { return row_.data()[u]; }
+  int32_t position(int64_t u) const { return position_.data()[u]; }
+  // The position after this one with the same row, or -1.
+  int32_t next(int32_t position) const { return repeats_ ? next_.data()[position] : -1; }
+
+ private:
+  void chain(int32_t u, int32_t position, int64_t n) {
+    if (!repeats_) {
+      std::fill_n(next_.data(), n, -1);
+      std::copy_n(position_.data(), count, last_.data());
+    }
+    repeats_ = true;
+    last_.data()[u] = next_.data()[last_.data()[u]] = position;
+  }
+
+  bool repeats_ = false;
+  const int shift_;  // of a hash
+  const Buffer<int64_t> row_;
+  const Buffer<int32_t> position_, next_, last_;  // next by position, the others as the rows
+  const Buffer<int32_t> place_;                   // by hash
 };
 
 struct Task {
@@ -173,6 +193,7 @@ struct Step {
 
   static FASTMETA_INLINE void run(const Task* task, int64_t begin, int64_t end) {
     Lanes lanes;
+    for (int64_t u = begin; u < std::min(begin + kAhead, end); ++u) task->rows.prefetch(task->unique.row(u));
     if (task->columns == 1 && is_packed(*task)) {
       for (int64_t first = begin; first < end; first += kLanes) {
         step_rows(*task, first, std::min<int64_t>(first + kLanes, end), end, 0, One(), lanes);
@@ -198,7 +219,7 @@ struct Step {
   static FASTMETA_INLINE void step_rows(const Task& task, int64_t first, int64_t last, int64_t end, int64_t c,
                                         auto count, Lanes& lanes) {
     for (int64_t u = first; u < last; ++u) {
-      if (c == 0 && u + kAhead < end && u + kAhead >= kEarly) task.rows.prefetch(task.unique.row[u + kAhead]);
+      if (c == 0 && u + kAhead < end) task.rows.prefetch(task.unique.row(u + kAhead));
       gather(task, u, c, count, lanes, static_cast<int>(u - first) * count);
     }
     update(lanes, static_cast<int>(last - first) * count, task.settings);
@@ -206,13 +227,13 @@ struct Step {
   }
 
   static FASTMETA_INLINE void gather(const Task& task, int64_t u, int64_t c, auto count, Lanes& lanes, int lane) {
-    const int64_t row = task.unique.row[u];
+    const int64_t row = task.unique.row(u);
     load<T>(at<T>(task.rows.table, row, c, count), task.rows.table.column, count, lanes.w + lane);
     load<S>(at<S>(task.rows.exp_avg, row, c, count), task.rows.exp_avg.column, count, lanes.m + lane);
     load<S>(at<S>(task.rows.exp_avg_sq, row, c, count), task.rows.exp_avg_sq.column, count, lanes.v + lane);
-    int32_t i = task.unique.head[u];
+    int32_t i = task.unique.position(u);
     load<T>(at<T>(task.grad, i, c, count), task.grad.column, count, lanes.g + lane);
-    while ((i = task.unique.next[i]) >= 0) {
+    while ((i = task.unique.next(i)) >= 0) {
       const char* g = at<T>(task.grad, i, c, count);
       for (int j = 0; j < count; ++j) {
         lanes.g[lane + j] += widen(*reinterpret_cast<const T*>(g + j * task.grad.column));
@@ -229,7 +250,7 @@ struct Step {
   }
 
   static FASTMETA_INLINE void scatter(const Task& task, int64_t u, int64_t c, auto count, Lanes& lanes, int lane) {
-    const int64_t row = task.unique.row[u];
+    const int64_t row = task.unique.row(u);
     save<T>(at<T>(task.rows.table, row, c, count), task.rows.table.column, count, lanes.w + lane);
     save<S>(at<S>(task.rows.exp_avg, row, c, count), task.rows.exp_avg.column, count, lanes.m + lane);
     save<S>(at<S>(task.rows.exp_avg_sq, row, c, count), task.rows.exp_avg_sq.column, count, lanes.v + lane);
@@ -247,41 +268,49 @@ void check_rows(const char* index, int64_t stride, int64_t n, int64_t rows) {
 
 template <class T, class S>
 void run_step(const Task& task) {
-  const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, task.columns));
+  const int64_t grain = std::max<int64_t>(1, 8192 / task.columns);
+  if (task.unique.count <= grain) return run_best<Step<T, S>>(&task, int64_t{0}, task.unique.count);
   torch::stable::parallel_for(0, task.unique.count, grain,
                               [&](int64_t begin, int64_t end) { run_best<Step<T, S>>(&task, begin, end); });
 }
 
-void masked_adam_(const Tensor& table, const Tensor& index, const Tensor& grad, const Tensor& exp_avg,
-                  const Tensor& exp_avg_sq, const Tensor& steps, double lr, double beta1, double beta2, double eps,
-                  std::optional<double> low, std::optional<double> high) {
-  check_masked_adam(table, index, grad, exp_avg, exp_avg_sq, steps);
-  check_masked_adam(lr, beta1, beta2, eps, low, high);
-  constexpr double infinity = std::numeric_limits<double>::infinity();
-  const Settings settings = {
-      lr, beta1, beta2, eps, low.value_or(-infinity), high.value_or(infinity), Powers(beta1), Powers(beta2)};
-  const int64_t n = index.numel(), columns = table.dim() > 1 ? table.size(1) : 1;
-  const auto* rows = static_cast<const char*>(index.data_ptr());
-  const int64_t stride = index.stride(0) * static_cast<int64_t>(sizeof(int64_t));
-  check_rows(rows, stride, n, table.size(0));
-  if (n == 0 || columns == 0) return;
-  const Rows all = {Matrix(table), Matrix(exp_avg), Matrix(exp_avg_sq), Matrix(steps)};
-  const Unique unique(rows, stride, n, all);
-  const Task task = {all, Matrix(grad), columns, unique, settings};
-  const bool wide = exp_avg.scalar_type() == ScalarType::Float;
-  switch (table.scalar_type()) {
+}  // namespace
+
+bool masked_adam_(const DLTensor* const* tensors, const double* numbers, DLTensor* const*, void*) {
+  const MaskedAdam x(tensors, numbers);
+  const int64_t n = x.index.size(0), columns = x.table.dim() > 1 ? x.table.size(1) : 1;
+  const auto* rows = static_cast<const char*>(x.index.data());
+  const int64_t stride = x.index.stride(0) * static_cast<int64_t>(sizeof(int64_t));
+  check_rows(rows, stride, n, x.table.size(0));
+  if (n == 0 || columns == 0) return true;
+  const Settings settings = {x.lr, x.beta1, x.beta2, x.eps, x.low, x.high, Powers(x.beta1), Powers(x.beta2)};
+  const Rows all = {Matrix(x.table), Matrix(x.exp_avg), Matrix(x.exp_avg_sq), Matrix(x.steps)};
+  const Unique unique(rows, stride, n);
+  const Task task = {all, Matrix(x.grad), columns, unique, settings};
+  const bool wide = x.exp_avg.scalar_type() == ScalarType::Float;
+  switch (x.table.scalar_type()) {
     case ScalarType::Float:
-      return run_step<float, float>(task);
+      run_step<float, float>(task);
+      break;
     case ScalarType::Double:
-      return run_step<double, double>(task);
+      run_step<double, double>(task);
+      break;
     case ScalarType::BFloat16:
-      return wide ? run_step<Bfloat16, float>(task) : run_step<Bfloat16, Bfloat16>(task);
+      wide ? run_step<Bfloat16, float>(task) : run_step<Bfloat16, Bfloat16>(task);
+      break;
     default:
-      return wide ? run_step<Float16, float>(task) : run_step<Float16, Float16>(task);
+      wide ? run_step<Float16, float>(task) : run_step<Float16, Float16>(task);
   }
+  return true;
 }
 
-}  // namespace
+static void masked_adam_tensors(const Tensor& table, const Tensor& index, const Tensor& grad, const Tensor& exp_avg,
+                                const Tensor& exp_avg_sq, const Tensor& steps, double lr, double beta1, double beta2,
+                                double eps, std::optional<double> low, std::optional<double> high) {
+  MaskedAdamTensors(table, index, grad, exp_avg, exp_avg_sq, steps, lr, beta1, beta2, eps, low, high)
+      .run(masked_adam_, nullptr);
+}
+
 }  // namespace fastmeta
 
-STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) { m.impl("masked_adam_", TORCH_BOX(&fastmeta::masked_adam_)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) { m.impl("masked_adam_", TORCH_BOX(&fastmeta::masked_adam_tensors)); }

@@ -77,22 +77,47 @@ void multiply(const A* h, int64_t h_stride, const A* factor, int64_t features, i
   }
 }
 
+// Rows [n, C] as they lie in memory.
+template <class A>
+struct ByRows {
+  const A* data;
+  int64_t padded;
+
+  FASTMETA_INLINE const A* at(int64_t row, int64_t column) const { return data + row * padded + column; }
+  static constexpr int64_t next_column = 1;
+};
+
+// The same, in columns [C][lanes] for every `lanes` rows.
+template <class A>
+struct ByColumns {
+  const A* data;
+  int64_t outputs;
+
+  FASTMETA_INLINE const A* at(int64_t row, int64_t column) const {
+    return data + (row / lanes<A> * outputs + column) * lanes<A> + row % lanes<A>;
+  }
+  static constexpr int64_t next_column = lanes<A>;
+};
+
 // gradient [C vectors of K * lanes features] += rows [n, C]^T h [n, K * lanes features]
-template <class A, int C, int K>
-FASTMETA_INLINE void accumulate_tile(const A* rows, int64_t padded, const A* h, int64_t h_stride, int64_t n,
+template <class A, int C, int K, class Rows>
+FASTMETA_INLINE void accumulate_tile(const Rows& rows, int64_t first, const A* h, int64_t h_stride, int64_t n,
                                      A* gradient, int64_t gradient_stride) {
   Vec<A> sum[C][K] = {};
   for (int64_t r = 0; r < n; ++r) {
     Vec<A> feature[K];
+    const A* row = rows.at(r, first);
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) feature[k] = load<A>(h + r * h_stride + k * lanes<A>);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) sum[c][k] += feature[k] * rows[r * padded + c];
+      for (int k = 0; k < K; ++k) sum[c][k] += feature[k] * row[c * Rows::next_column];
     }
   }
+#pragma GCC unroll 8
   for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
       A* place = gradient + c * gradient_stride + k * lanes<A>;
       store<A>(place, load<A>(place) + sum[c][k]);
@@ -100,32 +125,35 @@ FASTMETA_INLINE void accumulate_tile(const A* rows, int64_t padded, const A* h, 
   }
 }
 
-template <class A, int K>
-void accumulate_columns(const A* rows, int64_t padded, int64_t outputs, const A* h, int64_t h_stride, int64_t n,
-                        A* gradient, int64_t gradient_stride) {
-  int64_t c = 0;
-  for (; c + 4 <= outputs; c += 4) {
-    accumulate_tile<A, 4, K>(rows + c, padded, h, h_stride, n, gradient + c * gradient_stride, gradient_stride);
-  }
-  for (; c + 2 <= outputs; c += 2) {
-    accumulate_tile<A, 2, K>(rows + c, padded, h, h_stride, n, gradient + c * gradient_stride, gradient_stride);
-  }
-  for (; c < outputs; ++c) {
-    accumulate_tile<A, 1, K>(rows + c, padded, h, h_stride, n, gradient + c * gradient_stride, gradient_stride);
+// How many of the outputs that are left a tile takes: at most five, and two alike rather than five and one.
+constexpr int tile_width(int64_t left) { return static_cast<int>(left <= 5 ? left : left < 10 ? (left + 1) / 2 : 5); }
+
+// gradient [C, K vectors of features] += rows [n, C]^T h [n, K vectors of features]
+template <class A, int K, class Rows>
+void accumulate_vectors(const Rows& rows, int64_t outputs, const A* h, int64_t h_stride, int64_t n, A* gradient,
+                        int64_t gradient_stride) {
+  for (int64_t c = 0, width; c < outputs; c += width) {
+    width = tile_width(outputs - c);
+    A* place = gradient + c * gradient_stride;
+    if (width == 1) accumulate_tile<A, 1, K>(rows, c, h, h_stride, n, place, gradient_stride);
+    if (width == 2) accumulate_tile<A, 2, K>(rows, c, h, h_stride, n, place, gradient_stride);
+    if (width == 3) accumulate_tile<A, 3, K>(rows, c, h, h_stride, n, place, gradient_stride);
+    if (width == 4) accumulate_tile<A, 4, K>(rows, c, h, h_stride, n, place, gradient_stride);
+    if (width == 5) accumulate_tile<A, 5, K>(rows, c, h, h_stride, n, place, gradient_stride);
   }
 }
 
 // gradient [C, padded_features] += rows [n, C]^T h [n, padded_features]
-template <class A>
-void accumulate(const A* rows, int64_t padded, int64_t outputs, const A* h, int64_t h_stride, int64_t n, A* gradient,
+template <class A, class Rows>
+void accumulate(const Rows& rows, int64_t outputs, const A* h, int64_t h_stride, int64_t n, A* gradient,
                 int64_t padded_features) {
   constexpr int wide = many_registers ? 4 : 2;
   int64_t d = 0;
   for (; d + wide * lanes<A> <= padded_features; d += wide * lanes<A>) {
-    accumulate_columns<A, wide>(rows, padded, outputs, h + d, h_stride, n, gradient + d, padded_features);
+    accumulate_vectors<A, wide>(rows, outputs, h + d, h_stride, n, gradient + d, padded_features);
   }
   for (; d < padded_features; d += lanes<A>) {
-    accumulate_columns<A, 1>(rows, padded, outputs, h + d, h_stride, n, gradient + d, padded_features);
+    accumulate_vectors<A, 1>(rows, outputs, h + d, h_stride, n, gradient + d, padded_features);
   }
 }
 

@@ -7,6 +7,8 @@
 
 namespace fastmeta {
 
+constexpr int few_outputs = 16;  // up to here lanes are rows (columns.h), beyond they are outputs (rows.h)
+
 enum class Element : int { float32, bfloat16, float16, float64 };
 
 // A matrix in memory with unit inner stride; a vector is a matrix with one column.
@@ -28,11 +30,10 @@ struct Matrix {
 template <class A>
 struct Outputs {
   Matrix rows;                // [N, C], or null
-  const A* factor = nullptr;  // [D, padded] in panels of vectors (products.h), or null
+  const A* factor = nullptr;  // [D, padded] in panels of vectors (products.h), or for few outputs [C, D]; or null
+  int64_t factor_stride = 0;  // elements from row to row of [C, D]
   const A* bias = nullptr;    // [padded], added; or null
 };
-
-enum class RowFunction : int { residual, label_tangent, curvature };
 
 // A is the type of accumulation, float or double.
 template <class A>

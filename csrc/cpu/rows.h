@@ -1,5 +1,5 @@
-// The row engine: a block of rows at a time, operands in, a row function, results out; nothing [N, C] in between.
-// Included once for each instruction set (kernels.h).
+// The row engine for more than a few outputs: a block of rows at a time, operands in, a row function, results out;
+// nothing [N, C] in between. Included once for each instruction set (kernels.h).
 namespace fastmeta::FASTMETA_TARGET {
 
 // Scratch memory of a block of rows, all [block, padded] unless said otherwise.
@@ -22,15 +22,20 @@ struct FeatureRows {
 };
 
 template <class A>
-FeatureRows<A> features_of(const RowProgram<A>& p, const Block<A>& block, int64_t first, int64_t n) {
+bool has_features_in_place(const RowProgram<A>& p) {
   const bool same_type = p.features.element == (sizeof(A) == 8 ? Element::float64 : Element::float32);
-  if (same_type && (p.gradient == nullptr || p.padded_features == p.num_features)) {
+  return same_type && (p.gradient == nullptr || p.padded_features == p.num_features);
+}
+
+template <class A>
+FeatureRows<A> features_of(const RowProgram<A>& p, A* copies, int64_t first, int64_t n) {
+  if (has_features_in_place(p)) {
     return {static_cast<const A*>(p.features.data) + first * p.features.stride, p.features.stride};
   }
   for (int64_t r = 0; r < n; ++r) {
-    load_row<A>(p.features, first + r, p.num_features, 0.0, block.features + r * p.padded_features);
+    load_row<A>(p.features, first + r, p.num_features, 0.0, copies + r * p.padded_features);
   }
-  return {block.features, p.padded_features};
+  return {copies, p.padded_features};
 }
 
 // out [n, padded] = the outputs' rows [first, first + n), the lanes beyond C set to `padding`.
@@ -72,46 +77,33 @@ void targets_of(const RowProgram<A>& p, int64_t first, int64_t n, A* out) {
   }
 }
 
-template <class A, Loss loss>
-FASTMETA_INLINE void row_function(RowFunction function, int count, const Vec<A>* f, const Vec<A>* y, Vec<A>* z,
-                                  Vec<A>* out) {
+template <Loss loss, class V, class Reduce>
+FASTMETA_INLINE void row_function(RowFunction function, int count, const V* f, const V* y, V* z, V* out,
+                                  const Reduce& reduce) {
   if (function == RowFunction::residual) {
-    residual<loss>(count, f, y, out, LaneReduce<A>());
+    residual<loss>(count, f, y, out, reduce);
   } else if (function == RowFunction::label_tangent) {
-    label_tangent<loss>(count, f, z, out, LaneReduce<A>());
+    label_tangent<loss>(count, f, z, out, reduce);
   } else {
-    curvature<loss>(count, f, z, out, LaneReduce<A>());
+    curvature<loss>(count, f, z, out, reduce);
   }
 }
 
-template <class A, Loss loss>
-void row_functions(const RowProgram<A>& p, const Block<A>& block, int64_t n) {
-  const int count = static_cast<int>(p.padded / lanes<A>);
-  for (int64_t r = 0; r < n; ++r) {
-    const auto* f = reinterpret_cast<const Vec<A>*>(block.logits + r * p.padded);
-    const auto* y = reinterpret_cast<const Vec<A>*>(block.targets + r * p.padded);
-    auto* z = reinterpret_cast<Vec<A>*>(block.tangent + r * p.padded);
-    auto* out = reinterpret_cast<Vec<A>*>(block.result + r * p.padded);
-    // One vector a row is the common small head: its loops vanish.
-    if (count == 1) {
-      row_function<A, loss>(p.function, 1, f, y, z, out);
-    } else {
-      row_function<A, loss>(p.function, count, f, y, z, out);
-    }
-  }
-}
-
-template <class A>
-void row_functions(const RowProgram<A>& p, const Block<A>& block, int64_t n) {
-  switch (p.loss) {
+// Logits f, targets y and tangents z of `count` vectors; may overwrite z.
+template <class A, class Reduce>
+void row_function(Loss loss, RowFunction function, int count, const A* logits, const A* targets, A* tangent, A* result,
+                  const Reduce& reduce) {
+  const auto *f = reinterpret_cast<const Vec<A>*>(logits), *y = reinterpret_cast<const Vec<A>*>(targets);
+  auto *z = reinterpret_cast<Vec<A>*>(tangent), *out = reinterpret_cast<Vec<A>*>(result);
+  switch (loss) {
     case Loss::cross_entropy:
-      return row_functions<A, Loss::cross_entropy>(p, block, n);
+      return row_function<Loss::cross_entropy>(function, count, f, y, z, out, reduce);
     case Loss::binary_cross_entropy:
-      return row_functions<A, Loss::binary_cross_entropy>(p, block, n);
+      return row_function<Loss::binary_cross_entropy>(function, count, f, y, z, out, reduce);
     case Loss::mse:
-      return row_functions<A, Loss::mse>(p, block, n);
+      return row_function<Loss::mse>(function, count, f, y, z, out, reduce);
     case Loss::mse_probs:
-      return row_functions<A, Loss::mse_probs>(p, block, n);
+      return row_function<Loss::mse_probs>(function, count, f, y, z, out, reduce);
   }
 }
 
@@ -161,7 +153,7 @@ void results(const RowProgram<A>& p, const Block<A>& block, const FeatureRows<A>
     for (int64_t r = 0; r < n; ++r) store_row<A>(block.result + r * p.padded, p.outputs, p.scale, p.rows, first + r);
   }
   if (p.gradient != nullptr) {
-    accumulate<A>(block.result, p.padded, p.outputs, h.data, h.stride, n,
+    accumulate<A>(ByRows<A>{block.result, p.padded}, p.outputs, h.data, h.stride, n,
                   p.gradient + chunk * p.outputs * p.padded_features, p.padded_features);
   }
 }
@@ -177,11 +169,12 @@ int64_t block_rows(const RowProgram<A>& p, bool uses_features, bool uses_factor)
 }
 
 template <class A>
-void run(const RowProgram<A>& p, int64_t begin, int64_t end, int64_t chunk) {
+void run_rows(const RowProgram<A>& p, int64_t begin, int64_t end, int64_t chunk) {
   const bool uses_factor = p.logits.factor != nullptr || p.tangent.factor != nullptr;
   const bool uses_features = uses_factor || p.gradient != nullptr;
   const int64_t most = block_rows(p, uses_features, uses_factor), area = most * p.padded;
-  Buffer<A> scratch(4 * area + p.padded + (uses_features ? most * p.padded_features : 0));
+  const bool copies = uses_features && !has_features_in_place(p);
+  const Buffer<A> scratch(4 * area + p.padded + (copies ? most * p.padded_features : 0));
   Block<A> block{most,
                  scratch.data(),
                  scratch.data() + area,
@@ -203,12 +196,53 @@ void run(const RowProgram<A>& p, int64_t begin, int64_t end, int64_t chunk) {
   for (int64_t first = begin; first < end; first += most) {
     const int64_t n = first + most < end ? most : end - first;
     FeatureRows<A> h{};
-    if (uses_features) h = features_of(p, block, first, n);
+    if (uses_features) h = features_of(p, block.features, first, n);
     if (needs_logits) outputs_of(p.logits, p, h, first, n, padding, block.logits);
     if (needs_tangent) outputs_of(p.tangent, p, h, first, n, 0.0, block.tangent);
     if (p.function == RowFunction::residual) targets_of(p, first, n, block.targets);
-    row_functions(p, block, n);
+    for (int64_t row = 0; row < n; ++row) {
+      const int64_t at = row * p.padded;
+      row_function<A>(p.loss, p.function, static_cast<int>(p.padded / lanes<A>), block.logits + at, block.targets + at,
+                      block.tangent + at, block.result + at, LaneReduce<A>());
+    }
     results(p, block, h, first, n, chunk);
+  }
+}
+
+// y = y - step (softmax(p) - softmax(m)), projected if asked, for a row in `count` vectors. Overwrites p and m.
+template <class A, class Reduce>
+FASTMETA_INLINE void step_labels(const LabelStep<A>& s, int count, Vec<A>* p, Vec<A>* m, Vec<A>* y,
+                                 const Reduce& reduce) {
+  using V = Vec<A>;
+  const V zero = splat<V>(0);
+  softmax(count, p, p, reduce);
+  softmax(count, m, m, reduce);
+  V total = zero;
+  for (int k = 0; k < count; ++k) {
+    y[k] -= s.step * (p[k] - m[k]);
+    if (s.project) y[k] = y[k] < zero ? zero : y[k];
+    total += y[k];
+  }
+  if (!s.project) return;
+  total = reduce.sum(total);
+  const V equal = splat<V>(1.0 / static_cast<double>(s.outputs));
+  for (int k = 0; k < count; ++k) y[k] = total == zero ? equal : y[k] / total;
+}
+
+template <class A>
+void step_rows(const LabelStep<A>& s, int64_t begin, int64_t end) {
+  using V = Vec<A>;
+  const int64_t padded = (s.outputs + lanes<A> - 1) / lanes<A> * lanes<A>;
+  const double padding = padding_logit(Loss::cross_entropy);
+  const Buffer<A> scratch(3 * padded);
+  A *plus = scratch.data(), *minus = plus + padded, *labels = minus + padded;
+  for (int64_t row = begin; row < end; ++row) {
+    load_row<A>(s.plus, row, s.outputs, padding, plus);
+    load_row<A>(s.minus, row, s.outputs, padding, minus);
+    load_row<A>(s.labels, row, s.outputs, 0.0, labels);
+    step_labels(s, static_cast<int>(padded / lanes<A>), reinterpret_cast<V*>(plus), reinterpret_cast<V*>(minus),
+                reinterpret_cast<V*>(labels), LaneReduce<A>());
+    store_row<A>(labels, s.outputs, A{1}, s.out, row);
   }
 }
 

@@ -1,25 +1,21 @@
-// From tensors to the matrices the kernels read, torch's matrix product, and torch's thread pool.
+// From tensors to the matrices the kernels read, and torch's thread pool.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 
+#include "../view.h"
 #include "isa.h"
 #include "row_program.h"
 
 namespace fastmeta {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 template <class A>
 constexpr ScalarType accumulation_type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
 
-inline Element element_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline Element element_of(ScalarType type) {
+  switch (type) {
     case ScalarType::Float:
       return Element::float32;
     case ScalarType::BFloat16:
@@ -31,55 +27,28 @@ inline Element element_of(const Tensor& tensor) {
   }
 }
 
-// The tensor itself if its last dimension is dense, else a contiguous copy.
-inline Tensor dense_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-// A matrix [rows, columns] with dense rows, or a vector as [rows, 1]. The tensor must outlive it.
-inline Matrix matrix_of(const Tensor& tensor) {
-  void* data = const_cast<void*>(tensor.const_data_ptr());
-  STD_TORCH_CHECK(data != nullptr || tensor.numel() == 0, "a tensor without memory cannot be read");
-  return {data, tensor.stride(0), element_of(tensor)};
-}
-
-// a [n, k] b [k, m] by torch's GEMM.
-inline Tensor gemm(const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
-
-// What torch's GEMM gets. Its float16 product is slow on CPUs, and so is its bfloat16 one without the instruction.
-inline Tensor gemm_operand(const Tensor& matrix) {
-  const ScalarType type = matrix.scalar_type();
-  const bool widen = type == ScalarType::Half || (type == ScalarType::BFloat16 && !has_bfloat16_products());
-  return widen ? torch::stable::to(matrix, ScalarType::Float) : matrix;
-}
-
-// Rows [first, first + n).
-inline Tensor rows_of(Tensor matrix, int64_t first, int64_t n) {
-  return n == matrix.size(0) ? matrix : torch::stable::narrow(matrix, 0, first, n);
+// A matrix [rows, columns] with dense rows, or a vector as [rows, 1]; null if it is absent.
+inline Matrix matrix_of(const View& tensor) {
+  if (!tensor.has_value()) return {};
+  return {tensor.data(), tensor.stride(0), element_of(tensor.scalar_type())};
 }
 
 // How many threads to use for work of this many vector operations: one until a second saves more than waking it costs.
 inline int64_t parallel_chunks(int64_t items, double operations) {
   constexpr double least = 12288;
+  if (operations < 2 * least) return 1;
   const double most = std::min<double>(torch::stable::get_num_threads(), static_cast<double>(items));
   return std::max<int64_t>(1, static_cast<int64_t>(std::min(most, operations / least)));
 }
 
-// Calls f(begin, end, chunk) for [0, items) cut into `chunks` parts, at multiples of 8.
+// Calls f(begin, end, chunk) for [0, items) cut into `chunks` parts, at multiples of 16.
 template <class F>
 void for_chunks(int64_t items, int64_t chunks, const F& f) {
   if (chunks == 1) {
     f(int64_t{0}, items, int64_t{0});
     return;
   }
-  const int64_t size = ((items + chunks - 1) / chunks + 7) / 8 * 8;
+  const int64_t size = ((items + chunks - 1) / chunks + 15) / 16 * 16;
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
       f(std::min(items, chunk * size), std::min(items, (chunk + 1) * size), chunk);
@@ -89,8 +58,8 @@ void for_chunks(int64_t items, int64_t chunks, const F& f) {
 
 // Calls f with a zero of the accumulation type.
 template <class F>
-auto with_accumulation(const Tensor& features, const F& f) {
-  return features.scalar_type() == ScalarType::Double ? f(0.0) : f(0.0F);
+auto with_accumulation(ScalarType type, const F& f) {
+  return type == ScalarType::Double ? f(0.0) : f(0.0F);
 }
 
 // Runs a combination of matrices, its rows in parallel.

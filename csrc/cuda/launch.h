@@ -1,4 +1,4 @@
-// Every kernel launch of this folder: on the device of a tensor, on torch's current stream there, checked. With
+// Every kernel launch of this folder, checked: on a device and on a stream there. With
 // FASTMETA_EMULATE the kernel runs on the CPU instead (emulator.h), and a launch returns when it is done.
 //
 // Kernels declare shared memory by FASTMETA_SHARED(type, name, count) and FASTMETA_DYNAMIC_SHARED(type, name), which
@@ -8,10 +8,12 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #ifdef FASTMETA_EMULATE
@@ -43,11 +45,16 @@ struct Grid {
 
 constexpr size_t max_parameter_bytes = 32764;  // of a kernel, from sm_70 and CUDA 12.1 on
 
-// The device of a tensor, current while this lives, and torch's stream there.
+// torch's current stream on a device of its.
+inline void* current_stream(int device);
+
+// A device, current while this lives, and a stream there.
 class Launcher {
  public:
   // `name` of the operator, for errors.
-  Launcher(const char* name, const torch::stable::Tensor& tensor);
+  Launcher(const char* name, int device, void* stream);
+  Launcher(const char* name, const torch::stable::Tensor& tensor)
+      : Launcher(name, tensor.get_device_index(), current_stream(tensor.get_device_index())) {}
 
   // No blocks: nothing to do.
   template <class... Parameters>
@@ -64,6 +71,10 @@ class Launcher {
   }
 
   int multiprocessors() const;
+  // Memory from torch's allocator.
+  torch::stable::Tensor scratch(int64_t floats) const;
+  // Sets bytes to 0, in the order of the stream.
+  void clear(void* data, int64_t bytes) const;
 
 #ifndef FASTMETA_EMULATE
  private:
@@ -79,8 +90,10 @@ class Launcher {
 
 #ifdef FASTMETA_EMULATE
 
-inline Launcher::Launcher(const char*, const torch::stable::Tensor&) {}
+inline void* current_stream(int) { return nullptr; }
+inline Launcher::Launcher(const char*, int, void*) {}
 inline int Launcher::multiprocessors() const { return emulator::multiprocessors; }
+inline void Launcher::clear(void* data, int64_t bytes) const { std::memset(data, 0, bytes); }
 
 #else
 
@@ -88,13 +101,16 @@ inline void Launcher::check(cudaError_t error) const {
   STD_TORCH_CHECK(error == cudaSuccess, name_, ": CUDA says ", cudaGetErrorString(error));
 }
 
-inline Launcher::Launcher(const char* name, const torch::stable::Tensor& tensor)
-    : name_(name), guard_(tensor.get_device_index()), device_(tensor.get_device_index()) {
+inline void* current_stream(int device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+inline Launcher::Launcher(const char* name, int device, void* stream)
+    : name_(name), guard_(device), device_(device), stream_(static_cast<cudaStream_t>(stream)) {
   // The CUDA runtime in this library is its own, and so is its notion of the current device.
   check(cudaSetDevice(device_));
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
-  stream_ = static_cast<cudaStream_t>(stream);
 }
 
 inline void Launcher::launch(const void* kernel, const Grid& grid, void** arguments) const {
@@ -111,6 +127,18 @@ inline int Launcher::multiprocessors() const {
   return count;
 }
 
+inline void Launcher::clear(void* data, int64_t bytes) const { check(cudaMemsetAsync(data, 0, bytes, stream_)); }
+
 #endif
+
+inline torch::stable::Tensor Launcher::scratch(int64_t floats) const {
+#ifdef FASTMETA_EMULATE
+  const torch::stable::Device device(torch::headeronly::DeviceType::CPU);
+#else
+  const torch::stable::Device device(torch::headeronly::DeviceType::CUDA,
+                                     static_cast<torch::stable::DeviceIndex>(device_));
+#endif
+  return torch::stable::empty({&floats, 1}, torch::headeronly::ScalarType::Float, std::nullopt, device);
+}
 
 }  // namespace fastmeta

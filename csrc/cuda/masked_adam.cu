@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "cuda/convert.h"
+#include "cuda/operators.h"
 
 namespace fastmeta {
 namespace {
@@ -145,75 +146,93 @@ std::array<Tensor, 2> sorted(const Tensor& index) {
 }
 
 template <class T>
-Matrix<T> matrix(const Tensor& tensor) {
-  return {static_cast<T*>(tensor.data_ptr()), tensor.stride(0), tensor.dim() > 1 ? tensor.stride(1) : 0};
+Matrix<T> matrix(const View& tensor) {
+  return {static_cast<T*>(tensor.data()), tensor.stride(0), tensor.dim() > 1 ? tensor.stride(1) : 0};
+}
+
+dim3 blocks_for(int64_t threads) { return dim3(static_cast<unsigned>((threads + block_threads - 1) / block_threads)); }
+
+template <class T, class S>
+Step<T, S> step_of(const MaskedAdam& x) {
+  using W = typename Wide<T>::type;
+  Step<T, S> step{};
+  step.count = x.index.size(0);
+  step.rows = x.table.size(0);
+  step.columns = x.table.dim() > 1 ? x.table.size(1) : 1;
+  step.table = matrix<T>(x.table);
+  step.exp_avg = matrix<S>(x.exp_avg);
+  step.exp_avg_sq = matrix<S>(x.exp_avg_sq);
+  step.steps = matrix<int32_t>(x.steps);
+  step.grad = matrix<const T>(x.grad);
+  step.index = matrix<const int64_t>(x.index);
+  step.lr = static_cast<W>(x.lr);
+  step.beta1 = static_cast<W>(x.beta1);
+  step.beta2 = static_cast<W>(x.beta2);
+  step.fresh1 = static_cast<W>(1 - x.beta1);
+  step.fresh2 = static_cast<W>(1 - x.beta2);
+  step.eps = static_cast<W>(x.eps);
+  step.low = static_cast<W>(x.low);
+  step.high = static_cast<W>(x.high);
+  step.log_beta1 = std::log(x.beta1);
+  step.log_beta2 = std::log(x.beta2);
+  return step;
+}
+
+// Calls f with the step for the types of the arguments.
+template <class F>
+void with_step(const MaskedAdam& x, const F& f) {
+  if (x.index.size(0) == 0 || (x.table.dim() > 1 && x.table.size(1) == 0)) return;
+  const bool wide = x.exp_avg.scalar_type() == ScalarType::Float;
+  switch (x.table.scalar_type()) {
+    case ScalarType::Float:
+      return f(step_of<float, float>(x));
+    case ScalarType::Double:
+      return f(step_of<double, double>(x));
+    case ScalarType::BFloat16:
+      return wide ? f(step_of<Bfloat16, float>(x)) : f(step_of<Bfloat16, Bfloat16>(x));
+    default:
+      return wide ? f(step_of<Float16, float>(x)) : f(step_of<Float16, Float16>(x));
+  }
 }
 
 template <class T, class S>
-void run(Step<T, S> step, const Tensor& table, const Tensor& index, const Tensor& grad, const Tensor& exp_avg,
-         const Tensor& exp_avg_sq, const Tensor& steps) {
-  step.count = index.numel();
-  step.rows = table.size(0);
-  step.columns = table.dim() > 1 ? table.size(1) : 1;
-  if (step.count == 0 || step.columns == 0) return;
-  step.table = matrix<T>(table);
-  step.exp_avg = matrix<S>(exp_avg);
-  step.exp_avg_sq = matrix<S>(exp_avg_sq);
-  step.steps = matrix<int32_t>(steps);
-  step.grad = matrix<const T>(grad);
-  step.index = matrix<const int64_t>(index);
-  const Launcher launch("masked_adam_", table);
-  const auto blocks = [](int64_t threads) {
-    return dim3(static_cast<unsigned>((threads + block_threads - 1) / block_threads));
-  };
-  if (step.count <= searched) {
-    launch(step_searching<T, S>, {.blocks = blocks(step.count * 32), .threads = dim3(block_threads)}, step);
-    return;
-  }
-  const std::array<Tensor, 2> ascending = sorted(index);
-  step.index = matrix<const int64_t>(ascending[0]);
-  step.order = static_cast<const int64_t*>(ascending[1].data_ptr());
-  const auto width = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(step.columns < 32 ? step.columns : 32)));
-  launch(step_sorted<T, S>, {.blocks = blocks(step.count * width), .threads = dim3(block_threads)}, step, width);
+void run_searching(const Launcher& launch, const Step<T, S>& step) {
+  launch(step_searching<T, S>, {.blocks = blocks_for(step.count * 32), .threads = dim3(block_threads)}, step);
 }
 
-void masked_adam_(const Tensor& table, const Tensor& index, const Tensor& grad, const Tensor& exp_avg,
-                  const Tensor& exp_avg_sq, const Tensor& steps, double lr, double beta1, double beta2, double eps,
-                  std::optional<double> low, std::optional<double> high) {
-  check_masked_adam(table, index, grad, exp_avg, exp_avg_sq, steps);
-  check_masked_adam(lr, beta1, beta2, eps, low, high);
-  const auto step = [&](auto t, auto s) {
-    using W = typename Wide<decltype(t)>::type;
-    constexpr double infinity = std::numeric_limits<double>::infinity();
-    Step<decltype(t), decltype(s)> numbers{};
-    numbers.lr = static_cast<W>(lr);
-    numbers.beta1 = static_cast<W>(beta1);
-    numbers.beta2 = static_cast<W>(beta2);
-    numbers.fresh1 = static_cast<W>(1 - beta1);
-    numbers.fresh2 = static_cast<W>(1 - beta2);
-    numbers.eps = static_cast<W>(eps);
-    numbers.low = static_cast<W>(low.value_or(-infinity));
-    numbers.high = static_cast<W>(high.value_or(infinity));
-    numbers.log_beta1 = std::log(beta1);
-    numbers.log_beta2 = std::log(beta2);
-    run(numbers, table, index, grad, exp_avg, exp_avg_sq, steps);
-  };
-  const bool wide = exp_avg.scalar_type() == ScalarType::Float;
-  switch (table.scalar_type()) {
-    case ScalarType::Float:
-      return step(float{}, float{});
-    case ScalarType::Double:
-      return step(double{}, double{});
-    case ScalarType::BFloat16:
-      return wide ? step(Bfloat16{}, float{}) : step(Bfloat16{}, Bfloat16{});
-    default:
-      return wide ? step(Float16{}, float{}) : step(Float16{}, Float16{});
-  }
+template <class T, class S>
+void run_sorted(const Launcher& launch, Step<T, S> step, const std::array<Tensor, 2>& ascending) {
+  step.index = matrix<const int64_t>(TensorView(ascending[0]));
+  step.order = static_cast<const int64_t*>(ascending[1].data_ptr());
+  const auto width = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(step.columns < 32 ? step.columns : 32)));
+  launch(step_sorted<T, S>, {.blocks = blocks_for(step.count * width), .threads = dim3(block_threads)}, step, width);
+}
+
+void masked_adam_tensors(const Tensor& table, const Tensor& index, const Tensor& grad, const Tensor& exp_avg,
+                         const Tensor& exp_avg_sq, const Tensor& steps, double lr, double beta1, double beta2,
+                         double eps, std::optional<double> low, std::optional<double> high) {
+  const MaskedAdamTensors arguments(table, index, grad, exp_avg, exp_avg_sq, steps, lr, beta1, beta2, eps, low, high);
+  const int device = View(arguments.views[0]).device_index();
+  void* const stream = current_stream(device);
+  if (arguments.run(cuda::masked_adam_, stream)) return;
+  const MaskedAdam x = arguments.checked();
+  const std::array<Tensor, 2> ascending = sorted(index);
+  const Launcher launch("masked_adam_", device, stream);
+  with_step(x, [&](const auto& step) { run_sorted(launch, step, ascending); });
 }
 
 }  // namespace
+
+bool cuda::masked_adam_(const DLTensor* const* tensors, const double* numbers, DLTensor* const*, void* stream) {
+  const MaskedAdam x(tensors, numbers);
+  if (x.index.size(0) > searched) return false;  // to be sorted first, by torch
+  const Launcher launch("masked_adam_", x.table.device_index(), stream);
+  with_step(x, [&](const auto& step) { run_searching(launch, step); });
+  return true;
+}
+
 }  // namespace fastmeta
 
 STABLE_TORCH_LIBRARY_IMPL(FASTMETA_NAMESPACE, FASTMETA_DEVICE_KEY, m) {
-  m.impl("masked_adam_", TORCH_BOX(&fastmeta::masked_adam_));
+  m.impl("masked_adam_", TORCH_BOX(&fastmeta::masked_adam_tensors));
 }

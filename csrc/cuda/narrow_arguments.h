@@ -1,13 +1,9 @@
-// The arguments of the kernels for few outputs, and how tensors become them.
+// The arguments of the kernels for few outputs, and how those of a call become them.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#include <optional>
-
-#include "checks.h"
 #include "cuda/convert.h"
 #include "cuda/narrow_plan.h"
+#include "last_layer_call.h"
 
 namespace fastmeta {
 
@@ -61,15 +57,9 @@ struct alignas(4 * sizeof(T)) Packed {
 };
 
 template <class T>
-Strided<T> strided(const Tensor& tensor) {
-  const auto* data = static_cast<const T*>(tensor.const_data_ptr());
-  STD_TORCH_CHECK(data != nullptr || tensor.numel() == 0, "a tensor without memory cannot be read");
-  return {data, tensor.stride(0), tensor.dim() > 1 ? tensor.stride(1) : 0};
-}
-
-template <class T>
-Strided<T> strided(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? strided<T>(*tensor) : Strided<T>{};
+Strided<T> strided(const View& tensor) {
+  if (!tensor.has_value()) return {};
+  return {static_cast<const T*>(tensor.data()), tensor.stride(0), tensor.dim() > 1 ? tensor.stride(1) : 0};
 }
 
 template <class T>
@@ -77,32 +67,30 @@ bool has_packed_rows(const Strided<T>& matrix) {
   return matrix.column == 1 && matrix.row % 4 == 0 && reinterpret_cast<uintptr_t>(matrix.data) % sizeof(Packed<T>) == 0;
 }
 
-// Features, logits or a head, a direction or none, targets or none, weights or none.
 template <class T>
-NarrowArguments<T> narrow_arguments(const LastLayerSizes& sizes, Loss loss, const Tensor& features,
-                                    const std::optional<Tensor>& logits, const std::optional<Tensor>& head_weight,
-                                    const std::optional<Tensor>& head_bias, const std::optional<Tensor>& targets,
-                                    const std::optional<Tensor>& weights, const std::optional<Tensor>& direction_weight,
-                                    const std::optional<Tensor>& direction_bias) {
+NarrowArguments<T> narrow_arguments(const LastLayerCall& call) {
+  const LastLayerOperands<View>& x = call.operands;
   NarrowArguments<T> a{};
-  a.examples = sizes.examples;
-  a.num_features = sizes.features;
-  a.outputs = static_cast<int>(sizes.outputs);
-  a.loss = loss;
-  a.has_head = head_weight.has_value();
-  a.features = strided<T>(features);
-  a.logits = strided<T>(logits);
-  a.head = {strided<T>(head_weight), strided<T>(head_bias)};
-  a.tangent = {strided<T>(direction_weight), strided<T>(direction_bias)};
-  a.weights = strided<T>(weights);
-  if (targets.has_value() && targets->scalar_type() == ScalarType::Long) {
-    a.classes = strided<int64_t>(*targets);
+  a.examples = call.sizes.examples;
+  a.num_features = call.sizes.features;
+  a.outputs = static_cast<int>(call.sizes.outputs);
+  a.loss = call.loss;
+  a.scale = static_cast<float>(call.scale);
+  a.damping = static_cast<float>(call.damping);
+  a.has_head = x.head_weight.has_value();
+  a.features = strided<T>(x.features);
+  a.logits = strided<T>(x.logits);
+  a.head = {strided<T>(x.head_weight), strided<T>(x.head_bias)};
+  a.tangent = {strided<T>(x.direction_weight), strided<T>(x.direction_bias)};
+  a.weights = strided<T>(x.weights);
+  if (x.targets.has_value() && x.targets.scalar_type() == ScalarType::Long) {
+    a.classes = strided<int64_t>(x.targets);
   } else {
-    a.targets = strided<T>(targets);
+    a.targets = strided<T>(x.targets);
   }
-  a.vectorized = sizes.features % 4 == 0 && has_packed_rows(a.features) &&
-                 (!head_weight.has_value() || has_packed_rows(a.head.weight)) &&
-                 (!direction_weight.has_value() || has_packed_rows(a.tangent.weight));
+  a.vectorized = a.num_features % 4 == 0 && has_packed_rows(a.features) &&
+                 (!x.head_weight.has_value() || has_packed_rows(a.head.weight)) &&
+                 (!x.direction_weight.has_value() || has_packed_rows(a.tangent.weight));
   return a;
 }
 
@@ -115,16 +103,13 @@ void set_plan(NarrowArguments<T>& a, const NarrowPlan& plan) {
   a.scratch = plan.scratch;
 }
 
-inline void check_narrow(const LastLayerSizes& sizes, const Tensor& features) {
-  STD_TORCH_CHECK(sizes.outputs <= narrow_outputs, "this kernel takes at most ", narrow_outputs, " outputs, got ",
-                  sizes.outputs);
-  STD_TORCH_CHECK(features.scalar_type() != ScalarType::Double,
-                  "this kernel takes float32, bfloat16 or float16, got float64");
+inline bool is_narrow(const LastLayerCall& call) {
+  return call.sizes.outputs <= narrow_outputs && call.operands.features.scalar_type() != ScalarType::Double;
 }
 
 // Calls f with a zero of the element type.
 template <class F>
-auto with_narrow_type(const Tensor& features, const F& f) {
+void with_narrow_type(const View& features, const F& f) {
   switch (features.scalar_type()) {
     case ScalarType::Float:
       return f(float{});

@@ -3,8 +3,6 @@
 // one partial sum; a second launch adds these up in a fixed order. A single block writes the result itself.
 #pragma once
 
-#include <tuple>
-
 #include "cuda/narrow.h"
 
 namespace fastmeta {
@@ -216,44 +214,39 @@ __global__ void combine_partials(FASTMETA_STRUCTURE(NarrowArguments<T>) a, int64
   write_entry(a, entry, sum);
 }
 
-// Weight [C, D] and bias [C], or [0] without one: memory for a result.
-struct WeightAndBias {
-  Tensor weight, bias;
-
-  WeightAndBias(const LastLayerSizes& sizes, const Tensor& features, bool has_bias)
-      : weight(torch::stable::new_empty(features, {sizes.outputs, sizes.features})),
-        bias(torch::stable::new_empty(features, {has_bias ? sizes.outputs : 0})) {}
-};
-
-inline Tensor float_buffer(const Tensor& like, int64_t size) {
-  return torch::stable::new_empty(like, {size}, ScalarType::Float);
-}
-
-template <RowResult result, class T>
-void run_narrow_gradient(const char* name, NarrowArguments<T> a, const WeightAndBias& sum) {
-  if (a.outputs == 0) return;
-  const Launcher launch(name, sum.weight);
-  a.has_bias = sum.bias.numel() > 0;
-  a.out = static_cast<T*>(sum.weight.mutable_data_ptr());
-  a.out_bias = static_cast<T*>(sum.bias.mutable_data_ptr());
-  const int factors = (result == RowResult::hessian ? 1 : 0) + (a.has_head ? 1 : 0);
-  const NarrowPlan plan = plan_gradient(a.examples, a.num_features, a.outputs, factors, launch.multiprocessors());
-  set_plan(a, plan);
-  const int64_t entries = a.outputs * (a.num_features + 1);
-  const Tensor partials = float_buffer(sum.weight, plan.blocks * entries);
-  a.partials = static_cast<float*>(partials.mutable_data_ptr());
-  with_layout(plan.layout, [&](auto padded, auto lanes) {
-    launch(narrow_gradient<T, padded(), lanes(), result>,
-           {.blocks = dim3(static_cast<unsigned>(plan.blocks)),
-            .threads = dim3(32 * narrow_warps),
-            .shared_bytes = static_cast<size_t>(plan.shared_bytes())},
-           a);
+// The whole call; out is the weight [C, D] and the bias [C] or [0]. False: it is not for this kernel (native.h).
+template <RowResult result>
+bool run_narrow_gradient(const char* name, const LastLayerCall& call, DLTensor* const* out, void* stream) {
+  if (!is_narrow(call)) return false;
+  if (call.sizes.outputs == 0) return true;
+  const View features = call.operands.features, weight = out[0], bias = out[1];
+  const Launcher launch(name, features.device_index(), stream);
+  with_narrow_type(features, [&](auto zero) {
+    using T = decltype(zero);
+    NarrowArguments<T> a = narrow_arguments<T>(call);
+    a.has_bias = bias.size(0) > 0;
+    a.out = static_cast<T*>(weight.data());
+    a.out_bias = static_cast<T*>(bias.data());
+    const int factors = (result == RowResult::hessian ? 1 : 0) + (a.has_head ? 1 : 0);
+    const NarrowPlan plan = plan_gradient(a.examples, a.num_features, a.outputs, factors, launch.multiprocessors());
+    set_plan(a, plan);
+    const int64_t entries = a.outputs * (a.num_features + 1);
+    const Tensor partials = launch.scratch(plan.blocks * entries);
+    a.partials = static_cast<float*>(partials.mutable_data_ptr());
+    with_layout(plan.layout, [&](auto padded, auto lanes) {
+      launch(narrow_gradient<T, padded(), lanes(), result>,
+             {.blocks = dim3(static_cast<unsigned>(plan.blocks)),
+              .threads = dim3(32 * narrow_warps),
+              .shared_bytes = static_cast<size_t>(plan.shared_bytes())},
+             a);
+    });
+    if (plan.blocks == 1) return;
+    launch(combine_partials<T>,
+           {.blocks = dim3(static_cast<unsigned>(ceil_div(entries, combined_entries))),
+            .threads = dim3(combined_entries, combined_groups)},
+           a, plan.blocks);
   });
-  if (plan.blocks == 1) return;
-  launch(combine_partials<T>,
-         {.blocks = dim3(static_cast<unsigned>(ceil_div(entries, combined_entries))),
-          .threads = dim3(combined_entries, combined_groups)},
-         a, plan.blocks);
+  return true;
 }
 
 }  // namespace fastmeta

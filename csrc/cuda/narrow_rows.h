@@ -25,22 +25,30 @@ __global__ void __launch_bounds__(32 * narrow_warps, lanes == 32 ? 4 : 3)
   }
 }
 
-// Fills `out`: [N] or [N, C].
-template <RowResult result, class T>
-void run_narrow_rows(const char* name, NarrowArguments<T> a, const Tensor& out) {
-  if (a.examples == 0 || a.outputs == 0) return;
-  const Launcher launch(name, out);
-  const NarrowPlan plan =
-      plan_rows(a.examples, a.num_features, a.outputs, a.has_head ? 2 : 1, launch.multiprocessors());
-  set_plan(a, plan);
-  a.out = static_cast<T*>(out.mutable_data_ptr());
-  with_layout(plan.layout, [&](auto padded, auto lanes) {
-    launch(narrow_rows<T, padded(), lanes(), result>,
-           {.blocks = dim3(static_cast<unsigned>(plan.blocks)),
-            .threads = dim3(32 * narrow_warps),
-            .shared_bytes = static_cast<size_t>(plan.shared_bytes())},
-           a);
+// The whole call; out[0] is [N] or [N, C]. False: it is not for this kernel (native.h).
+template <RowResult result>
+bool run_narrow_rows(const char* name, const LastLayerCall& call, DLTensor* const* out, void* stream) {
+  if (!is_narrow(call)) return false;
+  const View features = call.operands.features, result_memory = out[0];
+  const Launcher launch(name, features.device_index(), stream);
+  if (call.sizes.outputs == 0 && result == RowResult::dot) launch.clear(result_memory.data(), result_memory.span());
+  if (call.sizes.examples == 0 || call.sizes.outputs == 0) return true;
+  with_narrow_type(features, [&](auto zero) {
+    using T = decltype(zero);
+    NarrowArguments<T> a = narrow_arguments<T>(call);
+    const NarrowPlan plan =
+        plan_rows(a.examples, a.num_features, a.outputs, a.has_head ? 2 : 1, launch.multiprocessors());
+    set_plan(a, plan);
+    a.out = static_cast<T*>(result_memory.data());
+    with_layout(plan.layout, [&](auto padded, auto lanes) {
+      launch(narrow_rows<T, padded(), lanes(), result>,
+             {.blocks = dim3(static_cast<unsigned>(plan.blocks)),
+              .threads = dim3(32 * narrow_warps),
+              .shared_bytes = static_cast<size_t>(plan.shared_bytes())},
+             a);
+    });
   });
+  return true;
 }
 
 }  // namespace fastmeta
