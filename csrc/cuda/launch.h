@@ -43,11 +43,12 @@ struct Grid {
 
 constexpr size_t max_parameter_bytes = 32764;  // of a kernel, from sm_70 and CUDA 12.1 on
 
-// The device of a tensor, current while this lives, and torch's stream there.
+// A device, current while this lives, and torch's stream there.
 class Launcher {
  public:
   // `name` of the operator, for errors.
-  Launcher(const char* name, const torch::stable::Tensor& tensor);
+  Launcher(const char* name, int device);
+  Launcher(const char* name, const torch::stable::Tensor& tensor) : Launcher(name, tensor.get_device_index()) {}
 
   // No blocks: nothing to do.
   template <class... Parameters>
@@ -79,7 +80,7 @@ class Launcher {
 
 #ifdef FASTMETA_EMULATE
 
-inline Launcher::Launcher(const char*, const torch::stable::Tensor&) {}
+inline Launcher::Launcher(const char*, int) {}
 inline int Launcher::multiprocessors() const { return emulator::multiprocessors; }
 
 #else
@@ -88,8 +89,7 @@ inline void Launcher::check(cudaError_t error) const {
   STD_TORCH_CHECK(error == cudaSuccess, name_, ": CUDA says ", cudaGetErrorString(error));
 }
 
-inline Launcher::Launcher(const char* name, const torch::stable::Tensor& tensor)
-    : name_(name), guard_(tensor.get_device_index()), device_(tensor.get_device_index()) {
+inline Launcher::Launcher(const char* name, int device) : name_(name), guard_(device), device_(device) {
   // The CUDA runtime in this library is its own, and so is its notion of the current device.
   check(cudaSetDevice(device_));
   void* stream = nullptr;
