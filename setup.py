@@ -1,5 +1,7 @@
 """Builds fastmeta._C, the CPU kernels on LibTorch's stable ABI, and with nvcc the CUDA kernels in a library beside it.
 
+fastmeta._C_lists is built on torch's C++ API and serves the torch it was built for alone (csrc/lists/module.cpp).
+
 FASTMETA_CUDA=1 builds the CUDA kernels for a torch without CUDA as well, FASTMETA_CUDA=0 never builds them.
 """
 
@@ -40,6 +42,16 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
+# A shared library with these and no debug information.
+COMPILE = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    f'-DFASTMETA_BUILT_FOR_TORCH="{torch.__version__}"',
+]
+LINK = ["-Wl,-s"] if os.name == "posix" else []
+
 setup(
     packages=[*find_packages(include=["fastmeta", "fastmeta.*"]), "fastmeta.triton_kernels"],
     ext_modules=[
@@ -50,20 +62,24 @@ setup(
             depends=sources("csrc/*.h", "csrc/cpu/*.h", "csrc/entry/*.h"),
             extra_compile_args={
                 "cxx": [
-                    "-O3",
-                    "-g0",
-                    "-std=c++20",
-                    "-fvisibility=hidden",
+                    *COMPILE,
                     "-ffp-contract=fast",
                     "-fno-math-errno",
                     "-fno-trapping-math",
                     build_cuda.STABLE_ABI,
-                    f'-DFASTMETA_BUILT_FOR_TORCH="{torch.__version__}"',
                 ]
             },
             libraries=["dl"] if os.name == "posix" else [],
-            extra_link_args=["-Wl,-s"] if os.name == "posix" else [],
-        )
+            extra_link_args=LINK,
+        ),
+        CppExtension(
+            "fastmeta._C_lists",
+            ["csrc/lists/module.cpp"],
+            include_dirs=[str(ROOT / "csrc")],
+            depends=["csrc/list_tensor.h"],
+            extra_compile_args={"cxx": COMPILE},
+            extra_link_args=LINK,
+        ),
     ],
     cmdclass={"build_ext": BuildKernels},
 )

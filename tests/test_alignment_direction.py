@@ -194,7 +194,54 @@ def test_result_is_new_memory(impl, generator):
 
 
 @impls
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_out_takes_the_directions(impl, dtype, generator):
+    lists = draw(SHAPES, generator, dtype)
+    other, out = copy(lists), [torch.full_like(t, 7) for t in lists[0]]
+    out[3] = torch.zeros(5, 3, dtype=dtype, device=DEVICE).T
+    places = [t.data_ptr() for t in out]
+    got = call(lists, impl, out=tuple(out))
+    assert all(mine is given for mine, given in zip(got, out, strict=True))
+    assert [t.data_ptr() for t in out] == places
+    for mine, new in zip(got + lists[2] + lists[3], call(other, impl) + other[2] + other[3], strict=True):
+        assert torch.equal(mine, new)
+
+
+@impls
+def test_backward_through_what_was_in_out_raises(impl, generator):
+    lists = draw([(5,)], generator)
+    x, out = torch.ones(5, dtype=torch.float64, requires_grad=True), [torch.ones(5, dtype=torch.float64)]
+    loss = (x * out[0]).sum()
+    call(lists, impl, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@impls
+def test_bad_out_is_named_before_memory_is_touched(impl, generator):
+    lists = draw([(5,), (6,)], generator)
+    before = copy(lists)
+    good = [torch.empty_like(t) for t in lists[0]]
+    for out, error, words in (
+        (good[:1], ValueError, "out must have 2 tensors like grads_labeled, got 1"),
+        ([good[0], good[0]], ValueError, r"out\[1\] must be the shape of grads_labeled\[1\] = \[6\], got \[5\]"),
+        ([good[0], good[1].float()], TypeError, r"out\[1\] must be float64 like grads_labeled\[1\], got float32"),
+        ([good[0], None], TypeError, r"out\[1\] must be a tensor, got NoneType"),
+        ([good[0], lists[0][1]], ValueError, r"out\[1\] and grads_labeled\[1\] must not share memory"),
+        ([good[0], lists[3][1]], ValueError, r"ema_fourth\[1\] and out\[1\] must not share memory"),
+        ([good[0], good[0][:1].expand(6)], ValueError, r"out\[1\] must have memory of its own"),
+    ):
+        with pytest.raises(error, match=words):
+            call(lists, impl, out=out)
+    good[1].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"works in place and is not differentiable|records a derivative"):
+        call(lists, impl, out=good)
+    torch.testing.assert_close(lists, before, rtol=0, atol=0)
+
+
+@impls
 def test_empty_lists(impl):
+    assert call([[], [], [], []], impl, out=[]) == []
     assert call([[], [], [], []], impl) == []
 
 

@@ -148,6 +148,43 @@ def test_one_block_inside_another(impl, generator):
 
 
 @impls
+def test_a_parameter_with_other_memory_is_not_written(impl, generator):
+    """``theta.data = ...`` inside the block: an error, no write into the memory it had, and the others restored."""
+    params, direction = draw(generator, torch.float32), draw(generator, torch.float32)
+    params = [torch.nn.Parameter(p) for p in params]
+    before, graph = bits(params), params[3].square().sum()
+    old, new = params[8].detach(), torch.full_like(params[8], 7)
+    words = r"params\[8\] was given other memory inside the block"
+    perturbation = perturbed(params, direction, 0.1, impl=impl)
+    perturbation.__enter__()
+    inside = old.clone()
+    params[8].data = new
+    moved = bits(params)
+    with pytest.raises(RuntimeError, match=words):
+        perturbation.flip()
+    assert_bits(params, moved)
+    with pytest.raises(RuntimeError, match=words):
+        perturbation.__exit__(None, None, None)
+    assert torch.equal(old, inside)
+    assert (params[8] == 7).all()
+    assert_bits(params[:8] + params[9:], before[:8] + before[9:])
+    graph.backward()
+    with perturbed(params, direction, 0.1, impl=impl):  # it can be entered again
+        assert (params[8] != 7).any()
+
+
+@impls
+def test_a_direction_with_other_memory_is_not_read(impl, generator):
+    theta, v = draw(generator, torch.float32, [(4,), (4,)])
+    before, other = bits([theta]), torch.ones(4)
+    with perturbed({"a": theta}, {"a": v}, 0.1, impl=impl) as perturbation:
+        v.data = other
+        with pytest.raises(RuntimeError, match=r"direction\['a'\] was given other memory inside the block"):
+            perturbation.flip()
+    assert_bits([theta], before)
+
+
+@impls
 def test_zero_direction_gives_a_zero_quotient(impl):
     weight = torch.eye(3)
     with perturbed([weight], [torch.zeros(3, 3)], 0.01, impl=impl) as perturbation:

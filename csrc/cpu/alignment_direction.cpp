@@ -10,17 +10,13 @@
 namespace fastmeta {
 namespace {
 
-struct Constants {
-  double decay, decay_norm, epsilon;
-};
-
 // G: type of the gradients and the direction, E: of the averages.
 template <class G, class E>
 struct Align {
   using W = typename Wide<G>::type;
   static FASTMETA_INLINE void run(const G* __restrict grad_labeled, const G* __restrict grad_unlabeled,
                                   E* __restrict ema_labeled, E* __restrict ema_fourth, G* __restrict out,
-                                  const Constants* constants, int64_t count, bool stream) {
+                                  const AlignmentNumbers* constants, int64_t count, bool stream) {
     const W decay = constants->decay, decay_norm = constants->decay_norm, epsilon = constants->epsilon;
     const W fresh = 1 - constants->decay, fresh_norm = 1 - constants->decay_norm;
     alignas(64) G direction[kTile];
@@ -38,24 +34,22 @@ struct Align {
 };
 
 template <class G, class E>
-void align_tile(char* const (&run)[5], const Constants& constants, int64_t count, bool stream) {
+void align_tile(char* const (&run)[5], const AlignmentNumbers& constants, int64_t count, bool stream) {
   run_best<Align<G, E>>(reinterpret_cast<const G*>(run[0]), reinterpret_cast<const G*>(run[1]),
                         reinterpret_cast<E*>(run[2]), reinterpret_cast<E*>(run[3]), reinterpret_cast<G*>(run[4]),
                         &constants, count, stream);
 }
 
-void alignment_direction_(const std::vector<Tensor>& grads_labeled, const std::vector<Tensor>& grads_unlabeled,
-                          const std::vector<Tensor>& ema_labeled, const std::vector<Tensor>& ema_fourth,
-                          const std::vector<Tensor>& out, double decay, double decay_norm, double epsilon) {
-  check_alignment({&grads_labeled, &grads_unlabeled, &ema_labeled, &ema_fourth, &out}, decay, decay_norm, epsilon);
+}  // namespace
+
+void align(const ListTensor* tensors, size_t count, const AlignmentNumbers& numbers) {
   std::vector<Group<5>> groups;
-  groups.reserve(out.size());
+  groups.reserve(count);
   int64_t bytes = 0;
-  for (size_t i = 0; i < out.size(); ++i) {
-    groups.push_back(make_group<5>({&grads_labeled[i], &grads_unlabeled[i], &ema_labeled[i], &ema_fourth[i], &out[i]}));
+  for (size_t i = 0; i < count; ++i) {
+    groups.push_back(make_group<5>(tensors + 5 * i));
     bytes += groups[i].numel * (3 * groups[i].element_size[0] + 2 * groups[i].element_size[2]);
   }
-  const Constants constants = {decay, decay_norm, epsilon};
   const bool stream = exceeds_cache(bytes);
   for_each_tile<5>(
       Units<5>(groups), {0b01111, 0b11100},
@@ -63,18 +57,30 @@ void alignment_direction_(const std::vector<Tensor>& grads_labeled, const std::v
         const bool wide = groups[g].type[2] == ScalarType::Float;
         switch (groups[g].type[0]) {
           case ScalarType::Float:
-            return align_tile<float, float>(run, constants, count, stream);
+            return align_tile<float, float>(run, numbers, count, stream);
           case ScalarType::Double:
-            return align_tile<double, double>(run, constants, count, stream);
+            return align_tile<double, double>(run, numbers, count, stream);
           case ScalarType::BFloat16:
-            return wide ? align_tile<Bfloat16, float>(run, constants, count, stream)
-                        : align_tile<Bfloat16, Bfloat16>(run, constants, count, stream);
+            return wide ? align_tile<Bfloat16, float>(run, numbers, count, stream)
+                        : align_tile<Bfloat16, Bfloat16>(run, numbers, count, stream);
           default:
-            return wide ? align_tile<Float16, float>(run, constants, count, stream)
-                        : align_tile<Float16, Float16>(run, constants, count, stream);
+            return wide ? align_tile<Float16, float>(run, numbers, count, stream)
+                        : align_tile<Float16, Float16>(run, numbers, count, stream);
         }
       },
       [stream] { store_fence(stream); });
+}
+
+namespace {
+
+void alignment_direction_(const std::vector<Tensor>& grads_labeled, const std::vector<Tensor>& grads_unlabeled,
+                          const std::vector<Tensor>& ema_labeled, const std::vector<Tensor>& ema_fourth,
+                          const std::vector<Tensor>& out, double decay, double decay_norm, double epsilon) {
+  const auto tensors =
+      list_tensors<5>({&grads_labeled, &grads_unlabeled, &ema_labeled, &ema_fourth, &out}, alignment_names);
+  const AlignmentNumbers numbers = {decay, decay_norm, epsilon};
+  check_alignment(tensors.data(), out.size(), numbers);
+  align(tensors.data(), out.size(), numbers);
 }
 
 }  // namespace

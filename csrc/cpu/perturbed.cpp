@@ -62,65 +62,62 @@ struct Copy {
   }
 };
 
-// Each group with its copy in the backup as the last operand.
+// Each group of K tensors, the first of which is the parameter, with its copy in the backup as the last operand.
 template <int K>
-std::vector<Group<K + 1>> with_backup(const std::vector<Group<K>>& groups, const std::vector<Tensor>& params,
-                                      char* backup) {
+std::vector<Group<K + 1>> with_backup(const ListTensor* tensors, size_t count, char* backup) {
   std::vector<Group<K + 1>> joined;
-  joined.reserve(groups.size());
+  joined.reserve(count);
   char* copy = backup + backup_align;
-  for (size_t i = 0; i < groups.size(); ++i) {
-    joined.push_back(with_copy(groups[i], params[i], copy));
-    copy += bytes_of_copy(params[i]);
+  for (size_t i = 0; i < count; ++i) {
+    joined.push_back(with_copy(make_group<K>(tensors + K * i), tensors[K * i], copy));
+    copy += bytes_of_copy(tensors[K * i]);
   }
   return joined;
 }
 
-Tensor perturb_epsilon(const std::vector<Tensor>& direction, double radius) {
-  check_finite(radius, "radius");
-  STD_TORCH_CHECK(radius >= 0, "radius must be >= 0, got ", radius);
-  std::vector<Group<1>> groups;
-  bool has_double = false;
-  for (size_t i = 0; i < direction.size(); ++i) {
-    check_floating(direction[i], "direction");
-    has_double = has_double || direction[i].scalar_type() == ScalarType::Double;
-    groups.push_back(make_group<1>({&direction[i]}));
+void write_epsilon(double epsilon, const ListTensor& out) {
+  // A finite factor: infinity times an entry that does not move would be NaN.
+  if (out.type == ScalarType::Double) {
+    constexpr double most = std::numeric_limits<double>::max();
+    *reinterpret_cast<double*>(out.data) = epsilon > most ? most : epsilon;
+  } else {
+    constexpr double most = std::numeric_limits<float>::max();
+    *reinterpret_cast<float*>(out.data) = static_cast<float>(epsilon > most ? most : epsilon);
   }
-  const Units<1> units(groups);
+}
+
+double read_epsilon(const ListTensor& epsilon) {
+  return epsilon.type == ScalarType::Double ? *reinterpret_cast<const double*>(epsilon.data)
+                                            : *reinterpret_cast<const float*>(epsilon.data);
+}
+
+// radius / ||v|| of operand V, or radius where the norm is 0.
+template <int V, int K>
+double size_epsilon(const Units<K>& units, double radius) {
   std::vector<double> sums(units.count, 0.0);  // one for each unit: the same on any number of threads
-  for_each_tile<1>(
-      units, {1, 0},
-      [&](size_t g, char* const(&run)[1], int64_t first, int64_t count, int64_t unit) {
+  for_each_tile<K>(
+      units, {1 << V, 0},
+      [&](size_t g, char* const(&run)[K], int64_t, int64_t count, int64_t unit) {
         double* sum = &sums[unit];
-        switch (groups[g].type[0]) {
+        switch (units.groups[g].type[V]) {
           case ScalarType::Float:
-            return run_best<SumOfSquares<float>>(reinterpret_cast<const float*>(run[0]), count, sum);
+            return run_best<SumOfSquares<float>>(reinterpret_cast<const float*>(run[V]), count, sum);
           case ScalarType::Double:
-            return run_best<SumOfSquares<double>>(reinterpret_cast<const double*>(run[0]), count, sum);
+            return run_best<SumOfSquares<double>>(reinterpret_cast<const double*>(run[V]), count, sum);
           case ScalarType::BFloat16:
-            return run_best<SumOfSquares<Bfloat16>>(reinterpret_cast<const Bfloat16*>(run[0]), count, sum);
+            return run_best<SumOfSquares<Bfloat16>>(reinterpret_cast<const Bfloat16*>(run[V]), count, sum);
           default:
-            return run_best<SumOfSquares<Float16>>(reinterpret_cast<const Float16*>(run[0]), count, sum);
+            return run_best<SumOfSquares<Float16>>(reinterpret_cast<const Float16*>(run[V]), count, sum);
         }
       },
       [] {});
   double square = 0;
   for (const double sum : sums) square += sum;
-  const double epsilon = radius / (square == 0 ? 1.0 : std::sqrt(square));
-  Tensor out = torch::stable::empty({}, has_double ? ScalarType::Double : ScalarType::Float);
-  // A finite factor: infinity times an entry that does not move would be NaN.
-  if (has_double) {
-    constexpr double most = std::numeric_limits<double>::max();
-    *static_cast<double*>(out.data_ptr()) = epsilon > most ? most : epsilon;
-  } else {
-    constexpr double most = std::numeric_limits<float>::max();
-    *static_cast<float*>(out.data_ptr()) = static_cast<float>(epsilon > most ? most : epsilon);
-  }
-  return out;
+  return radius / (square == 0 ? 1.0 : std::sqrt(square));
 }
 
 template <class T>
-void perturb_tile(char* const (&run)[3], double factor, int64_t count, bool save, bool stream) {
+void move_tile(char* const (&run)[3], double factor, int64_t count, bool save, bool stream) {
   auto* theta = reinterpret_cast<T*>(run[0]);
   const auto* v = reinterpret_cast<const T*>(run[1]);
   auto* saved = reinterpret_cast<T*>(run[2]);
@@ -129,55 +126,128 @@ void perturb_tile(char* const (&run)[3], double factor, int64_t count, bool save
   run_best<Move<T>>(theta, v, saved, wide, count, stream);
 }
 
-void perturb_(const std::vector<Tensor>& params, const std::vector<Tensor>& direction, Tensor backup,
-              const Tensor& epsilon, double sign, bool save) {
-  check_perturb(params, direction, epsilon, sign);
-  STD_TORCH_CHECK(epsilon.is_cpu(), "epsilon must be on the CPU");
-  std::vector<Group<2>> groups;
-  groups.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) groups.push_back(make_group<2>({&params[i], &direction[i]}));
-  char* saved = check_backup(backup, params);
-  STD_TORCH_CHECK(save != static_cast<bool>(saved[0]), save ? "backup holds parameters already" : "backup is empty");
-  const double factor =
-      sign * (epsilon.scalar_type() == ScalarType::Double ? *static_cast<const double*>(epsilon.data_ptr())
-                                                          : *static_cast<const float*>(epsilon.data_ptr()));
-  const auto joined = with_backup(groups, params, saved);
-  const bool stream = exceeds_cache(3 * backup.numel());
+// Of theta, v, saved.
+void move_all(const Units<3>& units, double factor, bool save, bool stream) {
   for_each_tile<3>(
-      Units<3>(joined), save ? Access{0b011, 0b101} : Access{0b110, 0b001},
+      units, save ? Access{0b011, 0b101} : Access{0b110, 0b001},
       [&](size_t g, char* const(&run)[3], int64_t, int64_t count, int64_t) {
-        switch (joined[g].type[0]) {
+        switch (units.groups[g].type[0]) {
           case ScalarType::Float:
-            return perturb_tile<float>(run, factor, count, save, stream);
+            return move_tile<float>(run, factor, count, save, stream);
           case ScalarType::Double:
-            return perturb_tile<double>(run, factor, count, save, stream);
+            return move_tile<double>(run, factor, count, save, stream);
           case ScalarType::BFloat16:
-            return perturb_tile<Bfloat16>(run, factor, count, save, stream);
+            return move_tile<Bfloat16>(run, factor, count, save, stream);
           default:
-            return perturb_tile<Float16>(run, factor, count, save, stream);
+            return move_tile<Float16>(run, factor, count, save, stream);
         }
       },
       [stream] { store_fence(stream); });
+}
+
+// theta <- saved, the first and the last operand.
+template <int K>
+void restore_all(const Units<K>& units, bool stream) {
+  for_each_tile<K>(
+      units, {1 << (K - 1), 1},
+      [&](size_t g, char* const(&run)[K], int64_t, int64_t count, int64_t) {
+        run_best<Copy>(run[0], run[K - 1], count * units.groups[g].element_size[0], stream);
+      },
+      [stream] { store_fence(stream); });
+}
+
+class CpuPerturbation final : public Perturbation {
+ public:
+  CpuPerturbation(const ListTensor* tensors, size_t count, const ListTensor& backup, const ListTensor& epsilon)
+      : holds_(*backup.data),
+        stream_(exceeds_cache(3 * backup.numel)),
+        epsilon_(epsilon),
+        groups_(with_backup<2>(tensors, count, backup.data)),
+        units_(groups_) {}
+
+  void enter(double radius) override {
+    check_radius(radius);
+    STD_TORCH_CHECK(!holds_, "backup holds parameters already");
+    write_epsilon(size_epsilon<1>(units_, radius), epsilon_);
+    factor_ = read_epsilon(epsilon_);
+    move_all(units_, factor_, true, stream_);
+    holds_ = 1;
+  }
+  void move(double sign) override {
+    STD_TORCH_CHECK(holds_, "backup is empty");
+    move_all(units_, sign * factor_, false, stream_);
+  }
+  void restore() override {
+    if (holds_) restore_all(units_, stream_);
+    holds_ = 0;
+  }
+  void leave_out(const char* data) override {
+    for (auto& group : groups_) {
+      if (group.data[0] == data) group.numel = 0;
+    }
+  }
+
+ private:
+  char& holds_;
+  bool stream_;
+  ListTensor epsilon_;
+  double factor_ = 0;
+  std::vector<Group<3>> groups_;
+  Units<3> units_;
+};
+
+}  // namespace
+
+Perturbation* perturb(const ListTensor* tensors, size_t count, const ListTensor& backup, const ListTensor& epsilon) {
+  check_perturb(tensors, count, epsilon);
+  check_backup(backup, tensors, count, 2);
+  return new CpuPerturbation(tensors, count, backup, epsilon);
+}
+
+const ListFunctions* fastmeta_list_functions() {
+  static constexpr ListFunctions functions = {&check_alignment, &align, &perturb};
+  return &functions;
+}
+
+namespace {
+
+Tensor perturb_epsilon(const std::vector<Tensor>& direction, double radius) {
+  check_radius(radius);
+  std::vector<Group<1>> groups;
+  bool has_double = false;
+  for (size_t i = 0; i < direction.size(); ++i) {
+    const ListTensor v = list_tensor(direction[i]);
+    check_supported(v, "direction", i);
+    has_double = has_double || v.type == ScalarType::Double;
+    groups.push_back(make_group<1>(&v));
+  }
+  Tensor epsilon = torch::stable::empty({}, has_double ? ScalarType::Double : ScalarType::Float);
+  write_epsilon(size_epsilon<0>(Units<1>(groups), radius), list_tensor(epsilon));
+  return epsilon;
+}
+
+void perturb_(const std::vector<Tensor>& params, const std::vector<Tensor>& direction, Tensor backup,
+              const Tensor& epsilon, double sign, bool save) {
+  const auto tensors = list_tensors<2>({&params, &direction}, {"params", "direction"});
+  check_finite(sign, "sign");
+  check_perturb(tensors.data(), params.size(), list_tensor(epsilon));
+  STD_TORCH_CHECK(epsilon.is_cpu(), "epsilon must be on the CPU");
+  check_backup(list_tensor(backup), tensors.data(), params.size(), 2);
+  char* const saved = list_tensor(backup).data;
+  STD_TORCH_CHECK(save != static_cast<bool>(saved[0]), save ? "backup holds parameters already" : "backup is empty");
+  const auto groups = with_backup<2>(tensors.data(), params.size(), saved);
+  move_all(Units<3>(groups), sign * read_epsilon(list_tensor(epsilon)), save, exceeds_cache(3 * backup.numel()));
   saved[0] = 1;
 }
 
 void perturb_restore_(const std::vector<Tensor>& params, Tensor backup) {
-  std::vector<Group<1>> groups;
-  groups.reserve(params.size());
-  for (const Tensor& theta : params) {
-    check_floating(theta, "params");
-    groups.push_back(make_group<1>({&theta}));
-  }
-  char* saved = check_backup(backup, params);
+  const auto tensors = list_tensors<1>({&params}, {"params"});
+  for (size_t i = 0; i < params.size(); ++i) check_supported(tensors[i], "params", i);
+  check_backup(list_tensor(backup), tensors.data(), params.size(), 1);
+  char* const saved = list_tensor(backup).data;
   if (!saved[0]) return;
-  const auto joined = with_backup(groups, params, saved);
-  const bool stream = exceeds_cache(3 * backup.numel());
-  for_each_tile<2>(
-      Units<2>(joined), {0b10, 0b01},
-      [&](size_t g, char* const(&run)[2], int64_t, int64_t count, int64_t) {
-        run_best<Copy>(run[0], run[1], count * joined[g].element_size[0], stream);
-      },
-      [stream] { store_fence(stream); });
+  const auto groups = with_backup<1>(tensors.data(), params.size(), saved);
+  restore_all(Units<2>(groups), exceeds_cache(3 * backup.numel()));
   saved[0] = 0;
 }
 

@@ -26,38 +26,36 @@ struct Group {
   std::vector<int64_t> sizes, strides[K];
 };
 
+// `tensors` lie beside each other.
 template <int K>
-Group<K> make_group(const Tensor* const (&tensors)[K]) {
+Group<K> make_group(const ListTensor* tensors) {
   Group<K> group;
-  group.numel = tensors[0]->numel();
+  group.numel = tensors[0].numel;
   bool contiguous = true, same = true;
-  const auto strides0 = tensors[0]->strides();
   for (int k = 0; k < K; ++k) {
-    const Tensor& tensor = *tensors[k];
-    group.data[k] = static_cast<char*>(tensor.data_ptr());
-    group.element_size[k] = static_cast<int64_t>(tensor.element_size());
-    group.type[k] = tensor.scalar_type();
-    contiguous = contiguous && tensor.is_contiguous();
-    for (int64_t d = 0; d < tensor.dim(); ++d) {
-      same = same && (tensor.size(d) <= 1 || tensor.stride(d) == strides0[d]);
+    const ListTensor& tensor = tensors[k];
+    group.data[k] = tensor.data;
+    group.element_size[k] = tensor.element_size;
+    group.type[k] = tensor.type;
+    contiguous = contiguous && tensor.contiguous;
+  }
+  for (int k = 1; k < K && !contiguous; ++k) {
+    for (int64_t d = 0; d < tensors[0].dim; ++d) {
+      same = same && (tensors[0].sizes[d] <= 1 || tensors[k].strides[d] == tensors[0].strides[d]);
     }
   }
   // Equal strides that leave no gap: a permuted layout such as channels_last. No element shares its place (checked).
-  group.flat = contiguous || (same && span_of(*tensors[0]) == group.numel * group.element_size[0]);
+  group.flat = contiguous || (same && span_of(tensors[0]) == group.numel * group.element_size[0]);
   if (!group.flat) {
-    const auto sizes = tensors[0]->sizes();
-    group.sizes.assign(sizes.begin(), sizes.end());
-    for (int k = 0; k < K; ++k) {
-      const auto strides = tensors[k]->strides();
-      group.strides[k].assign(strides.begin(), strides.end());
-    }
+    group.sizes.assign(tensors[0].sizes, tensors[0].sizes + tensors[0].dim);
+    for (int k = 0; k < K; ++k) group.strides[k].assign(tensors[k].strides, tensors[k].strides + tensors[0].dim);
   }
   return group;
 }
 
 // The same group with a buffer as one operand more: a copy of `tensor`, in its own order where it leaves no gaps.
 template <int K>
-Group<K + 1> with_copy(const Group<K>& group, const Tensor& tensor, char* data) {
+Group<K + 1> with_copy(const Group<K>& group, const ListTensor& tensor, char* data) {
   Group<K + 1> joined;
   joined.numel = group.numel;
   joined.flat = group.flat;
@@ -69,12 +67,12 @@ Group<K + 1> with_copy(const Group<K>& group, const Tensor& tensor, char* data) 
     joined.strides[k] = group.strides[k];
   }
   joined.data[K] = data;
-  joined.element_size[K] = static_cast<int64_t>(tensor.element_size());
-  joined.type[K] = tensor.scalar_type();
+  joined.element_size[K] = tensor.element_size;
+  joined.type[K] = tensor.type;
   if (!group.flat) {
     auto& strides = joined.strides[K];
-    strides.assign(tensor.strides().begin(), tensor.strides().end());
-    if (span_of(tensor) != tensor.numel() * joined.element_size[K]) {
+    strides.assign(tensor.strides, tensor.strides + tensor.dim);
+    if (span_of(tensor) != tensor.numel * tensor.element_size) {
       int64_t stride = 1;
       for (size_t d = strides.size(); d-- > 0; stride *= group.sizes[d]) strides[d] = stride;
     }

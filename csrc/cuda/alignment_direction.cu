@@ -5,10 +5,6 @@
 namespace fastmeta {
 namespace {
 
-struct Constants {
-  double decay, decay_norm, epsilon;
-};
-
 // G: type of the gradients and the direction, E: of the averages.
 template <class G, class E>
 struct Align {
@@ -23,7 +19,7 @@ struct Align {
   };
   W decay, fresh, decay_norm, fresh_norm, epsilon;
 
-  __device__ __forceinline__ explicit Align(const Constants& c)
+  __device__ __forceinline__ explicit Align(const AlignmentNumbers& c)
       : decay(static_cast<W>(c.decay)),
         fresh(static_cast<W>(1 - c.decay)),
         decay_norm(static_cast<W>(c.decay_norm)),
@@ -55,7 +51,8 @@ struct Align {
 };
 
 template <class G, class E>
-__device__ __forceinline__ void align_chunk(const Chunk<5>& chunk, const int64_t* words, const Constants& constants) {
+__device__ __forceinline__ void align_chunk(const Chunk<5>& chunk, const int64_t* words,
+                                            const AlignmentNumbers& constants) {
   const Align<G, E> align(constants);
   run_chunk(align, chunk, words);
 }
@@ -63,7 +60,8 @@ __device__ __forceinline__ void align_chunk(const Chunk<5>& chunk, const int64_t
 constexpr int float32_averages = 8;  // added to the kind of 16-bit gradients
 
 template <class Table>
-__global__ void __launch_bounds__(list_threads, 3) align_kernel(FASTMETA_STRUCTURE(Table) table, Constants constants) {
+__global__ void __launch_bounds__(list_threads, 3)
+    align_kernel(FASTMETA_STRUCTURE(Table) table, AlignmentNumbers constants) {
   const auto chunk = chunk_of(table, blockIdx.x);
   switch (chunk.entry.kind) {
     case static_cast<int>(Kind::float32):
@@ -81,22 +79,34 @@ __global__ void __launch_bounds__(list_threads, 3) align_kernel(FASTMETA_STRUCTU
   }
 }
 
+}  // namespace
+
+void align(const ListTensor* tensors, size_t count, const AlignmentNumbers& numbers) {
+  if (count == 0) return;
+  ChunkList<5> list;
+  list.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const ListTensor* place = tensors + 5 * i;
+    const bool wide = place[2].type != place[0].type;
+    add_tensors<5>(list, {place, place + 1, place + 2, place + 3, place + 4},
+                   kind_of(place[0]) + (wide ? float32_averages : 0));
+  }
+  const Launcher launch("alignment_direction_", tensors[0].device);
+  list.for_each_table([&]<class Table>(const Table& table, bool) {
+    launch(align_kernel<Table>, {table.chunks, list_threads}, table, numbers);
+  });
+}
+
+namespace {
+
 void alignment_direction_(const std::vector<Tensor>& grads_labeled, const std::vector<Tensor>& grads_unlabeled,
                           const std::vector<Tensor>& ema_labeled, const std::vector<Tensor>& ema_fourth,
                           const std::vector<Tensor>& out, double decay, double decay_norm, double epsilon) {
-  check_alignment({&grads_labeled, &grads_unlabeled, &ema_labeled, &ema_fourth, &out}, decay, decay_norm, epsilon);
-  if (out.empty()) return;
-  ChunkList<5> list;
-  list.reserve(out.size());
-  for (size_t i = 0; i < out.size(); ++i) {
-    const bool wide = ema_labeled[i].scalar_type() != grads_labeled[i].scalar_type();
-    add_tensors<5>(list, {&grads_labeled[i], &grads_unlabeled[i], &ema_labeled[i], &ema_fourth[i], &out[i]},
-                   kind_of(grads_labeled[i]) + (wide ? float32_averages : 0));
-  }
-  const Launcher launch("alignment_direction_", out[0]);
-  list.for_each_table([&]<class Table>(const Table& table, bool) {
-    launch(align_kernel<Table>, {table.chunks, list_threads}, table, Constants{decay, decay_norm, epsilon});
-  });
+  const auto tensors =
+      list_tensors<5>({&grads_labeled, &grads_unlabeled, &ema_labeled, &ema_fourth, &out}, alignment_names);
+  const AlignmentNumbers numbers = {decay, decay_norm, epsilon};
+  check_alignment(tensors.data(), out.size(), numbers);
+  align(tensors.data(), out.size(), numbers);
 }
 
 }  // namespace

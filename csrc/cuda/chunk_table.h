@@ -123,6 +123,13 @@ class ChunkList {
   void add(char* const (&data)[K], const int64_t* sizes, const int64_t* const (&strides)[K], int64_t dimensions,
            int kind);
 
+  // The entry that has this address in the first list is not worked on any more.
+  void leave_out(const char* data) {
+    for (Entry<K>& entry : entries_) {
+      if (entry.data[0] == data) entry.count = 0;  // its one chunk has no elements
+    }
+  }
+
   // Calls launch(table, whether it is the last) until every entry has been in one.
   template <class Launch>
   void for_each_table(const Launch& launch) const;

@@ -53,8 +53,8 @@ class Launcher {
  public:
   // `name` of the operator, for errors.
   Launcher(const char* name, int device, void* stream);
-  Launcher(const char* name, const torch::stable::Tensor& tensor)
-      : Launcher(name, tensor.get_device_index(), current_stream(tensor.get_device_index())) {}
+  Launcher(const char* name, int device) : Launcher(name, device, current_stream(device)) {}
+  Launcher(const char* name, const torch::stable::Tensor& tensor) : Launcher(name, tensor.get_device_index()) {}
 
   // No blocks: nothing to do.
   template <class... Parameters>

@@ -1,6 +1,7 @@
 // perturbed: the norm of a direction, theta = saved +- epsilon v in one pass, and the way back. The host never waits.
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "cuda/tensor_list.h"
@@ -216,67 +217,146 @@ __global__ void __launch_bounds__(list_threads, 4)
   if (last) end_and_mark(mark, false);
 }
 
-Tensor perturb_epsilon(const std::vector<Tensor>& direction, double radius) {
-  check_finite(radius, "radius");
-  STD_TORCH_CHECK(radius >= 0, "radius must be >= 0, got ", radius);
-  ChunkList<1> list;
-  list.reserve(direction.size());
-  bool in_double = false;
-  for (size_t i = 0; i < direction.size(); ++i) {
-    check_floating(direction[i], "direction");
-    STD_TORCH_CHECK(direction[i].device() == direction[0].device(), item("direction", i), " must be on the device of ",
-                    item("direction", 0));
-    in_double = in_double || direction[i].scalar_type() == ScalarType::Double;
-    add_tensors<1>(list, {&direction[i]}, kind_of(direction[i]));
+void launch_epsilon(const ChunkList<1>& direction, double* sums, double radius, const ListTensor& epsilon) {
+  const Launcher launch("perturb_epsilon", epsilon.device);
+  direction.for_each_table([&]<class Table>(const Table& table, bool) {
+    launch(square_kernel<Table>, {table.chunks, list_threads}, table, sums);
+  });
+  launch(epsilon_kernel, {1, epsilon_threads}, sums, direction.chunks(), radius, epsilon.data,
+         epsilon.type == ScalarType::Double);
+}
+
+void launch_move(const ChunkList<3>& list, const ListTensor& epsilon, double sign, bool save, char* backup) {
+  const Launcher launch("perturb_", epsilon.device);
+  list.for_each_table([&]<class Table>(const Table& table, bool last) {
+    launch(perturb_kernel<Table>, {table.chunks, list_threads}, table, epsilon.data, epsilon.type == ScalarType::Double,
+           sign, save, reinterpret_cast<Mark*>(backup), last);
+  });
+}
+
+void launch_restore(const ChunkList<2>& list, const ListTensor& backup) {
+  const Launcher launch("perturb_restore_", backup.device);
+  list.for_each_table([&]<class Table>(const Table& table, bool last) {
+    launch(restore_kernel<Table>, {table.chunks, list_threads}, table, reinterpret_cast<Mark*>(backup.data), last);
+  });
+}
+
+// theta, v, saved of [count, 2] theta, v.
+ChunkList<3> moves(const ListTensor* tensors, size_t count, char* backup) {
+  ChunkList<3> list;
+  list.reserve(count);
+  char* copy = backup + backup_align;
+  for (size_t i = 0; i < count; ++i) {
+    const ListTensor* place = tensors + 2 * i;
+    add_tensors<3>(list, {place, place + 1, nullptr}, kind_of(place[0]), copy);
+    copy += bytes_of_copy(place[0]);
   }
+  return list;
+}
+
+// theta, saved of `count` parameters that lie `step` apart.
+ChunkList<2> copies(const ListTensor* params, size_t count, size_t step, char* backup) {
+  ChunkList<2> list;
+  list.reserve(count);
+  char* copy = backup + backup_align;
+  for (size_t i = 0; i < count; ++i) {
+    const ListTensor& theta = params[step * i];
+    add_tensors<2>(list, {&theta, nullptr}, kind_of(theta), copy);
+    copy += bytes_of_copy(theta);
+  }
+  return list;
+}
+
+// `count` directions that lie `step` apart.
+ChunkList<1> directions(const ListTensor* direction, size_t count, size_t step) {
+  ChunkList<1> list;
+  list.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const ListTensor& v = direction[step * i];
+    check_supported(v, "direction", i);
+    check_same_device(v, "direction", i, direction[0], "direction[0]");
+    add_tensors<1>(list, {&v}, kind_of(v));
+  }
+  return list;
+}
+
+class DevicePerturbation final : public Perturbation {
+ public:
+  DevicePerturbation(const ListTensor* tensors, size_t count, const ListTensor& backup, const ListTensor& epsilon)
+      : backup_(backup),
+        epsilon_(epsilon),
+        directions_(directions(tensors + 1, count, 2)),
+        moves_(moves(tensors, count, backup.data)),
+        copies_(copies(tensors, count, 2, backup.data)) {}
+
+  void enter(double radius) override {
+    check_radius(radius);
+    // The sums of the chunks lie where the copies will: a chunk's copy is larger than its sum.
+    launch_epsilon(directions_, reinterpret_cast<double*>(backup_.data + backup_align), radius, epsilon_);
+    launch_move(moves_, epsilon_, 1.0, true, backup_.data);
+  }
+  void move(double sign) override { launch_move(moves_, epsilon_, sign, false, backup_.data); }
+  void restore() override { launch_restore(copies_, backup_); }
+  void leave_out(const char* data) override {
+    moves_.leave_out(data);
+    copies_.leave_out(data);
+  }
+
+ private:
+  ListTensor backup_, epsilon_;
+  ChunkList<1> directions_;
+  ChunkList<3> moves_;
+  ChunkList<2> copies_;
+};
+
+}  // namespace
+
+Perturbation* perturb(const ListTensor* tensors, size_t count, const ListTensor& backup, const ListTensor& epsilon) {
+  check_perturb(tensors, count, epsilon);
+  check_backup(backup, tensors, count, 2);
+  return new DevicePerturbation(tensors, count, backup, epsilon);
+}
+
+const ListFunctions* fastmeta_list_functions() {
+  static constexpr ListFunctions functions = {&check_alignment, &align, &perturb};
+  return &functions;
+}
+
+namespace {
+
+Tensor perturb_epsilon(const std::vector<Tensor>& direction, double radius) {
+  check_radius(radius);
   if (direction.empty()) {  // and so no device
     Tensor epsilon = torch::stable::empty({}, ScalarType::Float);
     *static_cast<float*>(epsilon.data_ptr()) = static_cast<float>(radius);
     return epsilon;
   }
-  const Launcher launch("perturb_epsilon", direction[0]);
-  const Tensor epsilon = torch::stable::new_empty(direction[0], {}, in_double ? ScalarType::Double : ScalarType::Float);
-  const Tensor workspace = torch::stable::new_empty(direction[0], {list.chunks()}, ScalarType::Double);
-  auto* const sums = static_cast<double*>(workspace.data_ptr());
-  list.for_each_table([&]<class Table>(const Table& table, bool) {
-    launch(square_kernel<Table>, {table.chunks, list_threads}, table, sums);
-  });
-  launch(epsilon_kernel, {1, epsilon_threads}, sums, list.chunks(), radius, epsilon.data_ptr(), in_double);
+  const auto tensors = list_tensors<1>({&direction}, {"direction"});
+  const auto in_double = [](const ListTensor& v) { return v.type == ScalarType::Double; };
+  const bool any = std::any_of(tensors.begin(), tensors.end(), in_double);
+  const auto list = directions(tensors.data(), tensors.size(), 1);
+  const Tensor epsilon = torch::stable::new_empty(direction[0], {}, any ? ScalarType::Double : ScalarType::Float);
+  const Tensor sums = torch::stable::new_empty(direction[0], {list.chunks()}, ScalarType::Double);
+  launch_epsilon(list, static_cast<double*>(sums.data_ptr()), radius, list_tensor(epsilon));
   return epsilon;
 }
 
 void perturb_(const std::vector<Tensor>& params, const std::vector<Tensor>& direction, Tensor backup,
               const Tensor& epsilon, double sign, bool save) {
-  check_perturb(params, direction, epsilon, sign);
-  char* const begin = check_backup(backup, params);
-  ChunkList<3> list;
-  list.reserve(params.size());
-  char* copy = begin + backup_align;
-  for (size_t i = 0; i < params.size(); ++i) {
-    add_tensors<3>(list, {&params[i], &direction[i], nullptr}, kind_of(params[i]), copy);
-    copy += bytes_of_copy(params[i]);
-  }
-  const Launcher launch("perturb_", backup);
-  list.for_each_table([&]<class Table>(const Table& table, bool last) {
-    launch(perturb_kernel<Table>, {table.chunks, list_threads}, table, epsilon.data_ptr(),
-           epsilon.scalar_type() == ScalarType::Double, sign, save, reinterpret_cast<Mark*>(begin), last);
-  });
+  const auto tensors = list_tensors<2>({&params, &direction}, {"params", "direction"});
+  const ListTensor size = list_tensor(epsilon), saved = list_tensor(backup);
+  check_finite(sign, "sign");
+  check_perturb(tensors.data(), params.size(), size);
+  check_backup(saved, tensors.data(), params.size(), 2);
+  launch_move(moves(tensors.data(), params.size(), saved.data), size, sign, save, saved.data);
 }
 
 void perturb_restore_(const std::vector<Tensor>& params, Tensor backup) {
-  for (const Tensor& theta : params) check_floating(theta, "params");
-  char* const begin = check_backup(backup, params);
-  ChunkList<2> list;
-  list.reserve(params.size());
-  char* copy = begin + backup_align;
-  for (const Tensor& theta : params) {
-    add_tensors<2>(list, {&theta, nullptr}, kind_of(theta), copy);
-    copy += bytes_of_copy(theta);
-  }
-  const Launcher launch("perturb_restore_", backup);
-  list.for_each_table([&]<class Table>(const Table& table, bool last) {
-    launch(restore_kernel<Table>, {table.chunks, list_threads}, table, reinterpret_cast<Mark*>(begin), last);
-  });
+  const auto tensors = list_tensors<1>({&params}, {"params"});
+  for (size_t i = 0; i < params.size(); ++i) check_supported(tensors[i], "params", i);
+  const ListTensor saved = list_tensor(backup);
+  check_backup(saved, tensors.data(), params.size(), 1);
+  launch_restore(copies(tensors.data(), params.size(), 1, saved.data), saved);
 }
 
 }  // namespace

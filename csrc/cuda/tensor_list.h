@@ -2,9 +2,9 @@
 // aligned, else an element at a time. And from torch's tensors to the entries of the table.
 #pragma once
 
-#include "checks.h"
 #include "cuda/chunk_table.h"
 #include "cuda/convert.h"
+#include "list_tensor.h"
 
 namespace fastmeta {
 
@@ -74,8 +74,8 @@ __device__ __forceinline__ void run_chunk(Operation& operation, const Chunk<K>& 
 
 enum class Kind : uint8_t { float32, bfloat16, float16, float64 };
 
-inline int kind_of(const torch::stable::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline int kind_of(const ListTensor& tensor) {
+  switch (tensor.type) {
     case torch::headeronly::ScalarType::Float:
       return static_cast<int>(Kind::float32);
     case torch::headeronly::ScalarType::BFloat16:
@@ -89,18 +89,18 @@ inline int kind_of(const torch::stable::Tensor& tensor) {
 
 // Adds the tensors of one place in K lists. nullptr: a copy at `copy`, without gaps, in the order of the first.
 template <int K>
-void add_tensors(ChunkList<K>& list, const torch::stable::Tensor* const (&tensors)[K], int kind, char* copy = nullptr) {
-  const torch::stable::Tensor& first = *tensors[0];
+void add_tensors(ChunkList<K>& list, const ListTensor* const (&tensors)[K], int kind, char* copy = nullptr) {
+  const ListTensor& first = *tensors[0];
   char* data[K];
+  const int64_t* strides[K];
   bool contiguous = true;
   for (int k = 0; k < K; ++k) {
-    data[k] = tensors[k] ? static_cast<char*>(tensors[k]->data_ptr()) : copy;
-    contiguous = contiguous && (!tensors[k] || tensors[k]->is_contiguous());
+    data[k] = tensors[k] ? tensors[k]->data : copy;
+    strides[k] = tensors[k] ? tensors[k]->strides : nullptr;
+    contiguous = contiguous && (!tensors[k] || tensors[k]->contiguous);
   }
-  if (contiguous) return list.add_flat(data, first.numel(), kind);
-  const int64_t* strides[K];
-  for (int k = 0; k < K; ++k) strides[k] = tensors[k] ? tensors[k]->strides().data() : nullptr;
-  list.add(data, first.sizes().data(), strides, first.dim(), kind);
+  if (contiguous) return list.add_flat(data, first.numel, kind);
+  list.add(data, first.sizes, strides, first.dim, kind);
 }
 
 }  // namespace fastmeta

@@ -1,11 +1,13 @@
 """What the operators that write into their arguments have in common."""
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmeta import checks
+from fastmeta import _lists, checks
 
 Named = Sequence[tuple[str, Tensor]]
 
@@ -18,8 +20,25 @@ def refuse_grad(name: str, tensors: Iterable[Tensor]) -> None:
 
 def written(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that a kernel wrote here, so that a backward through the old values raises."""
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    if _lists.KERNELS is not None and isinstance(tensors, list):
+        _lists.KERNELS.written(tensors)
+    else:
         torch.autograd.graph.increment_version(tensors)
+
+
+def versions(tensors: list[Tensor]) -> list[int]:
+    """What autograd counts; -1 for an inference tensor, which has no count."""
+    if _lists.KERNELS is not None and not torch.compiler.is_compiling():
+        return list(_lists.KERNELS.versions(tensors))
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def addresses(tensors: list[Tensor]) -> list[int]:
+    """Where the memory of each begins; 0 for a tensor that has none to look at."""
+    looked_at = not torch.compiler.is_compiling()
+    return [tensor.data_ptr() if looked_at and _has_memory(tensor) else 0 for tensor in tensors]
 
 
 def average(tensor: object, name: str, first: Tensor, first_name: str) -> Tensor:
@@ -43,20 +62,51 @@ def disjoint(writes: Named, reads: Named = ()) -> None:
     for name, tensor in writes:
         if not _has_own_memory(tensor):
             raise ValueError(f"{name} must have memory of its own for each element, got strides {tensor.stride()}")
-    spans = sorted(
-        (tensor.data_ptr(), _end(tensor), index, index < len(writes))
-        for index, (_, tensor) in enumerate([*writes, *reads])
-        if tensor.numel()
-    )
     named = [*writes, *reads]
-    live: list[tuple[int, int, bool]] = []
-    for begin, end, index, is_written in spans:
-        live = [other for other in live if other[0] > begin]
-        for _, other, other_written in live:
-            if (is_written or other_written) and not _interleaved(named[index][1], named[other][1]):
-                first, second = sorted((index, other))
+    spans = [
+        _Span(tensor.data_ptr(), _end(tensor), index, index < len(writes), tensor)
+        for index, (_, tensor) in enumerate(named)
+        if tensor.numel()
+    ]
+    for chain in _chains(spans):
+        if not any(span.written for span in chain) or _columns(chain):
+            continue
+        for a, b in itertools.combinations(chain, 2):
+            if (a.written or b.written) and b.begin < a.end and not _interleaved(a.tensor, b.tensor):
+                first, second = sorted((a.place, b.place))
                 raise ValueError(f"{named[first][0]} and {named[second][0]} must not share memory")
-        live.append((end, index, is_written))
+
+
+class _Span(NamedTuple):
+    begin: int
+    end: int
+    place: int  # among the arguments
+    written: bool
+    tensor: Tensor
+
+
+def _chains(spans: list[_Span]) -> Iterator[list[_Span]]:
+    """Groups of spans that meet each other, or meet through others, in the order of their beginnings."""
+    chain: list[_Span] = []
+    end = 0
+    for span in sorted(spans, key=lambda span: span.begin):
+        if chain and span.begin >= end:
+            yield chain
+            chain = []
+        chain.append(span)
+        end = max(end, span.end)
+    yield chain
+
+
+def _columns(chain: list[_Span]) -> bool:
+    """Whether these are rows of one stride beside each other: known by sorting, where pairs would be many."""
+    first = chain[0]
+    period = first.tensor.stride(0) * first.tensor.element_size() if first.tensor.dim() else 0
+    if period == 0 or any(not t.dim() or t.stride(0) * t.element_size() != period for *_, t in chain):
+        return False
+    places = sorted(((span.begin - first.begin) % period, _width(span.tensor)) for span in chain)
+    places.append((places[0][0] + period, 0))
+    return all(place + width <= after for (place, width), (after, _) in itertools.pairwise(places))
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -78,11 +128,15 @@ def _end(tensor: Tensor) -> int:
     return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
+def _width(tensor: Tensor) -> int:
+    """Bytes from the beginning of a row to its end."""
+    return _end(tensor[0]) - tensor[0].data_ptr()
+
+
 def _interleaved(a: Tensor, b: Tensor) -> bool:
     """Whether rows of ``a`` and ``b``, of one stride, lie beside each other."""
     if not (a.dim() and b.dim()):
         return False
     period = a.stride(0) * a.element_size()
-    width_a, width_b = (_end(t[0]) - t[0].data_ptr() for t in (a, b))
     offset = (b.data_ptr() - a.data_ptr()) % period if period else 0
-    return b.stride(0) * b.element_size() == period and width_a <= offset and offset + width_b <= period
+    return b.stride(0) * b.element_size() == period and _width(a) <= offset and offset + _width(b) <= period

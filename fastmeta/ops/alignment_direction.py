@@ -5,13 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmeta import checks
+from fastmeta import _lists, checks
 from fastmeta.dispatch import Operator
 from fastmeta.ops import _in_place
 
 OPERATOR = Operator("alignment_direction_")
-_VECTOR = 16  # bytes that a kernel stores at once
-_LISTS = ("grads_labeled", "grads_unlabeled", "ema_labeled", "ema_fourth")
+_LISTS = ("grads_labeled", "grads_unlabeled", "ema_labeled", "ema_fourth", "out")
 
 
 def alignment_direction_reference(
@@ -46,6 +45,7 @@ def alignment_direction(
     decay: float,
     decay_norm: float,
     epsilon: float,
+    out: Sequence[Tensor] | None = None,
     impl: str | None = None,
 ) -> list[Tensor]:
     r"""Gradient of the normalized distance between labeled and unlabeled gradients; updates both averages in place.
@@ -65,14 +65,16 @@ def alignment_direction(
         decay: ``d`` in [0, 1].
         decay_norm: ``d'`` in [0, 1].
         epsilon: added to the denominator, >= 0.
+        out: where the directions are written, tensors like the gradients that share memory with no other argument;
+            None: into new memory.
         impl: implementation to use; see :func:`fastmeta.use_impl`.
 
     Returns:
-        New tensors, contiguous where the gradients are. They may be views of one allocation.
+        The tensors of ``out``; else new ones, contiguous where the gradients are, which may lie in one allocation.
 
     Raises:
-        ValueError: lengths or shapes differ, a number is out of range, or an average shares memory with another
-            tensor.
+        ValueError: lengths or shapes differ, a number is out of range, or a tensor that is written shares memory with
+            another one.
         TypeError: dtypes are not floating or not the same.
         RuntimeError: an argument requires grad outside ``torch.no_grad()``, or the named ``impl`` is not available.
 
@@ -83,53 +85,60 @@ def alignment_direction(
     >>> mean
     tensor([1., 0.])
     """
-    lists = list(grads_labeled), list(grads_unlabeled), list(ema_labeled), list(ema_fourth)
+    lists = [list(grads_labeled), list(grads_unlabeled), list(ema_labeled), list(ema_fourth)]
+    given = None if out is None else list(out)
+    unseen = _lists.unseen(impl)
+    if unseen is not None:
+        kernels, named = unseen
+        found: list[Tensor] | None = kernels.align(named, *lists, given, decay, decay_norm, epsilon)
+        if found is not None:
+            return found
+    checked = lists if given is None else [*lists, given]
 
     def check() -> None:
-        _check(lists)
+        _check(checked)
         checks.number(decay, "decay", low=0.0, high=1.0)
         checks.number(decay_norm, "decay_norm", low=0.0, high=1.0)
         checks.number(epsilon, "epsilon", low=0.0)
 
-    kernel = OPERATOR.select(impl, *(tensor for tensors in lists for tensor in tensors if isinstance(tensor, Tensor)))
+    kernel = OPERATOR.select(impl, *(tensor for tensors in checked for tensor in tensors if isinstance(tensor, Tensor)))
     if kernel is None:
         check()
+        g_l, g_u, m, q = lists
         with torch.no_grad():
-            return alignment_direction_reference(*lists, decay, decay_norm, epsilon)
-    directions = _outputs(lists[0])
+            new = alignment_direction_reference(g_l, g_u, m, q, decay, decay_norm, epsilon)
+            if given is None:
+                return new
+            for place, direction in zip(given, new, strict=True):
+                place.copy_(direction)
+        return given
+    if given is None:  # what is not a tensor the kernel refuses
+        directions = [torch.empty_like(g, requires_grad=False) for g in lists[0] if isinstance(g, Tensor)]
+    else:
+        directions = given
     checks.run(kernel, (*lists, directions, decay, decay_norm, epsilon), check)
-    _in_place.written(lists[2] + lists[3])
+    _in_place.written(lists[2] + lists[3] + (given or []))
     return directions
 
 
-def _outputs(grads: list[Tensor]) -> list[Tensor]:
-    """Uninitialized tensors like the gradients; views of one allocation where that is simple."""
-    tensors = [grad for grad in grads if isinstance(grad, Tensor)]  # anything else the kernel refuses
-    with torch.no_grad():
-        if len({grad.dtype for grad in tensors}) != 1 or not all(grad.is_contiguous() for grad in tensors):
-            return [torch.empty_like(grad, requires_grad=False) for grad in tensors]
-        # Behind a tensor of another size the next would lie where no vector can be stored.
-        size = tensors[0].element_size()
-        shared = [grad for grad in tensors if grad.numel() * size % _VECTOR == 0]
-        flat = tensors[0].new_empty(sum(grad.numel() for grad in shared))
-        views = iter(torch._utils._unflatten_dense_tensors(flat, shared))
-        return [next(views) if grad.numel() * size % _VECTOR == 0 else grad.new_empty(grad.shape) for grad in tensors]
-
-
-def _check(lists: tuple[list[Tensor], ...]) -> None:
+def _check(lists: list[list[Tensor]]) -> None:
+    """Of the four lists, and of ``out`` where it is given."""
     named = [
         [(f"{name}[{index}]", tensor) for index, tensor in enumerate(tensors)]
-        for name, tensors in zip(_LISTS, lists, strict=True)
+        for name, tensors in zip(_LISTS, lists, strict=False)
     ]
-    for name, tensors in zip(_LISTS, lists, strict=True):
+    for name, tensors in zip(_LISTS, lists, strict=False):
         if len(tensors) != len(lists[0]):
             raise ValueError(f"{name} must have {len(lists[0])} tensors like grads_labeled, got {len(tensors)}")
-    for (name_l, g_l), (name_u, g_u), (name_m, m), (name_q, q) in zip(*named, strict=True):
+    for (name_l, g_l), (name_u, g_u), (name_m, m), (name_q, q), *out in zip(*named, strict=True):
         checks.floating(g_l, name_l)
         checks.shaped(g_u, name_u, f"the shape of {name_l}", g_l.shape)
         checks.like(g_l, name_l, **{name_u: g_u})
         _in_place.average(m, name_m, g_l, name_l)
         checks.shaped(q, name_q, f"the shape of {name_l}", g_l.shape)
         checks.like(m, name_m, **{name_q: q})
-    _in_place.disjoint(named[2] + named[3], named[0] + named[1])
+        for name, tensor in out:
+            checks.shaped(tensor, name, f"the shape of {name_l}", g_l.shape)
+            checks.like(g_l, name_l, **{name: tensor})
+    _in_place.disjoint([pair for written in named[2:] for pair in written], named[0] + named[1])
     _in_place.refuse_grad("alignment_direction", [tensor for tensors in lists for tensor in tensors])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta import checks
+from fastmeta import _lists, checks
 from fastmeta.dispatch import Operator
 from fastmeta.ops import _in_place, _workspace
 
@@ -68,7 +68,9 @@ class perturbed:
     Raises:
         ValueError: a length, key or shape does not fit, tensors share memory, or the radius is out of range.
         TypeError: a dtype does not fit.
-        RuntimeError: entered inside itself, :meth:`flip` outside the block, or the named ``impl`` is not available.
+        RuntimeError: entered inside itself, :meth:`flip` outside the block, the named ``impl`` is not available, or a
+            tensor was given other memory inside the block (``theta.data = ...``): such a parameter keeps that, the
+            others are restored.
 
     >>> theta, v = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
     >>> with perturbed([theta], [v], radius=0.5) as perturbation:
@@ -87,11 +89,11 @@ class perturbed:
         *,
         impl: str | None = None,
     ) -> None:
-        self._params, self._direction, self._names = _pair(params, direction)
+        self._params, self._direction, self._keys = _pair(params, direction)
         self._radius = radius
         self._impl = impl
         self._epsilon: Tensor | None = None
-        self._moved: _ByReference | _ByKernel | None = None
+        self._moved: _ByReference | _ByKernel | _ByTable | None = None
         self._versions: list[int] = []
         self._sign = 1.0
 
@@ -106,14 +108,9 @@ class perturbed:
         if self._moved is not None:
             raise RuntimeError("perturbed: already entered; leave the block first")
         with torch.no_grad():
-            kernel = MOVE.select(self._impl, *self._params, *self._direction)
-            if kernel is None or not all(isinstance(p, Tensor) for p in self._params):
-                self._check()
-            self._versions = [-1 if p.is_inference() else p._version for p in self._params]
-            if kernel is None:
-                self._moved = _ByReference(self._params, self._direction)
-            else:
-                self._moved = _ByKernel(kernel, self._impl, self._check, self._params, self._direction)
+            moved = self._choose()
+            self._versions = _in_place.versions(self._params)
+            self._moved = moved
             try:
                 self._epsilon = self._moved.enter(self._radius)
             except BaseException:  # an interrupt, too
@@ -127,6 +124,8 @@ class perturbed:
         if self._moved is None:
             raise RuntimeError("perturbed: flip() is for inside the block")
         with torch.no_grad():
+            self._refuse("params", self._moved.replaced(0))
+            self._refuse("direction", self._moved.replaced(1))
             self._moved.move(self.epsilon, -self._sign)
         self._sign = -self._sign
 
@@ -136,35 +135,74 @@ class perturbed:
         with torch.no_grad():
             self._restore()
 
+    def _choose(self) -> "_ByReference | _ByKernel | _ByTable":
+        checks.number(self._radius, "radius", low=0.0)
+        table = _ByTable.made(self._impl, self._params, self._direction)
+        if table is not None:
+            return table
+        kernel = MOVE.select(self._impl, *self._params, *self._direction)
+        if kernel is None or not all(isinstance(p, Tensor) for p in self._params):
+            self._check()
+        if kernel is None:
+            return _ByReference(self._params, self._direction)
+        return _ByKernel(kernel, self._impl, self._check, self._params, self._direction)
+
+    def _refuse(self, argument: str, replaced: list[int]) -> None:
+        if replaced:
+            raise RuntimeError(
+                f"perturbed: {argument}{self._name(replaced[0])} was given other memory inside the block"
+            )
+
     def _restore(self) -> None:
         if self._moved is None:
             return
+        replaced = self._moved.replaced(0)
         try:
-            self._moved.leave()
+            self._moved.leave(replaced)
         finally:
             self._moved = None
             # The values are those that autograd saved, so their version is too.
-            versioned = [(p, version) for p, version in zip(self._params, self._versions, strict=True) if version >= 0]
-            if versioned:
-                torch._C._autograd._unsafe_set_version_counter(*map(tuple, zip(*versioned, strict=True)))
+            params, versions = tuple(self._params), tuple(self._versions)
+            if replaced or -1 in versions:
+                kept = [i for i, version in enumerate(versions) if version >= 0 and i not in replaced]
+                params, versions = tuple(params[i] for i in kept), tuple(versions[i] for i in kept)
+            torch._C._autograd._unsafe_set_version_counter(params, versions)
+        self._refuse("params", replaced)
+
+    def _name(self, index: int) -> str:
+        """How an error names an element."""
+        return f"[{index}]" if self._keys is None else f"[{self._keys[index]!r}]"
 
     def _check(self) -> None:
-        checks.number(self._radius, "radius", low=0.0)
-        for name, theta, v in zip(self._names, self._params, self._direction, strict=True):
+        names = [self._name(index) for index in range(len(self._params))]
+        for name, theta, v in zip(names, self._params, self._direction, strict=True):
             checks.floating(theta, f"params{name}")
             checks.shaped(v, f"direction{name}", f"the shape of params{name}", theta.shape)
             checks.like(theta, f"params{name}", **{f"direction{name}": v})
         _in_place.disjoint(
-            [(f"params{name}", theta) for name, theta in zip(self._names, self._params, strict=True)],
-            [(f"direction{name}", v) for name, v in zip(self._names, self._direction, strict=True)],
+            [(f"params{name}", theta) for name, theta in zip(names, self._params, strict=True)],
+            [(f"direction{name}", v) for name, v in zip(names, self._direction, strict=True)],
         )
 
 
-class _ByReference:
-    """Moves parameters with torch, the copies one for each parameter."""
+class _InPlaces:
+    """Knows where two lists of tensors were when it was made."""
 
     def __init__(self, params: list[Tensor], direction: list[Tensor]) -> None:
         self.params, self.direction = params, direction
+        self.addresses = [_in_place.addresses(tensors) for tensors in (params, direction)]
+
+    def replaced(self, which: int) -> list[int]:
+        """The places of the parameters (0) or directions (1) that have other memory now."""
+        now, before = _in_place.addresses((self.params, self.direction)[which]), self.addresses[which]
+        return [index for index, address in enumerate(now) if address != before[index]]
+
+
+class _ByReference(_InPlaces):
+    """Moves parameters with torch, the copies one for each parameter."""
+
+    def __init__(self, params: list[Tensor], direction: list[Tensor]) -> None:
+        super().__init__(params, direction)
         self.saved: list[Tensor] = []
 
     def enter(self, radius: float) -> Tensor:
@@ -176,13 +214,14 @@ class _ByReference:
     def move(self, epsilon: Tensor, sign: float) -> None:
         perturb_reference_(self.params, self.saved, self.direction, epsilon, sign)
 
-    def leave(self) -> None:
-        for theta, start in zip(self.params, self.saved, strict=False):  # none saved: none moved
-            theta.copy_(start)
+    def leave(self, replaced: Sequence[int]) -> None:
+        for index, (theta, start) in enumerate(zip(self.params, self.saved, strict=False)):  # none saved: none moved
+            if index not in replaced:
+                theta.copy_(start)
         self.saved = []
 
 
-class _ByKernel:
+class _ByKernel(_InPlaces):
     """Moves parameters with a kernel, the copies in one buffer."""
 
     def __init__(
@@ -193,11 +232,13 @@ class _ByKernel:
         params: list[Tensor],
         direction: list[Tensor],
     ) -> None:
-        self.params, self.direction, self.check = params, direction, check
+        super().__init__(params, direction)
+        self.check = check
         size_epsilon, restore = EPSILON.select(impl, *direction), RESTORE.select(impl, *params)
         assert size_epsilon is not None
         assert restore is not None
         self.kernels = size_epsilon, move, restore
+        self.layouts = [(theta.shape, theta.stride()) for theta in params]
         self.backup: Tensor | None = None
 
     def enter(self, radius: float) -> Tensor:
@@ -213,9 +254,61 @@ class _ByKernel:
         self.kernels[1](self.params, self.direction, self.backup, epsilon, sign, False)
         _in_place.written(self.params)
 
-    def leave(self) -> None:
+    def leave(self, replaced: Sequence[int]) -> None:
         if self.backup is not None:
-            self.kernels[2](self.params, self.backup)  # does nothing if the backup was not filled
+            kept = list(self.params)
+            for index in replaced:  # the backup's layout is that of the memory before
+                kept[index] = torch.empty_strided(
+                    *self.layouts[index], dtype=kept[index].dtype, device=self.backup.device
+                )
+            self.kernels[2](kept, self.backup)  # does nothing if the backup was not filled
+            _in_place.written(self.params)
+            _workspace.give(self.backup)
+            self.backup = None
+
+
+class _ByTable:
+    """Moves parameters with a kernel past the dispatcher: what it needs to know of each tensor is written down once."""
+
+    def __init__(self, params: list[Tensor], block: Any, backup: Tensor) -> None:
+        self.params, self.block = params, block
+        self.backup: Tensor | None = backup
+
+    @classmethod
+    def made(cls, impl: str | None, params: list[Tensor], direction: list[Tensor]) -> "_ByTable | None":
+        """None where the dispatcher must see the calls, or word an error."""
+        unseen = _lists.unseen(impl)
+        if unseen is None:
+            return None
+        kernels, named = unseen
+        num_bytes = kernels.backup_bytes(params)
+        if num_bytes is None:
+            return None
+        backup = _workspace.take(num_bytes, params[0].device)
+        block = kernels.perturb(named, params, direction, backup)
+        if block is None:
+            _workspace.give(backup)
+            return None
+        return cls(params, block, backup)
+
+    def enter(self, radius: float) -> Tensor:
+        self.block.enter(radius)
+        _in_place.written(self.params)
+        epsilon: Tensor = self.block.epsilon()
+        return epsilon
+
+    def replaced(self, which: int) -> list[int]:
+        return list(self.block.replaced(which))
+
+    def move(self, epsilon: Tensor, sign: float) -> None:
+        self.block.move(sign)
+        _in_place.written(self.params)
+
+    def leave(self, replaced: Sequence[int]) -> None:
+        if self.backup is not None:
+            for index in replaced:
+                self.block.leave_out(index)
+            self.block.restore()  # does nothing if the backup was not filled
             _in_place.written(self.params)
             _workspace.give(self.backup)
             self.backup = None
@@ -223,8 +316,8 @@ class _ByKernel:
 
 def _pair(
     params: Mapping[str, Tensor] | Iterable[Tensor], direction: Mapping[str, Tensor] | Iterable[Tensor]
-) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """Both as lists in one order, and how to name an element in an error."""
+) -> tuple[list[Tensor], list[Tensor], list[str] | None]:
+    """Both as lists in one order, and the keys if they are dicts."""
     for argument, name in ((params, "params"), (direction, "direction")):
         if isinstance(argument, Tensor):
             raise TypeError(f"{name} must be a list or dict of tensors, got a tensor")
@@ -235,9 +328,9 @@ def _pair(
         if params.keys() != direction.keys():
             odd = sorted(map(repr, params.keys() ^ direction.keys()))
             raise ValueError(f"direction must have the keys of params, got a difference in {', '.join(odd)}")
-        return list(params.values()), [direction[key] for key in params], [f"[{key!r}]" for key in params]
+        return list(params.values()), [direction[key] for key in params], list(params)
     assert not isinstance(direction, Mapping)
     thetas, vs = list(params), list(direction)
     if len(thetas) != len(vs):
         raise ValueError(f"direction must have {len(thetas)} tensors like params, got {len(vs)}")
-    return thetas, vs, [f"[{index}]" for index in range(len(thetas))]
+    return thetas, vs, None

@@ -1,0 +1,52 @@
+"""The operators on lists past torch's dispatcher, where nothing must see the call (``csrc/lists/module.cpp``)."""
+
+import os
+from types import ModuleType
+
+import torch
+from torch.autograd import forward_ad
+
+from fastmeta import _extension, dispatch
+
+
+def _load() -> ModuleType | None:
+    if _extension._C is None:
+        return None
+    try:
+        from fastmeta import _C_lists  # type: ignore[attr-defined]
+
+        if torch.__version__ != _C_lists.BUILT_FOR_TORCH:
+            return None
+        _C_lists.use("cpp", _extension._C.__file__)
+        if _extension.CUDA_REASON is None:
+            _C_lists.use("cuda", str(_extension._CUDA_LIBRARY))
+        if _extension.EMULATED:
+            _C_lists.use("emulated", os.environ["FASTMETA_CUDA_EMULATION"])
+    except (ImportError, RuntimeError):  # torch had other functions then, or a library is of an older build
+        return None
+    return _C_lists
+
+
+KERNELS = _load()
+_compiling = torch.compiler.is_compiling
+
+
+def unseen(impl: str | None) -> tuple[ModuleType, str | None] | None:
+    """The functions that may serve a call, with the name of the implementation for them.
+
+    None where the dispatcher must see it: it is compiled, traced, differentiated or watched by a mode, or another
+    implementation is named.
+    """
+    if _compiling() or KERNELS is None:
+        return None
+    named = impl if impl is not None else dispatch._override.name
+    if named not in (None, "cpp", "cuda"):
+        return None
+    if (
+        dispatch._functorch_active()
+        or forward_ad._current_level >= 0
+        or dispatch._dispatch_modes() > 0
+        or dispatch._tracing() is not None
+    ):
+        return None
+    return KERNELS, named
