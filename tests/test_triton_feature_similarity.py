@@ -115,13 +115,14 @@ def test_the_same_bits_again(form, dtype, generator):
         assert torch.equal(*(CASE.call(given, "triton")[0] for _ in range(2)))
 
 
-def test_similarities_beyond_half_precision_s_range(generator):
-    """The fused form keeps them in float32."""
+def test_similarities_beyond_half_precision_s_range():
+    """The fused form keeps them in float32: two terms cancel but for their rounding, which differs by the BLAS."""
     ones = torch.full((2, 64), 64.0, dtype=torch.float16, device=DEVICE)
     residual = torch.tensor([[1e-3], [-1e-3]], dtype=torch.float16, device=DEVICE)
     with _forms.force("fused"):
         got = ops.feature_similarity(ones, ones, residual, impl="triton")
-    assert torch.equal(got, torch.zeros_like(got))
+    terms = (64.0**3 + 1) * residual.double().abs().sum()
+    assert got.abs().max() <= torch.finfo(torch.float32).eps * terms, "NaN if they were infinite"
 
 
 def test_a_scale_may_be_an_integer(generator):
