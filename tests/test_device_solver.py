@@ -123,7 +123,8 @@ def test_nothing_is_read_inside_a_cuda_graph(monkeypatch: pytest.MonkeyPatch, so
         with pytest.raises(AssertionError, match="waits for the device"):
             _ = solution.residual
     assert isinstance(solution.weight, DeviceTensor)
-    assert torch.equal(flat(solution), flat(eager))
+    # Each starts from the solution of the one before, scaled by a quotient that is 1 but for rounding.
+    torch.testing.assert_close(flat(solution), flat(eager))
 
 
 @pytest.mark.parametrize("solver", ITERATIVE)

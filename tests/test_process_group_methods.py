@@ -312,7 +312,8 @@ def results(module_draw: Draw) -> list[dict[str, Any]]:
 
 
 def same(got: Tensor, expected: Tensor) -> bool:
-    return got.shape == expected.shape and float((got - expected).norm()) <= 1e-9 * float(expected.norm())
+    """The absolute term is for averages of gradients that are zero but for rounding: see ImputeAndWeight."""
+    return got.shape == expected.shape and float((got - expected).norm()) <= 1e-9 * float(expected.norm()) + 1e-15
 
 
 def test_directions_and_derivatives(results: list[dict[str, Any]]) -> None:
@@ -320,7 +321,7 @@ def test_directions_and_derivatives(results: list[dict[str, Any]]) -> None:
     assert len(first) > 60
     for name, (got, expected) in first.items():
         others, expected_there = second[name]
-        assert all(map(torch.equal, expected, expected_there)), name
+        assert all(map(same, expected, expected_there)), name
         for one, other, alone in zip(got, others, expected, strict=True):
             assert float(alone.norm()) > 1e-6, f"{name} is all zeros"
             if "rows of" in name:
