@@ -13,7 +13,7 @@ from fastmeta.directions.holdout_gradient import HoldoutGradient
 from fastmeta.directions.rule import DirectionRule
 from fastmeta.model_problem import AnyProblem, Trajectory
 from fastmeta.ops import HessianSolution, NotConvergedWarning
-from fastmeta.ops._solvers import device
+from fastmeta.ops.solve import conjugate_gradient as cg
 from fastmeta.problem import Curvature, Dense, Direction, InnerLoss, Problem
 
 Solver = Literal["auto", "cholesky", "cg", "pcg", "neumann"]
@@ -170,7 +170,7 @@ class InverseHessian:
         else:
             solution = linear_solvers.conjugate_gradient(product, v, tol=self.tol, max_iter=self.max_iter, group=group)
         self._last.solution = solution.solved
-        if not device.capturing(v):
+        if not cg.capturing(v):
             self._judge(solution)
         return vectors.unflat(rhs, solution.vector)
 
