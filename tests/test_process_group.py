@@ -18,7 +18,6 @@ from fastmeta import process_group
 from fastmeta.losses import LOSSES
 from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState, solve_hessian
 from fastmeta.ops.solve import conjugate_gradient as device
-from fastmeta.ops.solve import solve as driver
 from fastmeta.ops.solve.conjugate_gradient import TorchUpdates
 
 SIZES = {"n > D": (23, 5, 4), "n < D": (7, 9, 3), "n = D + 1": (6, 5, 3), "n = 1": (1, 4, 3)}
@@ -95,7 +94,7 @@ def warm_starts(rank: int, case: Case) -> list[tuple]:
 def one_stops_early(rank: int, case: Case, early: int) -> tuple[Tensor, int, float]:
     """One process thinks that it is done sooner, as by rounding it may; here the other has a target far below."""
     with as_on_gpu(case["on_gpu"]), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "MARGIN", 0.95 if rank == early else 1e-6)
+        patch.setattr(device, "MARGIN", 0.95 if rank == early else 1e-6)
         return numbers(solve(case, rank))
 
 

@@ -25,9 +25,13 @@ TINY = torch.finfo(torch.float64).tiny
 class Solved:
     """How a solution was reached."""
 
-    iterations: int
-    """Products with B that the solution is made of; those of a power iteration are not counted."""
+    made: int | Tensor
     relative: float | Tensor
+
+    @property
+    def iterations(self) -> int:
+        """Products with B that the solution is made of; those of a power iteration are not counted."""
+        return int(self.made)
 
     @property
     def residual(self) -> float:
@@ -40,7 +44,7 @@ class Solution(NamedTuple):
 
     vector: Tensor  # x [P]
     solved: Solved
-    indefinite: bool = False  # negative curvature ended it
+    indefinite: bool | Tensor = False  # negative curvature ended it
 
 
 def conjugate_gradient(product: Product, rhs: Tensor, *, tol: float, max_iter: int, group: Group = None) -> Solution:

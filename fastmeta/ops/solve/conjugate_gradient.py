@@ -35,6 +35,10 @@ STOPPED = 5  # another process did
 # Iterations launched on a GPU between two looks. An iteration launched after the solve has stopped costs a product that
 # changes nothing.
 LOOK_EVERY = 5
+# The recurrence drifts from the true residual: stop it a little below the tolerance.
+MARGIN = 0.95
+# A pass that leaves more than this part of the true residual is at the precision of the dtype.
+STAGNATION = 0.5
 
 
 def serves(tensor: Tensor) -> bool:
@@ -151,7 +155,9 @@ class _OnHost:
         self.x = torch.zeros_like(self.p)
         # Views: the updates are in place.
         self._flat_x, self._flat_r, self._flat_p = self.x.view(-1), self.r.view(-1), self.p.view(-1)
-        self._head = self._flat_p[: self.r.numel()]
+        self._size = self.r.numel()
+        self._longer = self.p.numel() > self._size
+        self._head = self._flat_p[: self._size]
         self._energy = energy
         self._target = target * target
         self._slope = torch.dot(self._flat_r, self._head).item()
@@ -199,7 +205,7 @@ class _OnHost:
         z, slope = self._flat_r, self._squared
         if precondition is not None:
             z = precondition(self.r).view(-1)
-            slope = torch.dot(self._flat_r, z[: len(self._flat_r)]).item()
+            slope = torch.dot(self._flat_r, z[: self._size] if self._longer else z).item()
         if self._energy:
             self._squared = slope
             self._status = self._judged()

@@ -181,7 +181,7 @@ class SolverState:
         self.output: OutputFactor | None = None
         self.age = 0
         self.iterations = 0
-        """of the last solve that the host has seen: a CUDA graph holds some more"""
+        """of the last solve that the host has seen"""
         self.iterations_when_new = 0
         self._span: Coordinates | None = None
         self._span_rows: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
@@ -201,8 +201,11 @@ class SolverState:
         self.age = 0
 
     def most_in_graph(self, max_iter: int) -> int:
-        """Iterations for a CUDA graph: half as many again as the last solve took, all if the host has seen none."""
-        return min(max_iter, self.iterations + self.iterations // 2 + 2) if self.iterations else max_iter
+        """Iterations for a CUDA graph: twice those of the last solve, all where the host has seen none.
+
+        Twice the iterations serve a condition number four times as large.
+        """
+        return min(max_iter, 2 * self.iterations + 2) if self.iterations else max_iter
 
     def span_of(self, rows: Rows, num_features: int) -> Coordinates | None:
         """Coordinates kept for exactly these tensors, unchanged since; K tells those with a bias from those without."""

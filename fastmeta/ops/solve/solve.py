@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.ops.solve import conjugate_gradient as cg
+from fastmeta.ops.solve import few_rows
 from fastmeta.ops.solve import system as systems
 from fastmeta.ops.solve.cholesky import CholeskySolver, block_shape
 from fastmeta.ops.solve.kronecker import (
@@ -17,12 +18,8 @@ from fastmeta.ops.solve.kronecker import (
     eigenbasis,
     output_factor,
 )
-from fastmeta.ops.solve.system import Coordinates, DampedHessian, RowSpace
+from fastmeta.ops.solve.system import Coordinates, DampedHessian
 
-# The recurrence of CG drifts from the true residual: stop it a little below the tolerance.
-MARGIN = 0.95
-# A pass of a solver that leaves more than this part of the true residual is at the precision of the dtype.
-STAGNATION = 0.5
 # Unknowns up to which auto factors the dense Hessian: there it takes no longer than the preconditioner's eigenbases.
 MOST_DENSE = 160
 
@@ -95,7 +92,7 @@ class Solve:
         method = None
         while size > self.tol * scale and iterations < self.max_iter:
             method = method or self._method(solver)
-            step = method(residual, MARGIN * self.tol * scale, self.max_iter - iterations)
+            step = method(residual, cg.MARGIN * self.tol * scale, self.max_iter - iterations)
             x = x + step.correction
             residual = self.rhs - self.system(x)
             made, status = float(step.row[cg.COUNT]), float(step.row[cg.STATUS])
@@ -105,7 +102,7 @@ class Solve:
             iterations += int(made)
             if status == cg.NEGATIVE and self._has_negative_weights():
                 raise indefinite_error(iterations)
-            if not size <= STAGNATION * previous:
+            if not size <= cg.STAGNATION * previous:
                 break
         if math.isfinite(size):
             self._keep(solver, x, iterations, had_factors)
@@ -114,7 +111,7 @@ class Solve:
     def _captured(self, solver: str) -> Answer:
         x, residual = self._start(solver)
         scale = norm(self.rhs)
-        step = self._method(solver)(residual, MARGIN * self.tol * scale, self.state.most_in_graph(self.max_iter))
+        step = self._method(solver)(residual, cg.MARGIN * self.tol * scale, self.state.most_in_graph(self.max_iter))
         x = x + step.correction
         left = norm(self.rhs - self.system(x))
         signs, state = self.system.signs, self.state
@@ -158,7 +155,7 @@ class Solve:
         return "pcg"
 
     def _in_row_space(self) -> bool:
-        few = systems.row_space_pays(self.n, self.c, self.k)
+        few = few_rows.pays(self.n, self.c, self.k)
         return few and self.system.damping > 0 and self.system.joined is None
 
     def _method(self, solver: str) -> "Cholesky | Krylov | FewRows":
@@ -293,11 +290,11 @@ class Krylov:
 
 
 class FewRows:
-    """Conjugate gradients in the logit tangents of the rows; see :class:`fastmeta.ops.solve.system.RowSpace`."""
+    """Conjugate gradients in the logit tangents of the rows; see :class:`fastmeta.ops.solve.few_rows.RowSpace`."""
 
     def __init__(self, system: DampedHessian) -> None:
         self._features, self._impl, self._damping = system.features, system.impl, system.damping
-        self._space = RowSpace(system.features, system.logits, system.signs, system.loss, system.damping)
+        self._space = few_rows.RowSpace(system.features, system.logits, system.signs, system.loss, system.damping)
 
     def __call__(self, rhs: Tensor, target: float | Tensor, budget: int) -> Step:
         """The correction for a residual ``rhs``."""

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta import losses, process_group
+from fastmeta import process_group
 from fastmeta.losses import LOSSES
 from fastmeta.ops import hvp
-from fastmeta.ops.solve import conjugate_gradient as cg
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -245,98 +244,3 @@ def span(features: Tensor, joined: Joined | None = None) -> Coordinates:
     q, r = torch.linalg.qr((features if joined is None else joined.all_rows(features)).T)
     rows = r.T if joined is None else joined.own_rows(r.T)
     return Coordinates(rows.contiguous(), q.T, False)
-
-
-class RowSpace:
-    r"""The damped system in the logit tangents of its N rows, for ``damping > 0``: N C unknowns in place of C K.
-
-    Started at ``X = B / damping``, every residual of conjugate gradients is ``rho^T G`` with a ``rho [N, C]``, and
-    every direction is ``pi^T G``: G are the rows. With the Gram matrix ``Gamma = G G^T`` and the logit tangent
-    ``t = Gamma pi`` of a direction,
-
-    .. math:: (H + damping I)\, \pi^T G = (damping\, \pi + w\, c(t))^T G, \qquad
-        \lVert \rho^T G \rVert^2 = \langle \rho, \Gamma \rho \rangle
-
-    so an iteration is one product with ``[N, N]``, and its residual is that of X. To
-    :func:`fastmeta.ops.solve.conjugate_gradient.conjugate_gradient` it is a preconditioned system: Gamma is the
-    preconditioner, ``z = [Gamma rho, rho]``, ``p = [t, pi]``, and of the solution ``[s, Y]`` the part ``Y`` gives
-    ``X = B / damping + Y^T G``, with ``s = Gamma Y``.
-
-    Args:
-        features: rows G, ``[N, K]``.
-        logits: ``[N, C]``.
-        weights: factors of the rows' curvature ``[N]``, of any sign; None means 1.
-        loss: name of the loss.
-        damping: added multiple of the identity, > 0.
-    """
-
-    def __init__(self, features: Tensor, logits: Tensor, weights: Tensor | None, loss: str, damping: float) -> None:
-        self.gram = features @ features.T
-        self.damping = damping
-        self._loss = loss
-        self._weights = None if weights is None else weights.unsqueeze(1)
-        self._prediction = losses.prediction(logits, loss)
-        self._images = logits.new_empty(2, *logits.shape)
-
-    def __call__(self, direction: Tensor) -> Tensor:
-        """``damping pi + w c(t)`` of ``[t, pi]``. ``[N, C]``."""
-        tangent, coefficients = direction.unbind()
-        return self.curved(tangent).add_(coefficients, alpha=self.damping)
-
-    def precondition(self, residual: Tensor) -> Tensor:
-        """``[Gamma rho, rho]``, overwritten by the next call. ``[2, N, C]``."""
-        torch.mm(self.gram, residual, out=self._images[0])
-        self._images[1].copy_(residual)
-        return self._images
-
-    def solve(self, residual: Tensor, target: Tensor | float, budget: int, impl: str | None) -> cg.Outcome:
-        """``[s, Y]`` ``[2, N, C]`` that takes the norm of a residual ``rho`` down to ``target``."""
-        return cg.conjugate_gradient(
-            self,
-            residual,
-            target=target,
-            max_iter=budget,
-            updates=cg.updates_for(residual, impl),
-            precondition=self.precondition,
-            energy=True,
-            look=cg.look_every(residual),
-        )
-
-    def curved(self, tangent: Tensor) -> Tensor:
-        """``w c(z)``: :func:`fastmeta.losses.curvature` of a prediction that is known. ``[N, C]``."""
-        p = self._prediction
-        if self._loss == "mse":
-            image = 2 * tangent
-        elif self._loss == "binary_cross_entropy":
-            image = (p - p * p).mul_(tangent)
-        else:
-            image = _softmax_jacobian(p, tangent)
-            image = image if self._loss == "cross_entropy" else _softmax_jacobian(p, image).mul_(2)
-        return image if self._weights is None else image.mul_(self._weights)
-
-    def residual(self, tangent: Tensor, solution: Tensor) -> Tensor:
-        """``rho`` of ``X = B / damping + Y^T G``, from its logit tangent and its ``Y``. ``[N, C]``."""
-        return self.curved(tangent).add_(solution, alpha=self.damping).neg_()
-
-    def norm(self, residual: Tensor) -> Tensor:
-        """``||rho^T G||``, which rounding may make 0 where it is not. float64 scalar."""
-        image = self.gram @ residual
-        return torch.dot(residual.reshape(-1).double(), image.reshape(-1).double()).clamp_min(0).sqrt()
-
-
-def _softmax_jacobian(p: Tensor, vector: Tensor) -> Tensor:
-    """:func:`fastmeta.losses.softmax_jacobian` in three passes over memory."""
-    image = p * vector
-    return image.addcmul_(p, image.sum(1, keepdim=True), value=-1)
-
-
-def row_space_pays(n: int, c: int, k: int) -> bool:
-    """Whether conjugate gradients in the space of N rows take half the flops or less, for a system worth the change.
-
-    An iteration takes ``2 n^2 c`` flops in place of ``4 n c k``, and the Gram matrix ``2 n^2 k``, spread over 20
-    iterations.
-
-    >>> [row_space_pays(*size) for size in ((384, 1000, 2049), (512, 10, 129), (96, 100, 513), (1024, 1000, 2049))]
-    [True, False, True, True]
-    """
-    return n * c * k >= 2**20 and n * (k + 20 * c) <= 20 * c * k
