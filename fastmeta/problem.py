@@ -57,6 +57,12 @@ class Factors(NamedTuple):
         return Direction(self.residual.T @ self.features, self.residual.sum(0) if self.bias else None)
 
 
+class RowFactors(Factors):
+    """Factors whose logit tangents of the problem's unlabeled rows are known already: nothing has to be multiplied."""
+
+    tangent: Tensor | None = None  # z [N, C]
+
+
 class InnerLoss(NamedTuple):
     """``C^U + labeled_weight C^T``: what the inner steps descend."""
 

@@ -27,7 +27,7 @@ from fastmeta import (
 from fastmeta.derivatives import ExampleWeightGradient, LabelGradient
 from fastmeta.directions import HoldoutGradient, InverseHessian, LookAhead, NormalizedGap, UnitLength
 from fastmeta.graph import describe
-from fastmeta.ops._solvers import device
+from fastmeta.ops.solve import conjugate_gradient as device
 from fastmeta.problem import Direction, Problem
 from fastmeta.updates import LabelLogitStep, LabelStep, LabelTable, PullBack, WeightTable
 

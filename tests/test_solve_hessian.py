@@ -17,7 +17,7 @@ import fastmeta
 from fastmeta import losses
 from fastmeta.losses import LOSSES
 from fastmeta.ops import NotConvergedWarning, SolverState, hessian_vector_product, solve_hessian
-from fastmeta.ops._solvers import coordinates, curvature, kronecker
+from fastmeta.ops.solve import kronecker, system
 from fastmeta.ops.solve_hessian import solve_hessian_reference
 
 SIZES = {"n > D": (23, 5, 4), "n < D": (6, 9, 3), "n = D + 1": (6, 5, 3), "C = 1": (7, 4, 1), "n = 1": (1, 4, 3)}
@@ -78,8 +78,8 @@ def test_output_curvature_is_the_curvature_row_function(draw: Draw, loss: str) -
     f, w = draw.normal(6, 4), draw.uniform(6)
     columns = [losses.curvature(f, torch.eye(4, dtype=f.dtype)[k].expand(6, 4), loss) for k in range(4)]
     expected = torch.einsum("n,nck->ck", w, torch.stack(columns, dim=2)) / w.sum()
-    torch.testing.assert_close(curvature.mean_curvature(f, w, loss), expected)
-    torch.testing.assert_close(curvature.mean_diagonal(f, w, loss), expected.diagonal())
+    torch.testing.assert_close(kronecker.mean_curvature(f, w, loss), expected)
+    torch.testing.assert_close(kronecker.mean_diagonal(f, w, loss), expected.diagonal())
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -90,12 +90,12 @@ def test_the_preconditioner_is_the_inverse_of_its_factors(draw: Draw, loss: str,
     b = torch.diag(output.b)
     if output.softmax:
         b = b - output.b.outer(output.b) / output.b.sum()
-        exact = curvature.mean_curvature(f, w, loss)
+        exact = kronecker.mean_curvature(f, w, loss)
         torch.testing.assert_close(b.diagonal(), exact.diagonal(), rtol=0.05, atol=0)
         torch.testing.assert_close(b.sum(0), exact.sum(0), rtol=0, atol=1e-12)
     elif output.vectors is not None:
         b = output.vectors @ b @ output.vectors.T
-        torch.testing.assert_close(b, curvature.mean_curvature(f, w, loss))
+        torch.testing.assert_close(b, kronecker.mean_curvature(f, w, loss))
     dense = torch.kron(b, torch.diag(e.square().sum(0))) + 0.3 * torch.eye(20, dtype=e.dtype)
     expected = torch.linalg.solve(dense, r.reshape(-1)).view(4, 5)
     torch.testing.assert_close(kronecker.KroneckerPreconditioner(e, output, 0.3)(r), expected)
@@ -104,7 +104,7 @@ def test_the_preconditioner_is_the_inverse_of_its_factors(draw: Draw, loss: str,
 def test_span_coordinates_are_the_same_problem(draw: Draw) -> None:
     g = draw.normal(6, 15)
     g[3] = g[2]  # a rank below N
-    inside = coordinates.eigenbasis(coordinates.span(g))
+    inside = kronecker.eigenbasis(system.span(g))
     assert inside.basis is not None
     torch.testing.assert_close(inside.basis @ inside.basis.T, torch.eye(6, dtype=g.dtype))
     torch.testing.assert_close(inside.features @ inside.basis, g)

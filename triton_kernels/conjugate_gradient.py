@@ -1,16 +1,19 @@
 """The vector updates of conjugate gradients, each one pass over memory, with every scalar read from the device.
 
 An iteration is ``bend = <p, q>``, then ``x += a p, r -= a q, <r, r>`` with ``a = slope / bend``, then ``p = z + b p``.
+``x``, ``p`` and ``z`` may be longer than ``r`` and ``q``, which inner products end with.
 A sum over the vector is written as one partial sum for each program, in float64, and added up by every program of the
 kernel that needs it: the order is fixed, nothing is atomic. An iteration reads one row of scalars and writes another,
 so that no program reads what another one writes. Once the status is not ``RUNNING``, nothing changes.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta import _conjugate_gradient_scalars as scalars
+from fastmeta.ops.solve import conjugate_gradient as scalars
 from fastmeta.triton_kernels._launch import Launch, Plans, on_device
 
 _BLOCK = 1024  # entries in one step of a program, 4 warps
@@ -56,7 +59,7 @@ def _dot(a_ptr, b_ptr, partials_ptr, now_ptr, size, steps: tl.constexpr, block: 
 
 @triton.jit
 def _advance(
-    x_ptr, r_ptr, p_ptr, q_ptr, bends_ptr, squares_ptr, now_ptr, size,
+    x_ptr, r_ptr, p_ptr, q_ptr, bends_ptr, squares_ptr, now_ptr, size, wide,
     steps: tl.constexpr, count: tl.constexpr, padded: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """``x += a p``, ``r -= a q``, and ``<r, r>`` as partial sums."""
@@ -67,9 +70,9 @@ def _advance(
         total = tl.zeros([block], x_ptr.dtype.element_ty)
         for step in range(steps):
             at = _offsets(step, block)
+            x = tl.load(x_ptr + at, at < wide, 0.0) + length * tl.load(p_ptr + at, at < wide, 0.0)
+            tl.store(x_ptr + at, x, at < wide)
             inside = at < size
-            x = tl.load(x_ptr + at, inside, 0.0) + length * tl.load(p_ptr + at, inside, 0.0)
-            tl.store(x_ptr + at, x, inside)
             r = tl.load(r_ptr + at, inside, 0.0) - length * tl.load(q_ptr + at, inside, 0.0)
             tl.store(r_ptr + at, r, inside)
             total += r * r
@@ -111,28 +114,22 @@ def _turn(
             tl.store(p_ptr + at, p, inside)
 
 
-class _Plan:
-    """The launches for vectors of one size and dtype."""
-
-    def __init__(self, size: int) -> None:
-        blocks = triton.cdiv(size, _BLOCK)
-        self.programs = max(1, min(blocks, _MOST_PROGRAMS))
-        self.size = size
-        steps = {"steps": triton.cdiv(blocks, self.programs)}
-        sums = {"count": self.programs, "padded": triton.next_power_of_2(self.programs)}
-        block = {"block": _BLOCK}
-        grid = (self.programs,)
-        self.dot = Launch(_dot, grid, steps | block)
-        self.advance = Launch(_advance, grid, steps | sums | block)
-        self.turn = Launch(_turn, grid, steps | sums | block)
+def _programs(size: int) -> int:
+    return max(1, min(triton.cdiv(size, _BLOCK), _MOST_PROGRAMS))
 
 
-_PLANS: Plans[_Plan] = Plans()
+_PLANS: Plans[Launch] = Plans()
 
 
-def _plan(vector: Tensor) -> _Plan:
-    key = vector.device, vector.dtype, vector.numel()
-    return _PLANS.get(key) or _PLANS.keep(key, _Plan(vector.numel()))
+def _plan(kernel: Any, vector: Tensor, programs: int, *, sums: bool, size: int = 0) -> Launch:
+    """The launch of a kernel that goes over a vector like this; with ``sums`` it adds up those of as many programs."""
+    key = kernel, vector.device, vector.dtype, vector.numel(), programs, size
+    found = _PLANS.get(key)
+    if found is None:
+        counts = {"count": programs, "padded": triton.next_power_of_2(programs)} if sums else {}
+        steps = triton.cdiv(triton.cdiv(vector.numel(), _BLOCK), programs)
+        found = _PLANS.keep(key, Launch(kernel, (programs,), {"steps": steps, **counts, "block": _BLOCK}))
+    return found
 
 
 def _aligned(vector: Tensor) -> Tensor:
@@ -143,28 +140,29 @@ def _aligned(vector: Tensor) -> Tensor:
 
 def num_partials(vector: Tensor) -> int:
     """Number of partial sums over a vector like this."""
-    return _plan(vector).programs
+    return _programs(vector.numel())
 
 
 @on_device
 def dot(a: Tensor, b: Tensor, partials: Tensor, now: Tensor) -> None:
-    """``<a, b>`` as ``partials [num_partials]``, float64."""
-    plan = _plan(a)
-    plan.dot(_aligned(a), _aligned(b), partials, now, plan.size)
+    """``<a, b>`` over the entries that both have, as ``partials [num_partials]``, float64."""
+    shorter = min(a, b, key=Tensor.numel)
+    launch = _plan(_dot, shorter, partials.numel(), sums=False)
+    launch(_aligned(a), _aligned(b), partials, now, shorter.numel())
 
 
 @on_device
 def advance(x: Tensor, r: Tensor, p: Tensor, q: Tensor, bends: Tensor, squares: Tensor, now: Tensor) -> None:
     """``x += a p``, ``r -= a q`` in place for ``a = slope / bend``; ``<r, r>`` as partial sums in ``squares``."""
-    plan = _plan(x)
-    plan.advance(x, r, p, _aligned(q), bends, squares, now, plan.size)
+    launch = _plan(_advance, x, bends.numel(), sums=True, size=r.numel())
+    launch(x, r, p, _aligned(q), bends, squares, now, r.numel(), x.numel())
 
 
 @on_device
 def turn(p: Tensor, z: Tensor, bends: Tensor, squares: Tensor, slopes: Tensor, now: Tensor, following: Tensor) -> None:
     """``p = z + b p`` in place for ``b = <r, z> / slope``, with ``<r, z>`` as partial sums in ``slopes``.
 
-    Writes the row of scalars ``following`` from the row ``now``.
+    Writes the row of numbers ``following`` from the row ``now``.
     """
-    plan = _plan(p)
-    plan.turn(p, _aligned(z), bends, squares, slopes, now, following, plan.size)
+    launch = _plan(_turn, p, bends.numel(), sums=True)
+    launch(p, _aligned(z), bends, squares, slopes, now, following, p.numel())

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastmeta import checks, ops
+from fastmeta import checks, losses, ops
 from fastmeta.derivatives.derivative import Derivative, How, check_how, step_scale
 from fastmeta.derivatives.of_model import loss_tangent
 from fastmeta.model_problem import AnyProblem
-from fastmeta.problem import AnyDirection, Problem, Reduction
+from fastmeta.problem import AnyDirection, Problem, Reduction, RowFactors
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,14 @@ class ExampleWeightGradient(Derivative):
         """``[N]``."""
         if isinstance(problem, Problem):
             assert not isinstance(direction, dict), "of a last layer"
-            rows, v = problem.unlabeled, direction.dense()
-            slope = ops.per_example_dot(rows.features, rows.logits, problem.labels, v.weight, v.bias, loss=self.loss)
+            rows = problem.unlabeled
+            if isinstance(direction, RowFactors) and direction.tangent is not None:
+                slope = (losses.residual(rows.logits, problem.labels, self.loss) * direction.tangent).sum(-1)
+            else:
+                v = direction.dense()
+                slope = ops.per_example_dot(
+                    rows.features, rows.logits, problem.labels, v.weight, v.bias, loss=self.loss
+                )
         else:
             assert isinstance(direction, dict), "of a whole model"
             slope = loss_tangent(

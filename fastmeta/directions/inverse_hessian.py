@@ -1,8 +1,11 @@
 """A direction times the inverse Hessian of the inner problem."""
 
+import dataclasses
+import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,21 +15,33 @@ from fastmeta.directions import linear_solvers
 from fastmeta.directions.holdout_gradient import HoldoutGradient
 from fastmeta.directions.rule import DirectionRule
 from fastmeta.model_problem import AnyProblem, Trajectory
-from fastmeta.ops import HessianSolution, NotConvergedWarning
-from fastmeta.ops._solvers import device
-from fastmeta.problem import Curvature, Dense, Direction, InnerLoss, Problem
+from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState
+from fastmeta.ops.solve import conjugate_gradient as cg
+from fastmeta.ops.solve import few_rows
+from fastmeta.problem import AnyDirection, Curvature, Dense, Direction, Factors, InnerLoss, Problem, RowFactors
 
 Solver = Literal["auto", "cholesky", "cg", "pcg", "neumann"]
 SOLVERS: tuple[Solver, ...] = ("auto", "cholesky", "cg", "pcg", "neumann")
+REFRESH_EVERY = 10  # solves that share the eigenbases of a preconditioner
 
 
 class _Last:
-    """The last solution: told of, never used. In slots, as no part of a method's state that fastmeta.graph looks at."""
+    """What the last call left: in slots, as no part of a method's state that fastmeta.graph looks at.
 
-    __slots__ = ("solution",)
+    The factors of a preconditioner serve the batches of the next steps. The solution does not: over batches drawn anew
+    a solve that starts from it took as many iterations as one from 0.
+    """
+
+    __slots__ = ("solution", "state")
 
     def __init__(self) -> None:
         self.solution: HessianSolution | linear_solvers.Solved | None = None
+        self.state = SolverState()
+
+    def state_for(self, tensor: Tensor) -> SolverState:
+        """What the next solve may use. On a GPU no factors: a CUDA graph would use the same ones for ever."""
+        self.state.refresh_every = 1 if tensor.is_cuda else REFRESH_EVERY
+        return self.state
 
 
 @dataclass(frozen=True)
@@ -42,8 +57,10 @@ class InverseHessian:
                                         H is I and times ``damping`` where H is 0; Adam is blind to the factor
     ==================================  ==============================================================================
 
-    At the last layer the system is solved by :func:`fastmeta.ops.solve_hessian`. For the whole model H is known by its
-    products alone; ``auto`` is ``cg``. Away from a minimum the Hessian of a model has negative eigenvalues, and neither
+    At the last layer the system is solved by :func:`fastmeta.ops.solve_hessian`; with few examples (``cg``, or ``auto``
+    on a GPU) and the gradient of the hold-out loss it is solved in the logit tangents of the examples, of which the
+    direction is then made (:class:`fastmeta.problem.RowFactors`). For the whole model H is known by its products
+    alone; ``auto`` is ``cg``. Away from a minimum the Hessian of a model has negative eigenvalues, and neither
     iteration solves that system. ``curvature="gauss_newton"`` takes ``J^T C J`` in its place, with ``J = df/dtheta``,
     and C the curvature of the loss by the logits (itself Gauss-Newton for ``mse_probs`` and ``mse_tanh``): it has no
     negative eigenvalue as long as no weight is negative, and equals H where the predictions fit.
@@ -112,7 +129,18 @@ class InverseHessian:
         """``iterations`` and ``residual`` of the last call; reading them may wait for a GPU."""
         return self._last.solution
 
-    def __call__(self, problem: AnyProblem) -> Dense:
+    def state_dict(self) -> dict[str, Any]:
+        """What later solves use: the factors of a preconditioner, and the state of the other direction."""
+        inner = getattr(self.of, "state_dict", None)
+        return {"solver": self._last.state.state_dict(), "of": None if inner is None else inner()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`state_dict`."""
+        self._last.state.load_state_dict(state["solver"])
+        if state["of"] is not None:
+            self.of.load_state_dict(state["of"])  # type: ignore[attr-defined]
+
+    def __call__(self, problem: AnyProblem) -> AnyDirection:
         """Solve at the problem's own parameters."""
         last_layer = isinstance(problem, Problem)
         if last_layer and self.layers is not None:
@@ -121,6 +149,10 @@ class InverseHessian:
             raise ValueError(f"solver must be cg or neumann for a whole model, got {self.solver!r}")
         if not isinstance(problem, Problem) and self.layers is not None:
             problem = problem.restricted(self.layers)
+        if isinstance(problem, Problem) and self._in_rows(problem):
+            found = self._of_rows(problem)
+            if found is not None:
+                return found
         direction = self.of(problem)
         if isinstance(direction, Trajectory):
             raise TypeError("of must give one direction, got those of several inner steps")
@@ -133,6 +165,52 @@ class InverseHessian:
     def inner(self) -> InnerLoss:
         """What H is the second derivative of."""
         return InnerLoss(self.loss, labeled_weight=1.0, labeled_loss=self.loss)
+
+    def _in_rows(self, problem: Problem) -> bool:
+        """Whether the system is solved in the logit tangents of the examples."""
+        if not isinstance(self.of, HoldoutGradient) or problem.process_group is not None or self.damping == 0:
+            return False
+        if self.loss not in losses.LOSSES or (self.curvature == "hessian" and self.loss == "mse_probs"):
+            return False
+        if self.solver != "cg" and (self.solver != "auto" or not cg.serves(problem.unlabeled.features)):
+            return False
+        (n, d), c = problem.unlabeled.features.shape, problem.unlabeled.logits.shape[1]
+        others = len(problem.holdout.features) + (0 if problem.labeled is None else len(problem.labeled.features))
+        return few_rows.pays(n + others, c, d + 1)
+
+    def _of_rows(self, problem: Problem) -> RowFactors | None:
+        """The direction in factors; None: the input is not finite, of which the other way can say more."""
+        assert isinstance(self.of, HoldoutGradient)
+        given = dataclasses.replace(self.of, factored=True)(problem)
+        assert isinstance(given, Factors)
+        parts = [(rows, weights) for rows, _, weights, _ in problem.inner_rows(self.inner)]
+        if problem.labeled is not None:
+            parts.append((problem.holdout, problem.holdout.logits.new_zeros(len(problem.holdout.logits))))
+        features, logits = (torch.cat([rows[i] for rows, _ in parts]) for i in range(2))
+        weights = torch.cat([weight for _, weight in parts])
+        rhs = torch.zeros_like(logits)
+        rhs[-len(given.residual) :] = given.residual  # the hold-out examples are the last rows
+        answer = few_rows.solve_rows(
+            features,
+            logits,
+            rhs,
+            weights,
+            bias=given.bias,
+            loss=self.loss,
+            damping=self.damping,
+            tol=self.tol,
+            max_iter=self.max_iter,
+            state=self._last.state_for(features),
+        )
+        solved = linear_solvers.Solved(answer.iterations, answer.residual)
+        if not cg.capturing(features):
+            if math.isnan(solved.residual):
+                return None
+            self._judge(linear_solvers.Solution(answer.coefficients, solved, answer.indefinite))
+        self._last.solution = solved
+        direction = RowFactors(features, answer.coefficients, given.bias)
+        direction.tangent = answer.tangent[: len(problem.unlabeled.logits)]
+        return direction
 
     def _closed_form(self, problem: Problem, rhs: Direction) -> Direction:
         if self.curvature == "hessian" and self.loss == "mse_probs":
@@ -151,8 +229,10 @@ class InverseHessian:
             solver=self.solver,
             tol=self.tol,
             max_iter=self.max_iter,
+            state=self._last.state_for(rhs.weight),
             process_group=problem.process_group,
         )
+        self._last.state.solution = None
         self._last.solution = solution
         return Direction(solution.weight, solution.bias)
 
@@ -170,7 +250,7 @@ class InverseHessian:
         else:
             solution = linear_solvers.conjugate_gradient(product, v, tol=self.tol, max_iter=self.max_iter, group=group)
         self._last.solution = solution.solved
-        if not device.capturing(v):
+        if not cg.capturing(v):
             self._judge(solution)
         return vectors.unflat(rhs, solution.vector)
 

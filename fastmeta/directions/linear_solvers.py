@@ -10,10 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta import _conjugate_gradient_scalars as scalars
-from fastmeta.ops._solvers import device, device_conjugate_gradient
-from fastmeta.ops._solvers.joined import Joined
-from fastmeta.ops._solvers.updates import updates_for
+from fastmeta.ops.solve import conjugate_gradient as cg
+from fastmeta.ops.solve.system import Joined
 from fastmeta.process_group import Group, world_size
 
 Product = Callable[[Tensor], Tensor]  # v [P] to B v [P]
@@ -27,9 +25,13 @@ TINY = torch.finfo(torch.float64).tiny
 class Solved:
     """How a solution was reached."""
 
-    iterations: int
-    """Products with B that the solution is made of; those of a power iteration are not counted."""
+    made: int | Tensor
     relative: float | Tensor
+
+    @property
+    def iterations(self) -> int:
+        """Products with B that the solution is made of; those of a power iteration are not counted."""
+        return int(self.made)
 
     @property
     def residual(self) -> float:
@@ -42,7 +44,7 @@ class Solution(NamedTuple):
 
     vector: Tensor  # x [P]
     solved: Solved
-    indefinite: bool = False  # negative curvature ended it
+    indefinite: bool | Tensor = False  # negative curvature ended it
 
 
 def conjugate_gradient(product: Product, rhs: Tensor, *, tol: float, max_iter: int, group: Group = None) -> Solution:
@@ -58,20 +60,19 @@ def conjugate_gradient(product: Product, rhs: Tensor, *, tol: float, max_iter: i
         group: processes that must stop together.
     """
     length = _norm(rhs)
-    outcome = device_conjugate_gradient.conjugate_gradient(
-        lambda p: product(p[0]).unsqueeze(0),
-        rhs.unsqueeze(0),
+    outcome = cg.conjugate_gradient(
+        product,
+        rhs,
         target=tol * length,
         max_iter=max_iter,
-        updates=updates_for(rhs, None),
-        check_every=_check_every(rhs),
+        updates=cg.updates_for(rhs, None),
+        look=_check_every(rhs),
         shared=None if group is None else _Shared(product, rhs, group),
     )
-    assert outcome.read is not None, "not captured"
-    row = outcome.read
-    relative = (row[scalars.SQUARED] ** 0.5) / max(float(length), TINY)
-    indefinite = row[scalars.STATUS] == scalars.NEGATIVE
-    return Solution(outcome.solution[0], Solved(int(row[scalars.COUNT]), relative), indefinite)
+    row = outcome.row
+    assert isinstance(row, list), "not captured"
+    relative = (row[cg.SQUARED] ** 0.5) / max(float(length), TINY)
+    return Solution(outcome.solution, Solved(int(row[cg.COUNT]), relative), row[cg.STATUS] == cg.NEGATIVE)
 
 
 def neumann(
@@ -93,7 +94,7 @@ def neumann(
     alpha: float | Tensor = 1 / _largest_eigenvalue(product, rhs) if step is None else step
     power, total = rhs.clone(), rhs.clone()
     length = _norm(rhs).clamp_min(TINY)
-    looks = not device.capturing(rhs)
+    looks = not cg.capturing(rhs)
     joined = _joined(rhs, group)
     iterations, residual = 0, torch.ones_like(length)
     for iteration in range(1, max_iter + 1):
@@ -129,7 +130,9 @@ class _Shared:
         """``B v`` and the sum of a small integer over the processes."""
         assert self.joined is not None
         (total,) = self.joined.sum(direction.new_zeros(()).add_(number))
-        return self._product(direction[0]).unsqueeze(0), total
+        if total.item() > 0:
+            return direction, total  # the end: nobody uses the product
+        return self._product(direction), total
 
 
 def _joined(rhs: Tensor, group: Group) -> Joined | None:
@@ -138,7 +141,7 @@ def _joined(rhs: Tensor, group: Group) -> Joined | None:
 
 def _check_every(vector: Tensor) -> int:
     """A look costs nothing on a CPU, and an iteration too many a pass through the model."""
-    return 1 if vector.is_cpu else device_conjugate_gradient.CHECK_EVERY
+    return 1 if vector.is_cpu else cg.LOOK_EVERY
 
 
 def _norm(vector: Tensor) -> Tensor:

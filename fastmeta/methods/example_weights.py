@@ -42,7 +42,8 @@ class ExampleWeights(Method):
             ``auto`` or ``neumann``; for the whole model ``neumann`` (Lorraine et al., 2020), ``cg`` or ``auto``; and
             ``identity``, H = I (Luketina et al., 2016). See :class:`fastmeta.directions.InverseHessian`.
         damping: added to the Hessian's diagonal, > 0.
-        tol: relative residual at which iterative solvers stop.
+        tol: relative residual at which iterative solvers stop, and about what the gradient of the weights is wrong by:
+            little beside the noise of a batch. The published solve is exact.
         max_iter: and their limit; the number of terms of ``neumann``.
         neumann_step: of ``neumann``; None: from the largest eigenvalue.
         layers: names of the modules or parameters that the influence goes through, ``("block3", "fc")``; None: all.
@@ -76,7 +77,7 @@ class ExampleWeights(Method):
         mode: Literal["train", "eval"] | None = None,
         inverse_hessian: Solver | Literal["identity"] = "auto",
         damping: float = 0.1,
-        tol: float = 1e-4,
+        tol: float = 1e-2,
         max_iter: int = 100,
         neumann_step: float | None = None,
         layers: tuple[str, ...] | None = None,

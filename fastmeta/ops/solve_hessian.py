@@ -13,10 +13,10 @@ from torch.autograd.function import once_differentiable
 from fastmeta import checks
 from fastmeta.dispatch import in_own_dtype
 from fastmeta.ops import _last_layer
-from fastmeta.ops._solvers import device, joined, system
-from fastmeta.ops._solvers.driver import Answer, Solve
-from fastmeta.ops._solvers.state import SolverState
 from fastmeta.ops.hvp import hessian_vector_product_reference
+from fastmeta.ops.solve import conjugate_gradient, system
+from fastmeta.ops.solve.kronecker import SolverState
+from fastmeta.ops.solve.solve import Answer, Solve, indefinite_error, refuse_capture
 from fastmeta.process_group import Group
 from fastmeta.process_group import check as check_group
 
@@ -55,7 +55,7 @@ class HessianSolution(_Fields):
 
     def _raise_if_indefinite(self) -> None:
         if self.indefinite is not None and bool(self.indefinite):
-            raise device.indefinite_error(int(self[2]))
+            raise indefinite_error(int(self[2]))
 
 
 class NotConvergedWarning(UserWarning):
@@ -203,9 +203,8 @@ def solve_hessian(
     weight, bias = solve(features, logits, rhs_weight, rhs_bias, weights, problem, report)
     answer = report.answer
     assert answer is not None
-    reached = answer.stopped_at if isinstance(answer.residual, Tensor) else answer.residual
-    if reached is not None and not reached <= problem.tol:
-        _warn(problem, answer, reached, rhs_weight.dtype)
+    if not isinstance(answer.residual, Tensor) and not answer.residual <= problem.tol:
+        _warn(problem, answer, answer.residual, rhs_weight.dtype)
     solution = HessianSolution(weight, bias, answer.iterations, answer.residual)
     solution.indefinite = answer.indefinite
     return solution
@@ -235,8 +234,8 @@ def _solve(
     problem: _Problem,
 ) -> tuple[Tensor, Tensor | None, Answer]:
     given = {"features": features, "logits": logits, "rhs_weight": rhs_weight, "rhs_bias": rhs_bias, "weights": weights}
-    device.refuse_capture(features, problem.solver, problem.damping, grouped=problem.group is not None)
-    on_device = device.serves(features) and problem.solver != "cholesky"
+    refuse_capture(features, problem.solver, problem.damping, grouped=problem.group is not None)
+    on_device = conjugate_gradient.serves(features) and problem.solver != "cholesky"
     fault = None if on_device and problem.group is None else _not_finite(given)
     if fault is not None and problem.group is None:
         raise fault
@@ -247,8 +246,7 @@ def _solve(
     if num_rows == 0 and problem.damping > 0:
         answer = Answer(rhs / problem.damping, 0, 0.0, problem.solver)
     elif num_rows == 0:
-        missed = rhs.any().double()
-        answer = Answer(torch.zeros_like(rhs), 0, missed if on_device else missed.item(), problem.solver)
+        answer = Answer(torch.zeros_like(rhs), 0, float(rhs.any()), problem.solver)
     else:
         h, w = features.to(dtype), None if weights is None else weights.to(dtype)
         rows, signs = system.rows(h, w, rhs_bias is not None, on_device=on_device)
@@ -256,9 +254,8 @@ def _solve(
             rows, logits.to(dtype), signs, problem.loss, problem.damping, problem.impl, others
         )
         identity = (features,) if weights is None else (features, weights)
-        solve = device.DeviceSolve if on_device else Solve
-        answer = solve(hessian, rhs, identity, problem.tol, problem.max_iter, problem.state).run(problem.solver)
-        if answer.stopped_at is not None and math.isnan(answer.stopped_at):
+        answer = Solve(hessian, rhs, identity, problem.tol, problem.max_iter, problem.state).run(problem.solver)
+        if not isinstance(answer.residual, Tensor) and math.isnan(answer.residual):
             fault = _not_finite(given)
             if fault is not None:
                 raise fault
@@ -271,7 +268,7 @@ def _solve(
 
 def _meet(
     problem: _Problem, features: Tensor, weights: Tensor | None, rhs: Tensor, fault: ValueError | None
-) -> joined.Joined:
+) -> system.Joined:
     assert problem.group is not None
     state = problem.state
     settings: dict[str, float] = {
@@ -287,7 +284,7 @@ def _meet(
         "the age of state": 0 if state is None or state.output is None else 1 + state.age,
         "refresh_every of state": 0 if state is None else state.refresh_every,
     }
-    return joined.meet(problem.group, features, weights, rhs, settings, fault)
+    return system.meet(problem.group, features, weights, rhs, settings, fault)
 
 
 class _Solution(torch.autograd.Function):

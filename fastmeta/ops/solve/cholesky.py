@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastmeta.ops._solvers.curvature import output_curvature
-from fastmeta.ops._solvers.system import DampedHessian
+from fastmeta.ops.solve.kronecker import output_curvature
+from fastmeta.ops.solve.system import DampedHessian
 
 # 8 GiB of float64.
 MAX_ENTRIES = 2**30
