@@ -20,7 +20,18 @@ class Shape(NamedTuple):
         return f"{self.n}, {self.d}, {self.c}"
 
 
-SHAPES = (Shape(64, 128, 10), Shape(256, 128, 10), Shape(768, 512, 200), Shape(1024, 2048, 1000))
+SHAPES = {
+    "cpu": (Shape(64, 128, 10), Shape(256, 128, 10), Shape(768, 512, 200), Shape(1024, 2048, 1000)),
+    "cuda": (
+        Shape(256, 128, 10),
+        Shape(448, 128, 100),
+        Shape(768, 512, 200),
+        Shape(1024, 2048, 1000),
+        Shape(4096, 2048, 1000),
+        Shape(1024, 768, 30522),
+        Shape(8192, 2048, 128256),
+    ),
+}
 
 
 @dataclass(frozen=True)

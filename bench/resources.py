@@ -123,7 +123,7 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def _build_cuda() -> ModuleType:
+def build_cuda() -> ModuleType:
     spec = importlib.util.spec_from_file_location("build_cuda", ROOT / "csrc/build_cuda.py")
     assert spec is not None
     assert spec.loader is not None
@@ -135,7 +135,7 @@ def _build_cuda() -> ModuleType:
 
 def cuda_rows() -> tuple[list[dict[str, Any]], str, list[str]]:
     """The CUDA C++ kernels, as a list and as text, and what spills."""
-    build = _build_cuda()
+    build = build_cuda()
     if build.find_nvcc() is None:
         return [], "CUDA C++: nvcc is not found", []
     with tempfile.TemporaryDirectory() as folder:

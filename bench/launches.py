@@ -1,16 +1,17 @@
 """How many kernels a call launches, by torch's profiler: after all timing, which it would disturb."""
 
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.case import Variant
-from bench.gpu.case import GpuCase
-from bench.gpu.progress import Progress
+from bench.progress import Progress
 
-_MOST_ENTRIES = 2**31  # N D C of a case whose inputs are worth making again
+if TYPE_CHECKING:
+    from bench.operators import Chosen
 
 
 def kernels_of(variant: Variant) -> list[str]:
@@ -24,19 +25,18 @@ def kernels_of(variant: Variant) -> list[str]:
     return [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
 
 
-def count_all(cases: list[tuple[GpuCase, torch.dtype]], progress: Progress, deadline: float) -> None:
-    """Add ``launches`` and ``kernels`` to fastmeta's and the eager variants, until the deadline."""
+def count_all(cases: "Chosen", progress: Progress, deadline: float) -> None:
+    """Add ``launches`` and ``kernels`` to fastmeta's and the eager variants at every size, until the deadline."""
     records = {record["key"]: record for record in progress.cases}
-    for case, dtype in cases:
-        n, d, c = case.shape or (0, 0, 0)
+    for case, dtype in ((case, dtype) for case, dtypes in cases for dtype in dtypes):
         record = records.get(case.key(dtype), {})
-        if time.monotonic() > deadline:
-            return
-        if "variants" not in record or n * d * c > _MOST_ENTRIES:
+        measured = {entry["name"]: entry for entry in record.get("variants", []) if "stream_us" in entry}
+        if not measured:
             continue
-        measured = {entry["name"]: entry for entry in record["variants"] if "stream_us" in entry}
         try:
             for variant in case.build(dtype, "cuda").variants:
+                if time.monotonic() > deadline:
+                    return
                 if variant.role in ("fastmeta", "eager") and variant.name in measured:
                     kernels = kernels_of(variant)
                     measured[variant.name] |= {"launches": len(kernels), "kernels": kernels}

@@ -1,7 +1,8 @@
-"""Time and memory on a device: stream time by events, graph time by replays, host time by enqueueing alone."""
+"""Time and memory on a device. On a GPU: by events on the stream, by replays of graphs, by enqueueing alone."""
 
 import contextlib
 import gc
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from bench.timing import Timed, take_sample
 
 HOST_CALLS = 32  # few enough that the launch queue never fills and makes the host wait
+HOST_REPEATS = 7
 
 
 class Clock(Protocol):
@@ -34,9 +36,6 @@ class Clock(Protocol):
 
     def host_syncs(self, call: Callable[[], Any]) -> int | None:
         """How often the call waits for the device."""
-
-    def synchronize(self) -> None:
-        """Wait for all work."""
 
 
 class CudaClock:
@@ -83,13 +82,15 @@ class CudaClock:
         return graph.replay
 
     def host_us(self, call: Callable[[], Any]) -> float | None:
+        taken = []
+        for _ in range(HOST_REPEATS):
+            torch.cuda.synchronize()
+            begin = time.perf_counter_ns()
+            for _ in range(HOST_CALLS):
+                call()
+            taken.append(time.perf_counter_ns() - begin)
         torch.cuda.synchronize()
-        begin = time.perf_counter_ns()
-        for _ in range(HOST_CALLS):
-            call()
-        elapsed = time.perf_counter_ns() - begin
-        torch.cuda.synchronize()
-        return 1e-3 * elapsed / HOST_CALLS
+        return 1e-3 * statistics.median(taken) / HOST_CALLS
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
         torch.cuda.synchronize()
@@ -110,9 +111,6 @@ class CudaClock:
                 torch.cuda.set_sync_debug_mode("default")
         return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
-
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
@@ -127,12 +125,12 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 class CpuClock:
-    """The CPU, on which the benchmark's own tests run."""
+    """The CPU: one time, the call's."""
 
     device = "cpu"
 
     def sampler(self, timed: Timed, calls: int) -> tuple[float, bool]:
-        return take_sample(timed, calls)[0], False
+        return take_sample(timed, calls)
 
     def capture(self, call: Callable[[], Any], calls: int) -> None:
         return None
@@ -141,13 +139,12 @@ class CpuClock:
         return None
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
-        return None
+        from bench.memory import peak_bytes  # needs fastmeta, which a machine with a GPU builds first
+
+        return peak_bytes(call)
 
     def host_syncs(self, call: Callable[[], Any]) -> int | None:
         return None
-
-    def synchronize(self) -> None:
-        pass
 
 
 def clock_for(device: str) -> Clock:
