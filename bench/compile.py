@@ -40,8 +40,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.quick:
         _build(options)
     key = triton_key(options.triton_wheel) if options.triton_wheel else None
-    launches = specimens.Enumeration(options.quick, options.arch).found
-    jobs = list(dict.fromkeys(compiled.work(found.launch, options.arch) for found in launches))
+    jobs = list(dict.fromkeys(compiled.work(one.launch, options.arch) for one in specimens.launches(options.quick)))
     print(f"{len(jobs)} kernels for sm_{options.arch} ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= cache.environment(Path(folder))

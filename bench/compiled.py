@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastmeta.triton_kernels._launch import Recorded
+from fastmeta.triton_kernels._program import Recorded
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may take: CUDA's programming guide

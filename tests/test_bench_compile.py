@@ -19,10 +19,8 @@ COMPILE = """
 from bench import compile as command, compiled, kernels, specimens
 command._use_key({key!r})
 import torch
-with kernels.recording() as launches:
-    specimens.function("finite_difference_labels")(
-        *specimens.arguments("finite_difference_labels", (64, 8, 100), torch.float32, specimens.Variant())
-    )
+given = specimens.arguments("finite_difference_labels", (64, 8, 100), torch.float32, specimens.Variant())
+launches = kernels.launches_of("finite_difference_labels", given)
 print([compiled.compile_only(compiled.work(launch, 90)) for launch in launches])
 """
 # As a user's call does, down to a driver that launches nothing.

@@ -84,7 +84,7 @@ def errors(problem: Problem) -> dict[str, float]:
             try:
                 found[variant.name] = problem.error((variant.check or variant.call)())
             except ValueError as error:
-                assert "has no form" in str(error)  # noqa: PT017 - a form that this shape lacks
+                assert rows.NO_FORM in str(error)  # noqa: PT017 - a form that this shape lacks
     return found
 
 
@@ -107,20 +107,20 @@ def test_forms_that_can_be_named():
     assert names[0] == "fastmeta"
     assert {"triton rows", "triton fused"} <= set(names)  # in the interpreter
     assert "cuda" not in [form.name for form in kernels.offered("label_gradient", 33, "cpu")]
-    assert kernels.offered("finite_difference_labels", 21, "cpu")[-1].name in ("fastmeta", "cuda")
+    assert kernels.offered("finite_difference_labels", 21, "cpu")[-1].name == "triton"
 
 
 def test_a_wrong_result_is_seen_in_any_row(uncompiled, monkeypatch):
     monkeypatch.setattr(last_layer, "_CHUNK", 40)  # the truth of sums comes in blocks of rows
     dot, gradient = last_layer.OPERATORS[0], last_layer.OPERATORS[2]
     problem = last_layer.build(dot, TINY, F32, "cpu")
-    right = problem.variants[0].check()
+    right = problem.variants[0].call()
     for row in range(TINY.n):
         wrong = right.clone()
         wrong[row] += 1
         assert problem.error(wrong) > problem.tolerance
     problem = last_layer.build(gradient, TINY, F32, "cpu")
-    weight, bias = problem.variants[0].check()
+    weight, bias = problem.variants[0].call()
     assert problem.error((weight, bias)) <= problem.tolerance
     assert problem.error((weight, bias + 0.1)) > problem.tolerance
 
@@ -224,7 +224,7 @@ def test_a_case_is_checked_timed_and_set_against_its_floor():
     assert (ours["stream_us"], ours["graph_us"], ours["host_us"], ours["peak_bytes"]) == pytest.approx((12, 4, 7, 1024))
     assert ours["host_syncs"] == 0
     assert (cost["floor_us"], cost["floor_stream_us"], cost["bound"]) == (1.5, 10.0, "launch")
-    assert (cost["copy_us"], cost["gemm_us"], cost["row_us"]) == pytest.approx((0.2, 8.0, 3.0))
+    assert (cost["copy_us"], cost["gemm_us"], cost["row_us"]) == pytest.approx((0.1, 8.0, 3.0))
     assert ours["times_floor"] == pytest.approx(4 / 1.5)
     assert ours["stream_times_floor"] == pytest.approx(1.2)
     assert by_name["eager"]["graph_reason"] == "RuntimeError: operation not permitted when stream is capturing"
@@ -248,7 +248,10 @@ def test_samples_that_scatter_are_flagged():
 
 
 def test_what_no_record_holds_is_measured_first(tmp_path):
-    files.write(tmp_path / "a card/gpu.json", {"operators": [{"key": "x", "main": "a", "variants": []}, {"key": "y"}]})
+    files.write(
+        tmp_path / "a card/gpu.json",
+        {"operators": [{"key": "x", "main": "a", "variants": []}, {"key": "y", "main": "a"}]},
+    )
     assert operators.recorded(tmp_path) == set()
     known = {
         "key": "label_gradient (256, 128, 10) float32",

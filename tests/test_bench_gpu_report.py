@@ -130,7 +130,7 @@ def test_goals_take_the_worst(results):
     ours = next(v for v in record["variants"] if v["name"] == "fastmeta")
     parts = record["cost"]["gemm_us"] + record["cost"]["row_us"]
     assert shares.found[record["key"]] == pytest.approx(parts / ours["graph_us"])
-    heads = found["a head's low-memory form at (8192, 2048, 128256): memory over its logits'"]
+    heads = found["a head in slabs at (8192, 2048, 128256): memory over its logits'"]
     assert set(heads.found) == {f"per_example_dot (8192, 2048, 128256, head) {d}" for d in ("bfloat16", "float32")}
     lists = found["lists of tensors, 25.6M parameters: share of the copy bandwidth"]
     assert len(lists.found) == 3

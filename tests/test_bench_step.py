@@ -225,6 +225,14 @@ def test_the_methods_part_is_timed_on_what_a_step_gave_it():
     assert step.method is method
 
 
+def test_what_would_begin_too_late_is_left_out():
+    chosen = [v for v in variants() if v.name == "MetaGradient, last_layer, fused"]
+    network = measure.measure_network(TINY, chosen, measure.Settings(rounds=1, seconds=1e-3))
+    assert network["steps"][-1]["reason"] == "no time was left"
+    assert network["derivatives"] == []
+    assert "no time was left" in report.markdown(made_up([network]))
+
+
 def test_a_step_in_a_graph(monkeypatch):
     captured = []
     monkeypatch.setattr("fastmeta.graph", lambda method: captured.append(method) or method)

@@ -1,6 +1,7 @@
 """Times all steps on one network in turn, then counts the memory and the arithmetic of each."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +23,20 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure, and on how many images."""
+    """How long to measure.
+
+    Args:
+        rounds: samples of each step.
+        budget_s: for the samples of one step.
+        warm_up: calls before the one whose arithmetic is counted.
+        seconds: for a network in all. Half of them may pass until the last step has begun, in the order given; what
+            would begin later is left out.
+    """
 
     rounds: int = 9
-    budget_s: float = 40.0  # for the samples of one variant
+    budget_s: float = 40.0
     warm_up: int = 1
+    seconds: float = math.inf
 
 
 def measure_network(
@@ -34,6 +44,7 @@ def measure_network(
 ) -> Row:
     """All rows of one network; a variant that is wrong or cannot run has a reason and no figure."""
     clock = clock or clock_for("cpu")
+    begin = time.monotonic()
     errors = gate.errors(network, variants, clock.device)
     batch = random_batch(network, device=clock.device)
     forward = _forward_flops(network, batch)
@@ -45,14 +56,16 @@ def measure_network(
     for variant in variants:
         row = _row(variant, errors)
         rows.append(row)
-        if row["status"] != "wrong":
+        if time.monotonic() - begin > settings.seconds / 2:
+            row |= {"status": "left out", "reason": "no time was left"}
+        elif row["status"] != "wrong":
             try:
                 running.append((row, _started(row, variant.make(network, batch), forward, settings)))
             except Exception as error:  # one variant must not end the run
                 ensure_healthy(clock.device)
                 row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
     timed = [Timed(partial(run, step), grad=True) for _, step in running]
-    budget = settings.budget_s
+    budget = min(settings.budget_s, settings.seconds / 3 / len(timed))
     timings = interleave(timed, rounds=settings.rounds, min_sample_s=0.0, budget_s=budget, sampler=clock.sampler)
     samples: dict[str, list[float]] = {}
     for (row, step), timing in zip(running, timings, strict=True):
@@ -64,6 +77,7 @@ def measure_network(
             _refine_alone(row, step, clock)
     _add_ratios(rows, samples)
     amortized = _amortized(rows)
+    in_time = time.monotonic() - begin < 0.9 * settings.seconds
     return {
         "network": network.name,
         "device": clock.device,
@@ -71,7 +85,7 @@ def measure_network(
         "parameters": sum(p.numel() for p in network.make().parameters()),
         "forward_flops": forward,
         "steps": rows + amortized,
-        "derivatives": derivatives.measure(network, batch, settings.rounds, clock),
+        "derivatives": derivatives.measure(network, batch, settings.rounds, clock) if in_time else [],
     }
 
 
@@ -142,7 +156,7 @@ def _refine_alone(row: Row, step: Any, clock: Clock) -> None:
     step.method = method
     call = partial(method.refine, **spy.given)
     call()
-    timing = interleave([Timed(call, grad=True)], rounds=15, budget_s=0.3, sampler=clock.sampler)[0]
+    timing = interleave([Timed(call, grad=True)], rounds=15, budget_s=0.15, sampler=clock.sampler)[0]
     row |= {"refine_us": timing.median_us, "refine_host_syncs": clock.host_syncs(call)}
 
 
