@@ -16,20 +16,18 @@ NOT_ON_A_CPU = ("-k", "not triton and not cuda")
 Row = dict[str, Any]
 
 
-def summarize(path: Path, stems: Mapping[str, str]) -> Row:
+def summarize(paths: Sequence[Path], stems: Mapping[str, str]) -> Row:
     """Counts, failures and reasons for skips, and a verdict on each operator.
 
     A test belongs to the operators named in its id, by the operator's name or its file's; one of ``test_ops*.py`` that
     names none belongs to all, any other to none.
 
     Args:
-        path: the plugin's file.
+        paths: the plugin's files.
         stems: the stem of each operator's test files.
     """
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    except OSError:
-        lines = []
+    written = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in written if line.endswith("}")]
     passed = dict.fromkeys(stems, 0)
     failed: dict[str, list[str]] = {operator: [] for operator in stems}
     for line in lines:
@@ -87,4 +85,4 @@ def run_tests(operators: Sequence[str], stems: Mapping[str, str]) -> Row:
             if done.returncode > 1:  # pytest itself
                 problem = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no word"]
                 path.write_text(json.dumps({"test": "test_ops", "outcome": "failed", "message": problem[0]}) + "\n")
-        return summarize(path, {operator: stems[operator] for operator in operators})
+        return summarize([path], {operator: stems[operator] for operator in operators})

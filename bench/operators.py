@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench import files, launches
+from bench import files
 from bench.case import COMPILE_MODES, Case, Variant, dtype_name
 from bench.choices import add_choices
 from bench.clock import Clock, DeviceLost, clock_for, ensure_healthy
@@ -188,6 +188,31 @@ def free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def count_launches(cases: Chosen, progress: Progress, clock: Clock, deadline: float) -> None:
+    """Add ``launches`` and ``kernels`` to fastmeta's and the eager variants at every size, until the deadline.
+
+    After all timing, which a profiler would disturb.
+    """
+    records = {record["key"]: record for record in progress.cases}
+    for case, dtype in ((case, dtype) for case, dtypes in cases for dtype in dtypes):
+        record = records.get(case.key(dtype), {})
+        measured = {entry["name"]: entry for entry in record.get("variants", []) if "stream_us" in entry}
+        try:
+            for variant in case.build(dtype, clock.device).variants if measured else []:
+                if time.monotonic() > deadline:
+                    return
+                if variant.role in ("fastmeta", "eager") and variant.name in measured:
+                    with variant.around(), torch.set_grad_enabled(variant.grad):
+                        found = clock.kernels(variant.call)
+                    measured[variant.name] |= {"launches": len(found), "kernels": found}
+        except Exception as error:  # no profiler on this machine: the column stays empty
+            print(f"Launches are not counted: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+            return
+        finally:
+            progress.save()
+        free(clock.device)
+
+
 def compile_all(cases: Chosen, share: int, shares: int, done: Path, deadline: float, device: str) -> None:
     """Run every variant of a share of the cases once, and note which have run."""
     finished: list[str] = []
@@ -244,8 +269,9 @@ def main(arguments: list[str] | None = None) -> int:
             held = {name for path in options.compiled for name in files.read(path) or []}
         progress = Progress(options.out)
         settings = QUICK if options.quick else SETTINGS["cuda"]
-        measure_all(found, progress, clock_for("cuda"), settings, deadline - _LAUNCHES_S, compiled=held)
-        launches.count_all(found, progress, deadline)
+        clock = clock_for("cuda")
+        measure_all(found, progress, clock, settings, deadline - _LAUNCHES_S, compiled=held)
+        count_launches(found, progress, clock, deadline)
     except DeviceLost as error:
         print(f"The device is lost: {error}", file=sys.stderr)
         return DEVICE_LOST

@@ -158,7 +158,7 @@ STEMS = {name: choices.STEMS[name] for name in ASKED}
 def judged(path, *more):
     lines = [{"test": test, "outcome": outcome, "message": "no"} for test, outcome in (*OUTCOMES, *more)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"test": "cut o')
-    return gate.summarize(path, STEMS)["operators"]
+    return gate.summarize([path], STEMS)["operators"]
 
 
 def test_a_failure_is_the_named_operators(tmp_path):

@@ -14,14 +14,15 @@ from bench.gpu import cache
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
-# As the command does: a launch that is recorded on tensors without memory.
+# The command, for one kernel.
 COMPILE = """
-from bench import compile as command, compiled, kernels, specimens
-command._use_key({key!r})
 import torch
+from bench import kernels, specimens
+from bench.__main__ import main
 given = specimens.arguments("finite_difference_labels", (64, 8, 100), torch.float32, specimens.Variant())
 launches = kernels.launches_of("finite_difference_labels", given)
-print([compiled.compile_only(compiled.work(launch, 90)) for launch in launches])
+specimens.launches = lambda quick: [specimens.Found("finite_difference_labels", "float32", one) for one in launches]
+raise SystemExit(main(["compile", "--quick", "--processes", "1", *{options!r}]))
 """
 # As a user's call does, down to a driver that launches nothing.
 CALL = """
@@ -50,29 +51,6 @@ def run(code: str, folder: Path) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def moved(tmp_path: Path, key: str | None) -> Path:
-    """Compiled in one folder, packed, unpacked in another that is not told the first one's name."""
-    old, new = tmp_path / "old", tmp_path / "new"
-    assert run(COMPILE.format(key=key), old) == "['']"
-    cache.pack(tmp_path / "archive.tar.gz", old, tmp_path)
-    cache.unpack(tmp_path / "archive.tar.gz", new, tmp_path)
-    old.rename(tmp_path / "gone")
-    return new
-
-
-def test_triton_finds_what_was_compiled_elsewhere(tmp_path):
-    new = moved(tmp_path, None)
-    hits = json.loads(run(CALL, new))
-    assert [hit for hit, _ in hits] == [True]
-    paths = [Path(path) for _, group in hits for path in group]
-    assert any(path.suffix == ".cubin" for path in paths)
-    assert all(path.is_relative_to(new) and path.is_file() for path in paths)
-
-
-def test_what_is_filed_under_another_builds_key_is_that_builds(tmp_path):
-    assert [hit for hit, _ in json.loads(run(CALL, moved(tmp_path, "another build")))] == [False]
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """The installed Triton as a wheel, its library another one."""
@@ -83,6 +61,31 @@ def wheel(tmp_path_factory) -> Path:
             file.write(source, f"triton/{source.relative_to(folder).as_posix()}")
         file.writestr("triton/_C/libtriton.so", b"another one")
     return path
+
+
+def made(tmp_path: Path, *options: str) -> Path:
+    """Where the archive that the command makes is unpacked."""
+    archive = tmp_path / "archive.tar.gz"
+    said = run(COMPILE.format(options=["--archive", str(archive), *options]), tmp_path / "unused")
+    assert said.startswith(f"{archive}: 1 kernels")
+    cache.unpack(archive, tmp_path / "new", tmp_path)
+    assert not (tmp_path / "fastmeta").exists()  # no libraries beside other sources
+    return tmp_path / "new"
+
+
+def test_triton_finds_what_was_compiled_elsewhere(tmp_path):
+    new = made(tmp_path)
+    hits = json.loads(run(CALL, new))
+    assert [hit for hit, _ in hits] == [True]
+    paths = [Path(path) for _, group in hits for path in group]
+    assert any(path.suffix == ".cubin" for path in paths)
+    assert all(path.is_relative_to(new) and path.is_file() for path in paths)
+
+
+def test_what_is_compiled_for_another_build_of_triton_is_that_builds(tmp_path, wheel):
+    new = made(tmp_path, "--triton-wheel", str(wheel))
+    assert len(list(new.glob("triton/*/*.cubin"))) == 1
+    assert [hit for hit, _ in json.loads(run(CALL, new))] == [False]
 
 
 def test_the_key_of_a_wheel_differs_by_its_library_alone(wheel):

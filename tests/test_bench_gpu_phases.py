@@ -285,6 +285,8 @@ def test_the_commands_of_the_real_phases(tmp_path, monkeypatch):
     suffix = command.sysconfig.get_config_var("EXT_SUFFIX")
     brought = command.Plan(tmp_path, plan.options, plan.caches, [f"_C{suffix}", "_C_cuda.so"])
     assert "setup.py" not in command.MAKERS["build"](brought, 100.0)[0].command
+    kernels = command.Plan(tmp_path, plan.options, plan.caches, ["_C_cuda.so"])
+    assert command.MAKERS["build"](kernels, 100.0)[0].environment["FASTMETA_CUDA"] == "0"
 
 
 def test_json_has_no_nan(tmp_path):
@@ -319,14 +321,14 @@ def test_outcomes_are_written_as_they_come(tmp_path):
     assert done.returncode == 3  # a process with a broken context ends itself
     with written.open("a") as file:
         file.write('{"test": "cut o')
-    found = gate.summarize(written, choices.STEMS)
+    found = gate.summarize([written], choices.STEMS)
     assert found["passed"] == 1
     assert [one["test"].rpartition("::")[2] for one in found["failed"]] == ["test_bad", "test_broken_context"]
     assert "assert 1 == 2" in found["failed"][0]["message"]
     assert found["skipped"] == {"Skipped: no room": 1}
     verdict = found["operators"]["label_gradient"]
     assert (verdict["passed"], verdict["failed"]) == (1, 2)
-    assert gate.summarize(tmp_path / "nothing", choices.STEMS)["passed"] == 0
+    assert gate.summarize([tmp_path / "nothing"], choices.STEMS)["passed"] == 0
 
 
 BEGUN, DONE = sanitizer.BEGUN, sanitizer.DONE
@@ -410,7 +412,7 @@ def test_the_measuring_processes_understand_their_commands(tmp_path, monkeypatch
 
     monkeypatch.setattr(operators, "clock_for", lambda device: None)
     monkeypatch.setattr(operators, "measure_all", measured)
-    monkeypatch.setattr(operators.launches, "count_all", lambda *arguments: None)
+    monkeypatch.setattr(operators, "count_launches", lambda *arguments: None)
     phase = command.MAKERS["operators"](plan, 100.0)[0]
     assert operators.main(phase.command[phase.command.index("bench.operators") + 1 :]) == 0
     (cases, settings, left, compiled), *_ = taken

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.clock import CpuClock
+from bench.clock import Clock
 from bench.step import alignment, command, gate, goals, measure, published, report, task
 from bench.step.variants import EVERY, PLAIN, Variant, for_gpu, variants
 from fastmeta.models import WideResNet
@@ -181,7 +181,7 @@ def test_no_step_has_such_a_name(capsys):
     assert "No step" in capsys.readouterr().err
 
 
-class PretendClock(CpuClock):
+class PretendClock(Clock):
     """A GPU's clock on the CPU: graphs and autocast aside, what is measured there is measured here."""
 
     device = "cpu"

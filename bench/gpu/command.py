@@ -110,6 +110,8 @@ def _build(plan: Plan, seconds: float) -> list[Phase]:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),  # has ninja
         "FASTMETA_CUDA_ARCHITECTURES": os.environ.get("FASTMETA_CUDA_ARCHITECTURES", f"{major}{minor}"),
     }
+    if "_C_cuda.so" in plan.libraries:
+        environment["FASTMETA_CUDA"] = "0"  # only what depends on this Python is missing
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     return [plan.phase("build", command, seconds, environment=environment)]
 

@@ -8,6 +8,7 @@ from bench.goal import goal_rows
 from bench.gpu import goals
 from bench.report import cell, one_line, table_of
 from bench.rows import Row
+from bench.step import goals as steps
 
 
 def collect(parts: Path, phases: Row, seconds: float) -> Row:
@@ -17,7 +18,7 @@ def collect(parts: Path, phases: Row, seconds: float) -> Row:
         "schema_version": report.SCHEMA_VERSION,
         "environment": files.read(parts / "environment.json") or {},
         "phases": phases,
-        "tests": gate.summarize(parts / "outcomes.jsonl", choices.STEMS),
+        "tests": gate.summarize(sorted(parts.glob("*.jsonl")), choices.STEMS),
         "shared": operators.get("shared", {}),
         "operators": operators.get("cases", []),
         "unfinished": operators.get("unfinished", []),
@@ -97,8 +98,6 @@ def _steps(results: Row) -> list[str]:
 
 
 def _goals(results: Row) -> list[str]:
-    from bench.step import goals as steps  # needs fastmeta, as do the figures it judges
-
     rows = [*goal_rows(goals.goals(results))]
     for network in results["steps"]["networks"]:
         for row in goal_rows(steps.goals(network)):
