@@ -9,6 +9,7 @@ COMMANDS = {
     "ops": ("bench.run_ops", "Every operator on the CPU against what users have today."),
     "step": ("bench.step.command", "A training step with each method against the plain step, on the CPU."),
     "resources": ("bench.resources", "Registers, shared memory and spills of every kernel of the GPU, without one."),
+    "compile": ("bench.compile", "Kernels and libraries for a GPU that is not here, as an archive for `gpu --cache`."),
     "gpu": ("bench.gpu.command", "Everything that needs a GPU: build, tests, sanitizer, operators, step time."),
 }
 

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastmeta.triton_kernels._launch import Recorded
+from fastmeta.triton_kernels._program import Recorded
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may take: CUDA's programming guide
@@ -70,15 +70,28 @@ def work(launch: Recorded, architecture: int) -> Work:
     )
 
 
-def compile_one(job: Work) -> Resources:
-    """Compile and read the machine code; a failure is told, not raised."""
+def _compile(job: Work) -> Any:
+    """As the JIT does, into Triton's cache; the reason as text where it fails."""
     kernel = getattr(import_module(job.module), job.kernel)
     attributes = {path: literal_eval(text) for path, text in job.attributes}
     source = ASTSource(kernel, dict(job.signature), dict(job.constants), attributes)
     try:
-        made = triton.compile(source, GPUTarget("cuda", job.architecture, 32), dict(job.options))
+        return triton.compile(source, GPUTarget("cuda", job.architecture, 32), dict(job.options))
     except Exception as error:
-        return Resources(0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+
+
+def compile_only(job: Work) -> str:
+    """Why it does not compile; empty if it does."""
+    made = _compile(job)
+    return made if isinstance(made, str) else ""
+
+
+def compile_one(job: Work) -> Resources:
+    """Compile and read the machine code; a failure is told, not raised."""
+    made = _compile(job)
+    if isinstance(made, str):
+        return Resources(0, 0, 0, made)
     registers, stack = _usage(made.asm["cubin"])
     spills = _spills(made.asm["ptx"], job.architecture) if stack else 0
     problem = f"{spills} bytes of spills" if spills else ""

@@ -1,7 +1,10 @@
 """A speed that this project set itself, beside what was measured."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from bench import text
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,7 @@ class Goal:
         required: the number.
         found: each measurement with its name; empty where nothing was measured.
         at_least: whether a larger number is better.
-        unit: how the number is written, ``%`` or ``x`` or nothing.
+        unit: how the number is written: ``%``, ``x`` with ``digits``, ``us``, or nothing.
     """
 
     name: str
@@ -21,6 +24,7 @@ class Goal:
     found: dict[str, float]
     at_least: bool = True
     unit: str = "%"
+    digits: int = 2
 
     @property
     def worst(self) -> tuple[str, float] | None:
@@ -38,7 +42,23 @@ class Goal:
         return worst[1] >= self.required if self.at_least else worst[1] <= self.required
 
     def text(self, value: float) -> str:
-        return f"{value:.0%}" if self.unit == "%" else f"{value:.2f}x" if self.unit == "x" else f"{value:.0f}"
+        if self.unit == "us":
+            return text.time(value)
+        if self.unit == "%":
+            return f"{value:.0%}"
+        return f"{value:.{self.digits}f}x" if self.unit == "x" else f"{value:.0f}"
 
     def as_json(self) -> dict[str, Any]:
         return {"name": self.name, "required": self.required, "found": self.found, "met": self.met}
+
+
+def goal_rows(goals: Iterable[Goal], first: dict[str, str] | None = None) -> Iterator[dict[str, str]]:
+    """Rows of a table: each goal, what it asks, and the worst that was measured."""
+    for goal in goals:
+        worst = goal.worst
+        yield (first or {}) | {
+            "goal": goal.name,
+            "required": f"{'>=' if goal.at_least else '<='} {goal.text(goal.required)}",
+            "worst measured": "" if worst is None else f"{goal.text(worst[1])}: {worst[0]}",
+            "met": {True: "yes", False: "no", None: ""}[goal.met],
+        }

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastmeta.models import WideResNet
+
 
 class Shape(NamedTuple):
     """Examples, features, classes."""
@@ -20,7 +22,18 @@ class Shape(NamedTuple):
         return f"{self.n}, {self.d}, {self.c}"
 
 
-SHAPES = (Shape(64, 128, 10), Shape(256, 128, 10), Shape(768, 512, 200), Shape(1024, 2048, 1000))
+SHAPES = {
+    "cpu": (Shape(64, 128, 10), Shape(256, 128, 10), Shape(768, 512, 200), Shape(1024, 2048, 1000)),
+    "cuda": (
+        Shape(256, 128, 10),
+        Shape(448, 128, 100),
+        Shape(768, 512, 200),
+        Shape(1024, 2048, 1000),
+        Shape(4096, 2048, 1000),
+        Shape(1024, 768, 30522),
+        Shape(8192, 2048, 128256),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -94,15 +107,7 @@ def resnet50() -> list[tuple[int, ...]]:
 
 def wide_resnet_28_2() -> list[tuple[int, ...]]:
     """Shapes of WRN-28-2's parameters for 10 classes: 1.5 million numbers."""
-    shapes: list[tuple[int, ...]] = [(16, 3, 3, 3)]
-    inputs = 16
-    for width in (32, 64, 128):
-        for block in range(4):
-            shapes += [(inputs,), (inputs,), (width, inputs, 3, 3), (width,), (width,), (width, width, 3, 3)]
-            if block == 0:
-                shapes.append((width, inputs, 1, 1))
-            inputs = width
-    return [*shapes, (128,), (128,), (10, 128), (10,)]
+    return [tuple(parameter.shape) for parameter in WideResNet(10).parameters()]
 
 
 NETWORKS = {"WRN-28-2": wide_resnet_28_2, "ResNet-50": resnet50}

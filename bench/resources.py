@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of every kernel, compiled for sm_80, sm_90 and sm_100; no GPU is needed.
 
-Every Triton kernel in every dtype and tile that can be picked, and the CUDA C++ kernels where nvcc is found. The exit
+Every Triton kernel with every tile in every dtype, and the CUDA C++ kernels where nvcc is found. The exit
 status is 0 only if all of them compile without spills and fit the chip. Then the host's cost of a call.
 """
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from fastmeta.triton_kernels._launch import INTERPRETED
+    from fastmeta.triton_kernels._program import INTERPRETED
 
     if INTERPRETED:
         print("Triton's interpreter compiles nothing: unset TRITON_INTERPRET", file=sys.stderr)
@@ -77,26 +77,19 @@ def triton_rows(quick: bool, processes: int | None) -> tuple[list[Row], list[str
     from bench import compiled, specimens
 
     rows: dict[tuple[str, str, str], Row] = {}
-    launches: dict[tuple[str, str, str], dict[int, list[compiled.Work]]] = {}
-    taken: set[Any] = set()
-    for architecture in compiled.ARCHITECTURES:
-        every = specimens.Enumeration(quick, architecture)
-        taken |= every.tiles
-        for operator, arithmetic, launch in every.found:
-            key = specimens.kernel_name(launch), specimens.pointer_types(launch), specimens.constants(launch)
-            row = rows.setdefault(key, Row([], key[0], [], key[2]))
-            for known, new in ((row.operators, operator), (row.arithmetic, arithmetic)):
-                if new not in known:
-                    known.append(new)
-            work = compiled.work(launch, architecture)
-            launches.setdefault(key, {}).setdefault(architecture, []).append(work)
     jobs: dict[compiled.Work, Row] = {}
-    for turn, (key, by_architecture) in enumerate(launches.items()):
-        chosen = list(by_architecture)
-        if quick:  # one architecture each, in turn
-            chosen = [chosen[turn % len(chosen)]]
-        jobs |= {work: rows[key] for architecture in chosen for work in by_architecture[architecture]}
-    problems = [f"no call takes {tile}" for tile in specimens.missing_tiles(taken)]
+    for operator, arithmetic, launch in specimens.launches(quick):
+        key = specimens.kernel_name(launch), specimens.pointer_types(launch), specimens.constants(launch)
+        if key not in rows:
+            rows[key] = Row([], key[0], [], key[2])
+        row = rows[key]
+        for known, new in ((row.operators, operator), (row.arithmetic, arithmetic)):
+            if new not in known:
+                known.append(new)
+        for turn, architecture in enumerate(compiled.ARCHITECTURES):
+            if not quick or turn == list(rows).index(key) % len(compiled.ARCHITECTURES):  # one each, in turn
+                jobs[compiled.work(launch, architecture)] = row
+    problems = []
     for job, resources in compiled.compile_all(jobs, processes):
         row, name = jobs[job], f"sm_{job.architecture}"
         row.registers[name] = max(row.registers.get(name, 0), resources.registers)
@@ -123,7 +116,7 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def _build_cuda() -> ModuleType:
+def build_cuda() -> ModuleType:
     spec = importlib.util.spec_from_file_location("build_cuda", ROOT / "csrc/build_cuda.py")
     assert spec is not None
     assert spec.loader is not None
@@ -135,7 +128,7 @@ def _build_cuda() -> ModuleType:
 
 def cuda_rows() -> tuple[list[dict[str, Any]], str, list[str]]:
     """The CUDA C++ kernels, as a list and as text, and what spills."""
-    build = _build_cuda()
+    build = build_cuda()
     if build.find_nvcc() is None:
         return [], "CUDA C++: nvcc is not found", []
     with tempfile.TemporaryDirectory() as folder:

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.case import Case, Problem, Variant
-from bench.measure import dtype_name
-from bench.ops import CASES
+from bench.case import Case, Problem, Variant, dtype_name
+from bench.ops import cases
 
 
 def name(case: Case, dtype: torch.dtype) -> str:
@@ -17,6 +16,7 @@ def name(case: Case, dtype: torch.dtype) -> str:
     return f"{case.operator}-{label}-{dtype_name(dtype)}"
 
 
+CASES = cases("cpu")
 RUNS = [pytest.param(case, dtype, id=name(case, dtype)) for case in CASES for dtype in case.dtypes]
 SMALLEST = {case.operator: case for case in reversed(CASES)}
 
@@ -31,7 +31,7 @@ def assert_right(problem: Problem, variant: Variant) -> None:
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS)
 def test_fastmeta(benchmark: Any, case: Case, dtype: torch.dtype) -> None:
-    problem = case.build(dtype)
+    problem = case.build(dtype, "cpu")
     variant = next(variant for variant in problem.variants if variant.name == case.main)
     assert_right(problem, variant)
     benchmark.group = f"{case.operator} ({case.label})"
@@ -42,7 +42,7 @@ def test_fastmeta(benchmark: Any, case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", SMALLEST.values(), ids=SMALLEST.keys())
 def test_every_variant_computes_the_same(case: Case) -> None:
     for dtype in case.dtypes:
-        problem = case.build(dtype)
+        problem = case.build(dtype, "cpu")
         for variant in problem.variants:
             assert_right(problem, variant)
     torch.compiler.reset()

@@ -9,18 +9,20 @@ import pytest
 import torch
 from cases import DEVICE
 
-from bench import inputs
-from bench.case import Problem, Variant, distance_to
-from bench.gpu import case as cases
-from bench.gpu import clock as clocks
-from bench.gpu import files, floors, forms, last_layer, launches, measure, operators, other_ops, rows
+from bench import case as cases
+from bench import clock as clocks
+from bench import files, floors, kernels, measure, operators, rows
+from bench.case import Case, Problem, Variant, distance_to
+from bench.floors import Ceilings, Cost
 from bench.inputs import Shape
-from bench.roofline import Cost
+from bench.ops import feature_similarity, finite_difference_labels, last_layer
+from bench.progress import Progress
 from fastmeta.models import WideResNet
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it is what runs there")
 F32, BF16 = torch.float32, torch.bfloat16
 QUICK = measure.Settings(rounds=3, min_sample_s=1e-4, budget_s=0.01)
+CEILINGS = Ceilings({"float32": 1e12, "bfloat16": 2e12}, {10**4: 1e9, 10**6: 5e8}, {"stream": 10.0, "graph": 1.5})
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +33,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-class Clock(clocks.CpuClock):
+class Clock(clocks.Clock):
     """Every call takes 10 us on the stream and 4 us in a graph; one that must not be captured raises."""
 
     def sampler(self, timed, calls):
@@ -56,7 +58,7 @@ class Clock(clocks.CpuClock):
 
 def test_wide_resnet_is_that_of_the_papers():
     model = WideResNet(10).to(memory_format=torch.channels_last)
-    assert [tuple(p.shape) for p in model.parameters()] == inputs.wide_resnet_28_2()
+    assert sum(p.numel() for p in model.parameters()) == 1_467_610
     images = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     assert model.blocks(model.stem(images)).shape == (2, 128, 8, 8)
     assert model(images).shape == (2, 10)
@@ -80,36 +82,45 @@ def errors(problem: Problem) -> dict[str, float]:
     for variant in problem.variants:
         with variant.around(), torch.set_grad_enabled(variant.grad):
             try:
-                found[variant.name] = problem.error(variant.check())
+                found[variant.name] = problem.error((variant.check or variant.call)())
             except ValueError as error:
-                assert "has no form" in str(error)  # noqa: PT017 - a form that this shape lacks
+                assert rows.NO_FORM in str(error)  # noqa: PT017 - a form that this shape lacks
     return found
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_every_variant_computes_the_same(operator, uncompiled):
+def test_every_variant_computes_the_same(operator, uncompiled, monkeypatch):
+    monkeypatch.setattr(last_layer, "compile_modes", lambda dtype, device: cases.COMPILE_MODES)  # as on a GPU
     for dtype in (F32, BF16):
         problem = last_layer.build(operator, TINY, dtype, "cpu")
         found = errors(problem)
         assert {"fastmeta", "eager", "torch.compile", rows.MAX_AUTOTUNE} <= found.keys()
-        assert {form.name for form in forms.offered(operator.name, TINY.c, "cpu")} >= {"fastmeta", "cpp"}
         assert all(error <= problem.tolerance for error in found.values()), found
     flops = 2 * TINY.n * TINY.d * TINY.c
     assert problem.cost.flops == sum(gemm.flops for gemm in operator.products(TINY))
     assert problem.cost.flops % flops == 0
+    assert problem.cost.row_bytes >= 2 * 2 * TINY.n * TINY.c
+
+
+def test_forms_that_can_be_named():
+    names = [form.name for form in kernels.offered("label_gradient", 21, "cpu")]
+    assert names[0] == "fastmeta"
+    assert {"triton rows", "triton fused"} <= set(names)  # in the interpreter
+    assert "cuda" not in [form.name for form in kernels.offered("label_gradient", 33, "cpu")]
+    assert kernels.offered("finite_difference_labels", 21, "cpu")[-1].name == "triton"
 
 
 def test_a_wrong_result_is_seen_in_any_row(uncompiled, monkeypatch):
     monkeypatch.setattr(last_layer, "_CHUNK", 40)  # the truth of sums comes in blocks of rows
     dot, gradient = last_layer.OPERATORS[0], last_layer.OPERATORS[2]
     problem = last_layer.build(dot, TINY, F32, "cpu")
-    right = problem.variants[0].check()
+    right = problem.variants[0].call()
     for row in range(TINY.n):
         wrong = right.clone()
         wrong[row] += 1
         assert problem.error(wrong) > problem.tolerance
     problem = last_layer.build(gradient, TINY, F32, "cpu")
-    weight, bias = problem.variants[0].check()
+    weight, bias = problem.variants[0].call()
     assert problem.error((weight, bias)) <= problem.tolerance
     assert problem.error((weight, bias + 0.1)) > problem.tolerance
 
@@ -118,8 +129,8 @@ def test_a_wrong_result_is_seen_in_any_row(uncompiled, monkeypatch):
 def test_the_other_operators_cases(shape, uncompiled):
     for dtype in (F32, BF16):
         for problem in (
-            other_ops.build_similarity(shape, dtype, "cpu"),
-            other_ops.build_label_step(shape.n, shape.c, dtype, "cpu"),
+            feature_similarity.build(shape, dtype, "cpu"),
+            finite_difference_labels.build(shape.n, shape.c, dtype, "cpu"),
         ):
             assert all(error <= problem.tolerance for error in errors(problem).values())
 
@@ -157,17 +168,12 @@ def test_a_product_has_its_operands_as_the_operator_has_them(kind):
     assert gemm.flops == 2 * 5 * 7 * 11
 
 
-def test_the_floor_is_the_longest_of_products_bytes_and_a_launch():
-    measured = floors.Floors(Clock(), copy_bytes=(1000, 10**6))  # a copy and a product in 4 us, a launch in 4 or 10
-    gemm = floors.Gemm(8, 8, 8, "nt")
-    assert measured.gemm_us(gemm, F32) == pytest.approx(4)
-    assert measured.floor([gemm, gemm], Cost(0, 8), F32, graph=True).us == pytest.approx(8)
-    assert measured.floor([gemm, gemm], Cost(0, 8), F32, graph=True).bound == "GEMM"
-    assert measured.floor([], Cost(0, 5 * 10**6), F32, graph=True).us == pytest.approx(20)
-    # Spread over more memory than they are, bytes move at the rate of the larger copy.
-    spread = measured.floor([], Cost(0, 10**4, 10**6), F32, graph=False)
-    assert (spread.copy_us, spread.us, spread.bound) == (pytest.approx(0.04), pytest.approx(10), "launch")
-    assert measured.peak_flops(F32, 64) == pytest.approx(2 * 64**3 / 4e-6)
+def test_ceilings_and_products_are_measured_without_the_hosts_part():
+    measured = floors.measure_ceilings(Clock(), copy_bytes=(1000, 10**6), gemm_size=64)
+    assert measured.copy == pytest.approx({1000: 1000 / 4e-6, 10**6: 1e6 / 4e-6})
+    assert measured.gemm["float32"] == pytest.approx(2 * 64**3 / 4e-6)
+    products = floors.Products(Clock())
+    assert products.us(floors.Gemm(8, 8, 8, "nt"), F32) == pytest.approx(4)
 
 
 class Call:
@@ -180,11 +186,12 @@ class Call:
         return self.result
 
 
-def problem_of(*variants: Variant) -> cases.GpuCase:
+def problem_of(*variants: Variant) -> Case:
     def build(dtype, device):
-        return Problem(list(variants), distance_to(torch.ones(3)), Cost(0, 100, 5000), 1e-3)
+        gemm = floors.Gemm(3, 4, 5, "nt")
+        return Problem(list(variants), distance_to(torch.ones(3)), Cost(0, 100, 5000, (gemm, gemm), 3000), 1e-3)
 
-    return cases.GpuCase("label_gradient", "3, 4, 5", build, shape=(3, 4, 5))
+    return Case("label_gradient", "3, 4, 5", build, shape=(3, 4, 5))
 
 
 def test_a_case_is_checked_timed_and_set_against_its_floor():
@@ -207,47 +214,65 @@ def test_a_case_is_checked_timed_and_set_against_its_floor():
     )
     announced: list[str] = []
     clock = Clock()
-    record = measure.measure_case(
-        case, F32, clock, floors.Floors(clock, (10**4,)), QUICK, left_out={"late": "no time"}, announce=announced.append
+    (record,) = measure.measure_case(
+        case, [F32], clock, floors.Products(clock), QUICK, left_out={"late": "no time"}, announce=announced.append
     )
+    CEILINGS.apply(record)
     record = json.loads(json.dumps(record))
     by_name = {variant["name"]: variant for variant in record["variants"]}
-    ours = by_name["fastmeta"]
+    ours, cost = by_name["fastmeta"], record["cost"]
     assert (ours["stream_us"], ours["graph_us"], ours["host_us"], ours["peak_bytes"]) == pytest.approx((12, 4, 7, 1024))
     assert ours["host_syncs"] == 0
-    assert ours["times_floor"] == pytest.approx(4 / record["cost"]["floor_us"])
+    assert (cost["floor_us"], cost["floor_stream_us"], cost["bound"]) == (1.5, 10.0, "launch")
+    assert (cost["copy_us"], cost["gemm_us"], cost["row_us"]) == pytest.approx((0.1, 8.0, 3.0))
+    assert ours["times_floor"] == pytest.approx(4 / 1.5)
     assert ours["stream_times_floor"] == pytest.approx(1.2)
     assert by_name["eager"]["graph_reason"] == "RuntimeError: operation not permitted when stream is capturing"
     assert "graph_us" not in by_name["eager"]
     assert "graph_us" not in by_name["loop"]
     assert rows.device_us(by_name["long"]) == 5000.0
-    assert "times_floor" not in by_name["loop"]
     assert by_name["wrong"]["status"] == "wrong"
     assert by_name["absent"]["reason"] == "MemoryError: 9 GB"
     assert (by_name["late"]["status"], by_name["late"]["reason"]) == ("left out", "no time")
     assert "stream_us" not in by_name["wrong"]
-    assert record["choice"] == {"chosen": "triton rows", "best": "triton rows", "best_us": 10.0, "times_best": 1.2}
+    assert rows.best_form(record) == ("triton rows", pytest.approx(1.2))
     assert len(around) >= 3  # the check, the samples, the graph
     assert announced[0] == "inputs"
     assert {"fastmeta", "timing", "eager: graph"} <= set(announced)
 
 
-def test_the_models_choice_is_that_of_the_measured_forms():
-    shape = (1024, 2048, 1000)
-    assert forms.chosen("label_gradient", shape, BF16, False, ["triton flash"]) == "triton flash"
-    assert forms.chosen("label_gradient", shape, BF16, False, ["triton rows", "triton flash"]) == "triton rows"
-    assert forms.chosen("label_gradient", (256, 128, 10), BF16, False, ["cuda", "triton rows"]) == "cuda"
-    assert forms.chosen("feature_similarity", shape, BF16, False, ["triton rows"]) is None
+def test_samples_that_scatter_are_flagged():
+    assert not rows.is_noisy({"quartiles_us": [10.0, 12.9]})
+    assert rows.is_noisy({"quartiles_us": [10.0, 13.1]})
+    assert min(settings.rounds for settings in (measure.SETTINGS["cuda"], measure.QUICK)) >= 15
+
+
+def test_what_no_record_holds_is_measured_first(tmp_path):
+    files.write(
+        tmp_path / "a card/gpu.json",
+        {"operators": [{"key": "x", "main": "a", "variants": []}, {"key": "y", "main": "a"}]},
+    )
+    assert operators.recorded(tmp_path) == set()
+    known = {
+        "key": "label_gradient (256, 128, 10) float32",
+        "main": "fastmeta",
+        "variants": [{"name": "fastmeta", "role": "fastmeta", "stream_us": 1}],
+    }
+    files.write(tmp_path / "a card/gpu.json", {"operators": [known]})
+    assert operators.recorded(tmp_path) == {known["key"]}
+    here = operators.recorded()
+    assert "label_gradient (256, 128, 10) bfloat16" in here
+    assert not [key for key in here if key.startswith(("solve_hessian", "feature_similarity"))]
 
 
 def run(tmp_path, case, **given):
-    progress = operators.Progress(tmp_path / "operators.json")
-    options = {"deadline": time.monotonic() + 60, "copy_bytes": (10**4,)} | given
-    operators.measure_all([(case, F32)], progress, Clock(), QUICK, **options)
+    progress = Progress(tmp_path / "operators.json")
+    options = {"deadline": time.monotonic() + 60, "ceilings": CEILINGS} | given
+    operators.measure_all([(case, (F32,))], progress, Clock(), QUICK, **options)
     return json.loads((tmp_path / "operators.json").read_text())
 
 
-def good(name: str = "fastmeta") -> cases.GpuCase:
+def good(name: str = "fastmeta") -> Case:
     return problem_of(Variant(name, Call(torch.ones(3)), "fastmeta"), Variant("other", Call(torch.ones(3)), "eager"))
 
 
@@ -279,7 +304,7 @@ def test_inputs_that_do_not_fit_leave_the_others(tmp_path):
     def build(dtype, device):
         raise torch.OutOfMemoryError("9 GB")
 
-    results = run(tmp_path, cases.GpuCase("label_gradient", "1, 1, 1", build))
+    results = run(tmp_path, Case("label_gradient", "1, 1, 1", build))
     assert results["cases"][0]["failed"] == "OutOfMemoryError: 9 GB"
 
 
@@ -297,7 +322,7 @@ def test_a_lost_device_ends_the_process(tmp_path, monkeypatch):
 def test_only_what_is_compiled_is_measured(tmp_path):
     case = problem_of(*[Variant(name, Call(torch.ones(3)), "compile") for name in cases.COMPILE_MODES])
     done = tmp_path / "compiled.json"
-    operators.compile_all([(case, F32)], 0, 1, done, time.monotonic() + 60, "cpu")
+    operators.compile_all([(case, (F32,))], 0, 1, done, time.monotonic() + 60, "cpu")
     keys = set(json.loads(done.read_text()))
     assert keys == {f"{case.key(F32)}/{name}" for name in cases.COMPILE_MODES}
     statuses = [
@@ -305,26 +330,26 @@ def test_only_what_is_compiled_is_measured(tmp_path):
         for v in run(tmp_path, case, compiled=keys - {f"{case.key(F32)}/torch.compile"})["cases"][0]["variants"]
     ]
     assert statuses == ["left out", "measured"]
-    large = cases.GpuCase("label_gradient", "large", case.build, shape=(2**14, 2**12, 2**10))
-    operators.compile_all([(large, BF16)], 0, 1, done, time.monotonic() + 60, "cpu")
+    large = Case("label_gradient", "large", case.build, shape=(2**14, 2**12, 2**10))
+    operators.compile_all([(large, (BF16,))], 0, 1, done, time.monotonic() + 60, "cpu")
     assert json.loads(done.read_text()) == [f"{large.key(BF16)}/torch.compile"]  # its tuning would take too long
-    operators.compile_all([(case, F32)], 1, 2, tmp_path / "other.json", time.monotonic() + 60, "cpu")
+    operators.compile_all([(case, (F32,))], 1, 2, tmp_path / "other.json", time.monotonic() + 60, "cpu")
     assert not (tmp_path / "other.json").exists()  # it was in the other share
 
 
-def test_launches_are_counted_where_there_is_a_profiler(tmp_path, monkeypatch, capsys):
+def test_launches_are_counted_where_there_is_a_profiler(tmp_path, capsys):
     run(tmp_path, good())
-    progress = operators.Progress(tmp_path / "operators.json")
+    progress, clock, given = Progress(tmp_path / "operators.json"), Clock(), [(good(), (F32,))]
 
-    def no_profiler(variant):
+    def no_profiler(call):
         raise RuntimeError("CUPTI is not there")
 
-    monkeypatch.setattr(launches, "kernels_of", no_profiler)
-    launches.count_all([(good(), F32)], progress, time.monotonic() + 60)
+    clock.kernels = no_profiler
+    operators.count_launches(given, progress, clock, time.monotonic() + 60)
     assert "Launches are not counted: RuntimeError: CUPTI is not there" in capsys.readouterr().out
-    monkeypatch.setattr(launches, "kernels_of", lambda variant: ["gemm", variant.role])
-    launches.count_all([(good(), F32)], progress, time.monotonic() - 1)
+    clock.kernels = lambda call: ["gemm", "rows"]
+    operators.count_launches(given, progress, clock, time.monotonic() - 1)
     assert "launches" not in progress.cases[0]["variants"][0]
-    launches.count_all([(good(), F32)], progress, time.monotonic() + 60)
-    (variant, _) = files.read(tmp_path / "operators.json")["cases"][0]["variants"]
-    assert (variant["launches"], variant["kernels"]) == (2, ["gemm", "fastmeta"])
+    operators.count_launches(given, progress, clock, time.monotonic() + 60)
+    variant = files.read(tmp_path / "operators.json")["cases"][0]["variants"][0]
+    assert (variant["launches"], variant["kernels"]) == (2, ["gemm", "rows"])

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import choices, files, gate, operators
 from bench.__main__ import main
-from bench.gpu import choices, command, files, operators, outcomes, phases, sanitizer, small_pass, step
-from bench.gpu.clock import DeviceLost
+from bench.clock import DeviceLost
+from bench.gpu import cache, command, phases, sanitizer, small_pass
 from bench.inputs import Shape
+from bench.ops import cases
+from bench.step import command as step
 
 ROOT = Path(__file__).parents[1]
 PASSED = {"status": "passed", "reason": "", "seconds": 1.0, "limit_s": 9.0, "tail": ""}
@@ -49,32 +52,42 @@ def test_arguments_are_checked(arguments, tmp_path, capsys):
 def test_the_command_runs_before_fastmeta_is_built_and_needs_no_tyro():
     """The first phase builds the extension; the machine it is for has no tyro."""
     blocked = "import sys; sys.modules['tyro'] = None\n"
-    before = "import bench.__main__, bench.gpu.command, bench.gpu.plot\nassert 'fastmeta' not in sys.modules\n"
-    measuring = "import bench.gpu.operators, bench.gpu.step, bench.gpu.small_pass, bench.gpu.environment"
+    before = "import bench.__main__, bench.gpu.command, bench.gpu.report, bench.plot, bench.step.plot\n"
+    before += "assert 'fastmeta' not in sys.modules\n"
+    measuring = "import bench.operators, bench.step.command, bench.gpu.small_pass, bench.environment"
     subprocess.run([sys.executable, "-W", "ignore", "-c", blocked + before + measuring], cwd=ROOT, check=True)
 
 
 def test_the_choices_are_the_cases():
-    assert set(choices.OPERATORS) == {case.operator for case in operators.CASES}
+    assert set(choices.OPERATORS) == {case.operator for case in cases("cuda")}
     assert set(choices.DTYPES) == set(operators.DTYPES)
     parser = argparse.ArgumentParser()
     choices.add_choices(parser)
     options = parser.parse_args(["--shapes", "768, 512", "head", "--dtypes", "float32", "--quick"])
     again = parser.parse_args(choices.as_arguments(options))
     assert vars(again) == {**vars(options), "operators": list(choices.OPERATORS)}
-    chosen = operators.chosen(options)
+    chosen = operators.chosen(options, "cuda")
     assert {case.label for case, _ in chosen} > {"768, 512, 200", "1024, 768, 30522, head"}
-    assert {dtype for _, dtype in chosen} == {torch.float32}
+    assert {dtypes for _, dtypes in chosen} == {(torch.float32,)}
+    both = operators.chosen(parser.parse_args(["--operators", "label_gradient"]), "cpu")
+    assert {dtypes for _, dtypes in both} == {(torch.bfloat16, torch.float32)}
 
 
-def test_what_takes_seconds_a_call_is_measured_last():
+def test_the_order_of_the_cases():
     parser = argparse.ArgumentParser()
     choices.add_choices(parser)
-    order = [(case.label, dtype) for case, dtype in operators.chosen(parser.parse_args([]))]
-    giant = [place for place, (label, _) in enumerate(order) if label.startswith("8192, 2048, 128256")]
-    assert all(order[place][1] == torch.bfloat16 for place in giant if place < order.index(("WRN-28-2", torch.float32)))
-    assert order[-1] == ("8192, 2048, 128256", torch.float32)
-    assert set(operators.GOAL_SHAPES) < {case.label for case in operators.CASES}
+    chosen = operators.chosen(parser.parse_args([]), "cuda")
+    keys = [case.key(dtypes[0]) for case, dtypes in chosen]
+    known = operators.recorded()
+    new = [place for place, key in enumerate(keys) if key not in known]
+    old = [place for place, key in enumerate(keys) if key in known]
+    large = [
+        place for place, (case, dtypes) in enumerate(chosen) if operators.is_large(case) and "float32" in keys[place]
+    ]
+    assert old
+    assert min(large) > max(old)  # what takes seconds a call is last
+    assert max(place for place in new if place not in large) < min(old)  # what was never measured is first
+    assert set(operators.GOAL_SHAPES) < {case.label for case in cases("cuda")}
 
 
 def test_a_phase_that_passes_and_one_that_fails(tmp_path):
@@ -166,15 +179,32 @@ def options(tmp_path: Path, **given) -> argparse.Namespace:
 
 
 def test_time_that_a_phase_leaves_goes_to_those_behind_it(tmp_path):
-    asked = options(tmp_path, phases=("build", "operators", "step"), budget=460.0)
+    shares = {names: (kept, most) for names, kept, most in command.GROUPS}
+    assert sum(kept for kept, _ in shares.values()) <= 1
+    assert command.BUDGET_S < 8 * 60
+    assert command.QUICK_S < 4 * 60
+    asked = options(tmp_path, phases=("build", "operators", "step"))
     limits = dict(command._limits(asked, time.monotonic()))  # the groups take no time here
-    assert limits == {("build",): 180, ("operators",): 240, ("step",): 120}
-    late = dict(command._limits(asked, time.monotonic() - 160))
-    assert late["build",] == pytest.approx(460 - 160 - 195, abs=1)
-    assert late["operators",] == pytest.approx(460 - 160 - 60, abs=1)
-    short = options(tmp_path, phases=("operators", "step"), budget=30.0)
-    assert next(iter(command._limits(short, time.monotonic())))[1] == pytest.approx(30 * 135 / 195, abs=1)
-    assert sum(kept for _, kept, _ in command.GROUPS) <= command.BUDGET_S < 8 * 60
+    for names in limits:
+        assert limits[names] == pytest.approx(shares[names][1] * command.BUDGET_S, abs=1)
+    late = dict(command._limits(asked, time.monotonic() - 250))
+    kept = {names: share * command.BUDGET_S for names, (share, _) in shares.items()}
+    left = command.BUDGET_S - 250
+    assert late["operators",] == pytest.approx(left - kept["step",], abs=1)
+    quick = dict(command._limits(options(tmp_path, quick=True), time.monotonic()))
+    assert quick["tests",] == pytest.approx(shares["tests",][1] * command.QUICK_S, abs=1)
+    short = options(tmp_path, phases=("operators", "step"), budget=10.0)
+    assert next(iter(command._limits(short, time.monotonic() - 9)))[1] == pytest.approx(1 * 0.26 / 0.39, abs=0.2)
+    assert next(iter(command._limits(short, time.monotonic() - 20)))[1] == 0.0
+
+
+def test_what_compiles_and_what_fills_the_card_are_alone():
+    groups = [names for names, _, _ in command.GROUPS]
+    order = [name for names in groups for name in names]
+    assert set(order) == set(command.PHASES)
+    assert ("compile",) in groups
+    assert groups[-1] == ("large",)
+    assert order.index("compile") < order.index("tests") < order.index("memcheck") < order.index("operators")
 
 
 def test_a_run_goes_on_after_a_failure_and_writes_what_it_has(tmp_path, capsys):
@@ -189,8 +219,10 @@ def test_a_run_goes_on_after_a_failure_and_writes_what_it_has(tmp_path, capsys):
         return [python(code, plan.work, name="tests", log=plan.log("tests"))]
 
     def step(plan, seconds):
-        done = [{"task": "tiny", "variants": [{"name": "FixMatch", "method": "", "step_ms": 1.5, "ratio": 1.0}]}]
-        code = write.format(str(plan.part("step.json"))) + f"path.write_text({json.dumps(done)!r})"
+        rows = [{"name": "FixMatch", "schedule": "plain", "status": "measured", "median_us": 1500.0}]
+        done = {"networks": [{"network": "tiny", "device": "cuda", "steps": rows, "derivatives": []}]}
+        code = "import pathlib; pathlib.Path({!r}).mkdir(parents=True)\n".format(str(plan.part("step")))
+        code += f"pathlib.Path({str(plan.part('step') / 'step.json')!r}).write_text({json.dumps(done)!r})"
         return [python(code, plan.work, name="step", log=plan.log("step"))]
 
     def build(plan, seconds):
@@ -213,11 +245,11 @@ def test_a_run_goes_on_after_a_failure_and_writes_what_it_has(tmp_path, capsys):
     assert results["phases"]["build"]["tail"] == "no compiler\n"
     assert results["phases"]["environment"]["reason"] == "ImportError: nothing is built"
     assert results["tests"]["failed"] == [{"test": "tests/test_hvp.py::test_a", "message": "assert 1 == 2"}]
-    assert results["tests"]["operators"]["hessian_vector_product"] == {"passed": 0, "failed": 1}
+    assert results["tests"]["operators"]["hessian_vector_product"]["failed"] == 1
     assert "===== build\nno compiler" in (tmp_path / "out" / "log.txt").read_text()
     assert "tests/test_hvp.py::test_a: assert 1 == 2" in (tmp_path / "out" / "gpu.md").read_text()
     printed = capsys.readouterr().out
-    assert "| FixMatch | 1.50 | 1.000 |" in printed
+    assert "| FixMatch | 1.50 |" in printed
     assert printed.rstrip().endswith("s in all.")
 
 
@@ -232,19 +264,29 @@ def test_results_have_a_place_of_their_own(monkeypatch):
 
 def test_the_commands_of_the_real_phases(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    plan = command.Plan(tmp_path, options(tmp_path, quick=True))
+    plan = command.Plan(tmp_path, options(tmp_path, quick=True), tmp_path / "caches")
     made = {name: maker(plan, 100.0) for name, maker in command.MAKERS.items()}
     assert made["build"][0].command[1:] == ["setup.py", "-q", "build_ext", "--inplace"]
     assert made["build"][0].environment["FASTMETA_CUDA_ARCHITECTURES"] == "90"
     assert made["operators"][0].attempts > 1
     assert made["operators"][0].command.count("--compiled") == 1
-    assert len(made["compile"]) == command.COMPILE_PROCESSES
+    assert len(made["compile"]) == command.PROCESSES
+    assert all(phase.environment.items() >= cache.environment(tmp_path / "caches").items() for phase in made["step"])
     tests = made["tests"][0]
     assert tests.environment["FASTMETA_TEST_DEVICE"] == "cuda"
-    names = {Path(argument).name for argument in tests.command if argument.endswith(".py")}
-    assert names >= {"test_ops_kernels.py", "test_masked_adam.py", "test_gpu_large.py"}
-    assert all((ROOT / "tests" / name).is_file() for name in command.HOST_TESTS)
-    assert not names & command.HOST_TESTS
+    named = [argument for argument in tests.command if ".py" in argument]
+    names = {Path(argument.partition("::")[0]).name for argument in named}
+    assert names >= {"test_ops_kernels.py", "test_masked_adam.py", "test_graph.py", "test_device_solver.py"}
+    assert all((ROOT / "tests" / name).is_file() for name in command.HOST_TESTS | {command.LARGE})
+    assert not names & (command.HOST_TESTS | {command.LARGE})
+    for name in command.ON_A_GPU:
+        file, _, test = name.partition("::")
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text()
+    suffix = command.sysconfig.get_config_var("EXT_SUFFIX")
+    brought = command.Plan(tmp_path, plan.options, plan.caches, [f"_C{suffix}", "_C_cuda.so"])
+    assert "setup.py" not in command.MAKERS["build"](brought, 100.0)[0].command
+    kernels = command.Plan(tmp_path, plan.options, plan.caches, ["_C_cuda.so"])
+    assert command.MAKERS["build"](kernels, 100.0)[0].environment["FASTMETA_CUDA"] == "0"
 
 
 def test_json_has_no_nan(tmp_path):
@@ -270,22 +312,23 @@ def test_outcomes_are_written_as_they_come(tmp_path):
     (tmp_path / "test_label_gradient_here.py").write_text(TESTS)
     written = tmp_path / "outcomes.jsonl"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_outcomes", "--rootdir", tmp_path, tmp_path],
+        [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_outcomes", "--rootdir", tmp_path, tmp_path],
         cwd=tmp_path,
-        env=os.environ | {outcomes.FILE: str(written), "PYTHONPATH": str(ROOT)},
+        env=os.environ | gate.environment(written),
         capture_output=True,
         check=False,
     )
     assert done.returncode == 3  # a process with a broken context ends itself
     with written.open("a") as file:
         file.write('{"test": "cut o')
-    found = outcomes.summarize(written, choices.STEMS)
+    found = gate.summarize([written], choices.STEMS)
     assert found["passed"] == 1
     assert [one["test"].rpartition("::")[2] for one in found["failed"]] == ["test_bad", "test_broken_context"]
     assert "assert 1 == 2" in found["failed"][0]["message"]
     assert found["skipped"] == {"Skipped: no room": 1}
-    assert found["operators"]["label_gradient"] == {"passed": 1, "failed": 2}
-    assert outcomes.summarize(tmp_path / "nothing", choices.STEMS)["passed"] == 0
+    verdict = found["operators"]["label_gradient"]
+    assert (verdict["passed"], verdict["failed"]) == (1, 2)
+    assert gate.summarize([tmp_path / "nothing"], choices.STEMS)["passed"] == 0
 
 
 BEGUN, DONE = sanitizer.BEGUN, sanitizer.DONE
@@ -300,10 +343,16 @@ VERDICTS = [
     (PASSED, f"{BEGUN}\n========= ERROR SUMMARY: 0 errors\n", "failed", "0 errors"),  # the pass did not come to its end
     (PASSED, f"{BEGUN}\n{DONE}\n", "failed", "no summary"),
     (
-        PASSED | {"status": "failed", "reason": "exit status 9"},
-        f"{BEGUN}\n{DONE}\n========= ERROR SUMMARY: 3 errors\n",
+        PASSED,  # its own word counts, and the worst of several processes
+        f"{BEGUN}\n{DONE}\n========= ERROR SUMMARY: 3 errors\n========= ERROR SUMMARY: 0 errors\n",
         "failed",
-        "exit status 9; ERROR SUMMARY: 3 errors",
+        "ERROR SUMMARY: 3 errors",
+    ),
+    (
+        PASSED | {"status": "failed", "reason": "exit status 1"},
+        f"{BEGUN}\n{DONE}\n========= ERROR SUMMARY: 0 errors\n",
+        "passed",
+        "ERROR SUMMARY: 0 errors",
     ),
     (
         PASSED | {"status": "failed", "reason": "exit status 1"},
@@ -329,12 +378,12 @@ def test_verdict_of_the_sanitizer(record, output, status, reason):
 
 
 def test_the_small_pass_calls_every_kernel(capsys, monkeypatch):
-    monkeypatch.setattr(small_pass, "SHAPES", (Shape(5, 6, 7), Shape(6, 9, 40)))  # Triton's interpreter is slow
-    monkeypatch.setattr(small_pass, "DTYPES", (torch.float32,))
+    small = ((Shape(5, 6, 7), torch.float32), (Shape(6, 9, 40), torch.bfloat16))  # Triton's interpreter is slow
+    monkeypatch.setattr(small_pass, "PASSES", small)
     assert small_pass.main(["--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert said.index(BEGUN) < said.index(DONE)
-    assert int(said.split(DONE)[0].split()[-5]) > 50
+    assert int(said.split(DONE)[0].split()[-5]) > 30
 
 
 def test_finding_the_sanitizer(tmp_path, monkeypatch):
@@ -343,6 +392,13 @@ def test_finding_the_sanitizer(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "compute-sanitizer").touch()
     assert sanitizer.find() == str(tmp_path / "bin" / "compute-sanitizer")
+    assert not sanitizer.is_wrapper(sys.executable)
+    said = sanitizer.command("compute-sanitizer", "memcheck")
+    assert said[said.index("--launch-timeout") + 1] == "0"
+    assert "application-only" in said
+    (tmp_path / "python").write_text("#!/bin/sh")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert "all" in sanitizer.command("compute-sanitizer", "memcheck")
 
 
 def test_the_measuring_processes_understand_their_commands(tmp_path, monkeypatch):
@@ -351,18 +407,18 @@ def test_the_measuring_processes_understand_their_commands(tmp_path, monkeypatch
     taken = []
 
     def measured(cases, progress, clock, settings, deadline, *, compiled):
-        progress.finish("key", {"shape": "1"})
+        progress.finish({"key": "key", "shape": "1"})
         taken.append((cases, settings, deadline - time.monotonic(), compiled))
 
     monkeypatch.setattr(operators, "clock_for", lambda device: None)
     monkeypatch.setattr(operators, "measure_all", measured)
-    monkeypatch.setattr(operators.launches, "count_all", lambda *arguments: None)
+    monkeypatch.setattr(operators, "count_launches", lambda *arguments: None)
     phase = command.MAKERS["operators"](plan, 100.0)[0]
-    assert operators.main(phase.command[phase.command.index("bench.gpu.operators") + 1 :]) == 0
+    assert operators.main(phase.command[phase.command.index("bench.operators") + 1 :]) == 0
     (cases, settings, left, compiled), *_ = taken
     assert {case.operator for case, _ in cases} == {"label_gradient"}
-    assert {dtype for _, dtype in cases} == {torch.float32}
-    assert settings == operators._QUICK
+    assert {dtypes for _, dtypes in cases} == {(torch.float32,)}
+    assert settings == operators.QUICK
     assert 100 - command._START_S - operators._LAUNCHES_S - 5 < left < 100 - command._START_S
     assert compiled == {"a/torch.compile"}
     assert phase.progress.exists()
@@ -371,14 +427,21 @@ def test_the_measuring_processes_understand_their_commands(tmp_path, monkeypatch
     shares = []
     monkeypatch.setattr(operators, "compile_all", lambda cases, share, shares_, *rest: shares.append((share, shares_)))
     for phase in command.MAKERS["compile"](plan, 100.0):
-        assert operators.main(phase.command[phase.command.index("bench.gpu.operators") + 1 :]) == 0
-    assert shares == [(share, command.COMPILE_PROCESSES) for share in range(command.COMPILE_PROCESSES)]
+        assert operators.main(phase.command[phase.command.index("bench.operators") + 1 :]) == 0
+    assert shares == [(share, command.PROCESSES) for share in range(command.PROCESSES)]
 
+    def network(name, variants, settings, clock):
+        taken.append((len(variants), settings.rounds))
+        raise ImportError("No module named 'torchvision'\nmore")
+
+    taken.clear()
     monkeypatch.setattr(step, "clock_for", lambda device: None)
-    monkeypatch.setattr(step, "measure_task", lambda task, *rest: {"task": str(task), "variants": []})
+    monkeypatch.setattr(step, "measure_network", network)
     phase = command.MAKERS["step"](plan, 100.0)[0]
-    assert step.main(phase.command[phase.command.index("bench.gpu.step") + 1 :]) == 0
-    assert [task["task"] for task in files.read(plan.part("step.json"))] == [str(task) for task in step.TASKS]
+    assert main(phase.command[phase.command.index("bench") + 1 :]) == 1
+    assert [rounds for _, rounds in taken] == [5, 5]
+    found = files.read(plan.part("step") / "step.json")
+    assert list(found["failed"].values()) == ["ImportError: No module named 'torchvision'"] * 2
 
 
 def test_a_lost_device_is_an_exit_status_that_starts_again(tmp_path, monkeypatch):
@@ -389,3 +452,31 @@ def test_a_lost_device_is_an_exit_status_that_starts_again(tmp_path, monkeypatch
     monkeypatch.setattr(operators, "measure_all", lost)
     arguments = ["--out", str(tmp_path / "x.json"), "--until", str(time.time() + 9)]
     assert operators.main(arguments) == operators.DEVICE_LOST != 0
+
+
+def test_the_archive_brings_caches_and_libraries(tmp_path):
+    old, new, root, other = (tmp_path / name for name in ("old", "new", "root", "other"))
+    for tree in (root, other):
+        (tree / "csrc").mkdir(parents=True)
+        (tree / "fastmeta").mkdir()
+        (tree / "csrc/a.h").write_text("int a;")
+    (root / "fastmeta/_C_cuda.so").write_text("code")
+    kernel = old / "triton/ABC"
+    kernel.mkdir(parents=True)
+    (kernel / "rows.cubin").write_text("cubin")
+    (kernel / "lock").touch()
+    (kernel / "tmp.pid_1").mkdir()
+    group = {"child_paths": {"rows.cubin": str(kernel / "rows.cubin")}}
+    (kernel / "__grp__rows.json").write_text(json.dumps(group))
+    assert cache.unpack(tmp_path / "none.tar.gz", new, other) == []
+    assert cache.pack(tmp_path / "a.tar.gz", old, root) > 0
+    assert cache.unpack(tmp_path / "a.tar.gz", new, other) == ["_C_cuda.so"]
+    assert (other / "fastmeta/_C_cuda.so").read_text() == "code"
+    moved = json.loads((new / "triton/ABC/__grp__rows.json").read_text())["child_paths"]
+    assert Path(moved["rows.cubin"]).read_text() == "cubin"
+    assert Path(moved["rows.cubin"]).is_relative_to(new)
+    assert not (new / "triton/ABC/lock").exists()
+    (other / "csrc/a.h").write_text("int b;")  # other sources: the kernels' own keys hold theirs, a library has none
+    (other / "fastmeta/_C_cuda.so").unlink()
+    assert cache.unpack(tmp_path / "a.tar.gz", tmp_path / "again", other) == []
+    assert not (other / "fastmeta/_C_cuda.so").exists()

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from bench.__main__ import main
+from bench.clock import Clock
 from bench.step import alignment, command, gate, goals, measure, published, report, task
-from bench.step.variants import EVERY, PLAIN, Variant, variants
+from bench.step.variants import EVERY, PLAIN, Variant, for_gpu, variants
 from fastmeta.models import WideResNet
 
-TINY = task.Network("tiny", lambda: WideResNet(task.NUM_CLASSES, depth=10, width=1), pixels=12)
+TINY = task.Network("tiny", lambda: WideResNet(10, depth=10, width=1), pixels=12, labeled=4, unlabeled=4)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def results(tmp_path_factory):
     """What a run on a small network leaves in its folder."""
     folder = tmp_path_factory.mktemp("step")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "NETWORKS", (TINY,))
+        patch.setattr(command, "NETWORKS", {"cpu": (TINY,), "cuda": ()})
         patch.setattr(command, "NAMES", ["tiny"])
         code = main(["step", "--rounds", "1", "--batch", "4", "--threads", "1", "--out", str(folder)])
     assert code == 0
@@ -39,7 +40,7 @@ def test_every_step_is_measured_and_right(results):
     for variant in variants():
         row = steps[variant.name]
         assert row["status"] == "measured"
-        assert row["ratio"] == row["median_us"] / steps[variant.plain]["median_us"]
+        assert row["ratio"] == pytest.approx(row["median_us"] / steps[variant.plain]["median_us"])  # one round
         assert row["peak_bytes"] > 0
         assert (row["error"] < gate.TOLERANCE) if variant.same_as else "error" not in row
     assert {row["name"] for row in network["derivatives"]} == {"forward", *derivative_hows()}
@@ -111,22 +112,21 @@ def test_a_wrong_step_is_not_timed_and_one_that_fails_does_not_end_the_run(monke
         Variant("wrong", "jvp", "fused", "table labels", published.PublishedMetaGradient, "right"),
         Variant("failing", "jvp", "fused", "table labels", broken),
     ]
-    monkeypatch.setattr(measure.gate, "errors", lambda network, variants: {chosen[0].name: 2e-3})
+    monkeypatch.setattr(measure.gate, "errors", lambda network, variants, device: {chosen[0].name: 2e-3})
     monkeypatch.setattr(measure.derivatives, "measure", lambda *arguments: [])
-    network = measure.measure_network(TINY, chosen, measure.Settings(rounds=1, batch=2))
+    network = measure.measure_network(TINY, chosen, measure.Settings(rounds=1))
     wrong, failing = network["steps"][-2:]
     assert (wrong["status"], "median_us" in wrong) == ("wrong", False)
     assert (failing["status"], failing["reason"]) == ("failed", "NotImplementedError: no such thing")
     assert {goal.met for goal in goals.goals(network)} == {None}
     lines = report.markdown(made_up([network])).splitlines()
-    assert "| wrong | jvp | fused | table labels |  |  | wrong |  | 2e-03 |" in lines
+    assert "| wrong | jvp | fused | table labels | wrong | 2e-03 |" in lines
     assert "- failing, jvp, fused: failed, NotImplementedError: no such thing." in lines
 
 
 def made_up(networks):
     keys = ("cpu", "threads", "torch_cpu_capability", "torch", "fastmeta", "git_commit", "date")
-    described = dict.fromkeys(keys, "?")
-    return {"environment": described, "settings": {"batch": 2, "rounds": 1}, "networks": networks}
+    return {"environment": dict.fromkeys(keys, "?"), "settings": {"rounds": 1}, "networks": networks}
 
 
 def row(method, how, schedule, ratio, memory=1.0, status="measured"):
@@ -172,10 +172,73 @@ def test_goals_are_judged_by_their_worst_case():
         "label_gradient by jvp over one forward": (("train mode", 2.4), False),
     }
     table = report.goals_table({"networks": [network]})
-    assert "| exact by jvp, fused: L2I | <= 2.00x | 1.40x, reached (L2I V2, jvp, fused) |" in table
-    assert "| exact by jvp, fused: Meta-Gradient | <= 1.60x |  |" in table
+    assert "| made up | exact by jvp, fused: L2I | <= 2.00x | 1.40x: L2I V2, jvp, fused | yes |" in table
+    assert "| made up | exact by jvp, fused: Meta-Gradient | <= 1.60x |  |  |" in table
 
 
 def test_no_step_has_such_a_name(capsys):
     assert main(["step", "--methods", "nothing"]) == 2
     assert "No step" in capsys.readouterr().err
+
+
+class PretendClock(Clock):
+    """A GPU's clock on the CPU: graphs and autocast aside, what is measured there is measured here."""
+
+    device = "cpu"
+
+    def host_syncs(self, call):
+        return 0
+
+
+def test_paired_ratios_have_a_spread_and_the_method_alone_bounds_them():
+    rows = [
+        {"name": "plain", "schedule": "plain", "median_us": 100.0, "peak_bytes": 10},
+        {"name": "x", "plain": "plain", "schedule": "fused", "median_us": 150.0, "peak_bytes": 10, "refine_us": 2.0},
+    ]
+    measure._add_ratios(rows, {"plain": [100.0, 200.0, 50.0], "x": [102.0, 204.0, 52.0]})  # rounds fast and slow
+    assert rows[1]["ratio"] == pytest.approx(1.02)
+    assert rows[1]["ratio_quartiles"] == pytest.approx((1.02, 1.03))
+    assert rows[1]["bound"] == pytest.approx(1.02)
+
+
+def test_a_gpus_steps():
+    """Last layers, each in a graph too, and the whole model: in every way where the network is small."""
+    small, large = (for_gpu(network) for network in task.NETWORKS["cuda"])
+    for found in (small, large):
+        graphs = [v for v in found if v.graph]
+        assert {v.method for v in graphs} >= {"L2I V1", "L2I V2", "MetaGradient", "ExampleWeights"}
+        assert len({v.name for v in found}) == len(found)
+        assert any(v.how == "jvp" for v in found)
+    assert {v.how for v in small} > {v.how for v in large}
+    assert {v.name for v in variants()} <= {v.name for v in small}
+
+
+def test_the_methods_part_is_timed_on_what_a_step_gave_it():
+    row = {}
+    step = next(v for v in variants() if v.name == "ExampleWeights, last_layer, fused").make(
+        TINY, task.random_batch(TINY)
+    )
+    method = step.method
+    measure._refine_alone(row, step, PretendClock())
+    assert row["refine_us"] > 0
+    assert row["refine_host_syncs"] == 0
+    assert step.method is method
+
+
+def test_what_would_begin_too_late_is_left_out():
+    chosen = [v for v in variants() if v.name == "MetaGradient, last_layer, fused"]
+    network = measure.measure_network(TINY, chosen, measure.Settings(rounds=1, seconds=1e-3))
+    assert network["steps"][-1]["reason"] == "no time was left"
+    assert network["derivatives"] == []
+    assert "no time was left" in report.markdown(made_up([network]))
+
+
+def test_a_step_in_a_graph(monkeypatch):
+    captured = []
+    monkeypatch.setattr("fastmeta.graph", lambda method: captured.append(method) or method)
+    chosen = [v for v in for_gpu(TINY) if v.name == "MetaGradient, last_layer, fused, graph"]
+    network = measure.measure_network(TINY, chosen, measure.Settings(rounds=2))
+    (row,) = [row for row in network["steps"] if row["schedule"] == "fused"]
+    assert captured
+    assert "passes" not in row
+    assert len(row["ratio_quartiles"]) == 2

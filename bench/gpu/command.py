@@ -1,54 +1,65 @@
 """Everything that needs a GPU, in one command: build, tests, sanitizer, operator and step benchmarks, one report.
 
-Each phase runs in a process of its own with a time limit; one that fails is reported and the others go on. Writes
-gpu.json, gpu.md, operators.png, step.png and log.txt into the folder, the first two all the time, and prints the tables
-last. Exit status: 0 if every phase that ran passed, 1 if one did not, 2 without a GPU.
+From a bare checkout in 8 minutes, with --quick in 4. Each phase runs in a process of its own with a time limit; one
+that fails is reported and the others go on. Writes gpu.json, gpu.csv, gpu.md, pictures and log.txt into the folder, the
+first three all the time, and prints the tables last. Exit status: 0 if every phase that ran passed, 1 if one did not, 2
+without a GPU. --cache reads what was compiled before (``python -m bench compile`` makes it without a GPU) and keeps
+what this run compiles.
 """
 
 import argparse
 import importlib.util
 import os
-import re
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu import choices, files, outcomes, report, sanitizer
+from bench import choices, files, gate
+from bench.gpu import cache, sanitizer
 from bench.gpu.phases import Phase, run_together, skipped
 
 ROOT = Path(__file__).resolve().parents[2]
-PHASES = ("build", "environment", "tests", "compile", *sanitizer.TOOLS, "operators", "step")
-BUDGET_S = 460.0
-# Groups of phases beside each other: seconds that are kept for each, and the most it takes where those before it
-# left some of theirs.
+PHASES = ("build", "environment", "compile", "tests", *sanitizer.TOOLS, "operators", "step", "large")
+BUDGET_S, QUICK_S = 465.0, 230.0
+# Groups of phases beside each other: the parts of the budget that are kept for each, and the most it takes where those
+# before it left some of theirs. What compiles is alone: it takes all cores and much of the memory.
 GROUPS: tuple[tuple[tuple[str, ...], float, float], ...] = (
-    (("build",), 100.0, 180.0),
-    (("environment",), 20.0, 40.0),
-    (("tests", "compile", *sanitizer.TOOLS), 140.0, 150.0),
-    (("operators",), 135.0, 240.0),
-    (("step",), 60.0, 120.0),
+    (("build",), 0.13, 0.33),
+    (("environment",), 0.03, 0.09),
+    (("compile",), 0.14, 0.26),
+    (("tests",), 0.17, 0.22),
+    (sanitizer.TOOLS, 0.08, 0.13),
+    (("operators",), 0.26, 0.50),
+    (("step",), 0.13, 0.25),
+    (("large",), 0.04, 0.12),
 )
 TEST_FILES = (
     *("test_ops*.py", "test_gpu_*.py", *(f"test_{stem}*.py" for stem in choices.STEMS.values())),
-    *("test_triton_*.py", "test_cuda_*.py", "test_graph*.py", "test_device_solver*.py"),
+    *("test_triton_*.py", "test_cuda_*.py"),
 )
-HOST_TESTS = {"test_cuda_chunk_table.py", "test_cuda_emulator.py", "test_cuda_narrow_plan.py"}  # need no GPU
-TEST_PROCESSES = 6
-COMPILE_PROCESSES = 6
+LARGE = "test_gpu_large.py"  # fills the card: last, and alone
+# Need no GPU, or pretend that the CPU is one.
+HOST_TESTS = {"test_cuda_chunk_table.py", "test_cuda_emulator.py", "test_cuda_narrow_plan.py", "test_cuda_tracing.py"}
+ON_A_GPU = ("test_graph.py::test_on_a_gpu", "test_device_solver.py::test_on_a_gpu")  # of files that also pretend
+PROCESSES = 6
 LOG = 200_000  # characters of each phase's output that are kept
-_START_S = 12.0  # a process's imports and last writes, inside its limit
+_START_S = 10.0  # a process's imports and last writes, inside its limit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="where the results go (bench/results/<the GPU's name>)")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES, metavar="NAME", help=", ".join(PHASES))
-    parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="S", help="seconds in all (%(default).0f)")
+    budget = f"seconds in all ({BUDGET_S:.0f}; with --quick {QUICK_S:.0f})"
+    parser.add_argument("--budget", type=float, metavar="S", help=budget)
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="archive of compiled kernels: read, then written")
     choices.add_choices(parser)
 
 
@@ -59,10 +70,14 @@ class Plan:
     Args:
         work: a folder for their parts of the results and their output.
         options: as given.
+        caches: folder of the compilers' caches.
+        libraries: of fastmeta, that the archive has brought.
     """
 
     work: Path
     options: argparse.Namespace
+    caches: Path = field(default_factory=cache.default_folder)
+    libraries: Sequence[str] = ()
 
     def part(self, name: str) -> Path:
         return self.work / "parts" / name
@@ -71,11 +86,15 @@ class Plan:
         return self.work / "logs" / f"{name}.txt"
 
     def shares(self) -> list[Path]:
-        return [self.part(f"compiled-{share}.json") for share in range(COMPILE_PROCESSES)]
+        return [self.part(f"compiled-{share}.json") for share in range(PROCESSES)]
+
+    def phase(self, name: str, command: Sequence[object], seconds: float, **options: Any) -> Phase:
+        given = cache.environment(self.caches) | options.pop("environment", {})
+        return Phase(name, [str(one) for one in command], seconds, self.log(name), environment=given, **options)
 
 
-def _python(module: str, *arguments: object) -> list[str]:
-    return [sys.executable, "-W", "ignore::RuntimeWarning", "-m", module, *(str(one) for one in arguments)]
+def _python(module: str, *arguments: object) -> list[object]:
+    return [sys.executable, "-W", "ignore::RuntimeWarning", "-m", module, *arguments]
 
 
 def _until(seconds: float) -> float:
@@ -84,49 +103,55 @@ def _until(seconds: float) -> float:
 
 
 def _build(plan: Plan, seconds: float) -> list[Phase]:
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    if {f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", "_C_cuda.so"} <= set(plan.libraries):
+        return [plan.phase("build", [sys.executable, "-c", "print('the cache has the libraries')"], seconds)]
     major, minor = torch.cuda.get_device_capability()
     environment = {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),  # has ninja
         "FASTMETA_CUDA_ARCHITECTURES": os.environ.get("FASTMETA_CUDA_ARCHITECTURES", f"{major}{minor}"),
     }
-    return [Phase("build", command, seconds, plan.log("build"), environment=environment)]
+    if "_C_cuda.so" in plan.libraries:
+        environment["FASTMETA_CUDA"] = "0"  # only what depends on this Python is missing
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return [plan.phase("build", command, seconds, environment=environment)]
 
 
 def _environment(plan: Plan, seconds: float) -> list[Phase]:
-    command = _python("bench.gpu.environment", "--out", plan.part("environment.json"))
-    return [Phase("environment", command, seconds, plan.log("environment"))]
+    command = _python("bench.environment", "--out", plan.part("environment.json"))
+    return [plan.phase("environment", command, seconds)]
+
+
+def _compile(plan: Plan, seconds: float) -> list[Phase]:
+    """Fills the compilers' caches on disk."""
+    environment = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    found = []
+    for share, path in enumerate(plan.shares()):
+        arguments = ["--out", path, "--until", _until(seconds), "--only-compile", f"{share}/{PROCESSES}"]
+        command = _python("bench.operators", *arguments, *choices.as_arguments(plan.options))
+        found.append(plan.phase(f"compile {share}", command, seconds, environment=environment))
+    return found
 
 
 def files_of_tests(folder: Path) -> list[str]:
     """The operators' tests, and those of what only a GPU has."""
-    found = [path for pattern in TEST_FILES for path in sorted(folder.glob(pattern)) if path.name not in HOST_TESTS]
-    return [str(path) for path in dict.fromkeys(found)]
+    found = [path for pattern in TEST_FILES for path in sorted(folder.glob(pattern))]
+    chosen = [str(path) for path in found if path.name not in HOST_TESTS | {LARGE}]
+    return [*dict.fromkeys(chosen), *(str(folder / name) for name in ON_A_GPU)]
 
 
 def _tests(plan: Plan, seconds: float) -> list[Phase]:
-    beside = ["-n", str(TEST_PROCESSES), "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
-    plugins = ["-p", "no:cacheprovider", "-p", "bench.gpu.pytest_outcomes"]
-    command = _python("pytest", "-q", "--tb=short", *plugins, *beside, *files_of_tests(ROOT / "tests"))
-    environment = {
-        "FASTMETA_TEST_DEVICE": "cuda",
-        outcomes.FILE: str(plan.part("outcomes.jsonl")),
-        "OMP_NUM_THREADS": "2",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    return [Phase("tests", command, seconds, plan.log("tests"), environment=environment)]
+    beside = ["-n", str(PROCESSES), "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
+    command = gate.command(files_of_tests(ROOT / "tests"), "--tb=short", *beside)
+    return [plan.phase("tests", command, seconds, environment=_on_device(plan, "outcomes.jsonl"))]
 
 
-def _compile(plan: Plan, seconds: float) -> list[Phase]:
-    """Fills the compilers' caches on disk while the tests run."""
-    found = []
-    for share, path in enumerate(plan.shares()):
-        arguments = ["--out", path, "--until", _until(seconds), "--only-compile", f"{share}/{COMPILE_PROCESSES}"]
-        command = _python("bench.gpu.operators", *arguments, *choices.as_arguments(plan.options))
-        name = f"compile {share}"
-        environment = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-        found.append(Phase(name, command, seconds, plan.log(f"compile-{share}"), environment=environment))
-    return found
+def _large(plan: Plan, seconds: float) -> list[Phase]:
+    command = gate.command([str(ROOT / "tests" / LARGE)], "--tb=short")
+    return [plan.phase("large", command, seconds, environment=_on_device(plan, "large.jsonl"))]
+
+
+def _on_device(plan: Plan, outcomes: str) -> dict[str, str]:
+    return gate.environment(plan.part(outcomes)) | {"FASTMETA_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "2"}
 
 
 def _sanitizer(tool: str) -> Callable[[Plan, float], list[Phase]]:
@@ -136,7 +161,7 @@ def _sanitizer(tool: str) -> Callable[[Plan, float], list[Phase]]:
             return []
         # Without its cache every tensor is an allocation of its own, whose bounds memcheck knows.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "2"}
-        return [Phase(tool, sanitizer.command(program, tool), seconds, plan.log(tool), environment=environment)]
+        return [plan.phase(tool, sanitizer.command(program, tool), seconds, environment=environment)]
 
     return phases
 
@@ -144,37 +169,30 @@ def _sanitizer(tool: str) -> Callable[[Plan, float], list[Phase]]:
 def _operators(plan: Plan, seconds: float) -> list[Phase]:
     out = plan.part("operators.json")
     arguments: list[object] = ["--out", out, "--until", _until(seconds), *choices.as_arguments(plan.options)]
-    if "compile" in plan.options.phases:
+    compiles = "compile" not in plan.options.phases
+    if not compiles:
         arguments += ["--compiled", *plan.shares()]
-    command = _python("bench.gpu.operators", *arguments)
-    return [
-        Phase(
-            "operators",
-            command,
-            seconds,
-            plan.log("operators"),
-            attempts=6,
-            progress=files.running(out),
-            stall_s=60.0 if "compile" in plan.options.phases else 180.0,  # it compiles itself
-        )
-    ]
+    command = _python("bench.operators", *arguments)
+    stall = 180.0 if compiles else 60.0
+    return [plan.phase("operators", command, seconds, attempts=6, progress=files.running(out), stall_s=stall)]
 
 
 def _step(plan: Plan, seconds: float) -> list[Phase]:
     quick = ["--quick"] if plan.options.quick else []
-    command = _python("bench.gpu.step", "--out", plan.part("step.json"), "--seconds", seconds - _START_S, *quick)
-    return [Phase("step", command, seconds, plan.log("step"))]
+    arguments = ["step", "--device", "cuda", "--out", plan.part("step"), "--seconds", seconds - _START_S, *quick]
+    return [plan.phase("step", _python("bench", *arguments), seconds)]
 
 
 Makers = Mapping[str, Callable[[Plan, float], list[Phase]]]
 MAKERS: Makers = {
     "build": _build,
     "environment": _environment,
-    "tests": _tests,
     "compile": _compile,
+    "tests": _tests,
     **{tool: _sanitizer(tool) for tool in sanitizer.TOOLS},
     "operators": _operators,
     "step": _step,
+    "large": _large,
 }
 
 
@@ -183,7 +201,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"No GPU: torch {torch.__version__} sees no CUDA device.", file=sys.stderr)
         return 2
     if options.folder is None:
-        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+        name = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name().lower())
         options.folder = ROOT / "bench/results" / name
     return run_phases(options)
 
@@ -192,45 +210,57 @@ def run_phases(options: argparse.Namespace, makers: Makers = MAKERS) -> int:
     """All groups in turn within the budget."""
     begin = time.monotonic()
     records: dict[str, dict[str, Any]] = {}
+    caches = cache.default_folder()
+    libraries = cache.unpack(options.cache, caches) if options.cache else []
     with tempfile.TemporaryDirectory(prefix="fastmeta-bench-") as work:
-        plan = Plan(Path(work).resolve(), options)
-
-        def refresh() -> dict[str, Any]:
-            results = report.collect(plan.work / "parts", records, time.monotonic() - begin)
-            report.write(results, options.folder)
-            _write_log(plan, options.folder)
-            return results
-
-        results = refresh()
+        plan = Plan(Path(work).resolve(), options, caches, libraries)
         for names, limit in _limits(options, begin):
             print(f"{', '.join(names)} (at most {limit:.0f} s) ...", flush=True)
-            records |= _run_group(plan, names, limit, makers, refresh)
-            results = refresh()
+            records |= _run_group(plan, names, limit, makers, partial(_refresh, plan, records, begin))
+            _refresh(plan, records, begin)
             for name in names:
-                print(f"  {report.phase_line(name, records[name])}", flush=True)
-        report.draw(results, options.folder)
-    print("\n" + report.terminal(results))
+                print(f"  {_phase_line(name, records[name])}", flush=True)
+            if options.cache and "compile" in names:  # a run that is cut off later keeps what took longest
+                cache.pack(options.cache, caches)
+        _refresh(plan, records, begin, last=True)
+    if options.cache:
+        print(f"{options.cache}: {cache.pack(options.cache, caches) / 1e6:.0f} MB", flush=True)
     # What was not compiled in time is missing from the tables, which say so.
     bad = [name for name, record in records.items() if record["status"] in ("failed", "timed out")]
     return 1 if set(bad) - {"compile"} else 0
 
 
+def _phase_line(name: str, record: dict[str, Any]) -> str:
+    reason = f": {record['reason']}" if record["reason"] else ""
+    return f"{name}: {record['status']} in {record['seconds']:.0f} s{reason}"
+
+
+def _refresh(plan: Plan, records: dict[str, dict[str, Any]], begin: float, *, last: bool = False) -> None:
+    """Write what there is."""
+    from bench.gpu import report
+
+    results = report.collect(plan.work / "parts", records, time.monotonic() - begin)
+    report.write(results, plan.options.folder)
+    logs = sorted((plan.work / "logs").glob("*.txt"), key=lambda path: path.stat().st_mtime)
+    texts = [f"===== {path.stem}\n{path.read_text(errors='replace')[-LOG:]}\n" for path in logs]
+    (plan.options.folder / "log.txt").write_text("\n".join(texts))
+    if last:
+        report.draw(results, plan.options.folder)
+        print("\n" + report.terminal(results))
+
+
 def _limits(options: argparse.Namespace, begin: float) -> Iterator[tuple[tuple[str, ...], float]]:
     """Each group of the phases asked for, and the seconds it may take when its turn comes."""
-    groups = [(tuple(n for n in names if n in options.phases), kept, most) for names, kept, most in GROUPS]
+    budget = options.budget or (QUICK_S if options.quick else BUDGET_S)
+    groups = [
+        (tuple(n for n in names if n in options.phases), kept * budget, most * budget) for names, kept, most in GROUPS
+    ]
     groups = [group for group in groups if group[0]]
     for place, (names, seconds, most) in enumerate(groups):
         later = sum(kept for _, kept, _ in groups[place + 1 :])
-        left = options.budget - (time.monotonic() - begin)
+        left = budget - (time.monotonic() - begin)
         # Its part of what is left, if that is less than all parts.
-        yield names, min(most, max(left - later, left * seconds / (seconds + later)))
-
-
-def _write_log(plan: Plan, folder: Path) -> None:
-    """What the phases printed, in one file."""
-    logs = sorted((plan.work / "logs").glob("*.txt"), key=lambda path: path.stat().st_mtime)
-    texts = [f"===== {path.stem}\n{path.read_text(errors='replace')[-LOG:]}\n" for path in logs]
-    (folder / "log.txt").write_text("\n".join(texts))
+        yield names, max(0.0, min(most, max(left - later, left * seconds / (seconds + later))))
 
 
 def _run_group(

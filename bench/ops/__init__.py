@@ -1,32 +1,24 @@
-"""The cases, one file for each operator under the file name it has in ``fastmeta/ops``."""
+"""The cases: one file for the four last-layer operators, one for each other under its name in ``fastmeta/ops``."""
 
 from bench.case import Case
+from bench.choices import OPERATORS
 from bench.ops import (
     alignment_direction,
     feature_similarity,
     finite_difference_labels,
-    hvp,
-    label_gradient,
-    last_layer_gradient,
+    last_layer,
     masked_adam,
-    per_example_dot,
     perturbed,
     solve_hessian,
 )
 
 _MODULES = (
-    per_example_dot,
-    label_gradient,
-    last_layer_gradient,
-    hvp,
-    solve_hessian,
-    feature_similarity,
-    finite_difference_labels,
-    perturbed,
-    alignment_direction,
-    masked_adam,
+    *(last_layer, solve_hessian, feature_similarity, finite_difference_labels),
+    *(perturbed, alignment_direction, masked_adam),
 )
-OPERATORS: tuple[str, ...] = tuple(module.OPERATOR for module in _MODULES)
-# The stem of each operator's file, here, in fastmeta/ops and in tests.
-STEMS: dict[str, str] = {module.OPERATOR: module.__name__.rpartition(".")[2] for module in _MODULES}
-CASES: list[Case] = [case for module in _MODULES for case in module.CASES]
+
+
+def cases(device: str) -> list[Case]:
+    """Those of a device, operator by operator."""
+    found = [case for module in _MODULES for case in module.cases(device)]
+    return sorted(found, key=lambda case: OPERATORS.index(case.operator))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import fastmeta
 from bench.case import TOLERANCE, Case, Problem, Variant, bytes_of, compiled, distance_to
+from bench.floors import Cost
 from bench.inputs import NETWORKS, random_lists
-from bench.roofline import Cost
 
 OPERATOR = "alignment_direction"
 DECAY, DECAY_NORM, EPSILON = 0.9, 0.99, 1e-3
@@ -46,7 +46,7 @@ def foreach(g_l: Lists, g_u: Lists, m: Lists, q: Lists) -> Lists:
     return list(v)
 
 
-def build(network: str, dtype: torch.dtype, device: str = "cpu") -> Problem:
+def build(network: str, dtype: torch.dtype, device: str) -> Problem:
     g_l, g_u, m0, q0 = ([t.to(dtype) for t in tensors] for tensors in random_lists(network, 4, device))
     q0 = [t.abs() for t in q0]
     flat_l, flat_u, flat_m0, flat_q0 = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (g_l, g_u, m0, q0))
@@ -57,18 +57,13 @@ def build(network: str, dtype: torch.dtype, device: str = "cpu") -> Problem:
     def on_lists(name: str, function: Callable[..., Any], **options: Any) -> Variant:
         m, q = [t.clone() for t in m0], [t.clone() for t in q0]
         prepare = partial(reset, [*m, *q], [*m0, *q0])
-        call = (
-            compiled(function, g_l, g_u, m, q)
-            if options.get("role") == "compile"
-            else partial(function, g_l, g_u, m, q)
-        )
-        return Variant(name, call, prepare=prepare, **options)
+        return Variant(name, partial(function, g_l, g_u, m, q), prepare=prepare, **options)
 
     def on_one_buffer(name: str, **options: Any) -> Variant:
         m, q = flat_m0.clone(), flat_q0.clone()
         prepare = partial(reset, [m, q], [flat_m0, flat_q0])
-        compiling = options.get("role") == "compile"
-        call = compiled(one, flat_l, flat_u, m, q) if compiling else partial(one, flat_l, flat_u, m, q)
+        function = compiled(one) if options.get("role") == "compile" else one
+        call = partial(function, flat_l, flat_u, m, q)
         return Variant(name, call, prepare=prepare, note="all parameters in one buffer", **options)
 
     variants = [on_lists("fastmeta", ours, role="fastmeta"), on_lists("torch._foreach", foreach, role="eager")]
@@ -83,4 +78,5 @@ def build(network: str, dtype: torch.dtype, device: str = "cpu") -> Problem:
     return Problem(variants, distance_to(exact), Cost(0, 7 * bytes_of(*m0)), TOLERANCE[dtype])
 
 
-CASES = [Case(OPERATOR, network, partial(build, network)) for network in NETWORKS]
+def cases(device: str) -> list[Case]:
+    return [Case(OPERATOR, network, partial(build, network)) for network in NETWORKS]

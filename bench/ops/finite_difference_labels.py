@@ -6,17 +6,30 @@ import torch
 from torch import Tensor
 
 import fastmeta
-from bench.case import TOLERANCE, Case, Problem, bytes_of, closed_forms, distance_to
-from bench.inputs import SHAPES, Shape
-from bench.roofline import Cost
+from bench import kernels
+from bench.case import (
+    TOLERANCE,
+    Case,
+    Problem,
+    bytes_of,
+    checked_rows,
+    compile_modes,
+    distance_to,
+    number_of_sets,
+    variants,
+)
+from bench.floors import Cost
+from bench.inputs import SHAPES
 
 OPERATOR = "finite_difference_labels"
 STEP = 0.1
 EPSILON = 0.5
+# Rows enough to fill a GPU's memory system, for the label step as a share of the copy bandwidth.
+BANDWIDTH_ROWS = {"cpu": (), "cuda": ((65536, 256), (32768, 1000), (8192, 4000))}
 
 
-def ours(f_plus: Tensor, f_minus: Tensor, y: Tensor, epsilon: Tensor) -> Tensor:
-    return fastmeta.ops.finite_difference_labels(f_plus, f_minus, y, epsilon, step=STEP)
+def ours(f_plus: Tensor, f_minus: Tensor, y: Tensor, epsilon: Tensor, impl: str | None = None) -> Tensor:
+    return fastmeta.ops.finite_difference_labels(f_plus, f_minus, y, epsilon, step=STEP, impl=impl)
 
 
 def eager(f_plus: Tensor, f_minus: Tensor, y: Tensor, epsilon: Tensor) -> Tensor:
@@ -25,18 +38,30 @@ def eager(f_plus: Tensor, f_minus: Tensor, y: Tensor, epsilon: Tensor) -> Tensor
     return torch.where(total > 0, moved / total, 1 / y.shape[-1])
 
 
-def build(shape: Shape, dtype: torch.dtype) -> Problem:
-    n, _, c = shape
-    generator = torch.Generator().manual_seed(0)
-    f_plus, f_minus, labels = torch.randn(3, n, c, generator=generator)
-    arguments = (f_plus.to(dtype), f_minus.to(dtype), labels.softmax(-1).to(dtype), torch.tensor(EPSILON))
+def arguments(n: int, c: int, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator(device).manual_seed(seed)
+    plus, minus, labels = (torch.randn(n, c, generator=generator, device=device) for _ in range(3))
+    return plus.to(dtype), minus.to(dtype), labels.softmax(-1).to(dtype), torch.tensor(EPSILON, device=device)
+
+
+def build(n: int, c: int, dtype: torch.dtype, device: str) -> Problem:
+    first = arguments(n, c, dtype, device, 0)
+    moved = bytes_of(*first, first[0])
+    sets = [first] + [arguments(n, c, dtype, device, seed) for seed in range(1, number_of_sets(moved, device))]
+    rows = checked_rows(n, c, device)
+    plus, minus, labels, epsilon = first
+    truth = eager(plus[rows].double(), minus[rows].double(), labels[rows].double(), epsilon)
+    forms, modes = kernels.offered(OPERATOR, c, device), compile_modes(dtype, device)
     return Problem(
-        closed_forms(ours, [("eager", eager)], arguments, compile=dtype == torch.float32),
-        distance_to(eager(*(t.double() for t in arguments))),
-        Cost(0, bytes_of(*arguments, f_plus.to(dtype))),
+        variants(ours, forms, [("eager", eager)], sets, modes),
+        distance_to(truth, rows),
+        Cost(0, moved, len(sets) * moved),
         TOLERANCE[dtype],
+        n,
     )
 
 
-# The features take no part: shapes that differ only in D are one case.
-CASES = [Case(OPERATOR, f"{shape.n}, {shape.c}", partial(build, shape)) for shape in SHAPES]
+def cases(device: str) -> list[Case]:
+    """The features take no part: shapes that differ only in D are one case."""
+    rows = dict.fromkeys([(shape.n, shape.c) for shape in SHAPES[device]] + [*BANDWIDTH_ROWS[device]])
+    return [Case(OPERATOR, f"{n}, {c}", partial(build, n, c)) for n, c in rows]

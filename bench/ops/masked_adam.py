@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import fastmeta
-from bench.case import TOLERANCE, Case, Problem, Role, Variant, distance_to
-from bench.roofline import Cost
+from bench.case import TOLERANCE, Case, Problem, Role, Variant, compiled, distance_to
+from bench.floors import Cost
 
 OPERATOR = "masked_adam_"
 LR, BETAS, EPS, LOW, HIGH = 0.05, (0.9, 0.999), 1e-8, 0.0, 2.0
@@ -138,12 +138,12 @@ def error_of_step(state: State) -> Callable[[Tensor], float]:
     return lambda table: distance(table.double() - before)
 
 
-def build(entries: int, rows: int, dtype: torch.dtype, device: str = "cpu") -> Problem:
+def build(entries: int, rows: int, dtype: torch.dtype, device: str) -> Problem:
     start = State(entries, rows, device)
 
     def on_rows(name: str, function: Callable[..., Tensor], role: Role, note: str = "") -> Variant:
         state = State(entries, rows, device)
-        run = torch.compile(function, dynamic=False, fullgraph=True) if role == "compile" else function
+        run = compiled(function) if role == "compile" else function
 
         def call() -> Tensor:
             return run(next(state.count), state.grad, *state.tensors())
@@ -172,4 +172,7 @@ def build(entries: int, rows: int, dtype: torch.dtype, device: str = "cpu") -> P
 
 # An entry for each image of ImageNet's training set, 768 of them in a batch.
 NOTE = "Other rows in every call. The floor is at the rate of a copy in order; the rows are not in order."
-CASES = [Case(OPERATOR, "768 of 1,281,167", partial(build, 1_281_167, 768), dtypes=(torch.float32,), note=NOTE)]
+
+
+def cases(device: str) -> list[Case]:
+    return [Case(OPERATOR, "768 of 1,281,167", partial(build, 1_281_167, 768), dtypes=(torch.float32,), note=NOTE)]

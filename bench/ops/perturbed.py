@@ -8,8 +8,8 @@ from torch import Tensor
 
 import fastmeta
 from bench.case import Case, Problem, Role, Variant, bytes_of, distance_to
+from bench.floors import Cost
 from bench.inputs import NETWORKS, random_lists
-from bench.roofline import Cost
 
 OPERATOR = "perturbed"
 RADIUS = 0.01
@@ -59,7 +59,7 @@ def foreach_on_device(params: Lists, v: Lists, look: Look) -> None:
 def foreach_bitwise(params: Lists, v: Lists, look: Look) -> None:
     """Keeps a copy, so that the parameters come back bit for bit as with fastmeta."""
     epsilon = RADIUS / torch.stack(torch._foreach_norm(v)).norm().item()
-    saved = torch._foreach_clone(params)
+    saved = [p.clone() for p in params]
     torch._foreach_add_(params, v, alpha=epsilon)
     look()
     torch._foreach_add_(params, v, alpha=-2 * epsilon)
@@ -68,7 +68,7 @@ def foreach_bitwise(params: Lists, v: Lists, look: Look) -> None:
     look()
 
 
-def build(network: str, dtype: torch.dtype, device: str = "cpu") -> Problem:
+def build(network: str, dtype: torch.dtype, device: str) -> Problem:
     weights, v = random_lists(network, 2, device)
     start = [(WEIGHT_SIZE * t).to(dtype) for t in weights]
     v = [t.to(dtype) for t in v]
@@ -112,7 +112,8 @@ def build(network: str, dtype: torch.dtype, device: str = "cpu") -> Problem:
     )
 
 
-CASES = [
-    Case(OPERATOR, network, partial(build, network), dtypes=(torch.float32,), note="In, across and back.")
-    for network in NETWORKS
-]
+def cases(device: str) -> list[Case]:
+    return [
+        Case(OPERATOR, network, partial(build, network), dtypes=(torch.float32,), note="In, across and back.")
+        for network in NETWORKS
+    ]

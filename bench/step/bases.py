@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.step.task import NUM_CLASSES, UNLABELED, Batch, Network, Step, squared_error
+from bench.step.task import UNLABELED, Batch, Network, Step, squared_error
 from fastmeta.training.ema import ExponentialMovingAverage
 
 
@@ -47,7 +47,8 @@ class FixMatch(Step):
 
     def forward(self) -> tuple[Tensor, ...]:
         batch = self.batch
-        return self.model(torch.cat([batch.labeled, batch.weak, batch.strong])).chunk(3)
+        parts = [batch.labeled, batch.weak, batch.strong]
+        return self.model(torch.cat(parts)).split([len(part) for part in parts])
 
     def unlabeled_loss(self, strong: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """The strong view's loss against the weak view's confident labels."""
@@ -106,7 +107,7 @@ class TableLabels(Step):
 
     def __init__(self, network: Network, batch: Batch) -> None:
         super().__init__(network, batch)
-        self.table = torch.zeros(UNLABELED, NUM_CLASSES, dtype=batch.labeled.dtype)
+        self.table = torch.zeros(UNLABELED, self.num_classes, dtype=batch.labeled.dtype, device=self.device)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.model.parameters(), lr=1e-4)

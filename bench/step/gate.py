@@ -18,21 +18,22 @@ BATCH, PIXELS = 4, 16
 STEPS = 3
 
 
-def errors(network: Network, chosen: Sequence[Variant]) -> dict[str, float]:
+def errors(network: Network, chosen: Sequence[Variant], device: str = "cpu") -> dict[str, float]:
     """By name, each variant's relative error against the published form that it must agree with."""
     wanted = {variant.same_as for variant in chosen}
-    published = {v.name: gradients(network, v.make) for v in variants() if v.name in wanted}
+    published = {v.name: gradients(network, v.make, device) for v in variants() if v.name in wanted}
     return {
-        variant.name: relative_error(gradients(network, variant.make), published[variant.same_as])
+        variant.name: relative_error(gradients(network, variant.make, device), published[variant.same_as])
         for variant in chosen
         if variant.same_as
     }
 
 
-def gradients(network: Network, make: Make) -> Tensor:
+def gradients(network: Network, make: Make, device: str) -> Tensor:
     """The parameters' gradients that the last of a few steps leaves, as one vector in float64."""
-    small = dataclasses.replace(network, make=lambda: without_dropout(network.make()), pixels=PIXELS)
-    step: Step = make(small, random_batch(BATCH, PIXELS, torch.float64))
+    make_small = lambda: without_dropout(network.make())  # noqa: E731 - one name for what follows
+    small = dataclasses.replace(network, make=make_small, pixels=PIXELS, labeled=BATCH, unlabeled=BATCH)
+    step: Step = make(small, random_batch(small, torch.float64, device))
     for _ in range(STEPS):
         step()
     return torch.cat([gradient.flatten() for gradient in step.gradient().values()])

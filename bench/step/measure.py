@@ -1,16 +1,20 @@
 """Times all steps on one network in turn, then counts the memory and the arithmetic of each."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.memory import peak_bytes
+from bench.clock import Clock, clock_for, ensure_healthy
+from bench.measure import p20_p80
 from bench.step import derivatives, gate
-from bench.step.task import Batch, Network, Step, random_batch
+from bench.step.task import Batch, Network, Step, on_device, random_batch
 from bench.step.variants import EVERY, PLAIN, Variant
 from bench.timing import Timed, Timing, interleave
 
@@ -19,45 +23,69 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure, and on how many images."""
+    """How long to measure.
+
+    Args:
+        rounds: samples of each step.
+        budget_s: for the samples of one step.
+        warm_up: calls before the one whose arithmetic is counted.
+        seconds: for a network in all. Half of them may pass until the last step has begun, in the order given; what
+            would begin later is left out.
+    """
 
     rounds: int = 9
-    budget_s: float = 40.0  # for the samples of one variant
-    batch: int = 16
+    budget_s: float = 40.0
+    warm_up: int = 1
+    seconds: float = math.inf
 
 
-def measure_network(network: Network, variants: Sequence[Variant], settings: Settings) -> Row:
+def measure_network(
+    network: Network, variants: Sequence[Variant], settings: Settings, clock: Clock | None = None
+) -> Row:
     """All rows of one network; a variant that is wrong or cannot run has a reason and no figure."""
-    errors = gate.errors(network, variants)
-    batch = random_batch(settings.batch, network.pixels)
+    clock = clock or clock_for("cpu")
+    begin = time.monotonic()
+    errors = gate.errors(network, variants, clock.device)
+    batch = random_batch(network, device=clock.device)
     forward = _forward_flops(network, batch)
     rows: list[Row] = []
     running: list[tuple[Row, Step]] = []
     for name in [name for name in PLAIN if any(variant.plain == name for variant in variants)]:
         rows.append({"name": name, "schedule": "plain", "status": "measured"})
-        running.append((rows[-1], _started(rows[-1], PLAIN[name](network, batch), forward)))
+        running.append((rows[-1], _started(rows[-1], PLAIN[name](network, batch), forward, settings)))
     for variant in variants:
         row = _row(variant, errors)
         rows.append(row)
-        if row["status"] != "wrong":
+        if time.monotonic() - begin > settings.seconds / 2:
+            row |= {"status": "left out", "reason": "no time was left"}
+        elif row["status"] != "wrong":
             try:
-                running.append((row, _started(row, variant.make(network, batch), forward)))
+                running.append((row, _started(row, variant.make(network, batch), forward, settings)))
             except Exception as error:  # one variant must not end the run
+                ensure_healthy(clock.device)
                 row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
-    timed = [Timed(step, grad=True) for _, step in running]
-    timings = interleave(timed, rounds=settings.rounds, min_sample_s=0.0, budget_s=settings.budget_s)
+    timed = [Timed(partial(run, step), grad=True) for _, step in running]
+    budget = min(settings.budget_s, settings.seconds / 3 / len(timed))
+    timings = interleave(timed, rounds=settings.rounds, min_sample_s=0.0, budget_s=budget, sampler=clock.sampler)
+    samples: dict[str, list[float]] = {}
     for (row, step), timing in zip(running, timings, strict=True):
+        samples[row["name"]] = timing.samples_us
         _times(row, timing)
         step.optimizer.zero_grad()
-        row["peak_bytes"] = peak_bytes(step)
-    _add_ratios(rows)
+        row["peak_bytes"] = clock.peak_bytes(partial(run, step))
+        if clock.device == "cuda":
+            _refine_alone(row, step, clock)
+    _add_ratios(rows, samples)
     amortized = _amortized(rows)
+    in_time = time.monotonic() - begin < 0.9 * settings.seconds
     return {
         "network": network.name,
+        "device": clock.device,
+        "images": {"labeled": network.labeled, "unlabeled": network.unlabeled, "pixels": network.pixels},
         "parameters": sum(p.numel() for p in network.make().parameters()),
         "forward_flops": forward,
         "steps": rows + amortized,
-        "derivatives": derivatives.measure(network, batch, settings.rounds),
+        "derivatives": derivatives.measure(network, batch, settings.rounds, clock) if in_time else [],
     }
 
 
@@ -78,23 +106,62 @@ def _row(variant: Variant, errors: dict[str, float]) -> Row:
     return row
 
 
-def _started(row: Row, step: Step, forward: int) -> Step:
+def run(step: Step) -> Tensor:
+    """One step: in float32 on the CPU, on a GPU as users train there."""
+    with torch.autocast(step.device, torch.bfloat16, enabled=step.device == "cuda"):
+        return step()
+
+
+def _started(row: Row, step: Step, forward: int, settings: Settings) -> Step:
     """The step after its first calls; counts its arithmetic, in forwards of so many operations.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    step()
-    with FlopCounterMode(display=False) as counter:
-        loss = float(step())
+    for _ in range(settings.warm_up):
+        run(step)
+    if row["name"].endswith(", graph"):  # what is replayed is not seen, and counting would be captured
+        loss = float(run(step))
+    else:
+        with FlopCounterMode(display=False) as counter:
+            loss = float(run(step))
+        row["passes"] = counter.get_total_flops() / forward
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
-    row["passes"] = counter.get_total_flops() / forward
     return step
 
 
+class _Spy:
+    """Stands for a method and keeps what it was last given."""
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+        self.given: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    def refine(self, **given: Any) -> Any:
+        self.given = given
+        return self.method.refine(**given)
+
+
+def _refine_alone(row: Row, step: Any, clock: Clock) -> None:
+    """The method's part of a step, again and again on what one step gave it."""
+    method = getattr(step, "method", None)
+    if method is None:
+        return
+    step.method = spy = _Spy(method)
+    run(step)
+    step.method = method
+    call = partial(method.refine, **spy.given)
+    call()
+    timing = interleave([Timed(call, grad=True)], rounds=15, budget_s=0.15, sampler=clock.sampler)[0]
+    row |= {"refine_us": timing.median_us, "refine_host_syncs": clock.host_syncs(call)}
+
+
 def _forward_flops(network: Network, batch: Batch) -> int:
-    model = network.make()
+    model = on_device(network.make(), batch.weak.device.type)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(batch.weak)
     return counter.get_total_flops()
@@ -103,19 +170,26 @@ def _forward_flops(network: Network, batch: Batch) -> int:
 def _times(row: Row, timing: Timing) -> None:
     row["median_us"] = timing.median_us
     row["quartiles_us"] = list(timing.quartiles_us)
+    row["p20_p80_us"] = p20_p80(timing.samples_us)
     row["samples"] = len(timing.samples_us)
     row["rejected_samples"] = timing.rejected
     row["contended_samples"] = timing.contended
 
 
-def _add_ratios(rows: list[Row]) -> None:
+def _add_ratios(rows: list[Row], samples: dict[str, list[float]]) -> None:
+    """Over the plain step: of the same round, so that what slows a round slows both; with the spread of the rounds."""
     plain = {row["name"]: row for row in rows if row["schedule"] == "plain"}
     for row in rows:
         if "median_us" in row and "plain" in row:
             base = plain[row["plain"]]
-            row["ratio"] = row["median_us"] / base["median_us"]
-            row["predicted"] = row["passes"] / base["passes"]
+            pairs = zip(samples[row["name"]], samples[base["name"]], strict=False)
+            ratios = Timing(1, [mine / its for mine, its in pairs])
+            row |= {"ratio": ratios.median_us, "ratio_quartiles": ratios.quartiles_us}
             row["memory_ratio"] = row["peak_bytes"] / base["peak_bytes"]
+            if "passes" in row:
+                row["predicted"] = row["passes"] / base["passes"]
+            if "refine_us" in row:  # what the method adds at most, where a step's noise hides it
+                row["bound"] = 1 + row["refine_us"] / base["median_us"]
 
 
 def _amortized(rows: list[Row]) -> list[Row]:
@@ -131,6 +205,8 @@ def _amortized(rows: list[Row]) -> list[Row]:
         row |= {"method": f"ExampleWeights, every {EVERY} steps", "status": "computed"}
         row["name"] = f"{row['method']}, last_layer, {schedule}"
         for key in ("median_us", "ratio", "passes", "predicted"):
+            if key not in update or key not in between:
+                continue
             row[key] = (update[key] + (EVERY - 1) * between[key]) / EVERY
         amortized.append(row)
     return amortized

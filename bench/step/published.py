@@ -144,7 +144,7 @@ class PublishedLabelGradientAlignment(TableLabels):
         self.parameters: list[Tensor] = list(self.model.parameters())
         self.ema_labeled: list[Tensor] = []
         self.ema_fourth: list[Tensor] = []
-        self.rows = torch.zeros(len(batch.index), self.table.shape[1], dtype=self.table.dtype, requires_grad=True)
+        self.rows = torch.zeros_like(self.table[: len(batch.index)]).requires_grad_()
         self.label_optimizer = torch.optim.Adam([self.rows], lr=0.01)
 
     def __call__(self) -> Tensor:

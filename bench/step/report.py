@@ -1,22 +1,21 @@
 """A run's results as JSON, as markdown and on the terminal. Cells that were not measured stay empty."""
 
-import json
 from pathlib import Path
-from typing import Any
 
-from bench import text
-from bench.goal import Goal
+from bench import files, text
+from bench.goal import goal_rows
+from bench.report import cell, table_of, where
+from bench.rows import Row, contended_share
 from bench.step import gate, goals
 
 SCHEMA_VERSION = 1
-Row = dict[str, Any]
 
 
 NOTES = (
     "The plain steps: Mean Teacher is a labeled and an unlabeled student pass and its teacher's; FixMatch one forward "
     "and backward of three batches, with separate passes its cheapest form; pseudo-labels an evaluation pass and a "
     "step on both batches; table labels a step on both batches.",
-    "The hold-out examples are the labeled batch. FixMatch has as many unlabeled as labeled images.",
+    "The hold-out examples are the labeled batch.",
     "L2I, two views: labels are imputed from a view of their own and the hold-out gradient is looked ahead for, as in "
     "the published code. Otherwise from the images that learn from them, where C^U alone makes looking ahead change "
     "nothing.",
@@ -29,66 +28,59 @@ NOTES = (
 
 def write(results: Row, folder: Path) -> list[str]:
     """Write step.json and step.md; returns their names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with_goals = results | {
-        "goals": {n["network"]: [goal.as_json() for goal in goals.goals(n)] for n in results["networks"]}
-    }
-    (folder / "step.json").write_text(json.dumps(with_goals, indent=1) + "\n")
+    judged = {n["network"]: [goal.as_json() for goal in goals.goals(n)] for n in results["networks"]}
+    files.write(folder / "step.json", results | {"goals": judged})
     (folder / "step.md").write_text(markdown(results))
     return ["step.json", "step.md"]
 
 
-def contended_share(results: Row) -> float:
-    """Share of the samples that were taken although other processes ran."""
-    rows = [row for n in results["networks"] for row in (*n["steps"], *n["derivatives"]) if "samples" in row]
-    return sum(row["contended_samples"] for row in rows) / max(1, sum(row["samples"] for row in rows))
+def timed(results: Row) -> list[Row]:
+    """All rows with samples."""
+    return [row for n in results["networks"] for row in (*n["steps"], *n["derivatives"]) if "samples" in row]
 
 
 def goals_table(results: Row) -> list[str]:
     """Each goal, and the worst that was measured for it on each network."""
     networks = results["networks"]
-    columns = [goals.goals(network) for network in networks]
-    rows = [
-        [column[0].name, f"<= {column[0].text(column[0].required)}", *(_verdict(goal) for goal in column)]
-        for column in zip(*columns, strict=True)
-    ]
-    return text.table(["goal", "", *(network["network"] for network in networks)], rows)
-
-
-def _verdict(goal: Goal) -> str:
-    if goal.worst is None:
-        return ""
-    name, value = goal.worst
-    return f"{goal.text(value)}, {'reached' if goal.met else 'not reached'} ({name})"
+    return table_of(row for n in networks for row in goal_rows(goals.goals(n), {"network": n["network"]}))
 
 
 def _plain(rows: list[Row]) -> list[str]:
-    table = [
-        [row["name"], f"{row['passes']:.1f}", text.time(row["median_us"]), text.memory(row["peak_bytes"])]
+    return table_of(
+        {
+            "plain step": row["name"],
+            "F": cell(row.get("passes"), lambda passes: f"{passes:.1f}"),
+            "time": text.time(row["median_us"]),
+            "peak memory": cell(row["peak_bytes"], text.memory),
+        }
         for row in rows
         if row["schedule"] == "plain"
-    ]
-    return text.table(["plain step", "F", "time", "peak memory"], table)
+    )
 
 
-def _methods(rows: list[Row]) -> list[str]:
-    header = ["method", "how", "schedule", "over the plain step", "F", "predicted", "measured", "memory", "error"]
-    return text.table(header, [_method(row) for row in rows if row["schedule"] != "plain"])
+def methods(rows: list[Row]) -> list[str]:
+    """Every step with a method over its plain step."""
+    return table_of(_method(row) for row in rows if row["schedule"] != "plain")
 
 
-def _method(row: Row) -> list[str]:
-    measured = text.factor(row.get("ratio"))
-    return [
-        row["method"],
-        row["how"],
-        row["schedule"],
-        row["plain"],
-        f"{row['passes']:.1f}" if "passes" in row else "",
-        text.factor(row.get("predicted")),
-        f"{measured} (computed)" if row["status"] == "computed" else measured or row["status"],
-        text.factor(row.get("memory_ratio")),
-        f"{row['error']:.0e}" if "error" in row else "",
-    ]
+def _method(row: Row) -> dict[str, str]:
+    measured = cell(row.get("ratio"), lambda ratio: f"{ratio:.3f}x" if "bound" in row else text.factor(ratio))
+    spread = row.get("ratio_quartiles")
+    return {
+        "method": row["method"] + ", graph" * row["name"].endswith(", graph"),
+        "how": row["how"],
+        "schedule": row["schedule"],
+        "over the plain step": row["plain"],
+        "F": cell(row.get("passes"), lambda passes: f"{passes:.1f}"),
+        "predicted": text.factor(row.get("predicted")),
+        "measured": f"{measured} (computed)" if row["status"] == "computed" else measured or row["status"],
+        "quartiles": f"{spread[0]:.3f} to {spread[1]:.3f}" if spread else "",
+        "refine alone": cell(row.get("refine_us"), text.time),
+        "bound": cell(row.get("bound"), lambda bound: f"{bound:.3f}x"),
+        "host syncs": cell(row.get("refine_host_syncs"), str),
+        "memory": text.factor(row.get("memory_ratio")),
+        "error": cell(row.get("error"), lambda error: f"{error:.0e}"),
+    }
 
 
 def _derivatives(rows: list[Row]) -> list[str]:
@@ -98,7 +90,7 @@ def _derivatives(rows: list[Row]) -> list[str]:
             row["name"],
             text.time(row["median_us"]),
             text.factor(row["ratio"]),
-            text.memory(row["peak_bytes"]),
+            cell(row["peak_bytes"], text.memory),
             f"{row['difference']:.0e}" if "difference" in row else "",
         ]
         for row in rows
@@ -108,40 +100,45 @@ def _derivatives(rows: list[Row]) -> list[str]:
 
 def markdown(results: Row) -> str:
     """The whole report."""
-    environment, settings = results["environment"], results["settings"]
+    on_gpu = any(network["device"] == "cuda" for network in results["networks"])
+    settings = results["settings"]
+    precision = "bfloat16 autocast over float32 weights, channels last" if on_gpu else "float32"
     lines = [
-        "# Step cost on the CPU",
+        f"# Step cost on {'a GPU' if on_gpu else 'the CPU'}",
         "",
-        f"{environment['cpu']}, {environment['threads']} threads, {environment['torch_cpu_capability']}, "
-        f"torch {environment['torch']}, fastmeta {environment['fastmeta']} at "
-        f"{(environment['git_commit'] or '?')[:10]}, {environment['date']}.",
+        where(results["environment"]),
         "",
-        f"float32, random images of 32 x 32 pixels, {settings['batch']} labeled and {settings['batch']} unlabeled a "
-        f"step. Medians of {settings['rounds']} rounds, all steps of a network in turn, in one process. Other "
-        f"processes ran during {contended_share(results):.0%} of the samples.",
+        f"{precision}, random images. Medians of {settings['rounds']} rounds, all steps of a network in turn, in one "
+        "process; a ratio is the median of the rounds' own, between the quartiles given. Other processes ran during "
+        f"{contended_share(timed(results)):.0%} of the samples.",
         "",
         *goals_table(results),
         "The worst case of each goal is named. For context, the published code on another machine (2 cores), over its "
         f"own plain step: {goals.ELSEWHERE}.",
         "",
-        "F is the arithmetic of the convolutions and linear layers, counted in a run, in forwards of "
-        f"{settings['batch']} images (a backward is 2); the prediction is the ratio of F, the measured ratio that of "
-        "the times. Memory is the peak of torch's allocations within a step, gradients included, over the plain "
-        "step's. The error is that of the parameter gradients against the published form with its double backward or "
-        f"probes, after {gate.STEPS} steps in float64; above {gate.TOLERANCE:.0e} a step is not timed. `published`: "
-        "plain PyTorch after the papers' equations; `alternating`: fastmeta in the papers' order, the method's passes "
-        "its own; `fused`: fastmeta sharing the base's passes, an approximation of it.",
+        "F is the arithmetic of the convolutions and linear layers, counted in a run, in forwards of the unlabeled "
+        "images (a backward is 2); the prediction is the ratio of F, the measured ratio that of the times. Memory is "
+        "the peak of torch's allocations within a step, gradients included, over the plain step's. The error is that "
+        "of the parameter gradients against the published form with its double backward or probes, after "
+        f"{gate.STEPS} steps in float64; above {gate.TOLERANCE:.0e} a step is not timed. `published`: plain PyTorch "
+        "after the papers' equations; `alternating`: fastmeta in the papers' order, the method's passes its own; "
+        "`fused`: fastmeta sharing the base's passes, an approximation of it. *refine alone*: the method's part on "
+        "what one step gave it, again and again; *bound*: with that on top of the plain step.",
         "",
     ]
     lines += [*(f"- {note}" for note in NOTES), ""]
+    lines += [f"{name}: not measured, {reason}." for name, reason in results.get("failed", {}).items()]
     for network in results["networks"]:
+        images = network["images"]
         lines += [
             f"## {network['network']}",
             "",
-            f"{network['parameters'] / 1e6:.1f} million parameters; F is {network['forward_flops'] / 1e9:.1f} GFLOP.",
+            f"{network['parameters'] / 1e6:.1f} million parameters; {images['labeled']} labeled and "
+            f"{images['unlabeled']} unlabeled images of {images['pixels']} x {images['pixels']} pixels; F is "
+            f"{network['forward_flops'] / 1e9:.1f} GFLOP.",
             "",
             *_plain(network["steps"]),
-            *_methods(network["steps"]),
+            *methods(network["steps"]),
         ]
         failed = [row for row in network["steps"] if "reason" in row]
         lines += [f"- {row['name']}: {row['status']}, {row['reason']}." for row in failed] + [""] * bool(failed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,23 +10,37 @@ from torch.nn import functional
 
 from fastmeta.models import ConvLarge, WideResNet
 
-NUM_CLASSES = 10
 UNLABELED = 50_000  # images in the unlabeled set, for the methods with a table
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network and the size of the images it is fed."""
+    """A network and the images of a step: their sizes, and how many are labeled and unlabeled."""
 
     name: str
     make: Callable[[], nn.Module]
     pixels: int = 32
+    labeled: int = 16
+    unlabeled: int = 16
+    num_classes: int = 10
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.pixels} px, B {self.labeled} + {self.unlabeled}"
 
 
-NETWORKS = (
-    Network("WRN-28-2", lambda: WideResNet(NUM_CLASSES)),
-    Network("ConvLarge", lambda: ConvLarge(NUM_CLASSES)),
-)
+def resnet50() -> nn.Module:
+    from torchvision.models import resnet50 as make  # where it is installed
+
+    return make(num_classes=1000)
+
+
+NETWORKS = {
+    "cpu": (Network("WRN-28-2", lambda: WideResNet(10)), Network("ConvLarge", lambda: ConvLarge(10))),
+    "cuda": (
+        Network("WRN-28-2", lambda: WideResNet(10), labeled=64, unlabeled=448),
+        Network("ResNet-50", resnet50, 224, 64, 320, 1000),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -39,14 +54,23 @@ class Batch:
     index: Tensor  # [B_u], places of the unlabeled images in their set
 
 
-def random_batch(size: int, pixels: int, dtype: torch.dtype = torch.float32) -> Batch:
-    generator = torch.Generator().manual_seed(0)
+def random_batch(network: Network, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Batch:
+    """Noise; on a GPU in the memory format that its convolutions want."""
+    generator = torch.Generator(device).manual_seed(0)
 
-    def images() -> Tensor:
-        return torch.randn(size, 3, pixels, pixels, generator=generator).to(dtype)
+    def images(count: int) -> Tensor:
+        shape = (count, 3, network.pixels, network.pixels)
+        return on_device(torch.randn(shape, generator=generator, device=device).to(dtype), device)
 
-    targets = torch.randint(NUM_CLASSES, (size,), generator=generator)
-    return Batch(images(), targets, images(), images(), torch.randperm(UNLABELED, generator=generator)[:size])
+    targets = torch.randint(network.num_classes, (network.labeled,), generator=generator, device=device)
+    index = torch.randperm(UNLABELED, generator=generator, device=device)[: network.unlabeled]
+    count = network.unlabeled
+    return Batch(images(network.labeled), targets, images(count), images(count), index)
+
+
+def on_device(what: Any, device: str) -> Any:
+    """Images or a model, on a GPU with the channels last."""
+    return what.to(device, memory_format=torch.channels_last) if device == "cuda" else what.to(device)
 
 
 class Step:
@@ -58,8 +82,10 @@ class Step:
 
     def __init__(self, network: Network, batch: Batch) -> None:
         torch.manual_seed(0)
-        self.model = network.make().to(batch.labeled.dtype)
+        self.device = batch.labeled.device.type
+        self.model: nn.Module = on_device(network.make().to(batch.labeled.dtype), self.device)
         self.batch = batch
+        self.num_classes = network.num_classes
         self.optimizer = self.make_optimizer()
 
     def make_optimizer(self) -> torch.optim.Optimizer:

@@ -1,9 +1,11 @@
 """Every step that is measured: method, how, schedule, and the plain step it is divided by."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+import fastmeta
 from bench.step import alignment, bases, example_weights, l2i, meta_gradient, published
 from bench.step.task import Batch, Network, Step
 from fastmeta.derivatives import How
@@ -33,6 +35,7 @@ class Variant:
         plain: name of the plain step that it extends.
         make: builds it.
         same_as: name of the published form that it must agree with; None: there is none.
+        graph: whether the method's part is replayed from a CUDA graph.
     """
 
     method: str
@@ -41,14 +44,31 @@ class Variant:
     plain: str
     make: Make
     same_as: str | None = None
+    graph: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.method}, {self.how}, {self.schedule}"
+        return f"{self.method}, {self.how}, {self.schedule}{', graph' * self.graph}"
 
 
 def variants() -> list[Variant]:
     return [*_l2i("V2", WHOLE_MODEL), *_l2i("V1", ("jvp",)), *_meta_gradient(), *_example_weights(), *_alignment()]
+
+
+def for_gpu(network: Network) -> list[Variant]:
+    """Last layers, also in graphs; then the whole model: in every way where a step is short, else fused by jvp."""
+    last = [v for v in variants() if v.how == "last_layer" and v.schedule == "fused"]
+    small = network.pixels <= 32
+    names = {v.name for v in last}
+    whole = [v for v in variants() if v.name not in names and (small or (v.how == "jvp" and v.schedule == "fused"))]
+    graphs = [replace(v, make=partial(_in_graph, v.make), graph=True) for v in last if "look-ahead" not in v.method]
+    return [*last, *graphs, *whole]
+
+
+def _in_graph(make: Make, network: Network, batch: Batch) -> Step:
+    step: Any = make(network, batch)
+    step.method = fastmeta.graph(step.method)
+    return step
 
 
 def _l2i(variant: l2i.Variant, hows: tuple[How, ...]) -> Iterator[Variant]:

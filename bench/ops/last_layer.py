@@ -1,4 +1,4 @@
-"""The four last-layer operators: with logits at every shape, with the head in their place where C > D."""
+"""The four last-layer operators: with logits at every shape, and on a GPU with the head in their place where C > D."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,47 +7,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import fastmeta
-from bench.case import TOLERANCE, Problem, Variant, bytes_of
-from bench.gpu import forms, peers
-from bench.gpu.case import GpuCase, checked_rows, distance_of_rows, distance_of_sums, number_of_sets, variants
-from bench.gpu.floors import Gemm
-from bench.inputs import LastLayer, Shape, last_layer
-from bench.ops import hvp, label_gradient, last_layer_gradient, per_example_dot
-from bench.roofline import Cost
-
-SHAPES = (
-    Shape(256, 128, 10),
-    Shape(448, 128, 100),
-    Shape(768, 512, 200),
-    Shape(1024, 2048, 1000),
-    Shape(4096, 2048, 1000),
-    Shape(1024, 768, 30522),
-    Shape(8192, 2048, 128256),
+from bench import closed_forms, kernels, peers
+from bench.case import (
+    TOLERANCE,
+    Case,
+    Problem,
+    Variant,
+    bytes_of,
+    checked_rows,
+    compile_modes,
+    distance_to,
+    lazily,
+    number_of_sets,
+    variants,
 )
+from bench.floors import Cost, Gemm
+from bench.inputs import SHAPES, LastLayer, Shape, last_layer
+
 _CHUNK = 2**27  # entries of a block of the truth's logits
-
-
-def ours_label_gradient(h: Tensor, f: Any, v: Tensor, b: Tensor, impl: str | None = None) -> Tensor:
-    return fastmeta.ops.label_gradient(h, f, v, b, scale=label_gradient.SCALE, impl=impl)
-
-
-def dot_from_head(h: Tensor, head: fastmeta.Head, y: Tensor, v: Tensor, b: Tensor) -> Tensor:
-    z = functional.linear(h, v, b)
-    p = functional.linear(h, head.weight, head.bias).softmax(-1)
-    return (p * z).sum(-1) - z.gather(1, y.unsqueeze(1)).squeeze(1)
-
-
-def label_gradient_from_head(h: Tensor, head: fastmeta.Head, v: Tensor, b: Tensor) -> Tensor:
-    return label_gradient.eager(h, functional.linear(h, head.weight, head.bias), v, b)
-
-
-def gradient_from_head(h: Tensor, head: fastmeta.Head, y: Tensor) -> tuple[Tensor, Tensor]:
-    p = functional.linear(h, head.weight, head.bias).softmax(-1)
-    r = p.scatter_add_(1, y.unsqueeze(1), p.new_full((len(y), 1), -1.0))
-    return r.T @ h, r.sum(0)
 
 
 @dataclass(frozen=True)
@@ -60,8 +39,10 @@ class Operator:
         eager: closed forms on the same arguments; the first, in float64, is the truth.
         arguments: of one batch; of ``head_of(batch)`` in place of its logits where ``from_head``.
         products: those of a shape.
+        row_passes: matrices ``[N, C]`` that are read or written between those products.
         by_row: a result row for each example; otherwise sums over the examples.
         peers: what else users have.
+        from_head: whether the logits are recomputed.
     """
 
     name: str
@@ -69,12 +50,17 @@ class Operator:
     eager: tuple[tuple[str, Callable[..., Any]], ...]
     arguments: Callable[[LastLayer], tuple[Any, ...]]
     products: Callable[[Shape], tuple[Gemm, ...]]
+    row_passes: int
     by_row: bool
     peers: Callable[[LastLayer], list[Variant]]
     from_head: bool = False
 
 
-def head_of(x: LastLayer) -> fastmeta.Head:
+def _label_gradient(h: Tensor, f: Any, v: Tensor, b: Tensor, impl: str | None = None) -> Tensor:
+    return fastmeta.ops.label_gradient(h, f, v, b, scale=closed_forms.SCALE, impl=impl)
+
+
+def _head(x: LastLayer) -> fastmeta.Head:
     return fastmeta.Head(x.head_weight, x.head_bias)
 
 
@@ -86,44 +72,44 @@ def _sum(shape: Shape) -> Gemm:
     return Gemm(shape.c, shape.n, shape.d, "tn")
 
 
-def _none(x: LastLayer) -> list[Variant]:
-    return []
-
-
 OPERATORS = (
     Operator(
         "per_example_dot",
         fastmeta.ops.per_example_dot,
-        (("eager", per_example_dot.eager), ("eager (R V) h", per_example_dot.eager_reordered)),
+        (("eager", closed_forms.per_example_dot), ("eager (R V) h", closed_forms.per_example_dot_reordered)),
         lambda x: (x.features, x.logits, x.targets, x.direction_weight, x.direction_bias),
         lambda shape: (_tangent(shape),),
+        3,  # z, f, y
         True,
         peers.per_example_dot,
     ),
     Operator(
         "label_gradient",
-        ours_label_gradient,
-        (("eager", label_gradient.eager), ("eager addmm, vecdot", label_gradient.eager_vecdot)),
+        _label_gradient,
+        (("eager", closed_forms.label_gradient), ("eager addmm, vecdot", closed_forms.label_gradient_vecdot)),
         lambda x: (x.features, x.logits, x.direction_weight, x.direction_bias),
         lambda shape: (_tangent(shape),),
+        3,  # z, f, the result
         True,
         peers.label_gradient,
     ),
     Operator(
         "last_layer_gradient",
         fastmeta.ops.last_layer_gradient,
-        (("eager", last_layer_gradient.eager),),
+        (("eager", closed_forms.last_layer_gradient),),
         lambda x: (x.features, x.logits, x.targets, x.weights),
         lambda shape: (_sum(shape),),
+        3,  # f, y, r
         False,
         peers.last_layer_gradient,
     ),
     Operator(
         "hessian_vector_product",
         fastmeta.ops.hessian_vector_product,
-        (("eager", hvp.eager),),
+        (("eager", closed_forms.hessian_vector_product),),
         lambda x: (x.features, x.logits, x.direction_weight, x.direction_bias),
         lambda shape: (_tangent(shape), _sum(shape)),
+        3,  # z, f, c
         False,
         peers.hessian_vector_product,
     ),
@@ -131,29 +117,32 @@ OPERATORS = (
     Operator(
         "per_example_dot",
         fastmeta.ops.per_example_dot,
-        (("eager", dot_from_head),),
-        lambda x: (x.features, head_of(x), x.targets.argmax(-1), x.direction_weight, x.direction_bias),
+        (("eager", closed_forms.dot_from_head),),
+        lambda x: (x.features, _head(x), x.targets.argmax(-1), x.direction_weight, x.direction_bias),
         lambda shape: 2 * (_tangent(shape),),
+        2,  # f, z
         True,
-        _none,
+        lambda x: [],
         from_head=True,
     ),
     Operator(
         "label_gradient",
-        ours_label_gradient,
-        (("eager", label_gradient_from_head),),
-        lambda x: (x.features, head_of(x), x.direction_weight, x.direction_bias),
+        _label_gradient,
+        (("eager", closed_forms.label_gradient_from_head),),
+        lambda x: (x.features, _head(x), x.direction_weight, x.direction_bias),
         lambda shape: 2 * (_tangent(shape),),
+        3,  # f, z, the result
         True,
-        _none,
+        lambda x: [],
         from_head=True,
     ),
     Operator(
         "last_layer_gradient",
         fastmeta.ops.last_layer_gradient,
-        (("eager", gradient_from_head),),
-        lambda x: (x.features, head_of(x), x.targets.argmax(-1)),
+        (("eager", closed_forms.gradient_from_head),),
+        lambda x: (x.features, _head(x), x.targets.argmax(-1)),
         lambda shape: (_tangent(shape), _sum(shape)),
+        2,  # f, r
         False,
         peers.linear_cross_entropy,
         from_head=True,
@@ -163,13 +152,8 @@ OPERATORS = (
 
 def _rows(x: LastLayer, rows: Tensor) -> LastLayer:
     """Those examples of a batch."""
-    return replace(
-        x,
-        features=x.features[rows],
-        logits=x.logits[rows],
-        targets=x.targets[rows],
-        weights=x.weights[rows],
-    )
+    per_example = ("features", "logits", "targets", "weights")
+    return replace(x, **{name: getattr(x, name)[rows] for name in per_example})
 
 
 def error_of(operator: Operator, x: LastLayer) -> Callable[[Any], float]:
@@ -179,13 +163,14 @@ def error_of(operator: Operator, x: LastLayer) -> Callable[[Any], float]:
     device = x.features.device.type
     if operator.by_row:
         rows = checked_rows(n, c, device)
-        return distance_of_rows(definition(*operator.arguments(_rows(x, rows).double())), rows)
+        truth = definition(*operator.arguments(_rows(x, rows).double()))
+        # All rows, or so many that no peer has fewer: peers that measure a slice do so where all are checked.
+        return distance_to(truth, prefix=True) if len(rows) == n else distance_to(truth, rows)
     sums: list[Tensor] | None = None
     for rows in torch.arange(n, device=device).split(max(1, _CHUNK // c)):
         parts = definition(*operator.arguments(_rows(x, rows).double()))
         sums = list(parts) if sums is None else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
-    assert sums is not None
-    return distance_of_sums(sums)
+    return distance_to(sums)
 
 
 def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -198,33 +183,35 @@ def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
 def build(operator: Operator, shape: Shape, dtype: torch.dtype, device: str) -> Problem:
     n, d, c = shape
     x = last_layer(shape, dtype, device)
+    size = x.features.element_size()
     moved = bytes_of(*_tensors(operator.arguments(x)))
     count = number_of_sets(moved, device)
     sets = [operator.arguments(x)]
     sets += [operator.arguments(last_layer(shape, dtype, device, seed)) for seed in range(1, count)]
-    written = (n if operator.name == "per_example_dot" else n * c) if operator.by_row else c * (d + 1)
-    moved += written * x.features.element_size()
-    offered = forms.offered(operator.name, c, device)
-    cost = Cost(sum(gemm.flops for gemm in operator.products(shape)), moved, count * moved)
+    moved += size * ((n if operator.name == "per_example_dot" else n * c) if operator.by_row else c * (d + 1))
+    products = operator.products(shape)
+    forms, modes = kernels.offered(operator.name, c, device), compile_modes(dtype, device)
     return Problem(
-        variants(operator.call, offered, operator.eager, sets) + operator.peers(x),
-        error_of(operator, x),
-        cost,
+        variants(operator.call, forms, operator.eager, sets, modes)
+        + (operator.peers(x) if modes else []),  # on the CPU, in float32 alone
+        lazily(lambda: error_of(operator, x)),
+        Cost(sum(gemm.flops for gemm in products), moved, count * moved, products, operator.row_passes * n * c * size),
         TOLERANCE[dtype],
         n,
     )
 
 
-CASES = [
-    GpuCase(
-        operator.name,
-        f"{shape}, head" if operator.from_head else str(shape),
-        partial(build, operator, shape),
-        operator.products(shape),
-        shape=shape,
-        from_head=operator.from_head,
-    )
-    for shape in SHAPES
-    for operator in OPERATORS
-    if not operator.from_head or shape.c > shape.d
-]
+def cases(device: str) -> list[Case]:
+    """Heads on a GPU alone: on the CPU they are the reference's slabs."""
+    return [
+        Case(
+            operator.name,
+            f"{shape}, head" if operator.from_head else str(shape),
+            partial(build, operator, shape),
+            shape=shape,
+            from_head=operator.from_head,
+        )
+        for operator in OPERATORS
+        for shape in SHAPES[device]
+        if not operator.from_head or (device == "cuda" and shape.c > shape.d)
+    ]

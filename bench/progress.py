@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import files
+from bench import files
 
 
 class Progress:
@@ -25,8 +25,8 @@ class Progress:
     def announce(self, key: str, step: str) -> None:
         files.write(self.running, [key, step])
 
-    def finish(self, key: str, record: dict[str, Any]) -> None:
-        self.cases.append({"key": key} | record)
+    def finish(self, record: dict[str, Any]) -> None:
+        self.cases.append(record)
         self.save()
 
     def end(self, unfinished: list[str]) -> None:

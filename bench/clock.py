@@ -1,45 +1,57 @@
-"""Time and memory on a device: stream time by events, graph time by replays, host time by enqueueing alone."""
+"""Time and memory on a device. On a GPU: by events on the stream, by replays of graphs, by enqueueing alone."""
 
 import contextlib
 import gc
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from bench.timing import Timed, take_sample
 
 HOST_CALLS = 32  # few enough that the launch queue never fills and makes the host wait
+HOST_REPEATS = 7
 
 
-class Clock(Protocol):
-    """What the benchmarks need of a device."""
+class Clock:
+    """What the benchmarks need of a device; this one is the CPU, where all time is the call's."""
 
-    device: str
+    device = "cpu"
 
     def sampler(self, timed: Timed, calls: int) -> tuple[float, bool]:
         """Seconds per call, and whether other processes disturbed them."""
+        return take_sample(timed, calls)
 
     def capture(self, call: Callable[[], Any], calls: int) -> Callable[[], Any] | None:
         """Plays ``calls`` calls back from one graph; None where there are no graphs."""
+        return None
 
     def host_us(self, call: Callable[[], Any]) -> float | None:
         """Microseconds until a call returns, its work under way; None where a call waits for its work."""
+        return None
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
         """Most bytes allocated at one time during the call, its results included."""
+        from bench.memory import peak_bytes  # needs fastmeta, which a machine with a GPU builds first
+
+        return peak_bytes(call)
 
     def host_syncs(self, call: Callable[[], Any]) -> int | None:
         """How often the call waits for the device."""
+        return None
 
-    def synchronize(self) -> None:
-        """Wait for all work."""
+    def kernels(self, call: Callable[[], Any]) -> list[str]:
+        """Names of what one call puts on the device, copies and fills included, by torch's profiler."""
+        return []
 
 
-class CudaClock:
+class CudaClock(Clock):
     """The current CUDA device."""
 
     device = "cuda"
@@ -83,13 +95,15 @@ class CudaClock:
         return graph.replay
 
     def host_us(self, call: Callable[[], Any]) -> float | None:
+        taken = []
+        for _ in range(HOST_REPEATS):
+            torch.cuda.synchronize()
+            begin = time.perf_counter_ns()
+            for _ in range(HOST_CALLS):
+                call()
+            taken.append(time.perf_counter_ns() - begin)
         torch.cuda.synchronize()
-        begin = time.perf_counter_ns()
-        for _ in range(HOST_CALLS):
-            call()
-        elapsed = time.perf_counter_ns() - begin
-        torch.cuda.synchronize()
-        return 1e-3 * elapsed / HOST_CALLS
+        return 1e-3 * statistics.median(taken) / HOST_CALLS
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
         torch.cuda.synchronize()
@@ -110,8 +124,13 @@ class CudaClock:
                 torch.cuda.set_sync_debug_mode("default")
         return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
-    def synchronize(self) -> None:
+    def kernels(self, call: Callable[[], Any]) -> list[str]:
+        call()
         torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            call()
+            torch.cuda.synchronize()
+        return [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
 
 
 @contextlib.contextmanager
@@ -126,32 +145,8 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-class CpuClock:
-    """The CPU, on which the benchmark's own tests run."""
-
-    device = "cpu"
-
-    def sampler(self, timed: Timed, calls: int) -> tuple[float, bool]:
-        return take_sample(timed, calls)[0], False
-
-    def capture(self, call: Callable[[], Any], calls: int) -> None:
-        return None
-
-    def host_us(self, call: Callable[[], Any]) -> float | None:
-        return None
-
-    def peak_bytes(self, call: Callable[[], Any]) -> int | None:
-        return None
-
-    def host_syncs(self, call: Callable[[], Any]) -> int | None:
-        return None
-
-    def synchronize(self) -> None:
-        pass
-
-
 def clock_for(device: str) -> Clock:
-    return CudaClock() if device == "cuda" else CpuClock()
+    return CudaClock() if device == "cuda" else Clock()
 
 
 class DeviceLost(RuntimeError):

@@ -1,6 +1,6 @@
 """A pytest plugin that writes each test's outcome as it comes.
 
-``pytest -p bench.gpu.pytest_outcomes``, the file's name in ``FASTMETA_BENCH_OUTCOMES``. A session that is ended leaves
+``pytest -p bench.pytest_outcomes``, the file's name in ``FASTMETA_BENCH_OUTCOMES``. A session that is ended leaves
 all that it had; a process whose CUDA context is broken ends itself, because every later test would fail for it.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench.gpu.outcomes import FILE
+from bench.gate import FILE
 
 _LOST = re.compile(
     r"CUDA_ERROR_ILLEGAL|(CUDA error|Triton Error \[CUDA\]): (an illegal|misaligned|unspecified|device-side assert)"

@@ -1,0 +1,75 @@
+"""fastmeta's kernels as the benchmarks see them: the forms of an operator, and what a call would launch."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from bench.case import Form
+from bench.rows import NO_FORM
+from fastmeta import _entry, _kernels
+
+MAIN = "fastmeta"  # what a user gets
+# The operators whose Triton forms can be forced; the others have one.
+_FORCED = frozenset(_kernels.TRITON) - {"finite_difference_labels"}
+
+
+def _triton(name: str) -> Any:
+    return import_module(f"fastmeta.triton_kernels.{name}")
+
+
+def offered(operator: str, num_classes: int, device: str) -> list[Form]:
+    """What a user gets, and every implementation and form that can be named beside it.
+
+    A form that the shape does not have raises when it is called. What is ``cpp`` is what a user gets on the CPU.
+    """
+    forms = [Form(MAIN)]
+    names = import_module(f"fastmeta.ops.{_kernels.TRITON[operator]}").OPERATOR.implementations(device)
+    if "cuda" in names and num_classes <= _kernels.NARROW_OUTPUTS:
+        forms.append(Form("cuda", "cuda"))
+    if "triton" in names and operator in _FORCED:
+        rule = _triton("_rule")
+        forms += [Form(f"triton {name}", "triton", partial(rule.force, name)) for name in rule.FORMS]
+    elif "triton" in names:
+        forms.append(Form("triton", "triton"))
+    return forms
+
+
+def plans_of(operator: str, given: tuple[Any, ...]) -> Iterator[Any]:
+    """The programs that may serve a call: in every form, and where the library sums no columns."""
+    plan: Callable[..., Any] = _triton(_kernels.TRITON[operator]).plan
+    rule = _triton("_rule")
+    for form in rule.FORMS if operator in _FORCED else rule.FORMS[:1]:
+        with rule.force(form):
+            try:
+                yield plan(*given)
+                if "sums_apart" in inspect.signature(plan).parameters:
+                    yield plan(*given, sums_apart=True)
+            except ValueError as error:
+                if NO_FORM not in str(error):
+                    raise
+
+
+def launches_of(operator: str, given: tuple[Any, ...]) -> list[Any]:
+    """The launches of those programs, recorded in place of being made."""
+    count = _entry.OPERATORS[operator]
+    with _triton("_program").recording() as launches:
+        for program in plans_of(operator, given):
+            program.run(given[:-count], given[-count:])
+    return launches
+
+
+def launches_of_solver(size: int, dtype: torch.dtype) -> list[Any]:
+    """Those of an iteration of the conjugate gradient on so many unknowns."""
+    solver = _triton("conjugate_gradient")
+    v = torch.empty(size, dtype=dtype, device="meta")
+    sums = torch.empty(solver.num_partials(v), dtype=torch.float64, device="meta")
+    now = torch.empty(8, dtype=torch.float64, device="meta")
+    with _triton("_launch").recording() as launches:
+        solver.dot(v, v, sums, now)
+        solver.advance(v, v, v, v, sums, sums, now)
+        solver.turn(v, v, sums, sums, sums, now, now)
+    return launches

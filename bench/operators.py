@@ -1,0 +1,282 @@
+"""Measures every case and writes each result at once, so that a crash costs one variant.
+
+``python -m bench.operators --out FILE --until T`` is the phase ``operators`` of ``python -m bench gpu``. Started again
+on the same file it goes on after the variant that it died in. With ``--only-compile I/N`` it runs the I-th of N shares
+of the cases once and times nothing: processes beside each other fill the compilers' caches, which the measuring one
+finds.
+"""
+
+import argparse
+import gc
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+
+from bench import files
+from bench.case import COMPILE_MODES, Case, Variant, dtype_name
+from bench.choices import add_choices
+from bench.clock import Clock, DeviceLost, clock_for, ensure_healthy
+from bench.floors import DTYPES, Ceilings, Products, measure_ceilings
+from bench.measure import QUICK, SETTINGS, Settings, measure_case
+from bench.ops import cases
+from bench.progress import Progress
+from bench.rows import MAX_AUTOTUNE, Row, main_variant
+
+RESULTS = Path(__file__).parent / "results"
+DEVICE_LOST = 70  # exit status
+# Of the goals in bench.gpu.goals.
+GOAL_SHAPES = (
+    *("256, 128, 10", "448, 128, 100", "768, 512, 200", "4096, 2048, 1000", "8192, 2048, 128256"),
+    *("65536, 256", "32768, 1000", "8192, 4000", "ResNet-50"),
+)
+_LAUNCHES_S = 20.0  # kept back for counting launches at the end
+_MUCH = 2**33
+Chosen = list[tuple[Case, tuple[torch.dtype, ...]]]
+
+
+def is_large(case: Case) -> bool:
+    """Whether its inputs are gigabytes, or its calls take many milliseconds."""
+    n, d, c = case.shape or (0, 0, 0)
+    return n * d * c > 2**34
+
+
+def recorded(folder: Path = RESULTS) -> set[str]:
+    """Keys of all cases that some GPU's record in the repository has a time for."""
+    found = set()
+    for path in folder.glob("*/gpu.json"):
+        found |= {r["key"] for r in (files.read(path) or {}).get("operators", []) if main_variant(r)}
+    return found
+
+
+def _rank(case: Case, dtype: torch.dtype, known: set[str]) -> int:
+    """What no record holds first, then what the goals ask for; last what takes seconds a call and is cut off first."""
+    if is_large(case) and dtype == torch.float32:
+        return 3
+    if case.key(dtype) not in known:
+        return 0
+    return 1 if case.label.removesuffix(", head") in GOAL_SHAPES else 2
+
+
+def chosen(options: argparse.Namespace, device: str) -> Chosen:
+    """The cases asked for. On a GPU each dtype on its own, in the order in which they are measured."""
+    found = [
+        (case, tuple(DTYPES[name] for name in options.dtypes if DTYPES[name] in case.dtypes))
+        for case in cases(device)
+        if case.operator in options.operators
+        and (options.shapes is None or any(text in case.label for text in options.shapes))
+    ]
+    if device != "cuda":
+        return [(case, dtypes) for case, dtypes in found if dtypes]
+    known = recorded()
+    alone = [(case, (dtype,)) for case, dtypes in found for dtype in dtypes]
+    return sorted(alone, key=lambda one: _rank(one[0], one[1][0], known))
+
+
+def measure_all(
+    cases: Chosen,
+    progress: Progress,
+    clock: Clock,
+    settings: Settings,
+    deadline: float,
+    *,
+    ceilings: Ceilings | None = None,
+    compiled: set[str] | None = None,
+) -> None:
+    """Measure what is not there yet, until the deadline.
+
+    Args:
+        cases: all of them, with the dtypes that are measured in turn.
+        progress: where results go, and which are there.
+        clock: of the device.
+        settings: how long to measure.
+        deadline: by ``time.monotonic()``; no case begins after it.
+        ceilings: of the device; None: measured before the first case and after the last.
+        compiled: ``key/variant`` that the caches on disk hold; None: compile here whatever is missing.
+    """
+    progress.announce("ceilings", "ceilings")
+    products = Products(clock)
+    held = ceilings or measure_ceilings(clock)
+    progress.shared = held.as_json()
+    done = {record["key"] for record in progress.cases}
+    missing = []
+    for case, all_dtypes in cases:
+        dtypes = tuple(dtype for dtype in all_dtypes if case.key(dtype) not in done)
+        if dtypes and time.monotonic() > deadline:
+            missing += [case.key(dtype) for dtype in dtypes]
+        elif dtypes:
+            for record in _measured(case, dtypes, clock, products, settings, compiled, progress):
+                if "cost" in record:
+                    held.apply(record)
+                progress.finish(record)
+                print(f"{record['key']}: {_line(record)}", flush=True)
+            free(clock.device)
+    if ceilings is None:
+        held = held.best_of(measure_ceilings(clock))
+        progress.shared = held.as_json()
+        for record in progress.cases:
+            if "cost" in record:
+                held.apply(record)
+    progress.end(missing)
+
+
+def _left_out(case: Case, dtype: torch.dtype, compiled: set[str] | None, crashes: dict[str, str]) -> dict[str, str]:
+    """Why variants are not run."""
+    found: dict[str, str] = {}
+    if compiled is not None:
+        found |= {name: "not compiled in time" for name in COMPILE_MODES if f"{case.key(dtype)}/{name}" not in compiled}
+    if is_large(case):
+        found[MAX_AUTOTUNE] = "left out at this size: its tuning takes longer than all measurements"
+    # A crash is announced as "variant" or "variant: what was done with it".
+    return found | {step.partition(": ")[0]: why for step, why in crashes.items()}
+
+
+def _measured(
+    case: Case,
+    dtypes: tuple[torch.dtype, ...],
+    clock: Clock,
+    products: Products,
+    settings: Settings,
+    compiled: set[str] | None,
+    progress: Progress,
+) -> list[Row]:
+    key = case.key(dtypes[0])
+    crashes = progress.crashed.get(key, {})
+    shared = [step for step in crashes if step in ("inputs", "products alone") or step.startswith("timing")]
+    if shared:
+        return [_failed(case, dtype, f"{shared[0]}: {crashes[shared[0]]}") for dtype in dtypes]
+    try:
+        return measure_case(
+            case,
+            dtypes,
+            clock,
+            products,
+            settings,
+            left_out=_left_out(case, dtypes[0], compiled, crashes),
+            announce=lambda step: progress.announce(key, step),
+        )
+    except DeviceLost:
+        raise
+    except Exception as error:  # the inputs do not fit, say: the other cases may
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    ensure_healthy(clock.device)
+    return [_failed(case, dtype, reason) for dtype in dtypes]
+
+
+def _failed(case: Case, dtype: torch.dtype, reason: str) -> Row:
+    start = {"key": case.key(dtype), "operator": case.operator, "shape": case.label, "dtype": dtype_name(dtype)}
+    return start | {"main": case.main, "failed": reason}
+
+
+def _line(record: Row) -> str:
+    ours = main_variant(record)
+    if ours is not None:
+        inside = f", {ours['graph_us']:.1f} us in a graph" if "graph_us" in ours else ""
+        return f"{ours['stream_us']:.1f} us{inside}, {ours['times_floor']:.1f}x the floor"
+    why = [v["reason"] for v in record.get("variants", []) if v["name"] == record["main"]]
+    return record.get("failed") or (why or ["not measured"])[0]
+
+
+def free(device: str) -> None:
+    """Give cached memory back where there is much of it."""
+    if device == "cuda" and torch.cuda.memory_reserved() > _MUCH:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def count_launches(cases: Chosen, progress: Progress, clock: Clock, deadline: float) -> None:
+    """Add ``launches`` and ``kernels`` to fastmeta's and the eager variants at every size, until the deadline.
+
+    After all timing, which a profiler would disturb.
+    """
+    records = {record["key"]: record for record in progress.cases}
+    for case, dtype in ((case, dtype) for case, dtypes in cases for dtype in dtypes):
+        record = records.get(case.key(dtype), {})
+        measured = {entry["name"]: entry for entry in record.get("variants", []) if "stream_us" in entry}
+        try:
+            for variant in case.build(dtype, clock.device).variants if measured else []:
+                if time.monotonic() > deadline:
+                    return
+                if variant.role in ("fastmeta", "eager") and variant.name in measured:
+                    with variant.around(), torch.set_grad_enabled(variant.grad):
+                        found = clock.kernels(variant.call)
+                    measured[variant.name] |= {"launches": len(found), "kernels": found}
+        except Exception as error:  # no profiler on this machine: the column stays empty
+            print(f"Launches are not counted: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+            return
+        finally:
+            progress.save()
+        free(clock.device)
+
+
+def compile_all(cases: Chosen, share: int, shares: int, done: Path, deadline: float, device: str) -> None:
+    """Run every variant of a share of the cases once, and note which have run."""
+    finished: list[str] = []
+    alone = [(case, dtype) for case, dtypes in cases for dtype in dtypes]
+    own = [one for one in alone if not is_large(one[0])][share::shares]
+    # One process alone, because of the memory.
+    own += [one for one in alone if is_large(one[0]) and one[1] != torch.float32] * (share == shares - 1)
+    for mode in (None, *COMPILE_MODES):  # what is sure to be measured first, the longest compilation last
+        for case, dtype in own:
+            if mode == MAX_AUTOTUNE and is_large(case):
+                continue
+            if time.monotonic() > deadline:
+                return
+            try:
+                for variant in case.build(dtype, device).variants:
+                    if variant.name == mode if mode else variant.role != "compile":
+                        _run_once(variant, f"{case.key(dtype)}/{variant.name}", finished, device)
+                        files.write(done, finished)
+            except RuntimeError as error:  # its inputs do not fit beside the other processes'
+                print(f"{case.key(dtype)}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+                ensure_healthy(device)
+            torch.compiler.reset()
+            free(device)
+
+
+def _run_once(variant: Variant, key: str, finished: list[str], device: str) -> None:
+    try:
+        with variant.around(), torch.set_grad_enabled(variant.grad):
+            (variant.check or variant.call)()
+        finished.append(key)
+    except Exception as error:
+        print(f"{key}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+        ensure_healthy(device)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--until", type=float, required=True, help="by time.time()")
+    parser.add_argument("--only-compile", metavar="I/N")
+    parser.add_argument("--compiled", type=Path, nargs="*", help="what processes with --only-compile wrote")
+    add_choices(parser)
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.until - time.time()
+    warnings.filterwarnings("ignore", message="Online softmax is disabled")
+    found = chosen(options, "cuda")
+    try:
+        if options.only_compile:
+            share, _, shares = options.only_compile.partition("/")
+            compile_all(found, int(share), int(shares), options.out, deadline, "cuda")
+            return 0
+        held = None
+        if options.compiled is not None:
+            held = {name for path in options.compiled for name in files.read(path) or []}
+        progress = Progress(options.out)
+        settings = QUICK if options.quick else SETTINGS["cuda"]
+        clock = clock_for("cuda")
+        measure_all(found, progress, clock, settings, deadline - _LAUNCHES_S, compiled=held)
+        count_launches(found, progress, clock, deadline)
+    except DeviceLost as error:
+        print(f"The device is lost: {error}", file=sys.stderr)
+        return DEVICE_LOST
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
