@@ -68,7 +68,7 @@ def launches_of_solver(size: int, dtype: torch.dtype) -> list[Any]:
     v = torch.empty(size, dtype=dtype, device="meta")
     sums = torch.empty(solver.num_partials(v), dtype=torch.float64, device="meta")
     now = torch.empty(8, dtype=torch.float64, device="meta")
-    with _triton("_launch").recording() as launches:
+    with _triton("_program").recording() as launches:
         solver.dot(v, v, sums, now)
         solver.advance(v, v, v, v, sums, sums, now)
         solver.turn(v, v, sums, sums, sums, now, now)

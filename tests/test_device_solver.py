@@ -340,7 +340,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fastmeta.triton_kernels import conjugate_gradient as kernels
-from fastmeta.triton_kernels._launch import recording
+from fastmeta.triton_kernels._program import recording
 
 for size in (1290, 2064000):
     x, partials, row = torch.zeros(1, size), torch.zeros(512).double(), torch.zeros(8).double()

@@ -71,7 +71,7 @@ def test_what_does_not_compile_or_fit_is_told(tmp_path):
     script = """
 import json, torch, bad_kernels
 from bench.compiled import compile_one, work
-from fastmeta.triton_kernels._launch import Recorded
+from fastmeta.triton_kernels._program import Recorded
 x = torch.empty(1 << 16, dtype=torch.bfloat16, device="meta")
 launches = {"spills": ("spilling", 16384, 1), "large": ("large", 256, 16), "wrong": ("wrong", 16, 4)}
 for name, (kernel, size, warps) in launches.items():

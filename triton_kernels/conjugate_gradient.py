@@ -7,18 +7,22 @@ kernel that needs it: the order is fixed, nothing is atomic. An iteration reads 
 so that no program reads what another one writes. Once the status is not ``RUNNING``, nothing changes.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmeta import _launch as executor
 from fastmeta.ops.solve import conjugate_gradient as scalars
-from fastmeta.triton_kernels._launch import Launch, Plans, on_device
+from fastmeta.triton_kernels._program import INTERPRETED, Program, Ref, is_recording, launch
 
 _BLOCK = 1024  # entries in one step of a program, 4 warps
 # Most programs: every program of the next kernel reads all of their sums, 4 kB.
 _MOST_PROGRAMS = 512
+_MOST_PLANS = 1024
 
 _SLOPE: tl.constexpr = tl.constexpr(scalars.SLOPE)
 _SQUARED: tl.constexpr = tl.constexpr(scalars.SQUARED)
@@ -118,18 +122,30 @@ def _programs(size: int) -> int:
     return max(1, min(triton.cdiv(size, _BLOCK), _MOST_PROGRAMS))
 
 
-_PLANS: Plans[Launch] = Plans()
+_PLANS: dict[Hashable, Any] = {}
 
 
-def _plan(kernel: Any, vector: Tensor, programs: int, *, sums: bool, size: int = 0) -> Launch:
-    """The launch of a kernel that goes over a vector like this; with ``sums`` it adds up those of as many programs."""
-    key = kernel, vector.device, vector.dtype, vector.numel(), programs, size
-    found = _PLANS.get(key)
-    if found is None:
-        counts = {"count": programs, "padded": triton.next_power_of_2(programs)} if sums else {}
+def _launch(kernel: Any, vector: Tensor, programs: int, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:
+    """Go over a vector like this; a kernel that adds up partial sums adds those of as many programs."""
+    counts = {} if kernel is _dot else {"count": programs, "padded": triton.next_power_of_2(programs)}
+
+    def plan() -> Program:
         steps = triton.cdiv(triton.cdiv(vector.numel(), _BLOCK), programs)
-        found = _PLANS.keep(key, Launch(kernel, (programs,), {"steps": steps, **counts, "block": _BLOCK}))
-    return found
+        arguments = (*(Ref("input", index) for index in range(len(tensors))), *sizes)
+        constants = {"steps": steps, **counts, "block": _BLOCK}
+        return Program((), (), (launch(kernel, (programs,), arguments, constants, num_stages=2),))
+
+    if INTERPRETED or is_recording():
+        plan().run(tensors)
+        return
+    alignments = tuple(tensor.data_ptr() % 16 for tensor in tensors)
+    key = kernel, vector.device, vector.dtype, sizes, programs, alignments
+    with torch.cuda.device(vector.device):
+        if key not in _PLANS:
+            if len(_PLANS) >= _MOST_PLANS:
+                _PLANS.clear()
+            _PLANS[key] = executor.compile(plan(), tensors, ())
+        executor.run(_PLANS[key], tensors, ())
 
 
 def _aligned(vector: Tensor) -> Tensor:
@@ -143,26 +159,22 @@ def num_partials(vector: Tensor) -> int:
     return _programs(vector.numel())
 
 
-@on_device
 def dot(a: Tensor, b: Tensor, partials: Tensor, now: Tensor) -> None:
     """``<a, b>`` over the entries that both have, as ``partials [num_partials]``, float64."""
     shorter = min(a, b, key=Tensor.numel)
-    launch = _plan(_dot, shorter, partials.numel(), sums=False)
-    launch(_aligned(a), _aligned(b), partials, now, shorter.numel())
+    _launch(_dot, shorter, partials.numel(), (_aligned(a), _aligned(b), partials, now), (shorter.numel(),))
 
 
-@on_device
 def advance(x: Tensor, r: Tensor, p: Tensor, q: Tensor, bends: Tensor, squares: Tensor, now: Tensor) -> None:
     """``x += a p``, ``r -= a q`` in place for ``a = slope / bend``; ``<r, r>`` as partial sums in ``squares``."""
-    launch = _plan(_advance, x, bends.numel(), sums=True, size=r.numel())
-    launch(x, r, p, _aligned(q), bends, squares, now, r.numel(), x.numel())
+    tensors = (x, r, p, _aligned(q), bends, squares, now)
+    _launch(_advance, x, bends.numel(), tensors, (r.numel(), x.numel()))
 
 
-@on_device
 def turn(p: Tensor, z: Tensor, bends: Tensor, squares: Tensor, slopes: Tensor, now: Tensor, following: Tensor) -> None:
     """``p = z + b p`` in place for ``b = <r, z> / slope``, with ``<r, z>`` as partial sums in ``slopes``.
 
     Writes the row of numbers ``following`` from the row ``now``.
     """
-    launch = _plan(_turn, p, bends.numel(), sums=True)
-    launch(p, _aligned(z), bends, squares, slopes, now, following, p.numel())
+    tensors = (p, _aligned(z), bends, squares, slopes, now, following)
+    _launch(_turn, p, bends.numel(), tensors, (p.numel(),))
