@@ -10,6 +10,7 @@ COMMANDS = {
     "step": ("bench.step.command", "A training step with each method against the plain step, on the CPU."),
     "resources": ("bench.resources", "Registers, shared memory and spills of every kernel of the GPU, without one."),
     "compile": ("bench.compile", "Kernels and libraries for a GPU that is not here, as an archive for `gpu --cache`."),
+    "host": ("bench.host", "What a call costs the host, without a GPU and without the driver's launch."),
     "gpu": ("bench.gpu.command", "Everything that needs a GPU: build, tests, sanitizer, operators, step time."),
 }
 

@@ -1,8 +1,8 @@
 """Runs the host's side of Triton's launches where there is no GPU.
 
 Everything is real but the driver: Triton specializes and compiles for the architecture that is named, and the launcher
-it generates in C takes the arguments apart. That launcher is linked with a library of empty functions in place of
-libcuda, so it says what it was asked to launch and returns.
+it generates in C takes the arguments apart. That launcher and the executor of programs are given a library of empty
+functions in place of libcuda and cuBLASLt, so it says what it was asked to launch and returns.
 """
 
 import ctypes
@@ -32,6 +32,33 @@ static unsigned last[5]; /* grid, threads, shared memory */
 static unsigned long long values[64];
 static int wanted; /* parameters to keep, of eight bytes each */
 unsigned long long fastmeta_launches(unsigned *out) { memcpy(out, last, sizeof last); return count; }
+/* cuBLASLt: one object stands for all, every product is to be had and takes no time. */
+static int object;
+static unsigned long long multiplied;
+unsigned long long fastmeta_products(void) { return multiplied; }
+static int give(void **out) { *out = &object; return 0; }
+int cublasLtCreate(void **out) { return give(out); }
+int cublasLtMatmulDescCreate(void **out, int compute, int scale) { return give(out); }
+int cublasLtMatrixLayoutCreate(void **out, int type, size_t rows, size_t columns, long long leading) {
+  return give(out);
+}
+int cublasLtMatmulPreferenceCreate(void **out) { return give(out); }
+int cublasLtMatmulDescDestroy(void *of) { return 0; }
+int cublasLtMatrixLayoutDestroy(void *of) { return 0; }
+int cublasLtMatmulPreferenceDestroy(void *of) { return 0; }
+int cublasLtMatmulDescSetAttribute(void *of, int attribute, const void *value, size_t size) { return 0; }
+int cublasLtMatmulPreferenceSetAttribute(void *of, int attribute, const void *value, size_t size) { return 0; }
+int cublasLtMatmulAlgoGetHeuristic(void *handle, void *desc, void *a, void *b, void *c, void *d, void *preference,
+                                   int requested, void *results, int *returned) {
+  *returned = 1;
+  return 0;
+}
+int cublasLtMatmul(void *handle, void *desc, const void *alpha, const void *a, void *layout_a, const void *b,
+                   void *layout_b, const void *beta, const void *c, void *layout_c, void *d, void *layout_d,
+                   const void *algorithm, void *workspace, size_t size, void *stream) {
+  ++multiplied;
+  return 0;
+}
 static void keep(void **arguments) {
   for (int i = 0; i < wanted; ++i) memcpy(values + i, arguments[i], 8);
 }
@@ -109,6 +136,13 @@ def launched() -> Launched:
     return Launched(count, tuple(last[:3]), last[3], last[4])
 
 
+def products() -> int:
+    """How many matrix products have reached cuBLASLt."""
+    function = _library()[1].fastmeta_products
+    function.restype = ctypes.c_ulonglong
+    return function()
+
+
 def parameters(count: int) -> Any:
     """Where the driver keeps this many parameters of each launch from now on, eight bytes of each."""
     function = _library()[1].fastmeta_parameters
@@ -175,5 +209,7 @@ class FakeDriver(nvidia.CudaDriver):
 
 def activate(architecture: int = 90) -> None:
     """Have Triton launch on the GPU that is not there, for the rest of the process."""
-    _extension._C.use_driver(str(_library()[0] / LIBRARY))
+    library = str(_library()[0] / LIBRARY)
+    _extension._C.use_driver(library)
+    _extension._C.use_cublaslt(library)
     driver.set_active(FakeDriver(architecture))

@@ -1,13 +1,12 @@
 """Registers, shared memory and spills of every kernel, compiled for sm_80, sm_90 and sm_100; no GPU is needed.
 
 Every Triton kernel with every tile in every dtype, and the CUDA C++ kernels where nvcc is found. The exit
-status is 0 only if all of them compile without spills and fit the chip. Then the host's cost of a call.
+status is 0 only if all of them compile without spills and fit the chip.
 """
 
 import argparse
 import importlib.util
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -53,16 +52,12 @@ def run(options: argparse.Namespace) -> int:
     text = table(rows)
     summary = [f"{count} Triton compilations of {len(rows)} kernels with their constants"]
     cuda: list[dict[str, Any]] = []
-    costs: dict[str, float] = {}
     if not options.quick:
         cuda, cuda_text, spilled = cuda_rows()
         text += f"\n\n{cuda_text}"
         problems += spilled
-        costs = host_costs()
-        text += "\n\nhost cost of a call without the driver's launch, us\n"
-        text += "\n".join(f"{name:26s}{cost:6.1f}" for name, cost in costs.items())
     summary += problems or ["all compile, without spills, and fit"]
-    found = {"triton": [asdict(row) for row in rows], "cuda": cuda, "host_us": costs, "problems": problems}
+    found = {"triton": [asdict(row) for row in rows], "cuda": cuda, "problems": problems}
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.markdown:
@@ -136,9 +131,3 @@ def cuda_rows() -> tuple[list[dict[str, Any]], str, list[str]]:
     spilled = [f"{entry.kernel} on {entry.architecture}: {entry.spills} bytes of spills" for entry in entries]
     spilled = [text for text, entry in zip(spilled, entries, strict=True) if entry.spills]
     return [asdict(entry) for entry in entries], f"CUDA C++\n{build.table(entries)}", spilled
-
-
-def host_costs() -> dict[str, float]:
-    """In a process of its own: it changes Triton's driver."""
-    command = [sys.executable, "-m", "bench.host_cost"]
-    return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)

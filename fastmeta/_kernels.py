@@ -59,8 +59,6 @@ def triton(name: str, entry: Any) -> Kernel:
         nonlocal module
         if module is None:
             module = import_module(f"fastmeta.triton_kernels.{TRITON[name]}")
-        if not hasattr(module, "plan"):
-            return getattr(module, name)(*arguments)
         return _planned(module.plan, entry, _entry.OPERATORS[name], arguments)
 
     return call
@@ -77,10 +75,7 @@ def _planned(plan_of: Callable[..., Any], entry: Any, count: int, arguments: tup
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         plan = entry.find(*arguments)
         if plan is None:
-            try:
-                plan = _launch.compile(plan_of(*arguments), tensors, numbers)
-            except _launch.NoSuchProduct:
-                plan = _launch.compile(plan_of(*arguments, sums_apart=True), tensors, numbers)
+            plan = _launch.plan(plan_of, tensors, numbers)
             entry.keep(*arguments, plan)
         results = _launch.run(plan, tensors, numbers)
     return _one_or_all(results)

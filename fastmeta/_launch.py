@@ -7,7 +7,7 @@ own), programs run step by step in Python.
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +94,28 @@ def compile(program: Any, tensors: Sequence[Tensor | None], numbers: Sequence[fl
         )
     except LookupError as error:
         raise NoSuchProduct(str(error)) from None
+
+
+def plan(plan_of: Callable[..., Any], tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> Any:
+    """The plan of an operator for arguments of this layout, compiled if it can be.
+
+    Args:
+        plan_of: its planner in triton_kernels/. Where cuBLASLt does not sum up columns in passing, it is asked again
+            with ``sums_apart=True``.
+        tensors: the operator's tensors.
+        numbers: its numbers.
+    """
+    program = plan_of(*tensors, *numbers)
+    try:
+        return compile(program, tensors, numbers)
+    except NoSuchProduct:
+        if all(getattr(step, "column_sums", None) is None for step in program.steps):
+            return StepByStep(program)
+    program = plan_of(*tensors, *numbers, sums_apart=True)
+    try:
+        return compile(program, tensors, numbers)
+    except NoSuchProduct:
+        return StepByStep(program)
 
 
 class _Memory:

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bench import fake_driver
-from fastmeta import _C, _entry, _launch
+from bench import fake_driver, host
+from fastmeta import _C, _entry, _kernels, _launch
 from fastmeta.triton_kernels._program import Buffer, Number, Program, Ref, launch
 
 failures: list[str] = []
@@ -71,6 +71,7 @@ def parameters() -> None:
     expect(ours == wanted, f"{ours}, not {wanted}")
     memory = torch.empty(200)
     scaled[(4, 2, 1)](memory, y, None, out.view(-1)[1:], 96, 3, 1 << 40, 1, 3.0, 0.25, block=64, num_warps=2)
+    fake_driver.parameters(0)
     tritons = [value & mask for value, mask in zip(seen[: len(types)], masks, strict=True)]
     expect(tritons[1:] == ours[1:], f"Triton passes {tritons}, the executor {ours}")
     expect(fake_driver.launched()[1:] == ((4, 2, 1), 64, fake_driver.launched().shared), "Triton's grid")
@@ -141,6 +142,84 @@ def entries() -> None:
     expect(entry(*arguments) is NotImplemented and len(entry) == 0, "forgotten")
 
 
+def operators() -> None:
+    """The second call of a layout plans and compiles nothing, and enqueues what the first one did."""
+    planned: list[Any] = []
+    compile_program = _launch.compile
+
+    def counted(*arguments: Any) -> Any:
+        planned.append(arguments)
+        return compile_program(*arguments)
+
+    _launch.compile = counted
+    for name in _kernels.TRITON:
+        for dtype in (torch.bfloat16, torch.float32):
+            for shape in ((48, 32, 40), (300, 40, 300)):
+                call, arguments = host.calls(name, shape, dtype)
+                dispatcher = host.operator(name)
+                before = dispatcher.entry
+                dispatcher.entry = _C.Entry(name, "cpu")
+                note = f"{name} {dtype} {shape}"
+                planned.clear()
+                seen = enqueued()
+                slow = _kernels.triton(name, dispatcher.entry)(*arguments)
+                first = enqueued()
+                fast = call()
+                second = enqueued()
+                expect(len(planned) == 1 and len(dispatcher.entry) == 1, f"{note}: planned {len(planned)} times")
+                expect(sum(first) > sum(seen), f"{note}: nothing was launched")
+                difference = [b - a for a, b in zip(seen, first, strict=True)]
+                expect(difference == [b - a for a, b in zip(first, second, strict=True)], f"{note}: other launches")
+                expect(shapes(slow) == shapes(fast), f"{note}: {shapes(fast)}, not {shapes(slow)}")
+                dispatcher.entry = before
+    _launch.compile = compile_program
+
+
+def enqueued() -> tuple[int, int]:
+    return fake_driver.launched().number, fake_driver.products()
+
+
+def shapes(results: Any) -> list[Any]:
+    tensors = [results] if isinstance(results, torch.Tensor) else results
+    return [(tensor.shape, tensor.dtype) for tensor in tensors]
+
+
+def numbers() -> None:
+    """An integer where a float is meant, a 1 above all, is not compiled into the kernel."""
+    for name, place in (("label_gradient", 7), ("feature_similarity", 3), ("finite_difference_labels", 4)):
+        arguments = list(host.calls(name, (48, 32, 40), torch.float32)[1])
+        entry = _C.Entry(name, "cpu")
+        kernel = _kernels.triton(name, entry)
+        for value in (1, 0.5, 0, 16, 3):
+            arguments[place] = value
+            kernel(*arguments)
+            expect(entry(*arguments) is not NotImplemented, f"{name} with {value}")
+        expect(len(entry) == 1, f"{name}: {len(entry)} plans for one layout")
+    entry = _C.Entry("hessian_vector_product", "cpu")
+    arguments = list(host.calls("hessian_vector_product", (48, 32, 40), torch.float32)[1])
+    for damping in (0, 0.5, 1, 0.0):
+        _kernels.triton("hessian_vector_product", entry)(*arguments[:-1], damping)
+    expect(len(entry) == 2, f"{len(entry)} plans for no damping and some")
+
+
+def precision() -> None:
+    """Float32 products in TF32 are another plan."""
+    arguments = host.calls("feature_similarity", (48, 32, 40), torch.float32)[1]
+    entry = _C.Entry("feature_similarity", "cpu")
+    _kernels.triton("feature_similarity", entry)(*arguments)
+    expect(entry(*arguments) is not NotImplemented, "planned")
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    expect(entry(*arguments) is NotImplemented, "not planned for TF32")
+    torch.backends.cuda.matmul.fp32_precision = before
+    expect(entry(*arguments) is not NotImplemented, "as before")
+    half = [a.bfloat16() if isinstance(a, torch.Tensor) else a for a in arguments]
+    _kernels.triton("feature_similarity", entry)(*half)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    expect(entry(*half) is not NotImplemented, "of no concern to bfloat16")
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 def errors() -> None:
     """The driver's error is raised, in words."""
     fake_driver.parameters(0)
@@ -154,7 +233,7 @@ def errors() -> None:
 
 if __name__ == "__main__":
     fake_driver.activate()
-    for question in (parameters, compiling_launches_nothing, hooks, entries, errors):
+    for question in (parameters, compiling_launches_nothing, hooks, entries, operators, numbers, precision, errors):
         failures.clear()
         question()
         print(json.dumps({"question": question.__name__, "failures": failures}), flush=True)

@@ -10,7 +10,16 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
-QUESTIONS = ("parameters", "compiling_launches_nothing", "hooks", "entries", "errors")
+QUESTIONS = (
+    "parameters",
+    "compiling_launches_nothing",
+    "hooks",
+    "entries",
+    "operators",
+    "numbers",
+    "precision",
+    "errors",
+)
 
 
 @pytest.fixture(scope="module")

@@ -309,6 +309,10 @@ PyObject* entry_devices(PyObject* object, void*) {
   return Py_BuildValue("(NN)", PyBool_FromLong(self->on_cpu != nullptr), PyBool_FromLong(self->on_cuda != nullptr));
 }
 
+PyObject* entry_name(PyObject* object, void*) {
+  return PyUnicode_FromString(reinterpret_cast<EntryObject*>(object)->signature->name);
+}
+
 PyMethodDef entry_methods[] = {
     {"find", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(entry_find)), METH_FASTCALL,
      "The plan kept for arguments like these, or None."},
@@ -317,6 +321,7 @@ PyMethodDef entry_methods[] = {
     {"forget", entry_forget, METH_NOARGS, "Forgets every plan."},
     {nullptr, nullptr, 0, nullptr}};
 PyGetSetDef entry_attributes[] = {
+    {"name", entry_name, nullptr, "The operator's.", nullptr},
     {"native", entry_devices, nullptr, "Whether there is a native function for the CPU, and for CUDA.", nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr}};
 PyMemberDef entry_members[] = {

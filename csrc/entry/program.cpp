@@ -282,6 +282,19 @@ PyObject* program_run(PyObject* object, PyObject* args) {
   return tuple;
 }
 
+PyObject* program_allocations(PyObject* object, void*) {
+  const auto& self = *reinterpret_cast<ProgramObject*>(object);
+  PyObject* list = PyList_New(0);
+  for (PyObject* output : *self.outputs) {
+    if (list && PyList_Append(list, output) != 0) Py_CLEAR(list);
+  }
+  if (list && self.scratch && PyList_Append(list, self.scratch) != 0) Py_CLEAR(list);
+  return list;
+}
+
+PyGetSetDef program_attributes[] = {{"allocations", program_allocations, nullptr,
+                                     "(sizes, strides, dtype) of each result, and of the scratch memory.", nullptr},
+                                    {nullptr, nullptr, nullptr, nullptr, nullptr}};
 PyMethodDef program_methods[] = {
     {"run", program_run, METH_VARARGS, "run(addresses, numbers, stream, on_cuda): the results, as a tuple of tensors."},
     {nullptr, nullptr, 0, nullptr}};
@@ -291,6 +304,7 @@ PyType_Slot program_slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(program_new)},
     {Py_tp_dealloc, reinterpret_cast<void*>(program_free)},
     {Py_tp_methods, program_methods},
+    {Py_tp_getset, program_attributes},
     {0, nullptr}};
 PyType_Spec program_spec{"fastmeta._C.Program", sizeof(ProgramObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
                          program_slots};
