@@ -17,8 +17,10 @@ DECAY, DECAY_NORM, EPSILON = 0.9, 0.99, 1e-3
 Lists = list[Tensor]
 
 
-def ours(g_l: Lists, g_u: Lists, m: Lists, q: Lists) -> Lists:
-    return fastmeta.ops.alignment_direction(g_l, g_u, m, q, decay=DECAY, decay_norm=DECAY_NORM, epsilon=EPSILON)
+def ours(g_l: Lists, g_u: Lists, m: Lists, q: Lists, out: Lists | None = None) -> Lists:
+    return fastmeta.ops.alignment_direction(
+        g_l, g_u, m, q, decay=DECAY, decay_norm=DECAY_NORM, epsilon=EPSILON, out=out
+    )
 
 
 def one(g_l: Tensor, g_u: Tensor, m: Tensor, q: Tensor) -> Tensor:
@@ -66,7 +68,9 @@ def build(network: str, dtype: torch.dtype, device: str) -> Problem:
         call = partial(function, flat_l, flat_u, m, q)
         return Variant(name, call, prepare=prepare, note="all parameters in one buffer", **options)
 
-    variants = [on_lists("fastmeta", ours, role="fastmeta"), on_lists("torch._foreach", foreach, role="eager")]
+    into = partial(ours, out=[torch.empty_like(t) for t in m0])
+    variants = [on_lists("fastmeta", ours, role="fastmeta"), on_lists("fastmeta, out given", into, role="fastmeta")]
+    variants += [on_lists("torch._foreach", foreach, role="eager")]
     if dtype == torch.float32:
         variants += [
             on_lists("loop", loop, role="eager"),

@@ -192,8 +192,9 @@ def build(operator: Operator, shape: Shape, dtype: torch.dtype, device: str) -> 
     products = operator.products(shape)
     forms, modes = kernels.offered(operator.name, c, device), compile_modes(dtype, device)
     return Problem(
+        # Peers that are no closed forms: on the CPU in float32 alone.
         variants(operator.call, forms, operator.eager, sets, modes)
-        + (operator.peers(x) if modes else []),  # on the CPU, in float32 alone
+        + [peer for peer in operator.peers(x) if modes or peer.role == "eager"],
         lazily(lambda: error_of(operator, x)),
         Cost(sum(gemm.flops for gemm in products), moved, count * moved, products, operator.row_passes * n * c * size),
         TOLERANCE[dtype],

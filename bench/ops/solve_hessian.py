@@ -144,6 +144,8 @@ def build(shape: Shape, tol: float, dtype: torch.dtype, device: str) -> Problem:
         Variant("fastmeta cg", partial(ours, s, "cg", tol), "fastmeta", describe=_iterations),
         Variant("eager CG", partial(eager_cg, s, tol), "eager", describe=_iterations, graph=False),
     ]
+    if device == "cuda":
+        variants.append(Variant("fastmeta auto", partial(ours, s, "auto", tol), "fastmeta", describe=_iterations))
     if c * (d + 1) <= MAX_DENSE:
         variants.append(Variant("fastmeta cholesky", partial(ours, s, "cholesky", tol), "fastmeta", graph=False))
         variants.append(Variant("eager dense Cholesky", partial(eager_dense, s), "eager", graph=False))
@@ -156,7 +158,7 @@ def build(shape: Shape, tol: float, dtype: torch.dtype, device: str) -> Problem:
 
 
 def cases(device: str) -> list[Case]:
-    main = "fastmeta pcg" if device == "cpu" else "fastmeta cg"
+    main = "fastmeta pcg" if device == "cpu" else "fastmeta auto"
     return [
         Case(OPERATOR, f"{shape}, tol {name}", partial(build, shape, tol), (torch.float32,), main, NOTE)
         for shape in SHAPES[device][:4]
