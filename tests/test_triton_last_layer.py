@@ -165,7 +165,8 @@ def test_slabs_are_the_whole(variant, loss, generator):
         whole, steps = case.call(given, "triton")[0], len(plan(case, given).steps)
     with settings("rows", limit=2000):
         assert len(plan(case, given).steps) > steps
-        torch.testing.assert_close(case.call(given, "triton")[0], whole)
+        # Not to the last bit: the products of a slab may add up in another order.
+        torch.testing.assert_close(case.call(given, "triton")[0], whole, rtol=1e-4, atol=1e-4)
 
 
 def test_slabs_of_sums_are_not_smaller_than_they_are_worth():
@@ -209,7 +210,7 @@ def test_sums_apart(case, loss, generator):
     count = sum(not isinstance(one, int | float) for one in raw)
     one, other = (module_plan(*raw, sums_apart=apart).run(raw[:count], raw[count:]) for apart in (False, True))
     for a, b in zip(one, other, strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @dtypes
