@@ -119,7 +119,9 @@ void PackedRows<A>::pack_bias(const View& bias, Outputs<A>& outputs, A*& place) 
 template <class A>
 int64_t PackedRows<A>::chunks_of(int64_t rows, int gradients) const {
   const RowProgram<A>& p = program;
-  const double vectors = static_cast<double>(p.padded / kernels_.lanes), features = static_cast<double>(p.num_features);
+  const int64_t lanes_used = p.outputs <= few_outputs ? p.outputs : p.padded;
+  const double vectors = static_cast<double>(lanes_used) / kernels_.lanes;
+  const double features = static_cast<double>(p.num_features);
   const int products = (p.logits.factor != nullptr) + (p.tangent.factor != nullptr) + gradients;
   return parallel_chunks(rows, static_cast<double>(rows) * vectors * (features * products + 64));
 }
