@@ -24,10 +24,11 @@ struct ListTensor {
 class Perturbation {
  public:
   virtual ~Perturbation() = default;
-  virtual void enter(double radius) = 0;         // epsilon, the backup, theta <- theta + epsilon v
-  virtual void move(double sign) = 0;            // theta <- saved + sign epsilon v
-  virtual void restore() = 0;                    // nothing where the backup holds no parameters
-  virtual void leave_out(const char* data) = 0;  // the parameter that was at this address: no longer touched
+  virtual void enter(double radius) = 0;  // epsilon, the backup, theta <- theta + epsilon v
+  virtual void move(double sign) = 0;     // theta <- saved + sign epsilon v
+  virtual void restore() = 0;             // nothing where the backup holds no parameters
+  // The parameters that were at these addresses, in ascending order, are no longer touched.
+  virtual void leave_out(const char* const* begin, const char* const* end) = 0;
 };
 
 struct AlignmentNumbers {

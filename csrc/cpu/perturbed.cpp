@@ -1,6 +1,7 @@
 // perturbed: the norm of a direction, theta = saved +- epsilon v in one pass, and the way back.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -181,9 +182,9 @@ class CpuPerturbation final : public Perturbation {
     if (holds_) restore_all(units_, stream_);
     holds_ = 0;
   }
-  void leave_out(const char* data) override {
+  void leave_out(const char* const* begin, const char* const* end) override {
     for (auto& group : groups_) {
-      if (group.data[0] == data) group.numel = 0;
+      if (std::binary_search(begin, end, group.data[0])) group.numel = 0;
     }
   }
 

@@ -123,10 +123,10 @@ class ChunkList {
   void add(char* const (&data)[K], const int64_t* sizes, const int64_t* const (&strides)[K], int64_t dimensions,
            int kind);
 
-  // The entry that has this address in the first list is not worked on any more.
-  void leave_out(const char* data) {
+  // Entries with one of these addresses, in ascending order, in the first list are not worked on any more.
+  void leave_out(const char* const* begin, const char* const* end) {
     for (Entry<K>& entry : entries_) {
-      if (entry.data[0] == data) entry.count = 0;  // its one chunk has no elements
+      if (std::binary_search(begin, end, entry.data[0])) entry.count = 0;  // its one chunk has no elements
     }
   }
 

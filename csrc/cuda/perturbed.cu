@@ -297,9 +297,9 @@ class DevicePerturbation final : public Perturbation {
   }
   void move(double sign) override { launch_move(moves_, epsilon_, sign, false, backup_.data); }
   void restore() override { launch_restore(copies_, backup_); }
-  void leave_out(const char* data) override {
-    moves_.leave_out(data);
-    copies_.leave_out(data);
+  void leave_out(const char* const* begin, const char* const* end) override {
+    moves_.leave_out(begin, end);
+    copies_.leave_out(begin, end);
   }
 
  private:

@@ -13,6 +13,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -284,7 +285,10 @@ PYBIND11_MODULE(_C_lists, m) {
              py::gil_scoped_release released;
              block.kernels->restore();
            })
-      .def("leave_out", [](Block& block, size_t place) {
-        block.kernels->leave_out(static_cast<const char*>(block.data[0].at(place)));
+      .def("leave_out", [](Block& block, const std::vector<size_t>& places) {
+        std::vector<const char*> left;
+        for (const size_t place : places) left.push_back(static_cast<const char*>(block.data[0].at(place)));
+        std::sort(left.begin(), left.end());
+        block.kernels->leave_out(left.data(), left.data() + left.size());
       });
 }

@@ -51,13 +51,18 @@ class NormalizedGap:
         unlabeled = problem.gradient("unlabeled", loss=self.loss, reduction=self.reduction)
         g_l, g_u = vectors.tensors(labeled), vectors.tensors(unlabeled)
         if not self.ema_labeled:
-            self.ema_labeled = [g.to(_wide(g), copy=True) for g in g_l]
+            self.ema_labeled = [g.to(_wide(g.dtype), copy=True) for g in g_l]
             self.ema_fourth = [(ema - g) ** 4 for ema, g in zip(self.ema_labeled, g_u, strict=True)]
-        shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (self.ema_labeled, g_l)]
-        if shapes[0] != shapes[1]:
+        if [ema.shape for ema in self.ema_labeled] != [g.shape for g in g_l]:
+            shapes = [[list(tensor.shape) for tensor in tensors] for tensors in (self.ema_labeled, g_l)]
             raise ValueError(f"the averages of {shapes[0]} do not fit gradients of {shapes[1]}; use one rule a layer")
-        self.ema_labeled = [ema.to(g.device, _wide(g)) for ema, g in zip(self.ema_labeled, g_l, strict=True)]
-        self.ema_fourth = [ema.to(g.device, _wide(g)) for ema, g in zip(self.ema_fourth, g_l, strict=True)]
+        if any(
+            ema.dtype != _wide(g.dtype) or ema.device != g.device for ema, g in zip(self.ema_labeled, g_l, strict=True)
+        ):
+            self.ema_labeled, self.ema_fourth = (
+                [ema.to(g.device, _wide(g.dtype)) for ema, g in zip(averages, g_l, strict=True)]
+                for averages in (self.ema_labeled, self.ema_fourth)
+            )
         # With decays of 1 the operator uses the averages as they are.
         decays = (self.decay, self.decay_norm) if self.include_current else (1.0, 1.0)
         direction = ops.alignment_direction(
@@ -72,7 +77,7 @@ class NormalizedGap:
         if not self.include_current:
             fourth = torch._foreach_pow(torch._foreach_sub(self.ema_labeled, g_u), 4.0)
             torch._foreach_lerp_(self.ema_fourth, fourth, 1 - self.decay_norm)
-            torch._foreach_lerp_(self.ema_labeled, [g.to(_wide(g)) for g in g_l], 1 - self.decay)
+            torch._foreach_lerp_(self.ema_labeled, [g.to(_wide(g.dtype)) for g in g_l], 1 - self.decay)
         return vectors.rebuilt(labeled, direction)
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,6 +93,6 @@ class NormalizedGap:
         self.ema_fourth = [ema.clone() for ema in state["ema_fourth"]]
 
 
-def _wide(gradient: Tensor) -> torch.dtype:
+def _wide(gradient: torch.dtype) -> torch.dtype:
     """The averages' dtype: a 16-bit one would lose their increments, and v^4 its range."""
-    return torch.promote_types(gradient.dtype, torch.float32)
+    return torch.float64 if gradient == torch.float64 else torch.float32

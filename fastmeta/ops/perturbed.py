@@ -124,8 +124,8 @@ class perturbed:
         if self._moved is None:
             raise RuntimeError("perturbed: flip() is for inside the block")
         with torch.no_grad():
-            self._refuse("params", self._moved.replaced(0))
-            self._refuse("direction", self._moved.replaced(1))
+            for which, argument in enumerate(("params", "direction")):
+                self._refuse(argument, self._moved.replaced(which))
             self._moved.move(self.epsilon, -self._sign)
         self._sign = -self._sign
 
@@ -164,7 +164,8 @@ class perturbed:
             # The values are those that autograd saved, so their version is too.
             params, versions = tuple(self._params), tuple(self._versions)
             if replaced or -1 in versions:
-                kept = [i for i, version in enumerate(versions) if version >= 0 and i not in replaced]
+                left = set(replaced)
+                kept = [i for i, version in enumerate(versions) if version >= 0 and i not in left]
                 params, versions = tuple(params[i] for i in kept), tuple(versions[i] for i in kept)
             torch._C._autograd._unsafe_set_version_counter(params, versions)
         self._refuse("params", replaced)
@@ -215,8 +216,9 @@ class _ByReference(_InPlaces):
         perturb_reference_(self.params, self.saved, self.direction, epsilon, sign)
 
     def leave(self, replaced: Sequence[int]) -> None:
+        left = set(replaced)
         for index, (theta, start) in enumerate(zip(self.params, self.saved, strict=False)):  # none saved: none moved
-            if index not in replaced:
+            if index not in left:
                 theta.copy_(start)
         self.saved = []
 
@@ -306,8 +308,8 @@ class _ByTable:
 
     def leave(self, replaced: Sequence[int]) -> None:
         if self.backup is not None:
-            for index in replaced:
-                self.block.leave_out(index)
+            if replaced:
+                self.block.leave_out(replaced)
             self.block.restore()  # does nothing if the backup was not filled
             _in_place.written(self.params)
             _workspace.give(self.backup)
