@@ -325,3 +325,29 @@ def test_reference_implementation_gives_the_same(draw: Draw) -> None:
     with fastmeta.use_impl("reference"):
         expected = solve(problem, True, True, damping=0.1, solver="cg", tol=1e-10)
     torch.testing.assert_close(flat(solve(problem, True, True, damping=0.1, solver="cg", tol=1e-10)), flat(expected))
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_singular_factors_without_damping_are_refused_or_solved(draw: Draw, loss: str, solver: str) -> None:
+    """Outputs that no row ever has, or predictions as good as certain: not what rounding makes of them."""
+    for scale, dead in ((1.0, True), (15.0, False)):
+        h, f, rhs, bias, w = make(draw, 12, 5, 4)
+        f = scale * f
+        f[:, 0] -= 100.0 * dead
+        order = torch.randperm(12, generator=draw.generator)
+        options = {"loss": loss, "damping": 0.0, "solver": solver, "tol": 1e-8, "max_iter": 300}
+        found, refused = [], []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotConvergedWarning)
+            for rows in (slice(None), order):
+                try:
+                    found.append(solve_hessian(h[rows], f[rows], rhs, bias, w[rows], **options))
+                except torch.linalg.LinAlgError as error:
+                    refused.append(str(error))
+        assert all(f"without damping solver='{solver}' diverges" in message for message in refused)
+        assert all(solution.residual <= 10 for solution in found)
+        if len(found) == 2 and max(solution.residual for solution in found) <= 1e-8:
+            torch.testing.assert_close(
+                flat(found[0]), flat(found[1]), rtol=1e-2, atol=1e-2 * float(flat(found[0]).norm())
+            )

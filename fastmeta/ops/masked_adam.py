@@ -25,9 +25,14 @@ def masked_adam_reference_(
 ) -> None:
     """``m, v, t`` of the touched rows alone, then ``clip(w - lr m^ / (sqrt(v^) + eps))``."""
     wide = torch.float64 if table.dtype == torch.float64 else torch.float32
-    rows, place = torch.unique(index, return_inverse=True)
+    # A repeated row is computed, and written, once for each time it comes: how many differ the host does not know, and
+    # torch.unique would wait for a GPU to tell.
+    rows, order = index.sort(stable=True)
+    first = torch.ones_like(rows)
+    first[1:] = rows[1:] != rows[:-1]
+    place = first.cumsum(0) - 1
     g = torch.zeros(len(rows), *table.shape[1:], dtype=wide, device=table.device)
-    g.index_add_(0, place, grad.to(wide))
+    g = g.index_add_(0, place, grad[order].to(wide))[place]
     t = steps[rows] + 1
     m = betas[0] * exp_avg[rows].to(wide) + (1 - betas[0]) * g
     v = betas[1] * exp_avg_sq[rows].to(wide) + (1 - betas[1]) * g * g

@@ -33,9 +33,9 @@ class _Fields(NamedTuple):
 class HessianSolution(_Fields):
     """Solution of :func:`solve_hessian`: the tuple ``(weight, bias, iterations, residual)``.
 
-    ``weight`` is ``[C, D]``; ``bias`` is ``[C]``, or None if the right-hand side has none. On a GPU the last two items
-    of the tuple may be scalar tensors that nothing has waited for; the attributes :attr:`iterations` and
-    :attr:`residual` are numbers, and wait. Of a solve inside a CUDA graph they tell of the last replay.
+    ``weight`` is ``[C, D]``; ``bias`` is ``[C]``, or None if the right-hand side has none. Of a solve inside a CUDA
+    graph the last two items of the tuple are scalar tensors, which tell of the last replay; the attributes
+    :attr:`iterations` and :attr:`residual` are numbers, and wait for it.
     """
 
     indefinite: Tensor | None = None
@@ -130,24 +130,25 @@ def solve_hessian(
 
     ``cholesky`` factors the dense Hessian in float64; ``cg`` needs one product with it for each iteration; ``pcg`` is
     preconditioned by its Kronecker factors, the second moment of the features and the mean curvature of the outputs,
-    with the damping split in their eigenbases (exact for ``mse``: one iteration). ``auto`` takes ``cholesky`` where
-    it is cheapest by flops; otherwise it starts ``cg`` and changes to ``pcg`` once that is cheaper at the measured rate
-    of convergence. With fewer examples than features the solvers work in N coordinates for each output. float16 and
-    bfloat16 are solved in float32.
+    with the damping split in their eigenbases (exact for ``mse``: one iteration). With fewer examples than features
+    ``cholesky`` and ``pcg`` work in N coordinates for each output, and ``cg`` in the logit tangents of the examples
+    where that halves its flops: same iterations, same residual. ``auto`` is ``cholesky`` for the smallest systems, else
+    ``pcg``. float16 and bfloat16 are solved in float32.
 
-    On a GPU the iterations of ``cg`` and ``pcg`` wait for nothing: the host looks every 5 of them whether to go on, and
-    ``residual`` is left on the device until it is read. ``auto`` then is ``pcg`` if a ``state`` is given, whose factors
-    serve several solves, or if ``damping`` is 0, else ``cg``. An input that is not finite is found by the result that
-    is not. Inside a CUDA graph exactly ``max_iter`` iterations run, those after convergence without effect; nothing
-    warns; ``damping`` must be > 0, ``cholesky`` raises, and ``pcg`` needs a ``state`` with factors: those and the warm
-    start of a state that an earlier solve has filled are used, and the solution is written back in place.
+    On a GPU the iterations of ``cg`` and ``pcg`` wait for nothing; the host looks every 5 of them whether to go on, and
+    at the residual in the end. ``auto`` then is ``pcg`` if ``damping`` is 0, or if a ``state`` is given, whose factors
+    serve several solves, and there are enough examples; else ``cg``. An input that is not finite is found by the result
+    that is not. Inside a CUDA graph the numbers of the result stay on the device, and nothing warns. ``max_iter``
+    iterations run, or twice as many as the last solve of ``state`` took; those after convergence have no effect.
+    ``damping`` must be > 0, ``cholesky`` raises, and ``pcg`` needs a ``state`` with factors: those and the warm start
+    of a state that an earlier solve has filled are used, and the solution is written back in place.
 
     The derivative is that of the exact solution, by the implicit function theorem: a second solve in backward, as
     exact as ``tol``. Forward mode and a second derivative raise.
 
     With a ``process_group`` the sum is over the rows of all its processes, and ``N`` is their number: each passes rows
     of its own, perhaps none, and the same of everything else. The iterates are those of one process with all the rows
-    (up to rounding, which grows without bound where ``damping`` is 0 and H singular; ``pcg`` then gives others),
+    (up to rounding, which grows from iteration to iteration where ``damping`` is 0 and H singular),
     for one all-reduce of a ``[C, D]`` a product. The host waits at the start and while the iterations run, also on a
     GPU; no derivative, no CUDA graph.
 
@@ -159,7 +160,8 @@ def solve_hessian(
         weights: example weights ``[N]``; None means 1. With negative ones ``H + damping I`` may be indefinite.
         loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
         damping: added multiple of the identity, >= 0. With 0, ``cholesky`` raises if the Hessian is singular (that of a
-            softmax is); the others leave in ``residual`` what lies outside the span of the rows or along (1, ..., 1).
+            softmax is); the others leave in ``residual`` what lies outside the span of the rows or along (1, ..., 1),
+            and raise where the Hessian is so nearly singular that they diverge.
         solver: ``auto``, ``cholesky``, ``cg`` or ``pcg``.
         tol: relative residual to reach, > 0.
         max_iter: most iterations, >= 0.
@@ -178,8 +180,7 @@ def solve_hessian(
         torch.linalg.LinAlgError: not positive definite.
 
     Warns:
-        NotConvergedWarning: the residual is above ``tol`` after ``max_iter`` iterations or at the dtype's precision;
-            on a GPU the residual of the recurrence, which may be below the true one after hundreds of iterations.
+        NotConvergedWarning: the residual is above ``tol`` after ``max_iter`` iterations or at the dtype's precision.
 
     >>> import torch
     >>> solution = solve_hessian(torch.ones(1, 1), torch.zeros(1, 2), torch.ones(2, 1), loss="mse", damping=2.0)

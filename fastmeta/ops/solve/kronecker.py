@@ -130,9 +130,11 @@ class KroneckerPreconditioner:
         product = output.b.unsqueeze(1) * a
         self._inverse = (product + damping).reciprocal()
         if damping == 0:
-            # The range of H lies in the range of B (x) A; outside it the pseudo-inverse is 0.
-            floor = torch.finfo(product.dtype).eps * max(product.shape) * product.amax()
-            self._inverse.masked_fill_(product <= floor, 0.0)
+            # The range of H lies in the range of B (x) A; outside it the pseudo-inverse is 0. Along (1, ..., 1), and of
+            # an output that no row ever has, B has what rounding left of 0.
+            eps = torch.finfo(product.dtype).eps
+            unseen = (output.b <= 8 * eps * len(output.b) * output.b.amax()).unsqueeze(1)
+            self._inverse.masked_fill_(unseen | (product <= eps * max(product.shape) * product.amax()), 0.0)
         self._vectors = output.vectors
         self._b = output.b
         self._rank_one: Tensor | None = None

@@ -22,6 +22,8 @@ from fastmeta.ops.solve.system import Coordinates, DampedHessian
 
 # Unknowns up to which auto factors the dense Hessian: there it takes no longer than the preconditioner's eigenbases.
 MOST_DENSE = 160
+# Without damping, a pass that leaves a residual this many times as large has followed directions of no curvature.
+GROWTH = 10.0
 
 
 class Answer(NamedTuple):
@@ -102,6 +104,8 @@ class Solve:
             iterations += int(made)
             if status == cg.NEGATIVE and self._has_negative_weights():
                 raise indefinite_error(iterations)
+            if self.system.damping == 0 and size > GROWTH * previous:
+                raise singular_error(solver, size / scale)
             if not size <= cg.STAGNATION * previous:
                 break
         if math.isfinite(size):
@@ -336,6 +340,14 @@ def indefinite_error(iterations: int) -> torch.linalg.LinAlgError:
     return torch.linalg.LinAlgError(
         "the damped Hessian is not positive definite (negative curvature along a direction of iteration "
         f"{iterations}): some weights are negative; raise damping"
+    )
+
+
+def singular_error(solver: str, residual: float) -> torch.linalg.LinAlgError:
+    """What the host says of a solution that rounding has made."""
+    return torch.linalg.LinAlgError(
+        f"the Hessian is nearly singular, and without damping solver={solver!r} diverges (relative residual "
+        f"{residual:.3g}): outputs that the predictions rule out, or dependent features; use damping > 0"
     )
 
 
