@@ -73,7 +73,7 @@ def chosen(options: argparse.Namespace, device: str) -> Chosen:
         return [(case, dtypes) for case, dtypes in found if dtypes]
     known = recorded()
     alone = [(case, (dtype,)) for case, dtypes in found for dtype in dtypes]
-    return sorted(alone, key=lambda one: _rank(one[0], one[1][0], known))
+    return sorted(alone, key=lambda one: (_rank(one[0], one[1][0], known), is_large(one[0])))
 
 
 def measure_all(
@@ -194,7 +194,8 @@ def count_launches(cases: Chosen, progress: Progress, clock: Clock, deadline: fl
     After all timing, which a profiler would disturb.
     """
     records = {record["key"]: record for record in progress.cases}
-    for case, dtype in ((case, dtype) for case, dtypes in cases for dtype in dtypes):
+    small_first = sorted(cases, key=lambda one: is_large(one[0]))
+    for case, dtype in ((case, dtype) for case, dtypes in small_first for dtype in dtypes):
         record = records.get(case.key(dtype), {})
         measured = {entry["name"]: entry for entry in record.get("variants", []) if "stream_us" in entry}
         try:

@@ -43,11 +43,14 @@ GROUPS: tuple[tuple[tuple[str, ...], float, float], ...] = (
 )
 TEST_FILES = (
     *("test_ops*.py", "test_gpu_*.py", *(f"test_{stem}*.py" for stem in choices.STEMS.values())),
-    *("test_triton_*.py", "test_cuda_*.py"),
+    *("test_triton_*.py", "test_cuda_*.py", "test_lists*.py", "test_inverse_hessian*.py"),
 )
 LARGE = "test_gpu_large.py"  # fills the card: last, and alone
 # Need no GPU, or pretend that the CPU is one.
-HOST_TESTS = {"test_cuda_chunk_table.py", "test_cuda_emulator.py", "test_cuda_narrow_plan.py", "test_cuda_tracing.py"}
+HOST_TESTS = {
+    *("test_cuda_chunk_table.py", "test_cuda_emulator.py", "test_cuda_narrow_plan.py", "test_cuda_tracing.py"),
+    *("test_triton_rule.py", "test_triton_sass.py"),
+}
 ON_A_GPU = ("test_graph.py::test_on_a_gpu", "test_device_solver.py::test_on_a_gpu")  # of files that also pretend
 PROCESSES = 6
 LOG = 200_000  # characters of each phase's output that are kept
