@@ -27,16 +27,16 @@ raise SystemExit(main(["compile", "--quick", "--processes", "1", *{options!r}]))
 # As a user's call does, down to a driver that launches nothing.
 CALL = """
 import json, sys, torch, triton
-from bench import fake_driver, host_cost
+from bench import fake_driver
+from fastmeta import _entry, _kernels
 fake_driver.activate(90)
-host_cost.register_on_cpu()
-from fastmeta import ops
 hits = []
 def listener(*, src, metadata, metadata_group, times, cache_hit):
     hits.append([cache_hit, sorted(metadata_group.values())])
 triton.knobs.compilation.listener = listener
 x = torch.rand(64, 100)
-ops.finite_difference_labels(x, x, x, torch.tensor(0.5), step=0.5, impl="triton")
+name = "finite_difference_labels"
+_kernels.triton(name, _entry.entry(name, "cpu"))(x, x, x, torch.tensor(0.5), 0.5, True)
 print(json.dumps(hits))
 """
 
