@@ -210,6 +210,8 @@ def test_a_gpus_steps():
         assert len({v.name for v in found}) == len(found)
         assert any(v.how == "jvp" for v in found)
     assert {v.how for v in small} > {v.how for v in large}
+    quick = for_gpu(task.NETWORKS["cuda"][0], quick=True)
+    assert {v.name for v in quick} == {v.name for v in large}
     assert {v.name for v in variants()} <= {v.name for v in small}
 
 

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     folder = options.out or RESULTS / environment.machine_name()
     written: list[str] = []
     for place, network in enumerate(networks):
-        found = for_gpu(network) if on_gpu else variants()
+        found = for_gpu(network, quick=options.quick) if on_gpu else variants()
         chosen = [v for v in found if options.methods is None or any(text in v.name for text in options.methods)]
         if not chosen:
             print("No step has such a name.", file=sys.stderr)

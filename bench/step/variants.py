@@ -55,10 +55,10 @@ def variants() -> list[Variant]:
     return [*_l2i("V2", WHOLE_MODEL), *_l2i("V1", ("jvp",)), *_meta_gradient(), *_example_weights(), *_alignment()]
 
 
-def for_gpu(network: Network) -> list[Variant]:
-    """Last layers, also in graphs; then the whole model: in every way where a step is short, else fused by jvp."""
+def for_gpu(network: Network, *, quick: bool = False) -> list[Variant]:
+    """Last layers, also in graphs; then the whole model: in every way where time allows, else fused by jvp."""
     last = [v for v in variants() if v.how == "last_layer" and v.schedule == "fused"]
-    small = network.pixels <= 32
+    small = network.pixels <= 32 and not quick
     names = {v.name for v in last}
     whole = [v for v in variants() if v.name not in names and (small or (v.how == "jvp" and v.schedule == "fused"))]
     graphs = [replace(v, make=partial(_in_graph, v.make), graph=True) for v in last if "look-ahead" not in v.method]
