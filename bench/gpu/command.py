@@ -32,10 +32,10 @@ BUDGET_S, QUICK_S = 465.0, 230.0
 # Groups of phases beside each other: the parts of the budget that are kept for each, and the most it takes where those
 # before it left some of theirs. What compiles is alone: it takes all cores and much of the memory.
 GROUPS: tuple[tuple[tuple[str, ...], float, float], ...] = (
-    (("build",), 0.13, 0.33),
-    (("environment",), 0.03, 0.09),
-    (("compile",), 0.14, 0.26),
-    (("tests",), 0.17, 0.22),
+    (("build",), 0.13, 0.30),
+    (("environment",), 0.06, 0.15),
+    (("compile",), 0.12, 0.26),
+    (("tests",), 0.16, 0.22),
     (sanitizer.TOOLS, 0.08, 0.13),
     (("operators",), 0.26, 0.50),
     (("step",), 0.13, 0.25),
