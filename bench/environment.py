@@ -43,13 +43,9 @@ def cpu_name() -> str:
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
-def folder_name(*words: object) -> str:
-    """A folder name for a machine's results."""
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, words)).lower()).strip("-")
-
-
 def machine_name() -> str:
-    return folder_name(cpu_name(), torch.get_num_threads(), "threads")
+    """A folder name for this machine's results."""
+    return files.folder_name(f"{cpu_name()} {torch.get_num_threads()} threads")
 
 
 def output_of(*command: str) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,8 @@ def read(path: Path) -> Any:
 def running(path: Path) -> Path:
     """The file that changes all the time while a process measures into ``path``."""
     return path.with_suffix(".running.json")
+
+
+def folder_name(name: str) -> str:
+    """A machine's name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -204,8 +204,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"No GPU: torch {torch.__version__} sees no CUDA device.", file=sys.stderr)
         return 2
     if options.folder is None:
-        name = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name().lower())
-        options.folder = ROOT / "bench/results" / name
+        options.folder = ROOT / "bench/results" / files.folder_name(torch.cuda.get_device_name())
     return run_phases(options)
 
 

@@ -48,11 +48,6 @@ def draw(results: Row, folder: Path) -> None:
         print(f"No pictures: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def phase_line(name: str, record: Row) -> str:
-    reason = f": {record['reason']}" if record["reason"] else ""
-    return f"{name}: {record['status']} in {record['seconds']:.0f} s{reason}"
-
-
 def _phases(results: Row) -> list[str]:
     if not results["phases"]:
         return []
