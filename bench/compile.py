@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         context = get_context("spawn")  # so that Triton reads the environment anew
         with ProcessPoolExecutor(processes, context, initializer=_use_key, initargs=(key,)) as pool:
             reasons = list(pool.map(compiled.compile_only, jobs, chunksize=4))
-        size = cache.pack(options.archive, Path(folder))
+        size = cache.pack(options.archive, Path(folder), built=not options.quick)
     failed = [(job, reason) for job, reason in zip(jobs, reasons, strict=True) if reason]
     for job, reason in failed:
         print(f"{job.module}.{job.kernel} {dict(job.options)}: {reason}", file=sys.stderr)

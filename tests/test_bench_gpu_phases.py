@@ -480,3 +480,5 @@ def test_the_archive_brings_caches_and_libraries(tmp_path):
     (other / "fastmeta/_C_cuda.so").unlink()
     assert cache.unpack(tmp_path / "a.tar.gz", tmp_path / "again", other) == []
     assert not (other / "fastmeta/_C_cuda.so").exists()
+    cache.pack(tmp_path / "quick.tar.gz", old, root, built=False)
+    assert cache.unpack(tmp_path / "quick.tar.gz", tmp_path / "quick", root) == []

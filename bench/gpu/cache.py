@@ -41,15 +41,22 @@ def sources_key(root: Path = ROOT) -> str:
     return found.hexdigest()
 
 
-def pack(archive: Path, folder: Path, root: Path = ROOT) -> int:
-    """Write the archive, whole or not at all; returns its size in bytes."""
+def pack(archive: Path, folder: Path, root: Path = ROOT, *, built: bool = True) -> int:
+    """Write the archive, whole or not at all; returns its size in bytes.
+
+    Args:
+        archive: its file.
+        folder: of the caches.
+        root: the source tree.
+        built: whether the libraries in the tree are known to be of its sources; others are left out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _KEY).write_text(sources_key(root))
     archive.parent.mkdir(parents=True, exist_ok=True)
     part = archive.with_name(f"{archive.name}.{os.getpid()}")
     with tarfile.open(part, "w:gz", compresslevel=3) as file:
         file.add(folder, "caches", filter=_wanted)
-        for library in sorted(root.glob(LIBRARIES)):
+        for library in sorted(root.glob(LIBRARIES)) if built else ():
             file.add(library, f"libraries/{library.name}")
     part.replace(archive)
     return archive.stat().st_size

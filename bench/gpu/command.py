@@ -222,11 +222,12 @@ def run_phases(options: argparse.Namespace, makers: Makers = MAKERS) -> int:
             _refresh(plan, records, begin)
             for name in names:
                 print(f"  {_phase_line(name, records[name])}", flush=True)
+            built = bool(libraries) or records.get("build", {}).get("status") == "passed"
             if options.cache and "compile" in names:  # a run that is cut off later keeps what took longest
-                cache.pack(options.cache, caches)
+                cache.pack(options.cache, caches, built=built)
         _refresh(plan, records, begin, last=True)
     if options.cache:
-        print(f"{options.cache}: {cache.pack(options.cache, caches) / 1e6:.0f} MB", flush=True)
+        print(f"{options.cache}: {cache.pack(options.cache, caches, built=built) / 1e6:.0f} MB", flush=True)
     # What was not compiled in time is missing from the tables, which say so.
     bad = [name for name, record in records.items() if record["status"] in ("failed", "timed out")]
     return 1 if set(bad) - {"compile"} else 0
