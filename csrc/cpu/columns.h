@@ -170,17 +170,35 @@ FASTMETA_INLINE void dot_tile(const A* h, int64_t h_stride, const A* weight, int
   }
 }
 
-template <class A, int R, int C>
-void dot_rows(const A* h, int64_t h_stride, const A* weight, int64_t weight_stride, int64_t features, int n,
-              bool starts, A* sums) {
+// All outputs of R rows, then of the rows that are left: what is read of a row serves all outputs at once. `ahead` is
+// how far away the features lie that are read next time, or 0.
+template <class A, int R>
+void dot_rows(const A* h, int64_t h_stride, const A* weight, int64_t weight_stride, int64_t features, int64_t ahead,
+              int n, int outputs, bool starts, A* sums) {
   int r = 0;
   for (; r + R <= n; r += R) {
-    dot_tile<A, R, C>(h + r * h_stride, h_stride, weight, weight_stride, features, starts, sums + r * lanes<A>);
+    const A* from = h + r * h_stride;
+    for (int i = 0; ahead != 0 && i < R; ++i) {
+      const auto* next = reinterpret_cast<const char*>(from + i * h_stride + ahead);
+      for (int64_t byte = 0; byte < features * static_cast<int64_t>(sizeof(A)); byte += 64) {
+        __builtin_prefetch(next + byte);
+      }
+    }
+    for (int c = 0, width; c < outputs; c += width) {
+      width = tile_width(outputs - c);
+      const A* factor = weight + c * weight_stride;
+      A* place = sums + (c * lanes<A> + r) * lanes<A>;
+      if (width == 1) dot_tile<A, R, 1>(from, h_stride, factor, weight_stride, features, starts, place);
+      if (width == 2) dot_tile<A, R, 2>(from, h_stride, factor, weight_stride, features, starts, place);
+      if (width == 3) dot_tile<A, R, 3>(from, h_stride, factor, weight_stride, features, starts, place);
+      if (width == 4) dot_tile<A, R, 4>(from, h_stride, factor, weight_stride, features, starts, place);
+      if (width == 5) dot_tile<A, R, 5>(from, h_stride, factor, weight_stride, features, starts, place);
+    }
   }
   if constexpr (R > 1) {
     if (r < n) {
-      dot_rows<A, R / 2, C>(h + r * h_stride, h_stride, weight, weight_stride, features, n - r, starts,
-                            sums + r * lanes<A>);
+      dot_rows<A, R / 2>(h + r * h_stride, h_stride, weight, weight_stride, features, ahead, n - r, outputs, starts,
+                         sums + r * lanes<A>);
     }
   }
 }
@@ -189,22 +207,14 @@ void dot_rows(const A* h, int64_t h_stride, const A* weight, int64_t weight_stri
 template <class A>
 void multiply_columns(const A* h, int64_t h_stride, const A* weight, int64_t weight_stride, int64_t features, int n,
                       int outputs, A* sums /* [C][lanes] vectors */, A* out) {
-  // Rows and outputs at once: their sums and one of both operands fill the registers.
-  constexpr int narrow = many_registers ? 8 : 4, wide = narrow / 2;
-  constexpr int few = lanes<A> < narrow ? lanes<A> : narrow, fewer = lanes<A> < wide ? lanes<A> : wide;
-  for (int64_t d = 0; d == 0 || d < features; d += depth_steps * lanes<A>) {
-    const int64_t count = features - d < depth_steps * lanes<A> ? features - d : depth_steps * lanes<A>;
-    for (int c = 0, width; c < outputs; c += width) {
-      width = tile_width(outputs - c);
-      const A *from = h + d, *factor = weight + c * weight_stride + d;
-      A* place = sums + c * lanes<A> * lanes<A>;
-      const bool starts = d == 0;
-      if (width == 1) dot_rows<A, few, 1>(from, h_stride, factor, weight_stride, count, n, starts, place);
-      if (width == 2) dot_rows<A, few, 2>(from, h_stride, factor, weight_stride, count, n, starts, place);
-      if (width == 3) dot_rows<A, fewer, 3>(from, h_stride, factor, weight_stride, count, n, starts, place);
-      if (width == 4) dot_rows<A, fewer, 4>(from, h_stride, factor, weight_stride, count, n, starts, place);
-      if (width == 5) dot_rows<A, fewer, 5>(from, h_stride, factor, weight_stride, count, n, starts, place);
-    }
+  // Rows whose sums, for five outputs, and one of both operands fit the registers.
+  constexpr int most = many_registers ? 4 : 2, rows = most < lanes<A> ? most : lanes<A>;
+  constexpr int64_t part = depth_steps * lanes<A>;
+  for (int64_t d = 0; d == 0 || d < features; d += part) {
+    const int64_t left = features - d, count = left < part ? left : part;
+    // Short pieces of rows that lie far apart are more than the processor foresees.
+    const int64_t ahead = features <= 4 * part ? 0 : left > part ? part : lanes<A> * h_stride - d;
+    dot_rows<A, rows>(h + d, h_stride, weight + d, weight_stride, count, ahead, n, outputs, d == 0, sums);
   }
   for (int c = 0; c < outputs; ++c) {
     A* of_output = sums + c * lanes<A> * lanes<A>;

@@ -18,6 +18,17 @@ bool has_dense_rows(const LastLayerOperands<View>& x) {
          dense(x.direction_weight) && dense(x.direction_bias) && dense(x.tangent);
 }
 
+// Whether the rows of a weight are read where they are: of the right type, and few enough to a page of memory, or their
+// parts that are read together would compete for the same places of the first-level cache.
+template <class A>
+bool lies_well(const View& weight) {
+  const int64_t features = weight.size(1);
+  return weight.scalar_type() == accumulation_type<A> && features > 0 && features <= 512;
+}
+
+// Floats from row to row of a copy: a quarter of a page beyond whole pages.
+int64_t copied_stride(int64_t padded_features) { return round_up(padded_features, 1024) + 256; }
+
 }  // namespace
 
 OwnProducts::OwnProducts(const LastLayerSizes& sizes, ScalarType type) {
@@ -43,8 +54,8 @@ int64_t PackedRows<A>::packed_size(const LastLayerCall& call, bool multiplies) {
     if (!multiplies || !weight.has_value()) continue;
     if (call.sizes.outputs > few_outputs) {
       size += padded * call.sizes.features;
-    } else if (weight.scalar_type() != accumulation_type<A>) {
-      size += call.sizes.outputs * padded_features;
+    } else if (!lies_well<A>(weight)) {
+      size += call.sizes.outputs * copied_stride(padded_features);
     }
   }
   return size;
@@ -96,12 +107,12 @@ void PackedRows<A>::pack(const View& weight, Outputs<A>& outputs, A*& place) con
       kernels_.pack(matrix, p.outputs, p.padded, p.num_features, begin, end, place);
     });
     place += p.padded * p.num_features;
-  } else if (matrix.element == accumulation<A> && p.num_features > 0) {
+  } else if (lies_well<A>(weight)) {
     outputs.factor = static_cast<const A*>(matrix.data);
     outputs.factor_stride = matrix.stride;
   } else {
-    outputs.factor_stride = p.padded_features;
-    for (int64_t c = 0; c < p.outputs; ++c, place += p.padded_features) {
+    outputs.factor_stride = copied_stride(p.padded_features);
+    for (int64_t c = 0; c < p.outputs; ++c, place += outputs.factor_stride) {
       kernels_.widen(matrix.from(c), p.num_features, place);
     }
   }
