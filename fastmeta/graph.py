@@ -51,7 +51,8 @@ def graph(method: AnyMethod, *, copy: bool = True, keep: int = 8, recorder: Reco
     surrogate of :class:`fastmeta.L2I`'s V2, the labeled loss of :class:`fastmeta.LabelGradientAlignment`) is computed
     outside. A setting that is changed (``method.step``), another phase of an interval, or a loaded state is captured
     anew; torch's own settings and :func:`fastmeta.use_impl` are those at the time of the capture. A solver inside runs
-    all of its ``max_iter`` iterations: see :func:`fastmeta.ops.solve_hessian`. Call it on one stream.
+    twice the iterations that the step before took, those after convergence without effect: see
+    :func:`fastmeta.ops.solve_hessian`. Call it on one stream.
 
     Args:
         method: any :class:`fastmeta.Method`; its graphs are kept in it.

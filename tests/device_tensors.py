@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DEVICE
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+pretends_a_gpu = pytest.mark.skipif(DEVICE != "cpu", reason="takes the CPU for a GPU")
 aten = torch.ops.aten
 # Each has a result that the host must know, or a shape that depends on the data.
 WAITING = {

@@ -23,11 +23,12 @@ def power_law(n: int, d: int, c: int, seed: int = 0, dtype: torch.dtype = torch.
     """Features with standard deviations k^-0.75 in rotated axes, the setting of the iteration counts."""
     draw = Draw(torch.Generator().manual_seed(seed))
     rotation = torch.linalg.qr(draw.normal(d, d)).Q
-    h = draw.normal(n, d) * torch.arange(1, d + 1, dtype=torch.float64) ** -0.75 @ rotation.T
+    deviations = torch.arange(1, d + 1, dtype=torch.float64, device=rotation.device) ** -0.75
+    h = draw.normal(n, d) * deviations @ rotation.T
     f = h @ draw.normal(d, c)
     f = f / f.std()
     r = f.softmax(-1) - torch.nn.functional.one_hot(draw.classes(n, c), c)
-    return tuple(t.to(dtype) for t in (h, f, r.T @ h / n, r.mean(0), torch.ones(n)))  # type: ignore[return-value]
+    return tuple(t.to(dtype) for t in (h, f, r.T @ h / n, r.mean(0), torch.ones(n, device=h.device)))  # type: ignore[return-value]
 
 
 def dense_hessian(problem: Problem, loss: str, bias: bool, weighted: bool) -> Tensor:
@@ -40,11 +41,11 @@ def dense_hessian(problem: Problem, loss: str, bias: bool, weighted: bool) -> Te
         moved = f + h @ theta[: c * d].view(c, d).T
         return moved + theta[c * d :] if bias else moved
 
-    theta = torch.zeros(c * d + (c if bias else 0), dtype=h.dtype)
+    theta = torch.zeros(c * d + (c if bias else 0), dtype=h.dtype, device=h.device)
     if loss == "mse_probs":  # Gauss-Newton: the Jacobian of the prediction, 2 J^T J
         jacobian = torch.func.jacrev(lambda t: logits(t).softmax(-1))(theta)
         return 2 * torch.einsum("n,nca,ncb->ab", w, jacobian, jacobian)
-    targets = torch.full((n, c), 1 / c, dtype=h.dtype)
+    targets = torch.full((n, c), 1 / c, dtype=h.dtype, device=h.device)
     return torch.func.hessian(lambda t: (w * losses.loss_per_example(logits(t), targets, loss)).sum())(theta)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Draw
-from device_tensors import DeviceTensor, no_wait
+from device_tensors import DeviceTensor, no_wait, pretends_a_gpu
 from device_tensors import on_device as on_gpu
 from hessian_problems import ITERATIVE, dense_hessian, flat, make, power_law, solve, true_residual
 from torch import Tensor
@@ -24,6 +24,7 @@ from fastmeta.ops.solve import conjugate_gradient as device
 from fastmeta.ops.solve import conjugate_gradient as scalars
 from fastmeta.ops.solve.conjugate_gradient import LOOK_EVERY, TorchUpdates, Updates, conjugate_gradient, updates_for
 
+pytestmark = pretends_a_gpu
 needs_interpreter = pytest.mark.skipif(
     not _extension.INTERPRETED or _extension.TRITON_REASON is not None,
     reason=f"needs Triton's interpreter ({_extension.TRITON_REASON})",
@@ -368,31 +369,3 @@ def test_no_atomics_and_whole_words() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("compiled") == 6
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("solver", ITERATIVE)
-@pytest.mark.parametrize("size", [(256, 128, 10), (300, 100, 40), (40, 129, 3)])
-def test_on_a_gpu(size: tuple[int, int, int], solver: str) -> None:
-    problem = power_law(*size)
-    expected = flat(solve(tuple(t.double() for t in problem), True, True, damping=0.05, solver="cholesky"))  # type: ignore[arg-type]
-    on_gpu = tuple(tensor.cuda() for tensor in problem)
-    state = SolverState()
-    options = {"damping": 0.05, "solver": solver, "tol": 1e-5, "max_iter": 400, "state": state}
-    solution = solve(on_gpu, True, True, **options)  # type: ignore[arg-type]
-    assert solution.residual <= 1.5e-5
-    torch.testing.assert_close(flat(solution).double().cpu(), expected, rtol=0, atol=1e-3 * float(expected.norm()))
-    if solver == "pcg" and size[0] < size[1]:
-        return  # its basis is of the rows, and made anew
-    if state.solution is not None:
-        state.solution.zero_()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        captured = solve(on_gpu, True, True, **options)  # type: ignore[arg-type]
-    graph.replay()
-    assert captured.residual <= 1.5e-5
-    assert 0 < captured.iterations < 400
-    torch.testing.assert_close(flat(captured), flat(solution), rtol=0, atol=1e-3 * float(expected.norm()))
-    graph.replay()
-    assert captured.iterations <= 1, "the replay began with the solution of the one before"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DEVICE
 from device_tensors import Tape, on_device
 from torch import Tensor, nn
 from torch.nn import functional
@@ -63,6 +64,8 @@ all_methods = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 
 @pytest.fixture
 def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
+    if DEVICE != "cpu":
+        pytest.skip("takes the CPU for a GPU")
     tape = Tape()
     monkeypatch.setattr(device, "capturing", lambda tensor: tape.recording)
     return tape

@@ -8,7 +8,7 @@ import pytest
 import torch
 from brute_force import Layer, assert_close, make_layer
 from cases import Draw
-from device_tensors import Tape, on_device
+from device_tensors import Tape, on_device, pretends_a_gpu
 from hessian_problems import power_law
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from fastmeta.ops.solve import conjugate_gradient as device
 from fastmeta.ops.solve import few_rows
 from fastmeta.problem import Direction, Problem, RowFactors, Rows
 
+pytestmark = pretends_a_gpu
 EXACT: dict[str, Any] = {"tol": 1e-12, "max_iter": 500}
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import Draw
+from cases import DEVICE, Draw
+from device_tensors import pretends_a_gpu
 from hessian_problems import dense_hessian, flat, make, power_law, solve, true_residual
 
 from fastmeta import losses
@@ -19,10 +20,13 @@ SIZES = {"n < D": (6, 9, 3), "n > D": (23, 5, 4), "n = 1": (1, 4, 3), "C = 1": (
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every size is taken for one of few rows; the CPU for a GPU, and a CUDA graph for being captured."""
     monkeypatch.setattr(few_rows, "pays", lambda n, c, k: True)
+    if request.param != "host" and DEVICE != "cpu":
+        pytest.skip("takes the CPU for a GPU")
     if request.param != "host":
         monkeypatch.setattr(device, "serves", lambda tensor: True)
         monkeypatch.setattr(device, "updates_for", lambda vector, impl: device.TorchUpdates())
-    monkeypatch.setattr(device, "capturing", lambda tensor: request.param == "captured")
+    if request.param == "captured":
+        monkeypatch.setattr(device, "capturing", lambda tensor: True)
     return request.param
 
 
@@ -103,6 +107,7 @@ def test_a_warm_start(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < solve(moved, True, False, **options).iterations < cold.iterations
 
 
+@pretends_a_gpu
 def test_a_captured_solve_holds_twice_the_iterations_of_the_last_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

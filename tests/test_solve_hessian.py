@@ -43,7 +43,7 @@ def test_every_solver_inverts_the_autograd_hessian(
     damping = 0.3
     hessian = dense_hessian(problem, loss, bias, weighted)
     rhs = flat((problem[2], problem[3] if bias else None))
-    expected = torch.linalg.solve(hessian + damping * torch.eye(len(rhs), dtype=rhs.dtype), rhs)
+    expected = torch.linalg.solve(hessian + damping * torch.eye(len(rhs), dtype=rhs.dtype, device=rhs.device), rhs)
     for solver in SOLVERS:
         solution = solve(problem, bias, weighted, loss=loss, damping=damping, solver=solver, tol=1e-11, max_iter=500)
         torch.testing.assert_close(flat(solution), expected, rtol=1e-7, atol=1e-8)
@@ -76,7 +76,9 @@ def test_any_shape(n: int, d: int, c: int, loss: str, solver: str, bias: bool, s
 @pytest.mark.parametrize("loss", LOSSES)
 def test_output_curvature_is_the_curvature_row_function(draw: Draw, loss: str) -> None:
     f, w = draw.normal(6, 4), draw.uniform(6)
-    columns = [losses.curvature(f, torch.eye(4, dtype=f.dtype)[k].expand(6, 4), loss) for k in range(4)]
+    columns = [
+        losses.curvature(f, torch.eye(4, dtype=f.dtype, device=f.device)[k].expand(6, 4), loss) for k in range(4)
+    ]
     expected = torch.einsum("n,nck->ck", w, torch.stack(columns, dim=2)) / w.sum()
     torch.testing.assert_close(kronecker.mean_curvature(f, w, loss), expected)
     torch.testing.assert_close(kronecker.mean_diagonal(f, w, loss), expected.diagonal())
@@ -96,7 +98,7 @@ def test_the_preconditioner_is_the_inverse_of_its_factors(draw: Draw, loss: str,
     elif output.vectors is not None:
         b = output.vectors @ b @ output.vectors.T
         torch.testing.assert_close(b, kronecker.mean_curvature(f, w, loss))
-    dense = torch.kron(b, torch.diag(e.square().sum(0))) + 0.3 * torch.eye(20, dtype=e.dtype)
+    dense = torch.kron(b, torch.diag(e.square().sum(0))) + 0.3 * torch.eye(20, dtype=e.dtype, device=e.device)
     expected = torch.linalg.solve(dense, r.reshape(-1)).view(4, 5)
     torch.testing.assert_close(kronecker.KroneckerPreconditioner(e, output, 0.3)(r), expected)
 
@@ -106,7 +108,7 @@ def test_span_coordinates_are_the_same_problem(draw: Draw) -> None:
     g[3] = g[2]  # a rank below N
     inside = kronecker.eigenbasis(system.span(g))
     assert inside.basis is not None
-    torch.testing.assert_close(inside.basis @ inside.basis.T, torch.eye(6, dtype=g.dtype))
+    torch.testing.assert_close(inside.basis @ inside.basis.T, torch.eye(6, dtype=g.dtype, device=g.device))
     torch.testing.assert_close(inside.features @ inside.basis, g)
     moment = inside.features.T @ inside.features
     torch.testing.assert_close(moment, torch.diag(moment.diagonal()), rtol=0, atol=1e-12)

@@ -39,8 +39,9 @@ class RowSpace:
         self.gram = features @ features.T
         self.damping = damping
         self._loss = loss
-        self._weights = None if weights is None else weights.unsqueeze(1)
-        self._prediction = losses.prediction(logits, loss)
+        self._prediction = p = losses.prediction(logits, loss)
+        factor = {"binary_cross_entropy": p - p * p, "mse": torch.full_like(p, 2.0), "mse_probs": 2 * p}.get(loss, p)
+        self._weighted = factor if weights is None else weights.unsqueeze(1) * factor
         self._images = logits.new_empty(2, *logits.shape)
 
     def __call__(self, direction: Tensor) -> Tensor:
@@ -69,26 +70,19 @@ class RowSpace:
 
     def curved(self, tangent: Tensor) -> Tensor:
         """``w c(z)``: :func:`fastmeta.losses.curvature` of a prediction that is known. ``[N, C]``."""
-        p = self._prediction
-        if self._loss == "mse":
-            image = 2 * tangent
-        elif self._loss == "binary_cross_entropy":
-            image = (p - p * p).mul_(tangent)
-        else:
-            image = _softmax_jacobian(p, tangent)
-            image = image if self._loss == "cross_entropy" else _softmax_jacobian(p, image).mul_(2)
-        return image if self._weights is None else image.mul_(self._weights)
+        if self._loss == "mse_probs":
+            tangent = self._centered(self._prediction * tangent)
+        image = self._weighted * tangent
+        return image if self._loss in ("mse", "binary_cross_entropy") else self._centered(image)
+
+    def _centered(self, image: Tensor) -> Tensor:
+        """``a - p sum(a)``, in place: of ``a = p z`` the softmax Jacobian. ``[N, C]``."""
+        return image.addcmul_(self._prediction, image.sum(1, keepdim=True), value=-1)
 
     def norm(self, residual: Tensor) -> Tensor:
         """``||rho^T G||``, which rounding may make 0 where it is not. float64 scalar."""
         image = self.gram @ residual
         return torch.dot(residual.reshape(-1).double(), image.reshape(-1).double()).clamp_min(0).sqrt()
-
-
-def _softmax_jacobian(p: Tensor, vector: Tensor) -> Tensor:
-    """:func:`fastmeta.losses.softmax_jacobian` in three passes over memory."""
-    image = p * vector
-    return image.addcmul_(p, image.sum(1, keepdim=True), value=-1)
 
 
 def pays(n: int, c: int, k: int) -> bool:
