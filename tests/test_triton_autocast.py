@@ -13,6 +13,8 @@ from fastmeta.triton_kernels import _rule
 def test_autocast_changes_nothing(case, form, generator):
     if "triton" not in case.operator.implementations(DEVICE):
         pytest.skip("no Triton kernel here")
+    if (case.name, form) == ("feature_similarity", "fused"):
+        pytest.skip("16-bit tensors alone")
     draw = Draw(generator, torch.float32)
     for variant in case.variants:
         arguments = case.arguments(draw, (20, 8, 5), case.losses[0], variant)

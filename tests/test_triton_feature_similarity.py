@@ -12,8 +12,11 @@ from fastmeta.triton_kernels import _rule
 from fastmeta.triton_kernels import feature_similarity as module
 
 CASE = next(case for case in CASES if case.name == "feature_similarity")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HALF = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALF]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+FORMS = [("rows", dtype) for dtype in DTYPES] + [("fused", dtype) for dtype in HALF]
+forms = pytest.mark.parametrize(("form", "dtype"), FORMS, ids=str)
 variants = pytest.mark.parametrize("variant", CASE.variants)
 pytestmark = pytest.mark.skipif("triton" not in CASE.operator.implementations(DEVICE), reason="no Triton kernel here")
 
@@ -23,7 +26,7 @@ def arguments(draw: Draw, nu: int, nh: int, d: int, c: int, variant: str = "bias
     return made | {"features_h": draw.normal(nh, d), "residual_h": draw.normal(nh, c)}
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_every_width(dtype, generator):
     draw = Draw(generator, dtype)
     for classes in (16, 32, 64, 128):
@@ -32,9 +35,8 @@ def test_every_width(dtype, generator):
             check(CASE, given, "triton", f"{classes} {dtype}")
 
 
-@dtypes
+@forms
 @variants
-@pytest.mark.parametrize("form", ["rows", "fused"])
 def test_forms(form, variant, dtype, generator):
     draw = Draw(generator, dtype)
     # Many entries each: what the library writes between its products is rounded, as in eager PyTorch, but not alike.
@@ -74,7 +76,7 @@ def test_sums_of_residuals_apart(gram, generator):
 
 @pytest.mark.parametrize("form", ["rows", "fused"])
 def test_strides(form, generator):
-    plain = arguments(Draw(generator, torch.float32), 18, 21, 35, 17)
+    plain = arguments(Draw(generator, torch.bfloat16), 18, 21, 35, 17)
     for change in (lambda t: t.mT.contiguous().mT, lambda t: t.repeat_interleave(2, 1)[:, ::2]):
         with _rule.force(form):
             check(CASE, map_tensors(change, plain), "triton", form, plain)
@@ -84,15 +86,14 @@ def test_strides(form, generator):
 @variants
 def test_empty(form, variant, generator):
     for shape in [(0, 3, 4, 5), (4, 0, 3, 5), (4, 3, 0, 5), (4, 0, 0, 5)]:
-        given = arguments(Draw(generator, torch.float32), *shape, variant)
+        given = arguments(Draw(generator, torch.bfloat16), *shape, variant)
         with _rule.force(form):
             check(CASE, given, "triton", f"{shape} {variant}")
     given = arguments(Draw(generator, torch.float32), 4, 3, 2, 0, variant)
     assert CASE.call(given, "triton")[0].shape == (4, 0)
 
 
-@dtypes
-@pytest.mark.parametrize("form", ["rows", "fused"])
+@forms
 def test_the_same_bits_again(form, dtype, generator):
     given = arguments(Draw(generator, dtype), 40, 70, 50, 20)
     with _rule.force(form):
@@ -110,7 +111,15 @@ def test_similarities_beyond_half_precision_s_range():
 
 
 def test_a_scale_may_be_an_integer(generator):
-    given = arguments(Draw(generator, torch.float32), 5, 6, 7, 8)
+    given = arguments(Draw(generator, torch.bfloat16), 5, 6, 7, 8)
     for scale in (1, 0.25, -3):
         with _rule.force("fused"):
             check(CASE, given | {"scale": scale}, "triton", f"scale {scale}")
+
+
+def test_what_the_fused_form_does_not_take(generator):
+    with _rule.force("fused"):
+        for dtype, classes, what in ((torch.float32, 8, "16-bit numbers"), (torch.bfloat16, 129, "128 classes")):
+            raw = CASE.raw(arguments(Draw(generator, dtype), 5, 6, 7, classes))
+            with pytest.raises(ValueError, match=f"fused form takes at most {what}"):
+                module.plan(*raw)

@@ -165,15 +165,15 @@ def fused(
         tl.store(out_ptr + row[:, None] * out_row + place[None], r.to(out_ptr.dtype.element_ty), inside)
 
 
-def tile(num_classes: int, dtype: torch.dtype) -> Tile:
-    """The smallest tile that holds all classes.
+def tile(num_classes: int, dtype: torch.dtype, aligned: bool) -> Tile:
+    """The smallest tile that holds all classes; of operands that are not aligned a thread holds fewer at a time.
 
     Raises:
         ValueError: there are too many.
     """
     for one in TILES[dtype.itemsize]:
         if one.classes >= num_classes:
-            return one
+            return one if aligned or dtype.itemsize == 2 else one._replace(features=16, stages=2)
     raise ValueError(f"the fused form takes at most {_rule.MOST_FUSED_CLASSES} classes, got {num_classes}")
 
 

@@ -110,12 +110,17 @@ class Problem(NamedTuple):
         """Whether the result has a row for each example."""
         return self.function in (DOT.value, LABEL_TANGENT.value)
 
+    @property
+    def aligned(self) -> bool:
+        """Whether the products' operands can be copied 16 bytes at a time."""
+        names = ("features", "head_weight", "direction_weight")
+        return _fused.is_aligned(self.sizes[1], *(self.tensor(name) for name in names))
+
     def form(self) -> _rule.Form:
         """By the rule."""
         n, d, c = self.sizes
-        head, direction = self.tensor("head_weight"), self.tensor("direction_weight")
-        aligned = _fused.is_aligned(d, self.tensor("features"), head, direction)
-        return _rule.form(n, d, c, aligned=aligned, multiplies=head is not None or direction is not None)
+        multiplies = self.tensor("head_weight") is not None or self.tensor("direction_weight") is not None
+        return _rule.form(n, d, c, aligned=self.aligned, multiplies=multiplies)
 
 
 def plan(problem: Problem, *, sums_apart: bool = False) -> Program:
@@ -331,7 +336,7 @@ def row_tile(c: int, dtype: torch.dtype) -> RowTile:
 
 def _fused_rows(problem: Problem, out: Ref, out_row: int, first: int, count: int, ones: Ref | None) -> Launch:
     _, d, c = problem.sizes
-    tile = _fused.tile(c, problem.dtype)
+    tile = _fused.tile(c, problem.dtype, problem.aligned)
     f_row, f_column = problem.strides("logits")
     y_row, y_column = problem.strides("targets")
     features_row, features_column = problem.strides("features")

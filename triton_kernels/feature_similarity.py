@@ -2,13 +2,12 @@
 
 ``rows``   library products alone, in either association order: by way of the Gram matrix ``[Nu, Nh]``, to which the
            bias is added in passing, or by way of ``r^T h``, which sums r in passing. Float16 similarities may overflow.
-``fused``  one launch: a program holds rows of the result and goes over the hold-out examples, whose similarities it
-           keeps in float32, so that nothing between the two products is rounded.
+``fused``  one launch, of 16-bit tensors: a program holds rows of the result and goes over the hold-out examples, whose
+           similarities it keeps in float32, so that nothing between the two products is rounded.
 """
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,7 +28,7 @@ def fused(
     num_rows, num_held_out, num_features, num_classes, scale,
     u_row, u_column, h_row, h_column, r_row, r_column,
     bias: tl.constexpr, block_rows: tl.constexpr, block_held_out: tl.constexpr, block_classes: tl.constexpr,
-    block_features: tl.constexpr, similarity_precision: tl.constexpr, sum_precision: tl.constexpr,
+    block_features: tl.constexpr,
 ):  # fmt: skip
     """Unlabeled and hold-out features ``[Nu, D]``, ``[Nh, D]``, residuals ``[Nh, C]``; ``out [Nu, C]``."""
     row = (tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows))[:, None]
@@ -51,13 +50,14 @@ def fused(
                 inside_feature[:, None] & inside_held_out[None],
                 0.0,
             )
-            similarity = tl.dot(u, h, similarity, input_precision=similarity_precision)
+            similarity = tl.dot(u, h, similarity)
         if bias:
             similarity += 1.0  # beyond the hold-out rows it meets residuals of 0
         r = tl.load(
             r_ptr + held_out[:, None] * r_row + column * r_column, inside_held_out[:, None] & inside_column, 0.0
         )
-        total = tl.dot(similarity, r.to(tl.float32), total, input_precision=sum_precision)
+        # Residuals of half types are TF32 numbers; of the similarities three products keep what one would round.
+        total = tl.dot(similarity, r.to(tl.float32), total, input_precision="tf32x3")
     out = (scale * total).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * num_classes + column, out, inside_row & inside_column)
 
@@ -78,25 +78,25 @@ def plan(
     out = Buffer((nu, c), features_u.dtype)
     if nu == 0 or c == 0 or nh == 0:
         return Program((out,), (), tuple(affine_step(Ref("output", 0), (nu, c))))
-    aligned = is_aligned(d, features_u, features_h)
-    if _rule.form(max(nu, nh), d, c, aligned=aligned, multiplies=True) == "fused":
-        return Program((out,), (), (_fused(features_u, features_h, residual_h, bias),))
-    return _by_library(features_u, features_h, residual_h, bias, sums_apart)
+    # Both products of float32 by three of TF32 each are more than an assembler gets through.
+    fusible = is_aligned(d, features_u, features_h) and features_u.dtype.itemsize == 2
+    if _rule.form(max(nu, nh), d, c, aligned=fusible, multiplies=True) == "rows":
+        return _by_library(features_u, features_h, residual_h, bias, sums_apart)
+    if features_u.dtype.itemsize > 2:
+        raise ValueError(f"the fused form takes at most 16-bit numbers, got {features_u.dtype}")
+    if c > _rule.MOST_FUSED_CLASSES:
+        raise ValueError(f"the fused form takes at most {_rule.MOST_FUSED_CLASSES} classes, got {c}")
+    return Program((out,), (), (_fused(features_u, features_h, residual_h, bias),))
 
 
 def _fused(features_u: Tensor, features_h: Tensor, residual_h: Tensor, bias: bool) -> Launch:
     (nu, d), (nh, c) = features_u.shape, residual_h.shape
-    precision = _arguments.precision(features_u)
-    exact = "tf32x3" if precision == "ieee" else precision
     constants = {
         "bias": bias,
         "block_rows": _ROWS,
         "block_held_out": _HELD_OUT,
         "block_classes": max(triton.next_power_of_2(c), 16),
         "block_features": _FEATURES,
-        "similarity_precision": exact,
-        # Residuals of half types are TF32 numbers; of the similarities three products keep what one would round.
-        "sum_precision": exact if features_u.dtype == torch.float32 else "tf32x3",
     }
     strides = (*features_u.stride(), *features_h.stride(), *residual_h.stride())
     tensors = (Ref("input", 0), Ref("input", 1), Ref("input", 2), Ref("output", 0))
