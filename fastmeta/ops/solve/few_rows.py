@@ -15,9 +15,9 @@ from fastmeta.ops.solve.system import fold
 class RowSpace:
     r"""The damped system in the logit tangents of its N rows, for ``damping > 0``: N C unknowns in place of C K.
 
-    Started at ``X = B / damping``, every residual of conjugate gradients is ``rho^T G`` with a ``rho [N, C]``, and
-    every direction is ``pi^T G``: G are the rows. With the Gram matrix ``Gamma = G G^T`` and the logit tangent
-    ``t = Gamma pi`` of a direction,
+    Started at ``X = B / damping``, or at 0 for a ``B`` in the span of the rows, every residual of conjugate gradients
+    is ``rho^T G`` with a ``rho [N, C]``, and every direction is ``pi^T G``: G are the rows. With the Gram matrix
+    ``Gamma = G G^T`` and the logit tangent ``t = Gamma pi`` of a direction,
 
     .. math:: (H + damping I)\, \pi^T G = (damping\, \pi + w\, c(t))^T G, \qquad
         \lVert \rho^T G \rVert^2 = \langle \rho, \Gamma \rho \rangle
@@ -25,7 +25,7 @@ class RowSpace:
     so an iteration is one product with ``[N, N]``, and its residual is that of X. To
     :func:`fastmeta.ops.solve.conjugate_gradient.conjugate_gradient` it is a preconditioned system: Gamma is the
     preconditioner, ``z = [Gamma rho, rho]``, ``p = [t, pi]``, and of the solution ``[s, Y]`` the part ``Y`` gives
-    ``X = B / damping + Y^T G``, with ``s = Gamma Y``.
+    ``X = X_0 + Y^T G``, with ``s = Gamma Y``.
 
     Args:
         features: rows G, ``[N, K]``.
