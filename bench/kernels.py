@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from bench.case import Form
-from bench.rows import NO_FORM
 from fastmeta import _entry, _kernels
 
 MAIN = "fastmeta"  # what a user gets
@@ -22,42 +21,45 @@ def _triton(name: str) -> Any:
 
 
 def offered(operator: str, num_classes: int, device: str) -> list[Form]:
-    """What a user gets, and every implementation and form that can be named beside it.
+    """What a user gets, and every implementation and form of the shape that can be named beside it.
 
-    A form that the shape does not have raises when it is called. What is ``cpp`` is what a user gets on the CPU.
+    What is ``cpp`` is what a user gets on the CPU.
     """
     forms = [Form(MAIN)]
     names = import_module(f"fastmeta.ops.{_kernels.TRITON[operator]}").OPERATOR.implementations(device)
     if "cuda" in names and num_classes <= _kernels.NARROW_OUTPUTS:
         forms.append(Form("cuda", "cuda"))
     if "triton" in names and operator in _FORCED:
-        rule = _triton("_rule")
-        forms += [Form(f"triton {name}", "triton", partial(rule.force, name)) for name in rule.FORMS]
+        force = _triton("_rule").force
+        forms += [Form(f"triton {name}", "triton", partial(force, name)) for name in forms_of(operator, num_classes)]
     elif "triton" in names:
         forms.append(Form("triton", "triton"))
     return forms
 
 
-def plans_of(operator: str, given: tuple[Any, ...]) -> Iterator[Any]:
+def forms_of(operator: str, num_classes: int) -> list[str]:
+    """Triton forms that an operator has with so many classes; of one that cannot be forced, its only one."""
+    rule = _triton("_rule")
+    if operator not in _FORCED:
+        return ["rows"]
+    return [form for form in rule.FORMS if form != "fused" or num_classes <= rule.MOST_FUSED_CLASSES]
+
+
+def plans_of(operator: str, num_classes: int, given: tuple[Any, ...]) -> Iterator[Any]:
     """The programs that may serve a call: in every form, and where the library sums no columns."""
     plan: Callable[..., Any] = _triton(_kernels.TRITON[operator]).plan
-    rule = _triton("_rule")
-    for form in rule.FORMS if operator in _FORCED else rule.FORMS[:1]:
-        with rule.force(form):
-            try:
-                yield plan(*given)
-                if "sums_apart" in inspect.signature(plan).parameters:
-                    yield plan(*given, sums_apart=True)
-            except ValueError as error:
-                if NO_FORM not in str(error):
-                    raise
+    for form in forms_of(operator, num_classes):
+        with _triton("_rule").force(form):
+            yield plan(*given)
+            if "sums_apart" in inspect.signature(plan).parameters:
+                yield plan(*given, sums_apart=True)
 
 
-def launches_of(operator: str, given: tuple[Any, ...]) -> list[Any]:
+def launches_of(operator: str, num_classes: int, given: tuple[Any, ...]) -> list[Any]:
     """The launches of those programs, recorded in place of being made."""
     count = _entry.OPERATORS[operator]
     with _triton("_program").recording() as launches:
-        for program in plans_of(operator, given):
+        for program in plans_of(operator, num_classes, given):
             program.run(given[:-count], given[-count:])
     return launches
 

@@ -6,7 +6,6 @@ from typing import Any
 from bench import text
 from bench.rows import (
     MAX_AUTOTUNE,
-    NO_FORM,
     Row,
     best_form,
     best_known_us,
@@ -154,7 +153,7 @@ def left_out(results: Row) -> list[str]:
     for record in results["operators"]:
         for variant in record.get("variants", []):
             where = f"- {title(record)}, {variant['name']}: "
-            if variant["status"] in ("failed", "wrong") and NO_FORM not in variant["reason"]:
+            if variant["status"] in ("failed", "wrong"):
                 lines.append(where + one_line(variant["reason"]))
             elif variant.get("host_syncs"):
                 lines.append(f"{where}waits for the device {variant['host_syncs']} times")
@@ -220,7 +219,7 @@ def _detail(record: Row, variant: Row | None) -> str:
     if variant is None:
         return ""
     if "stream_us" not in variant:
-        return "" if NO_FORM in variant.get("reason", "") else variant["status"]
+        return variant["status"]
     ours = main_variant(record)
     parts = [f"{text.time(variant['stream_us'])}{'*' * ('extrapolated' in variant)}{in_graph(variant)}"]
     parts += [text.factor(variant["stream_us"] / ours["stream_us"])] if ours and ours is not variant else []

@@ -9,7 +9,6 @@ Row = dict[str, Any]
 # A call longer than this waits for no launch: the stream's time is the device's, and no graph is made.
 GRAPH_BELOW_US = 2_000.0
 MAX_AUTOTUNE = "torch.compile max-autotune"  # name of that variant
-NO_FORM = "form takes at most"  # in the error where a shape does not have a form of ours
 NOISY = 1.3  # third over first quartile
 
 

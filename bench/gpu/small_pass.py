@@ -13,7 +13,6 @@ from bench.case import Form
 from bench.gpu.sanitizer import BEGUN, DONE
 from bench.inputs import LastLayer, Shape, last_layer
 from bench.ops.last_layer import OPERATORS
-from bench.rows import NO_FORM
 
 # The tool slows every launch a hundredfold: a warp's worth of classes, and a tile and a bit, each in one dtype.
 PASSES = ((Shape(37, 19, 7), torch.float32), (Shape(35, 40, 300), torch.bfloat16))
@@ -39,14 +38,8 @@ def last_layers(device: str) -> int:
 
 
 def _call(form: Form, function: Any, arguments: tuple[Any, ...]) -> int:
-    """1, or 0 where the shape does not have the form."""
-    try:
-        with form.around():
-            function(*arguments, impl=form.impl)
-    except ValueError as error:
-        if NO_FORM not in str(error):
-            raise
-        return 0
+    with form.around():
+        function(*arguments, impl=form.impl)
     return 1
 
 
