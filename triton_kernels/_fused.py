@@ -38,7 +38,7 @@ class Tile(NamedTuple):
 # By bytes of an entry: 16-bit products, and float32 ones by three TF32 products or one. Measured on an H200.
 TILES = {
     2: (Tile(16, 16, 128, 4, 3), Tile(16, 32, 128, 4, 3), Tile(16, 64, 64, 4, 3), Tile(16, 128, 64, 8, 3)),
-    4: (Tile(16, 16, 64, 4, 3), Tile(16, 32, 64, 4, 3), Tile(16, 64, 64, 4, 3), Tile(16, 128, 32, 4, 3)),
+    4: (Tile(16, 16, 64, 4, 3), Tile(16, 32, 64, 4, 3), Tile(16, 64, 64, 4, 3), Tile(16, 128, 32, 8, 3)),
 }
 
 
