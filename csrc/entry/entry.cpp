@@ -15,12 +15,6 @@
 
 namespace fastmeta {
 
-// None, in a build without csrc/cpu's.
-__attribute__((weak)) const NativeOperator* native_operators(int* count) {
-  *count = 0;
-  return nullptr;
-}
-
 namespace {
 
 using List = const NativeOperator* (*)(int* count);
