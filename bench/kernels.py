@@ -20,7 +20,7 @@ def _triton(name: str) -> Any:
     return import_module(f"fastmeta.triton_kernels.{name}")
 
 
-def offered(operator: str, num_classes: int, device: str) -> list[Form]:
+def offered(operator: str, num_classes: int, device: str, dtype: torch.dtype = torch.bfloat16) -> list[Form]:
     """What a user gets, and every implementation and form of the shape that can be named beside it.
 
     What is ``cpp`` is what a user gets on the CPU.
@@ -31,16 +31,17 @@ def offered(operator: str, num_classes: int, device: str) -> list[Form]:
         forms.append(Form("cuda", "cuda"))
     if "triton" in names and operator in _FORCED:
         force = _triton("_rule").force
-        forms += [Form(f"triton {name}", "triton", partial(force, name)) for name in forms_of(operator, num_classes)]
+        names_of_forms = forms_of(operator, num_classes, dtype)
+        forms += [Form(f"triton {name}", "triton", partial(force, name)) for name in names_of_forms]
     elif "triton" in names:
         forms.append(Form("triton", "triton"))
     return forms
 
 
-def forms_of(operator: str, num_classes: int) -> list[str]:
+def forms_of(operator: str, num_classes: int, dtype: torch.dtype) -> list[str]:
     """Triton forms that an operator has with so many classes; of one that cannot be forced, its only one."""
     rule = _triton("_rule")
-    if operator not in _FORCED:
+    if operator not in _FORCED or (operator == "feature_similarity" and dtype.itemsize > 2):
         return ["rows"]
     return [form for form in rule.FORMS if form != "fused" or num_classes <= rule.MOST_FUSED_CLASSES]
 
@@ -48,7 +49,7 @@ def forms_of(operator: str, num_classes: int) -> list[str]:
 def plans_of(operator: str, num_classes: int, given: tuple[Any, ...]) -> Iterator[Any]:
     """The programs that may serve a call: in every form, and where the library sums no columns."""
     plan: Callable[..., Any] = _triton(_kernels.TRITON[operator]).plan
-    for form in forms_of(operator, num_classes):
+    for form in forms_of(operator, num_classes, given[0].dtype):
         with _triton("_rule").force(form):
             yield plan(*given)
             if "sums_apart" in inspect.signature(plan).parameters:

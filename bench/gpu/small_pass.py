@@ -30,7 +30,7 @@ def last_layers(device: str) -> int:
         for operator in OPERATORS:
             for form in kernels.offered(operator.name, shape.c, device)[1:]:
                 calls += _call(form, operator.call, operator.arguments(x))
-        for form in kernels.offered("feature_similarity", shape.c, device):
+        for form in kernels.offered("feature_similarity", shape.c, device, dtype):
             calls += _call(form, fastmeta.ops.feature_similarity, (x.features, x.features[:15], x.logits[:15]))
         fastmeta.ops.finite_difference_labels(x.logits, x.targets, x.targets, 0.5, step=0.1)
         calls += 1

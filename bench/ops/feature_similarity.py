@@ -64,7 +64,7 @@ def build(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
         eager[:2] = reversed(eager[:2])
     rows = checked_rows(shape.n, max(shape.c, shape.d), device)
     truth = product_order(first[0][rows].double(), first[1].double(), first[2].double())
-    forms, modes = kernels.offered(OPERATOR, shape.c, device), compile_modes(dtype, device)
+    forms, modes = kernels.offered(OPERATOR, shape.c, device, dtype), compile_modes(dtype, device)
     return Problem(
         variants(fastmeta.ops.feature_similarity, forms, eager, sets, modes),
         distance_to(truth, rows),
