@@ -49,8 +49,10 @@ def test_forms(form, variant, dtype, generator):
 @dtypes
 @variants
 def test_one_entry(variant, dtype, generator):
+    """Fused in 16 bits: the rounding between the products of ``rows`` is not that of eager PyTorch."""
     for _ in range(20):
-        check(CASE, arguments(Draw(generator, dtype), 1, 1, 1, 1, variant), "triton", f"{variant} {dtype}")
+        with _rule.force("rows" if dtype == torch.float32 else "fused"):
+            check(CASE, arguments(Draw(generator, dtype), 1, 1, 1, 1, variant), "triton", f"{variant} {dtype}")
 
 
 @dtypes
