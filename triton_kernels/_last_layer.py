@@ -120,7 +120,7 @@ class Problem(NamedTuple):
         """By the rule."""
         n, d, c = self.sizes
         multiplies = self.tensor("head_weight") is not None or self.tensor("direction_weight") is not None
-        return _rule.form(n, d, c, aligned=self.aligned, multiplies=multiplies)
+        return _rule.form(n, d, c, aligned=self.aligned or self.dtype.itemsize == 2, multiplies=multiplies)
 
 
 def plan(problem: Problem, *, sums_apart: bool = False) -> Program:
@@ -255,7 +255,8 @@ class _Scratch:
         for name in problem.tensors:
             if name in multiplied and problem.tensor(name) is not None and self.d > 0:
                 matrix = problem.matrix(name)
-                if not is_dense(matrix):
+                # What is added lies as the result does.
+                if not is_dense(matrix) or (name == f"{added}_weight" and matrix.strides[1] != 1):
                     at = self.new(matrix.shape, problem.dtype)
                     steps += affine_step(at, matrix.shape, matrix=matrix)
                     self._copied[name] = Matrix(at, matrix.shape, (matrix.shape[1], 1))

@@ -31,7 +31,7 @@ def form(n: int, d: int, c: int, *, aligned: bool, multiplies: bool) -> Form:
         n: examples.
         d: features.
         c: classes.
-        aligned: whether the products' operands can be copied 16 bytes at a time.
+        aligned: whether a kernel can make the products: float32 operands have to be copied 16 bytes at a time.
         multiplies: whether the row function needs a product; the residual of given logits does not.
     """
     if not multiplies:

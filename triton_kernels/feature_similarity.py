@@ -16,7 +16,6 @@ from fastmeta import checks
 from fastmeta.ops.feature_similarity import gram_is_cheaper
 from fastmeta.triton_kernels import _arguments, _rule
 from fastmeta.triton_kernels._affine import affine_step
-from fastmeta.triton_kernels._fused import is_aligned
 from fastmeta.triton_kernels._program import Buffer, Launch, Matrix, Number, Product, Program, Ref, is_dense, launch
 
 _ROWS, _HELD_OUT, _FEATURES = 16, 32, 64  # of a program's tiles, beside all classes
@@ -78,8 +77,9 @@ def plan(
     out = Buffer((nu, c), features_u.dtype)
     if nu == 0 or c == 0 or nh == 0:
         return Program((out,), (), tuple(affine_step(Ref("output", 0), (nu, c))))
-    # Both products of float32 by three of TF32 each are more than an assembler gets through.
-    fusible = is_aligned(d, features_u, features_h) and features_u.dtype.itemsize == 2
+    # Every similarity is made, whatever the cheaper order. Both products of float32 by three of TF32 each are more than
+    # an assembler gets through.
+    fusible = features_u.dtype.itemsize == 2 and nu * nh * (d + c) <= _rule.MOST_FUSED_SIZE
     if _rule.form(max(nu, nh), d, c, aligned=fusible, multiplies=True) == "rows":
         return _by_library(features_u, features_h, residual_h, bias, sums_apart)
     if features_u.dtype.itemsize > 2:

@@ -51,7 +51,7 @@ HOST_TESTS = {
     *("test_cuda_chunk_table.py", "test_cuda_emulator.py", "test_cuda_narrow_plan.py", "test_cuda_tracing.py"),
     *("test_triton_rule.py", "test_triton_sass.py"),
 }
-ON_A_GPU = ("test_graph.py::test_on_a_gpu", "test_device_solver.py::test_on_a_gpu")  # of files that also pretend
+ON_A_GPU = ("test_graph.py::test_on_a_gpu", "test_solve_on_gpu.py::test_on_a_gpu")  # of files that also pretend
 PROCESSES = 6
 LOG = 200_000  # characters of each phase's output that are kept
 _START_S = 10.0  # a process's imports and last writes, inside its limit
