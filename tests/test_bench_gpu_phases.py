@@ -276,7 +276,7 @@ def test_the_commands_of_the_real_phases(tmp_path, monkeypatch):
     assert tests.environment["FASTMETA_TEST_DEVICE"] == "cuda"
     named = [argument for argument in tests.command if ".py" in argument]
     names = {Path(argument.partition("::")[0]).name for argument in named}
-    assert names >= {"test_ops_kernels.py", "test_masked_adam.py", "test_graph.py", "test_device_solver.py"}
+    assert names >= {"test_ops_kernels.py", "test_masked_adam.py", "test_graph.py", "test_solve_on_gpu.py"}
     assert all((ROOT / "tests" / name).is_file() for name in command.HOST_TESTS | {command.LARGE})
     assert not names & (command.HOST_TESTS | {command.LARGE})
     for name in command.ON_A_GPU:
