@@ -44,10 +44,9 @@ def run(plan: Any, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -
     device = next(tensor.device for tensor in tensors if tensor is not None)
     if isinstance(plan, StepByStep):
         return plan.program.run(tensors, numbers)
-    on_cuda = device.type == "cuda"
-    stream = torch.cuda.current_stream().cuda_stream if on_cuda else 0
+    stream, number = (torch.cuda.current_stream().cuda_stream, device.index) if device.type == "cuda" else (0, -1)
     addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
-    return plan.run(addresses, tuple(numbers), stream, on_cuda)
+    return plan.run(addresses, tuple(numbers), stream, number)
 
 
 def compile(program: Any, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> Any:

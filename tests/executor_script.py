@@ -225,7 +225,7 @@ def errors() -> None:
     fake_driver.parameters(0)
     executable = _C.Program(0, 0, (), (0, torch.uint8), (("launch", 0, (1, 1, 1), 32, 0, ()),), (([], []), print))
     try:
-        executable.run((), (), 0, False)
+        executable.run((), (), 0, -1)
         failures.append("no error")
     except RuntimeError as error:
         expect("CUDA refuses a launch: no kernel" in str(error), str(error))

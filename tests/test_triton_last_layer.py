@@ -87,6 +87,29 @@ def test_strides(case, form, kind, generator):
         check(case, given, "triton", f"{form} {kind} {variant!r}", plain)
 
 
+@forms
+@operators
+def test_no_features(case, form, generator):
+    """The products are their biases, strided ones too."""
+    draw = Draw(generator, torch.float32)
+    for variant in case.variants:
+        plain = case.arguments(draw, (9, 0, 40), draw.choice(tuple(LOSSES)), variant)
+        given = map_tensors(lambda t: strided(t, "column-step"), plain)
+        with settings(form):
+            check(case, given, "triton", f"{form} {variant!r}", plain)
+
+
+def test_biases_begin_at_16_bytes():
+    """The library reads them so; one that does not is copied first."""
+    case = next(case for case in LAST_LAYER if case.name == "label_gradient")
+    flat = torch.zeros(201, dtype=torch.bfloat16, device=DEVICE)
+    h, f, v = (torch.zeros(size, dtype=torch.bfloat16, device=DEVICE) for size in ((9, 8), (9, 200), (200, 8)))
+    for bias, scratch in ((flat[:200], False), (flat[1:], True)):
+        given = {"features": h, "logits": f, "direction_weight": v, "direction_bias": bias, "loss": "cross_entropy"}
+        (product,) = products(case, given)
+        assert (product.bias.kind == "scratch") == scratch
+
+
 @operators
 def test_shapes_at_random(case, generator):
     draw = Draw(generator, torch.float32)

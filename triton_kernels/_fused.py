@@ -52,6 +52,7 @@ def products(
 ):  # fmt: skip
     """``h W^T`` and ``h V^T`` of a tile from one read of ``h``; 0 where W or V is None. ``[rows, classes]`` each."""
     depth = tl.arange(0, block_features).to(tl.int64)
+    further = tl.full((), block_features, tl.int64)  # a stride times this may leave 32 bits
     h_ptr = features_ptr + row[:, None] * features_row + depth[None] * features_column
     if head_ptr is not None:
         w_ptr = head_ptr + column[:, None] * head_row + depth[None] * head_column
@@ -62,14 +63,14 @@ def products(
     for start in range(0, num_features, block_features):
         inside = depth[None] < num_features - start
         h = tl.load(h_ptr) if even else tl.load(h_ptr, inside, 0.0)
-        h_ptr += block_features * features_column
+        h_ptr += further * features_column
         if head_ptr is not None:
             w = tl.load(w_ptr) if even else tl.load(w_ptr, inside, 0.0)
-            w_ptr += block_features * head_column
+            w_ptr += further * head_column
             f = tl.dot(h, tl.trans(w), f, input_precision=precision)
         if direction_ptr is not None:
             v = tl.load(v_ptr) if even else tl.load(v_ptr, inside, 0.0)
-            v_ptr += block_features * direction_column
+            v_ptr += further * direction_column
             z = tl.dot(h, tl.trans(v), z, input_precision=precision)
     return f, z
 

@@ -110,6 +110,11 @@ class Problem(NamedTuple):
         """Whether the result has a row for each example."""
         return self.function in (DOT.value, LABEL_TANGENT.value)
 
+    def begins_aligned(self, name: str) -> bool:
+        """Whether an argument begins at a multiple of 16 bytes."""
+        tensor = self.tensor(name)
+        return tensor is None or tensor.data_ptr() % 16 == 0
+
     @property
     def aligned(self) -> bool:
         """Whether the products' operands can be copied 16 bytes at a time."""
@@ -255,8 +260,9 @@ class _Scratch:
         for name in problem.tensors:
             if name in multiplied and problem.tensor(name) is not None and self.d > 0:
                 matrix = problem.matrix(name)
-                # What is added lies as the result does.
-                if not is_dense(matrix) or (name == f"{added}_weight" and matrix.strides[1] != 1):
+                # What is added lies as the result does; the library reads a bias 16 bytes at a time.
+                across = name == f"{added}_weight" and matrix.strides[1] != 1
+                if not is_dense(matrix) or across or (name.endswith("_bias") and not problem.begins_aligned(name)):
                     at = self.new(matrix.shape, problem.dtype)
                     steps += affine_step(at, matrix.shape, matrix=matrix)
                     self._copied[name] = Matrix(at, matrix.shape, (matrix.shape[1], 1))
@@ -273,8 +279,9 @@ class _Scratch:
         bias = self.operand(f"{of}_bias") if self.problem.tensor(f"{of}_bias") is not None else None
         into = Matrix(out, (count, self.problem.sizes[2]), (pitch, 1))
         if self.d == 0:
-            whole = (count, pitch)
-            return [*affine_step(out, whole, matrix=bias and Matrix(bias.at, whole, (0, 1)))]
+            whole = Matrix(out, (count, self.problem.sizes[2]), (pitch, 1))
+            rows = bias and Matrix(bias.at, whole.shape, (0, bias.strides[1]))
+            return [*affine_step(out, whole.shape, pitch=pitch, matrix=rows)]
         h, factor = self.operand("features", first, count), self.operand(f"{of}_weight").transposed
         return [Product(into, h, factor, bias=bias and bias.at, precision=self.problem.precision)]
 

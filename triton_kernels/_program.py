@@ -197,15 +197,18 @@ def _view(matrix: Matrix, memory: Any) -> Tensor:
 def _multiply(step: Product, memory: Any, numbers: Sequence[float]) -> None:
     out, a, b = (_view(matrix, memory) for matrix in (step.out, step.a, step.b))
     wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-    result = _number(step.alpha, numbers) * (a.to(wide) @ b.to(wide))
+    if out.is_cuda:  # added up in float32 by the library itself
+        result = _number(step.alpha, numbers) * torch.mm(a, b).to(wide)
+    else:
+        result = _number(step.alpha, numbers) * (a.to(wide) @ b.to(wide))
     if step.addend is not None:
         result += _number(step.beta, numbers) * _view(step.addend, memory).to(wide)
     if step.bias is not None:
         result += _view(Matrix(step.bias, (1, out.shape[1]), (0, 1)), memory).to(wide)
-    sums = a.to(wide).sum(1)
-    out.copy_(result)
     if step.column_sums is not None:
+        sums = a.to(wide).sum(1)
         _view(Matrix(step.column_sums, (1, len(sums)), (0, 1)), memory).copy_(sums[None])
+    out.copy_(result)
 
 
 def is_dense(matrix: Matrix) -> bool:

@@ -29,6 +29,10 @@ void use_driver(const char* name) {
   Driver found;
   take(library, "cuLaunchKernel", &found.launch);
   take(library, "cuGetErrorString", &found.error_text);
+  take(library, "cuCtxGetCurrent", &found.current_context);
+  take(library, "cuCtxSetCurrent", &found.set_context);
+  take(library, "cuDeviceGet", &found.device);
+  take(library, "cuDevicePrimaryCtxRetain", &found.primary_context);
   in_use = found;
 }
 

@@ -6,11 +6,16 @@
 
 namespace fastmeta {
 
-// cuLaunchKernel and cuGetErrorString, as in the CUDA Driver API's documentation.
+// cuLaunchKernel, cuGetErrorString, cuCtxGetCurrent, cuCtxSetCurrent, cuDeviceGet and cuDevicePrimaryCtxRetain, as in
+// the CUDA Driver API's documentation.
 struct Driver {
   int (*launch)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                 unsigned block_z, unsigned shared_bytes, void* stream, void** parameters, void** extra) = nullptr;
   int (*error_text)(int error, const char** text) = nullptr;
+  int (*current_context)(void** context) = nullptr;
+  int (*set_context)(void* context) = nullptr;
+  int (*device)(int* device, int ordinal) = nullptr;
+  int (*primary_context)(void** context, int device) = nullptr;
 };
 
 const Driver& driver();
@@ -26,6 +31,16 @@ inline void check_launch(int error) {
   const char* text = nullptr;
   driver().error_text(error, &text);
   throw std::runtime_error(std::string("CUDA refuses a launch: ") + (text ? text : "unknown error"));
+}
+
+// A launch needs a context, and a thread that has done nothing on a GPU yet has none: the device's primary one.
+inline void bind_context(int ordinal) {
+  void* context = nullptr;
+  if (driver().current_context(&context) == 0 && context) return;
+  int device = 0;
+  check_launch(driver().device(&device, ordinal));
+  check_launch(driver().primary_context(&context, device));
+  check_launch(driver().set_context(context));
 }
 
 }  // namespace fastmeta

@@ -80,9 +80,12 @@ PyObject* dtype_object(const DLDataType& type) {
 bool allocate(EntryObject* self, const Shape* shapes, PyObject* dtype, bool on_cuda, PyObject** results,
               DLTensor* views) {
   PyObject* function = on_cuda ? allocator().cuda : allocator().cpu;
+  if (self->dtype != dtype) {  // before anything can fail: no allocation of another dtype may be taken for one of this
+    for (PyObject*& allocation : self->allocations) Py_CLEAR(allocation);
+    self->dtype = dtype;
+  }
   for (int i = 0; i < self->signature->num_outputs; ++i) {
-    const bool same =
-        self->allocations[i] && self->dtype == dtype && std::memcmp(&self->shapes[i], &shapes[i], sizeof(Shape)) == 0;
+    const bool same = self->allocations[i] && std::memcmp(&self->shapes[i], &shapes[i], sizeof(Shape)) == 0;
     if (!same) {
       PyObject* arguments = allocation(shapes[i].size, shapes[i].dimensions, dtype);
       if (!arguments) return false;
@@ -92,7 +95,6 @@ bool allocate(EntryObject* self, const Shape* shapes, PyObject* dtype, bool on_c
     results[i] = PyObject_Call(function, self->allocations[i], nullptr);
     if (!results[i] || torch_objects().api->tensor_from_object(results[i], &views[i]) != 0) return false;
   }
-  self->dtype = dtype;
   return true;
 }
 
@@ -200,7 +202,8 @@ PyObject* run_planned(EntryObject* self, PyObject* plan, const Arguments& argume
   PyObject* results[most_outputs]{};
   Py_INCREF(plan);  // another thread may forget the plans meanwhile
   const auto& program = *reinterpret_cast<ProgramObject*>(plan);
-  const bool done = run_program(program, on_cuda, inputs, arguments.numbers.data(), stream, results);
+  const bool done = run_program(program, on_cuda ? arguments.device.device_id : -1, inputs, arguments.numbers.data(),
+                                stream, results);
   Py_DECREF(plan);
   if (!done) {
     release(results);

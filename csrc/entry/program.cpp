@@ -250,13 +250,13 @@ void* address_of(PyObject* tensor) {
   return address;
 }
 
-// run(addresses, numbers, stream, on_cuda): for callers that do not come through an Entry.
+// run(addresses, numbers, stream, device): for callers that do not come through an Entry.
 PyObject* program_run(PyObject* object, PyObject* args) {
   const auto& self = *reinterpret_cast<ProgramObject*>(object);
   PyObject *addresses, *values;
   unsigned long long stream = 0;
-  int on_cuda = 0;
-  if (!PyArg_ParseTuple(args, "O!O!Kp", &PyTuple_Type, &addresses, &PyTuple_Type, &values, &stream, &on_cuda)) {
+  int device = -1;
+  if (!PyArg_ParseTuple(args, "O!O!Ki", &PyTuple_Type, &addresses, &PyTuple_Type, &values, &stream, &device)) {
     return nullptr;
   }
   void* inputs[most_tensors]{};
@@ -269,7 +269,7 @@ PyObject* program_run(PyObject* object, PyObject* args) {
   PyObject* results[most_outputs]{};
   const auto count = static_cast<Py_ssize_t>(self.outputs->size());
   PyObject* tuple = nullptr;
-  if (ready && run_program(self, on_cuda, inputs, numbers, reinterpret_cast<void*>(stream), results)) {
+  if (ready && run_program(self, device, inputs, numbers, reinterpret_cast<void*>(stream), results)) {
     tuple = PyTuple_New(count);
   }
   for (Py_ssize_t i = 0; i < count; ++i) {
@@ -296,7 +296,8 @@ PyGetSetDef program_attributes[] = {{"allocations", program_allocations, nullptr
                                      "(sizes, strides, dtype) of each result, and of the scratch memory.", nullptr},
                                     {nullptr, nullptr, nullptr, nullptr, nullptr}};
 PyMethodDef program_methods[] = {
-    {"run", program_run, METH_VARARGS, "run(addresses, numbers, stream, on_cuda): the results, as a tuple of tensors."},
+    {"run", program_run, METH_VARARGS,
+     "run(addresses, numbers, stream, device): the results; device is a GPU's number, or -1."},
     {nullptr, nullptr, 0, nullptr}};
 PyType_Slot program_slots[] = {
     {Py_tp_doc, const_cast<char*>("Program(inputs, numbers, outputs, scratch, steps, ((before, after), observer)): "
@@ -347,9 +348,9 @@ void run_steps(const ProgramObject& program, const Call& call) {
 
 }  // namespace
 
-bool run_program(const ProgramObject& program, bool on_cuda, void* const* inputs, const double* numbers, void* stream,
+bool run_program(const ProgramObject& program, int device, void* const* inputs, const double* numbers, void* stream,
                  PyObject** results) {
-  PyObject* allocate = on_cuda ? allocator().cuda : allocator().cpu;
+  PyObject* allocate = device >= 0 ? allocator().cuda : allocator().cpu;
   void* outputs[most_outputs]{};
   for (size_t i = 0; i < program.outputs->size(); ++i) {
     results[i] = PyObject_Call(allocate, (*program.outputs)[i], nullptr);
@@ -360,8 +361,10 @@ bool run_program(const ProgramObject& program, bool on_cuda, void* const* inputs
   if (program.scratch && !scratch) return false;
   const Call call{inputs, outputs, scratch ? static_cast<char*>(address_of(scratch)) : nullptr, numbers, stream};
   const bool observed = PyList_GET_SIZE(program.before) > 0 || PyList_GET_SIZE(program.after) > 0;
-  const bool done =
-      !PyErr_Occurred() && translated([&] { observed ? run_observed(program, call) : run_steps(program, call); });
+  const bool done = !PyErr_Occurred() && translated([&] {
+    if (device >= 0) bind_context(device);
+    observed ? run_observed(program, call) : run_steps(program, call);
+  });
   // Torch's allocator gives the memory to later work of the same stream only, so it may go before the launches end.
   Py_XDECREF(scratch);
   return done;

@@ -67,7 +67,7 @@ PyTypeObject* program_type();  // made at the first call; null with a Python err
 
 // Allocates results and scratch memory on the current stream and enqueues every step. `results` gets new references.
 // False with a Python error.
-bool run_program(const ProgramObject& program, bool on_cuda, void* const* inputs, const double* numbers, void* stream,
+bool run_program(const ProgramObject& program, int device, void* const* inputs, const double* numbers, void* stream,
                  PyObject** results);
 
 }  // namespace fastmeta
