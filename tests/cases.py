@@ -83,6 +83,11 @@ class Case:
         """Whether the implementation is meant for such arguments."""
         if impl == "cpp":
             return True
+        few = shape[0] > 0 and 0 < shape[2] <= NARROW_OUTPUTS
+        if impl == "triton" and not self.per_row and dtype.itemsize == 2 and few:
+            # Its sums multiply R rounded to 16 bits, as eager PyTorch does, whose error in a few entries may be 0 by
+            # chance. The narrow kernels, which keep R in float32, serve such heads.
+            return False
         return dtype != torch.float64 and (impl != "cuda" or shape[2] <= NARROW_OUTPUTS or not self.narrow)
 
     @property
