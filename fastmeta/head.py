@@ -11,7 +11,7 @@ from fastmeta.dispatch import in_own_dtype
 class Head(NamedTuple):
     """Weight and bias of the last linear layer, given to an operator in place of ``logits``.
 
-    The logits ``f = h W^T + b`` are then computed inside, and on large heads never written as a whole.
+    The logits ``f = h W^T + b`` are then computed inside: of a large head for some rows at a time.
     """
 
     weight: Tensor  # [C, D]
