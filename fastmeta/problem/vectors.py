@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmeta.problem import AnyDirection, Dense, Direction, Factors
+from fastmeta.problem.direction import AnyDirection, Dense, Direction, Factors
 
 
 def dense(direction: AnyDirection) -> Dense:
