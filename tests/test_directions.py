@@ -196,7 +196,7 @@ def test_examples_counted_on_a_device_are_not_waited_for(monkeypatch, problem, n
     def refuse(tensor: Tensor) -> float:
         raise AssertionError("the host waits")
 
-    counted = "fastmeta.problem.inner_loss.joined_count"
+    counted = "fastmeta.problem.base.joined_count"
     monkeypatch.setattr(counted, lambda count, group, device: torch.tensor(count, dtype=torch.int64))
     for reads in ("__float__", "__int__", "__bool__", "item", "tolist"):
         monkeypatch.setattr(Tensor, reads, refuse)

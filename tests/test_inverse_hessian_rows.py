@@ -21,7 +21,7 @@ from fastmeta.methods import Method
 from fastmeta.ops import NotConvergedWarning, SolverState
 from fastmeta.ops.solve import conjugate_gradient as device
 from fastmeta.ops.solve import few_rows
-from fastmeta.problem import Direction, LastLayerProblem, RowFactors, Rows, vectors
+from fastmeta.problem import Direction, Factors, LastLayerProblem, Rows, vectors
 
 pytestmark = pretends_a_gpu
 EXACT: dict[str, Any] = {"tol": 1e-12, "max_iter": 500}
@@ -63,7 +63,7 @@ def test_the_direction_is_that_of_the_dense_hessian(
     problem = make_problem(draw, labeled=labeled, has_bias=has_bias)
     rule = InverseHessian(HoldoutGradient(bias=bias), damping=0.3, loss=loss, solver="cg", **EXACT)
     got = rule(problem)
-    assert isinstance(got, RowFactors)
+    assert isinstance(got, Factors)
     exact = InverseHessian(HoldoutGradient(bias=bias), damping=0.3, loss=loss, solver="cholesky")(problem)
     assert isinstance(exact, Direction)
     assert (got.dense().bias is None) == (exact.bias is None) == (not (bias and has_bias))

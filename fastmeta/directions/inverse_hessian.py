@@ -21,12 +21,12 @@ from fastmeta.problem import (
     Curvature,
     Dense,
     Direction,
+    Factors,
     InnerLoss,
     LastLayerProblem,
     Problem,
-    RowFactors,
     of_last_layer,
-    one,
+    single,
     vectors,
 )
 
@@ -69,7 +69,7 @@ class InverseHessian:
 
     At the last layer the system is solved by :func:`fastmeta.ops.solve_hessian`; with few examples (``cg``, or ``auto``
     on a GPU) and the gradient of the hold-out loss it is solved in the logit tangents of the examples, of which the
-    direction is then made (:class:`fastmeta.problem.RowFactors`). For the whole model H is known by its products
+    direction is then made (:class:`fastmeta.problem.Factors`). For the whole model H is known by its products
     alone; ``auto`` is ``cg``. Away from a minimum the Hessian of a model has negative eigenvalues, and neither
     iteration solves that system. ``curvature="gauss_newton"`` takes ``J^T C J`` in its place, with ``J = df/dtheta``,
     and C the curvature of the loss by the logits (itself Gauss-Newton for ``mse_probs`` and ``mse_tanh``): it has no
@@ -161,7 +161,7 @@ class InverseHessian:
             found = self._of_rows(layer)
             if found is not None:
                 return found
-        rhs = one(self.of(problem))
+        rhs = single(self.of(problem))
         if layer is not None and self.solver != "neumann":
             return self._closed_form(layer, of_last_layer(rhs))
         return self._by_products(problem, vectors.dense(rhs))
@@ -183,7 +183,7 @@ class InverseHessian:
         others = len(problem.holdout.features) + (0 if problem.labeled is None else len(problem.labeled.features))
         return few_rows.pays(n + others, c, d + 1)
 
-    def _of_rows(self, problem: LastLayerProblem) -> RowFactors | None:
+    def _of_rows(self, problem: LastLayerProblem) -> Factors | None:
         """The direction in factors; None: the input is not finite, of which the other way can say more."""
         assert isinstance(self.of, HoldoutGradient)
         of = self.of
@@ -213,9 +213,7 @@ class InverseHessian:
                 return None
             self._judge(linear_solvers.Solution(answer.coefficients, solved, answer.indefinite))
         self._last.solution = solved
-        direction = RowFactors(features, answer.coefficients, given.bias)
-        direction.tangent = answer.tangent[: len(problem.unlabeled.logits)]
-        return direction
+        return Factors(features, answer.coefficients, given.bias, answer.tangent[: len(problem.unlabeled.logits)])
 
     def _closed_form(self, problem: LastLayerProblem, rhs: Direction) -> Direction:
         if self.curvature == "hessian" and self.loss == "mse_probs":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fastmeta import checks
 from fastmeta.directions.holdout_gradient import HoldoutGradient
 from fastmeta.directions.rule import DirectionRule
-from fastmeta.problem import AnyDirection, InnerLoss, Problem, Reduction, Trajectory, one, vectors
+from fastmeta.problem import AnyDirection, InnerLoss, Problem, Reduction, Trajectory, single, vectors
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class LookAhead:
             TypeError: ``of`` gives the directions of several inner steps itself.
         """
         points, ahead = self._forward(problem)
-        direction = one(self.of(ahead), "; use LookAhead(steps=K)")
+        direction = single(self.of(ahead), "; use LookAhead(steps=K)")
         if self.steps == 1:
             return direction
         adjoint, buffer = vectors.dense(direction), None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fastmeta.directions.holdout_gradient import HoldoutGradient
 from fastmeta.directions.rule import DirectionRule
-from fastmeta.problem import AnyDirection, Problem, one, vectors
+from fastmeta.problem import AnyDirection, Problem, single, vectors
 
 
 @dataclass(frozen=True)
@@ -19,5 +19,5 @@ class UnitLength:
 
     def __call__(self, problem: Problem) -> AnyDirection:
         """The scaled direction; its length never leaves the device."""
-        direction = one(self.of(problem), "; use LookAhead(UnitLength())")
+        direction = single(self.of(problem), "; use LookAhead(UnitLength())")
         return vectors.scaled(direction, 1 / vectors.norm(direction))

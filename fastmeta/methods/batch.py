@@ -15,7 +15,7 @@ from fastmeta.problem.model_function import Inputs, ModelFunction, batch_size
 Examples = Outputs | Inputs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """The arguments of :meth:`fastmeta.Method.refine`, where they are documented, as they were given.
 

@@ -57,7 +57,7 @@ def preset(name: str) -> ExampleWeightsPreset:
     return checks.preset(PRESETS, name, "ExampleWeights")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TwoViews(Batch):
     """A batch whose labels are imputed from one view, and whose unlabeled loss is taken on another."""
 

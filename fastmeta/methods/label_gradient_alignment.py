@@ -61,7 +61,7 @@ def preset(name: str) -> LabelGradientAlignmentPreset:
     return checks.preset(PRESETS, name, "LabelGradientAlignment")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScheduledBatch(Batch):
     """A batch with the loop's own logits of its labeled examples."""
 

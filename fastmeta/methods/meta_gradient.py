@@ -13,7 +13,7 @@ from fastmeta.methods.batch import Batch
 from fastmeta.methods.step_condition import StepCondition, step_condition
 from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
-from fastmeta.problem import Problem, check_how, one
+from fastmeta.problem import Problem, check_how, single
 from fastmeta.problem.model_function import Inputs, ModelFunction, batch_size
 from fastmeta.updates import LabelStep, Refined
 
@@ -231,7 +231,7 @@ class MetaGradient(Method):
         probe = self.derivative
         if problem is None or not isinstance(probe, FiniteDifference) or problem.inner_weights is not None:
             return super()._step(problem, index, labels)
-        direction = one(self.direction(problem))
+        direction = single(self.direction(problem))
         # The same step in one kernel.
         plus, minus, epsilon = probe.probes(problem, direction)
         labels = problem.labels if labels is None else labels

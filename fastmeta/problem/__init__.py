@@ -12,19 +12,7 @@ processes of a group the means are those of the joined batch.
 
 from typing import TypeAlias
 
-from fastmeta.problem.direction import (
-    AnyDirection,
-    Dense,
-    Direction,
-    Factors,
-    RowFactors,
-    Trajectory,
-    Vector,
-    of_last_layer,
-    one,
-    steps_of,
-)
-from fastmeta.problem.inner_loss import (
+from fastmeta.problem.base import (
     HOWS,
     Curvature,
     How,
@@ -34,6 +22,17 @@ from fastmeta.problem.inner_loss import (
     check_how,
     full_precision,
     probabilities,
+)
+from fastmeta.problem.direction import (
+    AnyDirection,
+    Dense,
+    Direction,
+    Factors,
+    Trajectory,
+    Vector,
+    of_last_layer,
+    single,
+    steps_of,
 )
 from fastmeta.problem.last_layer import LastLayerProblem, Rows
 from fastmeta.problem.whole_model import WholeModelProblem
@@ -53,7 +52,6 @@ __all__ = [
     "Part",
     "Problem",
     "Reduction",
-    "RowFactors",
     "Rows",
     "Trajectory",
     "Vector",
@@ -61,7 +59,7 @@ __all__ = [
     "check_how",
     "full_precision",
     "of_last_layer",
-    "one",
     "probabilities",
+    "single",
     "steps_of",
 ]

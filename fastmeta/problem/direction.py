@@ -32,16 +32,11 @@ class Factors(NamedTuple):
     features: Tensor  # h [Nh, D]
     residual: Tensor  # R [Nh, C]
     bias: bool  # whether the bias moves
+    tangent: Tensor | None = None  # z [N, C] of the problem's unlabeled examples, where it is known already
 
     def dense(self) -> Direction:
         """The same direction as ``V [C, D]`` and ``b [C]``."""
         return Direction(self.residual.T @ self.features, self.residual.sum(0) if self.bias else None)
-
-
-class RowFactors(Factors):
-    """Factors whose logit tangents of the problem's unlabeled rows are known already: nothing has to be multiplied."""
-
-    tangent: Tensor | None = None  # z [N, C]
 
 
 class Trajectory(NamedTuple):
@@ -84,7 +79,7 @@ def steps_of(problem: "Problem", direction: AnyDirection | Trajectory) -> "tuple
     return direction.steps if isinstance(direction, Trajectory) else ((problem, direction),)
 
 
-def one(direction: AnyDirection | Trajectory, instead: str = "") -> AnyDirection:
+def single(direction: AnyDirection | Trajectory, instead: str = "") -> AnyDirection:
     """Itself.
 
     Raises:

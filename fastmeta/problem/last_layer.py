@@ -12,8 +12,8 @@ from torch.nn import functional
 from fastmeta import losses, ops
 from fastmeta.ops.process_group import Group, sum_over
 from fastmeta.problem import vectors
-from fastmeta.problem.direction import AnyDirection, Direction, Factors, RowFactors, of_last_layer
-from fastmeta.problem.inner_loss import Curvature, How, InnerLoss, Part, ProblemBase, Reduction
+from fastmeta.problem.base import Curvature, How, InnerLoss, Part, ProblemBase, Reduction
+from fastmeta.problem.direction import AnyDirection, Direction, Factors, of_last_layer
 
 
 class Rows(NamedTuple):
@@ -116,7 +116,7 @@ class LastLayerProblem(ProblemBase):
     def loss_tangent(self, direction: AnyDirection, *, loss: str) -> Tensor:
         """``D_v l_i``. ``[N]``."""
         features, logits = self.unlabeled
-        if isinstance(direction, RowFactors) and direction.tangent is not None:
+        if isinstance(direction, Factors) and direction.tangent is not None:
             return (losses.residual(logits, self.labels, loss) * direction.tangent).sum(-1)
         return ops.per_example_dot(features, logits, self.labels, *of_last_layer(direction), loss=loss)
 

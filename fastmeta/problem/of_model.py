@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 
 from fastmeta import checks, losses, ops
+from fastmeta.problem.base import How, check_how, full_precision, probabilities
 from fastmeta.problem.direction import Vector
 from fastmeta.problem.evaluation import eager
-from fastmeta.problem.inner_loss import How, check_how, full_precision, probabilities
 from fastmeta.problem.model_function import Inputs, ModelFunction
 from fastmeta.problem.whole_model import WholeModelProblem
 

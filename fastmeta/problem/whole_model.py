@@ -10,8 +10,7 @@ from torch import Tensor
 from fastmeta import losses
 from fastmeta.ops.perturbed import perturbed
 from fastmeta.ops.process_group import Group, sum_over
-from fastmeta.problem.direction import AnyDirection, Vector, of_model
-from fastmeta.problem.inner_loss import (
+from fastmeta.problem.base import (
     Curvature,
     How,
     InnerLoss,
@@ -21,6 +20,7 @@ from fastmeta.problem.inner_loss import (
     full_precision,
     probabilities,
 )
+from fastmeta.problem.direction import AnyDirection, Vector, of_model
 from fastmeta.problem.model_function import Inputs, ModelFunction, Term
 
 _LAST_LAYER_ALONE = "factored and bias=False are for the last layer alone, got a whole model"
