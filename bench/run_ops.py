@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
-from bench import choices, columns, environment, files, gate, report
+from bench import choices, environment, files, gate, report
 from bench.clock import clock_for
 from bench.measure import SETTINGS
 from bench.operators import RESULTS, chosen, measure_all
-from bench.progress import Progress
-from bench.rows import Row, contended_share, title
+from bench.rows import Row, title, warn_if_contended
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     settings = dataclasses.replace(SETTINGS["cpu"], rounds=3 if options.quick else options.rounds)
     described = environment.describe()
     with tempfile.TemporaryDirectory() as work:
-        progress = Progress(Path(work, "operators.json"))
+        progress = files.Progress(Path(work, "operators.json"))
         green = [(case, dtypes) for case, dtypes in cases if verdicts[case.operator]["green"]]
         measure_all(green, progress, clock_for("cpu"), settings, math.inf)
     results: Row = {
@@ -62,12 +61,8 @@ def run(options: argparse.Namespace) -> int:
     }
     folder = options.out or RESULTS / environment.machine_name()
     written = save(results, folder)
-    seconds = f"{results['seconds']:.0f} s; {', '.join(written)} in {folder}"
-    print("\n".join(["", *report.operators(results), seconds]))
-    if (share := contended_share(report.timed(results))) > 0.1:
-        print(
-            f"Other processes ran during {share:.0%} of the samples: measure again on a quiet machine.", file=sys.stderr
-        )
+    print("\n".join(["", *report.operators(results), f"{results['seconds']:.0f} s; {', '.join(written)} in {folder}"]))
+    warn_if_contended(report.timed(results))
     bad = [(r, v) for r in results["operators"] for v in r.get("variants", []) if v["status"] != "measured"]
     for record, variant in bad:
         print(f"{title(record)}, {variant['name']} left out: {variant['reason']}", file=sys.stderr)
@@ -78,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 def save(results: Row, folder: Path) -> list[str]:
     """Writes the JSON, the CSV, the tables and, where matplotlib is installed, the pictures; returns the file names."""
     files.write(folder / "ops.json", results)
-    columns.write(results, folder / "ops.csv")
+    report.write_csv(results, folder / "ops.csv")
     (folder / "ops.md").write_text(report.markdown(results, "Operators on the CPU", [("", report.operators(results))]))
     written = ["ops.json", "ops.csv", "ops.md"]
     try:

@@ -12,7 +12,7 @@ from bench import kernels
 from bench.case import Form
 from bench.gpu.sanitizer import BEGUN, DONE
 from bench.inputs import LastLayer, Shape, last_layer
-from bench.ops.last_layer import OPERATORS
+from bench.ops import LAST_LAYER
 
 # The tool slows every launch a hundredfold: a warp's worth of classes, and a tile and a bit, each in one dtype.
 PASSES = ((Shape(37, 19, 7), torch.float32), (Shape(35, 40, 300), torch.bfloat16))
@@ -27,7 +27,7 @@ def last_layers(device: str) -> int:
     calls = 0
     for shape, dtype in PASSES:
         x = _moved(last_layer(shape, dtype), device)
-        for operator in OPERATORS:
+        for operator in LAST_LAYER:
             for form in kernels.offered(operator.name, shape.c, device)[1:]:
                 calls += _call(form, operator.call, operator.arguments(x))
         for form in kernels.offered("feature_similarity", shape.c, device, dtype):
