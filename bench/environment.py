@@ -86,11 +86,8 @@ def gpu() -> dict[str, Any]:
 def implementations(device: str) -> dict[str, list[str]]:
     """Which implementations the operators have on a device."""
     modules = {name: import_module(f"fastmeta.ops.{stem}") for name, stem in choices.STEMS.items()}
-    return {
-        name: list(module.OPERATOR.implementations(device))
-        for name, module in modules.items()
-        if hasattr(module, "OPERATOR")
-    }
+    found = {name: getattr(module, "OPERATOR", None) for name, module in modules.items()}
+    return {name: list(operator.implementations(device)) for name, operator in found.items() if operator}
 
 
 def describe() -> dict[str, Any]:
