@@ -6,11 +6,15 @@ functions in place of libcuda and cuBLASLt, so it says what it was asked to laun
 """
 
 import ctypes
+import re
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,17 +100,22 @@ class Launched(NamedTuple):
     shared: int
 
 
+def _compile(sources: list[Path], out: Path, *flags: str, library: bool = False) -> None:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        raise FileNotFoundError("a C compiler is needed, as for Triton itself")
+    includes = [f"-I{folder}" for folder in nvidia.include_dirs]
+    linked = [f"-L{out.parent}", f"-l:{LIBRARY}", f"-Wl,-rpath,{out.parent}"] if library else []
+    command = [compiler, "-shared", "-fPIC", "-O2", *includes, *flags, *map(str, sources), *linked, "-o", str(out)]
+    subprocess.run(command, check=True)
+
+
 @cache
 def _library() -> tuple[Path, ctypes.CDLL]:
     folder = Path(tempfile.mkdtemp(prefix="fastmeta-no-cuda-"))
     source, library = folder / "no_cuda.c", folder / LIBRARY
     source.write_text(_SOURCE)
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        raise FileNotFoundError("a C compiler is needed, as for Triton itself")
-    options = ["-shared", "-fPIC", "-O2", f"-Wl,-soname,{LIBRARY}", *(f"-I{folder}" for folder in nvidia.include_dirs)]
-    command = [compiler, *options, str(source), "-o", str(library)]
-    subprocess.run(command, check=True)
+    _compile([source], library, f"-Wl,-soname,{LIBRARY}")
     return folder, ctypes.CDLL(str(library))  # loaded: the launchers find it by its name
 
 
@@ -133,8 +142,26 @@ def parameters(count: int) -> Any:
     return _ask("fastmeta_parameters", ctypes.POINTER(ctypes.c_ulonglong), count)
 
 
-class _Launcher(nvidia.CudaLauncher):
-    """Triton's launcher, linked with the empty functions."""
+def _launcher_of_triton() -> Any:
+    """Triton's launcher of every kernel (3.7 and later), linked with the empty functions."""
+    folder = _library()[0]
+    source = (Path(nvidia.__file__).parent / "driver.c").read_text().replace("libcuda.so.1", LIBRARY)
+    called = set(re.findall(r"\b(cu[A-Z]\w+)\s*\(", source)) - set(re.findall(r"\bcu\w+", _SOURCE))
+    stubs = "".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(called))
+    (folder / "launcher.c").write_text(source)
+    (folder / "stubs.c").write_text(stubs)
+    module = folder / "cuda_utils.so"
+    _compile([folder / "launcher.c", folder / "stubs.c"], module, f"-I{sysconfig.get_path('include')}", library=True)
+    loader = ExtensionFileLoader("cuda_utils", str(module))
+    loaded = module_from_spec(ModuleSpec("cuda_utils", loader, origin=str(module)))
+    loader.exec_module(loaded)
+    for name in ("PyKernelArg", "ARG_CONSTEXPR", "ARG_KERNEL", "ARG_TUPLE"):
+        setattr(nvidia, name, getattr(loaded, name))
+    return loaded
+
+
+class _LauncherOfOneKernel(nvidia.CudaLauncher):
+    """Triton 3.6 generates a launcher for each kernel's types; it is linked with the empty functions."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
         signature = dict(src.signature.items())
@@ -152,15 +179,25 @@ class _Launcher(nvidia.CudaLauncher):
             setattr(self, name, getattr(metadata, name))
 
 
+_GENERATES_LAUNCHERS = hasattr(nvidia, "make_launcher")
+
+
 class _Utils:
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
+        if not _GENERATES_LAUNCHERS:
+            module = _launcher_of_triton()
+            self.launch = module.launch
+            self.build_signature_metadata = module.build_signature_metadata
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": SHARED_MEMORY[self.architecture], "multiprocessor_count": 132, "warpSize": 32}
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads
+
+    def unload_module(self, module: int) -> None:
+        pass
 
 
 class FakeDriver(nvidia.CudaDriver):
@@ -173,7 +210,7 @@ class FakeDriver(nvidia.CudaDriver):
     def __init__(self, architecture: int = 90) -> None:
         self.architecture = architecture
         self.utils = _Utils(architecture)
-        self.launcher_cls = _Launcher
+        self.launcher_cls = _LauncherOfOneKernel if _GENERATES_LAUNCHERS else nvidia.CudaLauncher
         self.get_current_device: Callable[[], int] = lambda: 0
         self.set_current_device: Callable[[int], None] = lambda device: None
         self.get_current_stream: Callable[[int], int] = lambda device: 0

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastmeta import _extension
 
 _ALIGNMENT = 256  # bytes, of each buffer in the scratch memory
-_TRITON = "3.6."  # the version whose launcher the executor follows
+_TRITON = ("3.6.", "3.7.", "3.8.", "3.9.")  # the versions whose launcher the executor follows
 # Triton's types of a kernel's arguments, as struct packs them.
 _PACKED = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"}
 _PACKED |= {"u64": "Q", "fp32": "f", "fp64": "d"}
