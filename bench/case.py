@@ -245,17 +245,8 @@ def problem_on_sets(
 ) -> Problem:
     """Ours in each form, each eager formula, and the first of those in each mode of ``torch.compile``.
 
-    Args:
-        ours: fastmeta's call, which takes the arguments and ``impl``.
-        forms: how it is served.
-        eager: formulas on the same arguments, by name.
-        arguments: of a seed; calls rotate over sets of them where the device has a cache that would hold one.
-        error: relative error of a result, from the first set.
-        result_bytes: written by a call.
-        products: that it cannot do without.
-        dtype: of the arguments.
-        device: where they are.
-        row_bytes: as in :class:`Cost`.
+    All take the ``arguments`` of a seed, ours also ``impl``; calls rotate over sets of them where the device has a
+    cache that would hold one. ``error`` judges results by the first set.
     """
     first = arguments(0)
     read = bytes_of(*tensors_in(*first))

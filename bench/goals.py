@@ -22,21 +22,13 @@ NOISE = 0.02
 
 @dataclass(frozen=True)
 class Goal:
-    """One goal and the worst of what was measured for it.
+    """One goal and the worst of what was measured for it."""
 
-    Args:
-        name: what it asks.
-        required: the number.
-        found: each measurement with its name; empty where nothing was measured.
-        at_least: whether a larger number is better.
-        unit: how the number is written: ``%``, ``x`` with ``digits``, ``us``, or nothing.
-    """
-
-    name: str
+    name: str  # what it asks
     required: float
-    found: dict[str, float]
-    at_least: bool = True
-    unit: str = "%"
+    found: dict[str, float]  # each measurement with its name; empty where nothing was measured
+    at_least: bool = True  # whether a larger number is better
+    unit: str = "%"  # how the number is written: `%`, `x` with `digits`, `us`, or nothing
     digits: int = 2
 
     @property

@@ -1,14 +1,20 @@
-"""Measures every case and writes each result at once, so that a crash costs one variant.
+"""Every operator against what users have today: eager PyTorch, torch.compile, autograd, BackPACK, curvlinops and more.
 
-``python -m bench.operators --out FILE --until T`` is the phase ``operators`` of ``python -m bench gpu``. Started again
-on the same file it goes on after the variant that it died in. With ``--only-compile I/N`` it runs the I-th of N shares
-of the cases once and times nothing: processes beside each other fill the compilers' caches, which the measuring one
-finds.
+On the CPU. Runs the operators' tests first; one whose tests fail is not measured. Writes ops.json, ops.csv, ops.md,
+ops.png and ops-roofline.png.
 """
 
+# ``python -m bench.operators --out FILE --until T`` is the phase ``operators`` of ``python -m bench gpu``: every result
+# is written at once, and started again on the same file it goes on after the variant that it died in. With
+# ``--only-compile I/N`` it runs the I-th of N shares of the cases once and times nothing: processes beside each other
+# fill the compilers' caches, which the measuring one finds.
+
 import argparse
+import dataclasses
 import gc
+import math
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -18,15 +24,14 @@ from pathlib import Path
 
 import torch
 
-from bench import files, goals
+from bench import choices, environment, files, gate, goals, report
 from bench.case import COMPILE_MODES, Case, Variant
-from bench.choices import add_choices
 from bench.clock import Clock, DeviceLost, clock_for, ensure_healthy, reason_of
 from bench.files import Progress
 from bench.floors import DTYPES, Ceilings, Products, measure_ceilings
 from bench.measure import QUICK, SETTINGS, Settings, measure_case, new_record
 from bench.ops import cases
-from bench.rows import MAX_AUTOTUNE, Row, main_variant, reason_without_time
+from bench.rows import MAX_AUTOTUNE, Row, main_variant, reason_without_time, title, warn_if_contended
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE_LOST = 70  # exit status
@@ -77,16 +82,10 @@ def measure_all(
     ceilings: Ceilings | None = None,
     compiled: set[str] | None = None,
 ) -> None:
-    """Measure what is not there yet, until the deadline.
+    """Measure what is not there yet; no case begins after the deadline (``time.monotonic()``).
 
-    Args:
-        cases: all of them, with the dtypes that are measured in turn.
-        progress: where results go, and which are there.
-        clock: of the device.
-        settings: how long to measure.
-        deadline: by ``time.monotonic()``; no case begins after it.
-        ceilings: of the device; None: measured before the first case and after the last.
-        compiled: ``key/variant`` that the caches on disk hold; None: compile here whatever is missing.
+    Ceilings that are not given are measured before the first case and after the last. ``compiled`` has each
+    ``key/variant`` that the caches on disk hold; None: compile here whatever is missing.
     """
     progress.announce("ceilings", "ceilings")
     products = Products(clock)
@@ -228,13 +227,76 @@ def _run_once(variant: Variant, key: str, finished: list[str], device: str) -> N
         ensure_healthy(device)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    choices.add_choices(parser)
+    rounds = SETTINGS["cpu"].rounds
+    parser.add_argument("--rounds", type=int, default=rounds, help="samples of each variant (%(default)s)")
+    parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
+    parser.add_argument("--out", type=Path, help="folder for the results (bench/results/<processor and threads>)")
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    found = chosen(options, "cpu")
+    if not found:
+        print("No case has such an operator and shape.", file=sys.stderr)
+        return 2
+    start = time.monotonic()
+    operators = list(dict.fromkeys(case.operator for case, _ in found))
+    print(f"Testing {len(operators)} operators ...", flush=True)
+    tests = gate.run_tests(operators, choices.STEMS)
+    verdicts = tests["operators"]
+    for operator, verdict in verdicts.items():
+        print(f"  {operator}: {verdict['reason']}", flush=True)
+    settings = dataclasses.replace(SETTINGS["cpu"], rounds=3 if options.quick else options.rounds)
+    described = environment.describe()
+    with tempfile.TemporaryDirectory() as work:
+        progress = Progress(Path(work, "operators.json"))
+        green = [(case, dtypes) for case, dtypes in found if verdicts[case.operator]["green"]]
+        measure_all(green, progress, clock_for("cpu"), settings, math.inf)
+    results: Row = {
+        "schema_version": report.SCHEMA_VERSION,
+        "environment": described,
+        "settings": dataclasses.asdict(settings),
+        "shared": progress.shared,
+        "tests": tests,
+        "refused": len(green) < len(found),
+        "operators": progress.cases,
+        "seconds": time.monotonic() - start,
+    }
+    folder = options.out or RESULTS / environment.machine_name()
+    written = save(results, folder)
+    print("\n".join(["", *report.operators(results), f"{results['seconds']:.0f} s; {', '.join(written)} in {folder}"]))
+    warn_if_contended(report.timed(results))
+    bad = [(r, v) for r in results["operators"] for v in r.get("variants", []) if v["status"] != "measured"]
+    for record, variant in bad:
+        print(f"{title(record)}, {variant['name']} left out: {variant['reason']}", file=sys.stderr)
+    failed = any("failed" in record for record in results["operators"])
+    return 1 if results["refused"] or failed or any(v["status"] == "wrong" for _, v in bad) else 0
+
+
+def save(results: Row, folder: Path) -> list[str]:
+    """Writes the JSON, the CSV, the tables and, where matplotlib is installed, the pictures; returns the file names."""
+    files.write(folder / "ops.json", results)
+    report.write_csv(results, folder / "ops.csv")
+    (folder / "ops.md").write_text(report.markdown(results, "Operators on the CPU", [("", report.operators(results))]))
+    written = ["ops.json", "ops.csv", "ops.md"]
+    try:
+        from bench import plot
+    except ImportError:
+        print("No picture: matplotlib is not installed.", file=sys.stderr)
+        return written
+    return written + [path.name for path in plot.draw(results, folder, "ops")]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--until", type=float, required=True, help="by time.time()")
     parser.add_argument("--only-compile", metavar="I/N")
     parser.add_argument("--compiled", type=Path, nargs="*", help="what processes with --only-compile wrote")
-    add_choices(parser)
+    choices.add_choices(parser)
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + options.until - time.time()
     warnings.filterwarnings("ignore", message="Online softmax is disabled")

@@ -17,17 +17,11 @@ from bench.rows import MAX_AUTOTUNE, Row, best_known_us, machine, main_variant, 
 
 OURS, EAGER, COMPILE, PEER, INK = "#d1335b", "#2a6fbb", "#e39a1d", "#9aa3ab", "#2b2f33"
 TUNED, GRAY, PALE = "#7a4fb5", "#666d73", "#e4e7ea"
-_STYLES: dict[str, dict[str, Any]] = {
-    "peer": {"color": PEER, "marker": "|", "s": 60, "linewidths": 1.6, "zorder": 2},
-    "tuned": {"color": TUNED, "marker": "v", "s": 34, "zorder": 3},
-    "compile": {"color": COMPILE, "marker": "^", "s": 40, "zorder": 3},
-    "eager": {"color": EAGER, "marker": "s", "s": 30, "zorder": 3},
-}
-_LABELS = {
-    "eager": "best eager PyTorch",
-    "compile": "torch.compile",
-    "tuned": "torch.compile, max-autotune",
-    "peer": "autograd, vmap(grad), libraries",
+_STYLES: dict[str, tuple[str, dict[str, Any]]] = {  # by role, with the legend's words
+    "peer": ("autograd, vmap(grad), libraries", {"color": PEER, "marker": "|", "s": 60, "lw": 1.6, "zorder": 2}),
+    "tuned": ("torch.compile, max-autotune", {"color": TUNED, "marker": "v", "s": 34, "zorder": 3}),
+    "compile": ("torch.compile", {"color": COMPILE, "marker": "^", "s": 40, "zorder": 3}),
+    "eager": ("best eager PyTorch", {"color": EAGER, "marker": "s", "s": 30, "zorder": 3}),
 }
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 _HOWS = {
@@ -124,9 +118,9 @@ def _draw_multiples(records: list[Row], results: Row, path: Path) -> Path:
     )
     kinds = {_kind(v) for record in records for v in measured(record)}
     handles = [_handle(OURS, "o", "fastmeta", markeredgewidth=1.6)]  # then the peers, those drawn last first
-    for kind, style in reversed(_STYLES.items()):
+    for kind, (label, style) in reversed(_STYLES.items()):
         if kind in kinds:
-            handles.append(_handle(style["color"], style["marker"], _LABELS[kind], markeredgewidth=1.6))
+            handles.append(_handle(style["color"], style["marker"], label, markeredgewidth=1.6))
     what = "Device time" if on_gpu else "Time"
     return _save(figure, path, f"{what} as a multiple of the hardware floor", caption, handles)
 
@@ -153,7 +147,7 @@ def _multiple(axes: Axes, y: float, record: Row) -> None:
     axes.plot([1, farthest], [y, y], color=PALE, linewidth=4, zorder=1, solid_capstyle="round")
     eager = sorted((v for v in shown if v["role"] == "eager"), key=lambda v: v["times_floor"])
     for variant in eager[:1] + [v for v in shown if v["role"] != "eager"]:
-        axes.scatter(variant["times_floor"], y, **_STYLES[_kind(variant)])
+        axes.scatter(variant["times_floor"], y, **_STYLES[_kind(variant)][1])
     axes.scatter(ours["times_floor"], y, color=OURS, s=70, edgecolor="white", linewidth=1.0, zorder=4)
     rivals = measured(record, "eager") + measured(record, "compile")
     times = (False, True) if record["cost"]["launch_us"] else (False,)  # on the device alone, too, where it is a GPU

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import choices, clock, files, floors, gate, inputs, measure, operators, plot, report, rows, run_ops
+from bench import choices, clock, files, floors, gate, inputs, measure, operators, plot, report, rows
 from bench.__main__ import main
 from bench.case import Case, Cost, Problem, Variant, distance_to
 from bench.clock import Timing, clock_for
@@ -280,7 +280,7 @@ def test_picture_of_nothing_is_none(tmp_path: Path):
 
 def test_the_recorded_run_is_read_and_written_again(tmp_path):
     results = files.read(RECORD / "ops.json")
-    written = run_ops.save(results, tmp_path)
+    written = operators.save(results, tmp_path)
     assert set(written) == {"ops.json", "ops.csv", "ops.md", "ops.png", "ops-roofline.png"}
     for name in ("ops.json", "ops.csv", "ops.md"):
         assert (tmp_path / name).read_text() == (RECORD / name).read_text()

@@ -22,29 +22,17 @@ _CHUNK = 2**27  # entries of a block of the truth's logits
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator as the benchmark calls it.
+    """An operator as the benchmark calls it."""
 
-    Args:
-        name: in ``fastmeta.ops``.
-        call: fastmeta's, on the arguments and ``impl``.
-        eager: closed forms on the same arguments; the first, in float64, is the truth.
-        arguments: of one batch; a head in place of its logits where ``from_head``.
-        products: those of a shape.
-        row_passes: matrices ``[N, C]`` that are read or written between those products.
-        result_numbers: of a shape. A result row for each example, or sums over the examples ``([C, D], [C])``.
-        peers: what else users have.
-        from_head: whether the logits are recomputed.
-    """
-
-    name: str
-    call: Callable[..., Any]
-    eager: tuple[tuple[str, Callable[..., Any]], ...]
-    arguments: Callable[[LastLayer], tuple[Any, ...]]
+    name: str  # in `fastmeta.ops`
+    call: Callable[..., Any]  # fastmeta's, on the arguments and `impl`
+    eager: tuple[tuple[str, Callable[..., Any]], ...]  # closed forms; the first, in float64, is the truth
+    arguments: Callable[[LastLayer], tuple[Any, ...]]  # of one batch; a head in place of its logits where `from_head`
     products: Callable[[Shape], tuple[Gemm, ...]]
-    row_passes: int
-    result_numbers: Callable[[Shape], int]
-    peers: Callable[[LastLayer], list[Variant]] = lambda x: []
-    from_head: bool = False
+    row_passes: int  # matrices [N, C] that are read or written between those products
+    result_numbers: Callable[[Shape], int]  # a result row for each example, or `sum_numbers` over the examples
+    peers: Callable[[LastLayer], list[Variant]] = lambda x: []  # what else users have
+    from_head: bool = False  # whether the logits are recomputed
 
 
 def tangent(shape: Shape) -> Gemm:

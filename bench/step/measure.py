@@ -23,19 +23,13 @@ from fastmeta.derivatives import HOWS, How
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure.
+    """How long to measure."""
 
-    Args:
-        rounds: samples of each step.
-        budget_s: for the samples of one step.
-        warm_up: calls before the one whose arithmetic is counted.
-        seconds: for a network in all. Half of them may pass until the last step has begun, in the order given; what
-            would begin later is left out.
-    """
-
-    rounds: int = 9
-    budget_s: float = 40.0
-    warm_up: int = 1
+    rounds: int = 9  # samples of each step
+    budget_s: float = 40.0  # for the samples of one step
+    warm_up: int = 1  # calls before the one whose arithmetic is counted
+    # For a network in all. Half of them may pass until the last step has begun, in the order given; what would begin
+    # later is left out.
     seconds: float = math.inf
 
 
