@@ -38,14 +38,14 @@ class Variant:
     prepare: Callable[[], Any] | None = None  # puts in-place state back before the result is checked
     check: Callable[[], Any] | None = None  # a call that returns the result, where `call` does not
     graph: bool = True  # whether a CUDA graph can hold the call: it reads nothing back to the host
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext  # what all its calls happen in
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered around its calls
     examples: int | None = None  # how many of the problem's examples it handles, when not all of them
     describe: Callable[[Any], dict[str, Any]] | None = None  # what to record of the result, e.g. iterations
     note: str = ""
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """What each of its calls happens in."""
+        """The context of its calls: ``around``, and whether autograd records."""
         with self.around(), torch.set_grad_enabled(self.grad):
             yield
 
@@ -90,7 +90,7 @@ class Cost(NamedTuple):
     bytes: float
     working_set: float | None = None  # memory the bytes are spread over, where that is more than the bytes themselves
     products: tuple[Gemm, ...] = ()
-    row_bytes: float = 0.0  # read and written between the products where these are the library's
+    row_bytes: float = 0.0  # read and written by the row kernels between the products
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def take_sample(variant: Variant, calls: int) -> tuple[float, bool]:
     call = variant.call
     with variant.entered():
         if calls > 1:
-            call()  # brings the variant's data back into cache, where its calls find it in use
+            call()  # warms the cache: a training step leaves the data there
         waited = waiting_ns()
         start = time.perf_counter_ns()
         for _ in range(calls):
@@ -287,7 +287,7 @@ class DeviceLost(RuntimeError):
 
 
 def ensure_healthy(device: str) -> None:
-    """Raise unless the device still computes; what failed before may have broken its context."""
+    """Raise :class:`DeviceLost` if an earlier failure has broken the CUDA context."""
     try:
         if float(torch.ones(3, device=device).sum()) != 3.0:
             raise DeviceLost("the device computes nonsense")

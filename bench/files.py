@@ -39,7 +39,7 @@ def folder_name(name: str) -> str:
 
 
 class Progress:
-    """What a measuring process has done, on disk at once, and beside it what is running: a new start goes on there."""
+    """Results of a measuring process, on disk as they come, and what it runs now: started again, it goes on there."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.running = path, running(path)

@@ -13,7 +13,7 @@ LARGE = "4096, 2048, 1000"
 SUMS = {"last_layer_gradient": 40.0, "hessian_vector_product": 66.0}  # us at LARGE in bfloat16
 PRODUCTS = ("label_gradient", "per_example_dot", *SUMS)
 LISTS = ("perturbed", "alignment_direction")
-SHAPES = (*SMALL, LARGE, GIANT, "65536, 256", "32768, 1000", "8192, 4000", "ResNet-50")  # that operators' goals name
+SHAPES = (*SMALL, LARGE, GIANT, "65536, 256", "32768, 1000", "8192, 4000", "ResNet-50")  # of all of them
 
 # Step over plain step of the published code, each on its own network and framework, 2 cores of another machine.
 ELSEWHERE = "L2I exact 2.97x, Meta-Gradient by finite differences 1.67x"
@@ -161,7 +161,7 @@ def of_steps(network: Row) -> Iterator[Goal]:
 
 
 def judged(row: Row) -> float | None:
-    """A step's ratio; where its rounds scatter by more than :data:`NOISE` it says little, and the bound is judged."""
+    """A step's ratio; where its rounds scatter by more than :data:`NOISE`, the bound if that is smaller."""
     if "ratio" not in row:
         return None
     first, third = row["ratio_quartiles"]

@@ -39,7 +39,7 @@ METHOD = {
         "of 7. Every variant's result was checked against float64 before it was timed."
     ),
 }
-COLUMNS = (  # in which kernel benchmarks are exchanged
+COLUMNS = (  # as kernel benchmarks are exchanged
     *("kernel_name", "kernel_provider", "mode", "shape", "dtype", "p20", "p50", "p80", "unit", "device"),
     *("fastmeta_version", "git_commit", "date"),
 )
@@ -122,7 +122,7 @@ def _operator_row(record: Row, tests: Row, float32: dict[str, Row]) -> dict[str,
 
 
 def _roofline(cost: Row, ours: Row) -> str:
-    """Arithmetic intensity, and the rate of what binds: of arithmetic or of memory."""
+    """Arithmetic intensity, and the rate achieved of what bounds the call: FLOP/s or B/s."""
     seconds = 1e-6 * best_known_us(ours)
     what, unit = (cost["flops"], "FLOP/s") if cost["bound"] == "flops" else (cost["bytes"], "B/s")
     return f"{cost['flops'] / cost['bytes']:.3g}, {what / seconds / 1e9:.3g} G{unit}"

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 Row = dict[str, Any]
-# A call longer than this waits for no launch: the stream's time is the device's, and no graph is made.
+# For a longer call launch overhead is nothing: the stream's time is the device's, and no graph is captured.
 GRAPH_BELOW_US = 2_000.0
 MAX_AUTOTUNE = "torch.compile max-autotune"  # name of that variant
 NOISY = 1.3  # third over first quartile

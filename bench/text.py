@@ -23,7 +23,7 @@ def factor(value: float) -> str:
 
 
 def cell(value: Any, form: Callable[[Any], str] | str = factor) -> str:
-    """A value in a function's form, or in one as ``{:.3f}``."""
+    """A value as a function or a format string (``{:.3f}``) writes it; empty for None."""
     return "" if value is None else form.format(value) if isinstance(form, str) else form(value)
 
 

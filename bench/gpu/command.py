@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("build", "environment", "compile", "tests", *sanitizer.TOOLS, "operators", "step", "large")
 BUDGET_S, QUICK_S = 465.0, 230.0
 # Groups of phases beside each other: the parts of the budget that are kept for each, and the most it takes where those
-# before it left some of theirs. What compiles is alone: it takes all cores and much of the memory.
+# before it left some of theirs. Compilation runs alone: it takes all cores and much of the memory.
 GROUPS: tuple[tuple[tuple[str, ...], float, float], ...] = (
     (("build",), 0.13, 0.30),
     (("environment",), 0.06, 0.15),
@@ -46,12 +46,12 @@ TEST_FILES = (
     *("test_triton_*.py", "test_cuda_*.py", "test_lists*.py", "test_inverse_hessian*.py"),
 )
 LARGE = "test_gpu_large.py"  # fills the card: last, and alone
-# Need no GPU, or pretend that the CPU is one.
+# Tests that need no GPU, or stub one.
 HOST_TESTS = {
     *("test_cuda_chunk_table.py", "test_cuda_emulator.py", "test_cuda_narrow_plan.py", "test_cuda_tracing.py"),
     *("test_triton_rule.py", "test_triton_sass.py"),
 }
-ON_A_GPU = ("test_graph.py::test_on_a_gpu", "test_solve_on_gpu.py::test_on_a_gpu")  # of files that also pretend
+ON_A_GPU = ("test_graph.py::test_on_a_gpu", "test_solve_on_gpu.py::test_on_a_gpu")  # in files that otherwise stub one
 PROCESSES = 6
 LOG = 200_000  # characters of each phase's output that are kept
 _START_S = 10.0  # a process's imports and last writes, inside its limit

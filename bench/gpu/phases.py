@@ -19,7 +19,7 @@ class Phase:
     """A command and how long it may take."""
 
     name: str
-    command: Sequence[str]  # run again as it is after a crash, so it must go on where it was
+    command: Sequence[str]  # restarted unchanged after a crash, so it has to resume by itself
     seconds: float  # limit for all attempts together
     log: Path  # where its output goes
     attempts: int = 1  # starts at most; more than one only for a command that writes `progress`

@@ -73,7 +73,7 @@ def build(network: str, dtype: torch.dtype, device: str) -> Problem:
             on_one_buffer("flat eager", role="eager"),
             on_one_buffer("flat torch.compile", role="compile"),
         ]
-    # Rounded once, as a float64 reference would be read: from the same rounded inputs.
+    # The truth in float64, from the same rounded inputs.
     exact = one(*(t.double() for t in (flat_l, flat_u, flat_m0, flat_q0)))
     return Problem(variants, distance_to(exact), Cost(0, 7 * bytes_of(*m0)), TOLERANCE[dtype])
 

@@ -1,4 +1,4 @@
-"""What the four last-layer operators have in common: with logits at every shape, with the head in their place."""
+"""What the four last-layer operators have in common: cases with logits, cases with a Head, the truth in float64."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -87,7 +87,7 @@ def error_of(operator: Operator, x: LastLayer) -> Error:
     if operator.result_numbers is not sum_numbers:
         rows = checked_rows(n, c, device)
         truth = definition(*operator.arguments(_rows(x, rows).double()))
-        # All rows, or so many that no peer has fewer: peers that measure a slice do so where all are checked.
+        # A peer may compute the first examples alone: compared where the truth has every row.
         return distance_to(truth, prefix=True) if len(rows) == n else distance_to(truth, rows)
     sums: list[Tensor] | None = None
     for rows in torch.arange(n, device=device).split(max(1, _CHUNK // c)):
@@ -111,14 +111,14 @@ def build(operator: Operator, shape: Shape, dtype: torch.dtype, device: str) -> 
         operator.row_passes * shape.n * shape.c * size,
     )
     if operator.from_head or x.logits.numel() <= _LARGE:
-        # Peers that are no closed forms: on the CPU in float32 alone.
+        # On the CPU autograd and libraries are measured in float32 alone.
         every = bool(compile_modes(dtype, device))
         problem.variants.extend(peer for peer in operator.peers(x) if every or peer.role == "eager")
     return problem
 
 
 def cases(operator: Operator, device: str) -> list[Case]:
-    """A head on a GPU alone, where C > D: on the CPU it is the reference's slabs."""
+    """Heads on a GPU and where C > D alone: the CPU computes their logits in slabs with the reference code."""
     shapes = [s for s in SHAPES[device] if not operator.from_head or (device == "cuda" and s.c > s.d)]
     suffix = ", head" * operator.from_head
     return [Case(operator.name, f"{s}{suffix}", partial(build, operator, s), shape=s) for s in shapes]

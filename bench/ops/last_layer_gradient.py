@@ -13,7 +13,7 @@ from bench.ops.last_layer import FORWARD, Operator, head, leaves, losses, sum_nu
 
 try:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-except Exception:  # absent, or present without what it needs itself
+except Exception:  # not installed, or without its own dependencies
     LigerFusedLinearCrossEntropyLoss = None
 
 Sums = tuple[Tensor, ...]  # [C, D], [C]
@@ -55,7 +55,7 @@ def liger(x: LastLayer) -> list[Variant]:
     loss, y = LigerFusedLinearCrossEntropyLoss(reduction="sum"), x.targets.argmax(-1)
 
     def call() -> Sums:
-        # It takes only what the inputs ask for, by the path of a training step; the features' part is unused here.
+        # With the features' gradient, as a training step asks for it; it is no part of the result.
         return torch.autograd.grad(loss(weight, h, y, bias), (weight, bias, h), allow_unused=True)[:2]
 
     return [Variant("Liger", call, grad=True, graph=False, note="computes the loss and the features' gradient as well")]

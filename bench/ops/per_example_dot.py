@@ -17,12 +17,12 @@ try:
     import backpack
     import backpack.extensions
 
-    # Its hooks sit on a module whose input is a constant, as here.
+    # A warning about inputs without gradients, as the features are here.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
 except ImportError:
     backpack = None
 
-# Per-example gradients of more bytes than the first are measured on the second's worth of examples and scaled.
+# Materialized gradients of more than the first number of bytes: measured on examples of the second, and scaled.
 MATERIALIZE = {"cpu": (2**29, 2**27), "cuda": (2**33, 2**31)}
 
 
