@@ -1,4 +1,15 @@
-"""Benchmarks of fastmeta: ``python -m bench ops`` and ``pytest bench``."""
+"""Benchmarks of fastmeta: ``python -m bench --help`` lists the commands, ``pytest bench`` runs every case once.
+
+=============================== =======================================================================
+case, inputs, ops/              what is measured, as data: variants and their cost, one file per operator
+clock, floors, measure          how: samples in turn, ceilings of the machine, one case
+operators                       all cases: ``bench ops``, and the phase of ``bench gpu``
+rows, goals, report, plot       what the figures say
+step/                           ``bench step``: training steps with a method against the plain step
+gpu/                            ``bench gpu``: everything that needs a GPU, in phases
+kernels, specimens, compiled    launches of the Triton kernels: ``bench compile``, ``resources``, ``host``
+=============================== =======================================================================
+"""
 
 import os
 

@@ -6,7 +6,7 @@ from importlib import import_module
 
 # Imported when chosen: `gpu` builds fastmeta, which the others import.
 COMMANDS = {
-    "ops": ("bench.run_ops", "Every operator on the CPU against what users have today."),
+    "ops": ("bench.operators", "Every operator on the CPU against what users have today."),
     "step": ("bench.step.command", "A training step with each method against the plain step, on the CPU."),
     "resources": ("bench.resources", "Registers, shared memory and spills of every kernel of the GPU, without one."),
     "compile": ("bench.compile", "Kernels and libraries for a GPU that is not here, as an archive for `gpu --cache`."),

@@ -1,21 +1,22 @@
 """What is measured, as data: a case makes a problem in a dtype on a device, a problem has variants that solve it."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.floors import Cost
 from bench.rows import MAX_AUTOTUNE
 
 Role = Literal["fastmeta", "eager", "compile", "peer"]
-Build = Callable[[torch.dtype, str], "Problem"]
+Function = Callable[..., Any]
+Error = Callable[[Any], float]  # relative error of a result
 
 # Largest accepted ||result - truth|| / ||truth||, with the truth computed in float64 from the same rounded inputs.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-10}
@@ -31,16 +32,65 @@ class Variant:
     """One way to get the result. ``call`` is what is timed."""
 
     name: str
-    call: Callable[[], Any]
+    call: Function
     role: Role = "peer"
     grad: bool = False  # whether autograd records during the call
     prepare: Callable[[], Any] | None = None  # puts in-place state back before the result is checked
     check: Callable[[], Any] | None = None  # a call that returns the result, where `call` does not
     graph: bool = True  # whether a CUDA graph can hold the call: it reads nothing back to the host
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext  # what all its calls happen in
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered around its calls
     examples: int | None = None  # how many of the problem's examples it handles, when not all of them
     describe: Callable[[Any], dict[str, Any]] | None = None  # what to record of the result, e.g. iterations
     note: str = ""
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """The context of its calls: ``around``, and whether autograd records."""
+        with self.around(), torch.set_grad_enabled(self.grad):
+            yield
+
+    def result(self) -> Any:
+        """Of one call that starts from the state that the truth belongs to."""
+        if self.prepare is not None:
+            self.prepare()
+        return (self.check or self.call)()
+
+
+class Gemm(NamedTuple):
+    """A product ``[rows, inner] [inner, columns]``, with the operands as an operator has them in memory.
+
+    ``nt``: the right one is stored ``[columns, inner]`` (``h V^T``); ``tn``: the left one ``[inner, rows]``
+    (``R^T h``).
+    """
+
+    rows: int
+    inner: int
+    columns: int
+    kind: Literal["nn", "nt", "tn"]
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.rows * self.inner * self.columns
+
+    def operands(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+        left = (self.inner, self.rows) if self.kind == "tn" else (self.rows, self.inner)
+        right = (self.columns, self.inner) if self.kind == "nt" else (self.inner, self.columns)
+        # Not zeros: a product of zeros draws less power and runs faster.
+        a, b = torch.randn(left, device=device).to(dtype), torch.randn(right, device=device).to(dtype)
+        return (a.T if self.kind == "tn" else a), (b.T if self.kind == "nt" else b)
+
+
+class Cost(NamedTuple):
+    """What a computation cannot avoid: multiply-adds counted twice, every operand read once, every result written once.
+
+    The library's own time for the products it cannot do without is a peer, not a floor.
+    """
+
+    flops: float
+    bytes: float
+    working_set: float | None = None  # memory the bytes are spread over, where that is more than the bytes themselves
+    products: tuple[Gemm, ...] = ()
+    row_bytes: float = 0.0  # read and written by the row kernels between the products
 
 
 @dataclass(frozen=True)
@@ -48,7 +98,7 @@ class Problem:
     """Variants of one computation, the truth they are held to, and what it costs at least."""
 
     variants: list[Variant]
-    error: Callable[[Any], float]  # relative error of a result
+    error: Error
     cost: Cost
     tolerance: float
     num_examples: int = 0
@@ -56,30 +106,23 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one shape.
-
-    Args:
-        operator: its name.
-        label: the shape, and what else tells it apart.
-        build: the problem in a dtype on a device.
-        dtypes: those measured.
-        main: the variant that the others are compared with.
-        note: for the report.
-        shape: N, D and C, where there are such.
-        from_head: whether the logits are recomputed.
-    """
+    """One operator at one shape."""
 
     operator: str
-    label: str
-    build: Build
+    label: str  # the shape, and what else tells it apart
+    build: Callable[[torch.dtype, str], Problem]  # in a dtype on a device
     dtypes: tuple[torch.dtype, ...] = BOTH
-    main: str = "fastmeta"
+    main: str = "fastmeta"  # the variant that the others are compared with
     note: str = ""
-    shape: tuple[int, int, int] | None = None
-    from_head: bool = False
+    shape: tuple[int, int, int] | None = None  # N, D and C, where there are such
 
     def key(self, dtype: torch.dtype) -> str:
         return f"{self.operator} ({self.label}) {dtype_name(dtype)}"
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its inputs are gigabytes, or its calls take many milliseconds."""
+        return math.prod(self.shape or (0,)) > 2**34
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -90,13 +133,21 @@ def bytes_of(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+def tensors_in(*values: Any) -> list[Tensor]:
+    """The tensors among results or arguments, some of which may be tuples or lists of them."""
+    found: list[Tensor] = []
+    for value in values:
+        nested = tensors_in(*value) if isinstance(value, tuple | list) else []
+        found += [value] if isinstance(value, Tensor) else nested
+    return found
+
+
 def flat(result: Any) -> Tensor:
     """A tensor, or several, as one float64 vector."""
-    tensors = [result] if isinstance(result, Tensor) else [t for t in result if isinstance(t, Tensor)]
-    return torch.cat([t.detach().double().reshape(-1) for t in tensors])
+    return torch.cat([t.detach().double().reshape(-1) for t in tensors_in(result)])
 
 
-def distance_to(truth: Any, rows: Tensor | None = None, prefix: bool = False) -> Callable[[Any], float]:
+def distance_to(truth: Any, rows: Tensor | None = None, prefix: bool = False) -> Error:
     """Relative error against ``truth``.
 
     Args:
@@ -116,7 +167,7 @@ def distance_to(truth: Any, rows: Tensor | None = None, prefix: bool = False) ->
     return error
 
 
-def lazily(make: Callable[[], Callable[[Any], float]]) -> Callable[[Any], float]:
+def lazily(make: Callable[[], Error]) -> Error:
     """An error whose truth is computed when the first result is held to it."""
     made = functools.cache(make)
     return lambda result: made()(result)
@@ -134,7 +185,7 @@ def checked_rows(num_rows: int, num_columns: int, device: str) -> Tensor:
 class Rotation:
     """A call that takes another set of arguments each time, so that a small cache cannot hold them all."""
 
-    def __init__(self, function: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> None:
+    def __init__(self, function: Function, sets: Sequence[tuple[Any, ...]]) -> None:
         self.function, self.sets, self.place = function, sets, 0
 
     def __call__(self) -> Any:
@@ -160,8 +211,7 @@ def number_of_sets(num_bytes: float, device: str) -> int:
     return max(1, min(wanted, MAX_SETS, int(MAX_SET_BYTES / max(num_bytes, 1.0))))
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """One way of fastmeta to serve the call: an implementation by name, or the one it chooses itself."""
 
     name: str
@@ -176,32 +226,45 @@ def compile_modes(dtype: torch.dtype, device: str) -> dict[str, str | None]:
     return {"torch.compile": None} if dtype == torch.float32 else {}
 
 
-def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+def compiled(function: Function, mode: str | None = None) -> Function:
     """``torch.compile`` for exactly the shapes of the first call."""
     return torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
 
 
-def variants(
-    ours: Callable[..., Any],
+def problem_on_sets(
+    ours: Function,
     forms: Sequence[Form],
-    eager: Sequence[tuple[str, Callable[..., Any]]],
-    sets: Sequence[tuple[Any, ...]],
-    modes: dict[str, str | None],
-) -> list[Variant]:
-    """Ours in each form, each eager formula, and the first of those in each mode of ``torch.compile``."""
-    found = []
-    for form in forms:
-        function = ours if form.impl is None else partial(ours, impl=form.impl)
-        found.append(rotating(form.name, function, sets, "fastmeta", around=form.around))
-    found += [rotating(name, function, sets, "eager") for name, function in eager]
-    return found + [rotating(name, compiled(eager[0][1], mode), sets, "compile") for name, mode in modes.items()]
+    eager: Sequence[tuple[str, Function]],
+    arguments: Callable[[int], tuple[Any, ...]],
+    error: Callable[[tuple[Any, ...]], Error],
+    result_bytes: int,
+    products: tuple[Gemm, ...],
+    dtype: torch.dtype,
+    device: str,
+    row_bytes: float = 0.0,
+) -> Problem:
+    """Ours in each form, each eager formula, and the first of those in each mode of ``torch.compile``.
 
+    All take the ``arguments`` of a seed, ours also ``impl``; calls rotate over sets of them where the device has a
+    cache that would hold one. ``error`` judges results by the first set.
+    """
+    first = arguments(0)
+    read = bytes_of(*tensors_in(*first))
+    sets = [first, *(arguments(seed) for seed in range(1, number_of_sets(read, device)))]
 
-def rotating(
-    name: str, function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], role: Role = "peer", **options: Any
-) -> Variant:
-    """A variant on all sets of arguments in turn; ``options`` are those of :class:`Variant`."""
-    if len(sets) == 1:
-        return Variant(name, partial(function, *sets[0]), role, **options)
-    call = Rotation(function, sets)
-    return Variant(name, call, role, check=call.first, **options)
+    def on_sets(name: str, function: Function, role: Role, **options: Any) -> Variant:
+        if len(sets) == 1:
+            return Variant(name, partial(function, *first), role, **options)
+        call = Rotation(function, sets)
+        return Variant(name, call, role, check=call.first, **options)
+
+    found = [
+        on_sets(form.name, ours if form.impl is None else partial(ours, impl=form.impl), "fastmeta", around=form.around)
+        for form in forms
+    ]
+    found += [on_sets(name, function, "eager") for name, function in eager]
+    modes = compile_modes(dtype, device)
+    found += [on_sets(name, compiled(eager[0][1], mode), "compile") for name, mode in modes.items()]
+    moved = read + result_bytes
+    cost = Cost(sum(gemm.flops for gemm in products), moved, len(sets) * moved, products, row_bytes)
+    return Problem(found, lazily(lambda: error(first)), cost, TOLERANCE[dtype], len(first[0]))

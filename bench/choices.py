@@ -1,4 +1,4 @@
-"""The operators, and what ``python -m bench gpu`` can be told of them; importable before fastmeta is built."""
+"""The operators' names and the options that select cases; importable before fastmeta is built."""
 
 import argparse
 

@@ -14,8 +14,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 from bench import resources
@@ -44,12 +42,10 @@ def run(options: argparse.Namespace) -> int:
     print(f"{len(jobs)} kernels for sm_{options.arch} ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= cache.environment(Path(folder))
-        processes = options.processes or min(os.cpu_count() or 1, 16)
-        context = get_context("spawn")  # so that Triton reads the environment anew
-        with ProcessPoolExecutor(processes, context, initializer=_use_key, initargs=(key,)) as pool:
-            reasons = list(pool.map(compiled.compile_only, jobs, chunksize=4))
+        use_key = {"initializer": _use_key, "initargs": (key,)}
+        reasons = list(compiled.in_processes(compiled.compile_only, jobs, options.processes, **use_key))
         size = cache.pack(options.archive, Path(folder), built=not options.quick)
-    failed = [(job, reason) for job, reason in zip(jobs, reasons, strict=True) if reason]
+    failed = [(job, reason) for job, reason in reasons if reason]
     for job, reason in failed:
         print(f"{job.module}.{job.kernel} {dict(job.options)}: {reason}", file=sys.stderr)
     seconds = time.monotonic() - begin

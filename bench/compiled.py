@@ -5,12 +5,12 @@ import re
 import subprocess
 import tempfile
 from ast import literal_eval
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -24,6 +24,7 @@ from fastmeta.triton_kernels._program import Recorded
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may take: CUDA's programming guide
 TENSOR_MEMORY = 512  # columns, sm_100
+_Found = TypeVar("_Found")
 
 
 class Work(NamedTuple):
@@ -59,40 +60,39 @@ def work(launch: Recorded, architecture: int) -> Work:
         _binders[key] = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = _binders[key](*launch.arguments, **launch.constants, **launch.options)
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    return Work(
-        kernel.__module__,
-        kernel.fn.__name__,
-        tuple(signature.items()),
-        tuple(constants.items()),
-        tuple((path, repr(value)) for path, value in attributes.items()),
-        tuple(launch.options.items()),
-        architecture,
-    )
+    as_text = tuple((path, repr(value)) for path, value in attributes.items())
+    parts = tuple(signature.items()), tuple(constants.items()), as_text, tuple(launch.options.items())
+    return Work(kernel.__module__, kernel.fn.__name__, *parts, architecture)
 
 
-def _compile(job: Work) -> Any:
-    """As the JIT does, into Triton's cache; the reason as text where it fails."""
+def compiled(job: Work) -> Any:
+    """As the JIT does, into Triton's cache."""
     kernel = getattr(import_module(job.module), job.kernel)
     attributes = {path: literal_eval(text) for path, text in job.attributes}
     source = ASTSource(kernel, dict(job.signature), dict(job.constants), attributes)
-    try:
-        return triton.compile(source, GPUTarget("cuda", job.architecture, 32), dict(job.options))
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    return triton.compile(source, GPUTarget("cuda", job.architecture, 32), dict(job.options))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
 
 
 def compile_only(job: Work) -> str:
     """Why it does not compile; empty if it does."""
-    made = _compile(job)
-    return made if isinstance(made, str) else ""
+    try:
+        compiled(job)
+    except Exception as error:
+        return _reason(error)
+    return ""
 
 
 def compile_one(job: Work) -> Resources:
     """Compile and read the machine code; a failure is told, not raised."""
-    made = _compile(job)
-    if isinstance(made, str):
-        return Resources(0, 0, 0, made)
-    registers, stack = _usage(made.asm["cubin"])
+    try:
+        made = compiled(job)
+    except Exception as error:
+        return Resources(0, 0, 0, _reason(error))
+    registers, stack = usage(made.asm["cubin"])
     spills = _spills(made.asm["ptx"], job.architecture) if stack else 0
     problem = f"{spills} bytes of spills" if spills else ""
     if made.metadata.shared > SHARED_MEMORY[job.architecture]:
@@ -103,9 +103,10 @@ def compile_one(job: Work) -> Resources:
 
 
 _REGISTERS = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
+def usage(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread, and bytes of its stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -116,9 +117,6 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     if found is None:
         raise ValueError(f"cuobjdump says something else:\n{said}")
     return int(found[1]), int(found[2]) + int(found[3])
-
-
-_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
 def _spills(ptx: str, architecture: int) -> int:
@@ -132,9 +130,12 @@ def _spills(ptx: str, architecture: int) -> int:
     return sum(int(stores) + int(loads) for stores, loads in _SPILLS.findall(said))
 
 
-def compile_all(jobs: Iterable[Work], processes: int | None = None) -> Iterator[tuple[Work, Resources]]:
+def in_processes(
+    function: Callable[[Work], _Found], jobs: Iterable[Work], processes: int | None, **pool_options: Any
+) -> Iterator[tuple[Work, _Found]]:
     """Every job, in several processes, in the order given."""
     jobs = list(jobs)
     processes = processes or min(os.cpu_count() or 1, 16)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield from zip(jobs, pool.map(compile_one, jobs, chunksize=4), strict=True)
+    # Spawned, so that Triton reads the environment anew.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), **pool_options) as pool:
+        yield from zip(jobs, pool.map(function, jobs, chunksize=4), strict=True)

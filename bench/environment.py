@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -31,10 +30,8 @@ _QUERY = "driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.
 
 
 def _cpuinfo() -> dict[str, str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return {}
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
     pairs = (line.partition(":") for line in reversed(lines))  # of several processors the first
     return {key.strip(): value.strip() for key, _, value in pairs}
 
@@ -50,8 +47,6 @@ def machine_name() -> str:
 
 def output_of(*command: str) -> str | None:
     """What a program prints; None if it is not there or fails."""
-    if shutil.which(command[0]) is None and not Path(command[0]).is_file():
-        return None
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -86,11 +81,8 @@ def gpu() -> dict[str, Any]:
 def implementations(device: str) -> dict[str, list[str]]:
     """Which implementations the operators have on a device."""
     modules = {name: import_module(f"fastmeta.ops.{stem}") for name, stem in choices.STEMS.items()}
-    return {
-        name: list(module.OPERATOR.implementations(device))
-        for name, module in modules.items()
-        if hasattr(module, "OPERATOR")
-    }
+    found = {name: getattr(module, "OPERATOR", None) for name, module in modules.items()}
+    return {name: list(operator.implementations(device)) for name, operator in found.items() if operator}
 
 
 def describe() -> dict[str, Any]:

@@ -36,6 +36,7 @@ static unsigned last[5]; /* grid, threads, shared memory */
 static unsigned long long values[64];
 static int wanted; /* parameters to keep, of eight bytes each */
 unsigned long long fastmeta_launches(unsigned *out) { memcpy(out, last, sizeof last); return count; }
+unsigned long long *fastmeta_parameters(int count) { wanted = count; return values; }
 /* cuBLASLt: one object stands for all, every product is to be had and takes no time. */
 static int object;
 static unsigned long long multiplied;
@@ -47,40 +48,32 @@ int cublasLtMatrixLayoutCreate(void **out, int type, size_t rows, size_t columns
   return give(out);
 }
 int cublasLtMatmulPreferenceCreate(void **out) { return give(out); }
-int cublasLtMatmulDescDestroy(void *of) { return 0; }
-int cublasLtMatrixLayoutDestroy(void *of) { return 0; }
-int cublasLtMatmulPreferenceDestroy(void *of) { return 0; }
-int cublasLtMatmulDescSetAttribute(void *of, int attribute, const void *value, size_t size) { return 0; }
-int cublasLtMatmulPreferenceSetAttribute(void *of, int attribute, const void *value, size_t size) { return 0; }
+#define NOTHING(name) int name() { return 0; }
+NOTHING(cublasLtMatmulDescDestroy)
+NOTHING(cublasLtMatrixLayoutDestroy)
+NOTHING(cublasLtMatmulPreferenceDestroy)
+NOTHING(cublasLtMatmulDescSetAttribute)
+NOTHING(cublasLtMatmulPreferenceSetAttribute)
 int cublasLtMatmulAlgoGetHeuristic(void *handle, void *desc, void *a, void *b, void *c, void *d, void *preference,
                                    int requested, void *results, int *returned) {
   *returned = 1;
   return 0;
 }
-int cublasLtMatmul(void *handle, void *desc, const void *alpha, const void *a, void *layout_a, const void *b,
-                   void *layout_b, const void *beta, const void *c, void *layout_c, void *d, void *layout_d,
-                   const void *algorithm, void *workspace, size_t size, void *stream) {
-  ++multiplied;
-  return 0;
-}
-static void keep(void **arguments) {
+int cublasLtMatmul() { ++multiplied; return 0; }
+static CUresult keep(unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared, void **arguments) {
+  unsigned now[5] = {x, y, z, threads, shared};
+  memcpy(last, now, sizeof last);
   for (int i = 0; i < wanted; ++i) memcpy(values + i, arguments[i], 8);
+  ++count;
+  return CUDA_SUCCESS;
 }
-unsigned long long *fastmeta_parameters(int count) { wanted = count; return values; }
 CUresult cuLaunchKernel(CUfunction f, unsigned x, unsigned y, unsigned z, unsigned block_x, unsigned block_y,
                         unsigned block_z, unsigned shared, CUstream stream, void **arguments, void **extra) {
-  unsigned now[5] = {x, y, z, block_x, shared};
-  memcpy(last, now, sizeof last);
-  keep(arguments);
-  ++count;
+  keep(x, y, z, block_x, shared, arguments);
   return f ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **arguments, void **extra) {
-  unsigned now[5] = {c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->sharedMemBytes};
-  memcpy(last, now, sizeof last);
-  keep(arguments);
-  ++count;
-  return CUDA_SUCCESS;
+  return keep(c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->sharedMemBytes, arguments);
 }
 CUresult cuPointerGetAttribute(void *out, CUpointer_attribute which, CUdeviceptr pointer) {
   *(CUdeviceptr *)out = pointer;
@@ -126,27 +119,27 @@ def _library() -> tuple[Path, ctypes.CDLL]:
     return folder, ctypes.CDLL(str(library))  # loaded: the launchers find it by its name
 
 
+def _ask(name: str, kind: Any, *arguments: Any) -> Any:
+    function = getattr(_library()[1], name)
+    function.restype = kind
+    return function(*arguments)
+
+
 def launched() -> Launched:
     """What has reached the driver."""
     last = (ctypes.c_uint * 5)()
-    function = _library()[1].fastmeta_launches
-    function.restype = ctypes.c_ulonglong
-    count = function(last)
+    count = _ask("fastmeta_launches", ctypes.c_ulonglong, last)
     return Launched(count, tuple(last[:3]), last[3], last[4])
 
 
 def products() -> int:
     """How many matrix products have reached cuBLASLt."""
-    function = _library()[1].fastmeta_products
-    function.restype = ctypes.c_ulonglong
-    return function()
+    return _ask("fastmeta_products", ctypes.c_ulonglong)
 
 
 def parameters(count: int) -> Any:
     """Where the driver keeps this many parameters of each launch from now on, eight bytes of each."""
-    function = _library()[1].fastmeta_parameters
-    function.restype = ctypes.POINTER(ctypes.c_ulonglong)
-    return function(count)
+    return _ask("fastmeta_parameters", ctypes.POINTER(ctypes.c_ulonglong), count)
 
 
 def _launcher_of_triton() -> Any:
@@ -180,14 +173,10 @@ class _LauncherOfOneKernel(nvidia.CudaLauncher):
             include_dirs=nvidia.include_dirs,
             libraries=[LIBRARY],
         )
-        self.num_ctas = metadata.num_ctas
         self.launch = module.launch
-        self.global_scratch_size = metadata.global_scratch_size
-        self.global_scratch_align = metadata.global_scratch_align
-        self.profile_scratch_size = metadata.profile_scratch_size
-        self.profile_scratch_align = metadata.profile_scratch_align
-        self.launch_cooperative_grid = metadata.launch_cooperative_grid
-        self.launch_pdl = metadata.launch_pdl
+        scratch = (f"{kind}_scratch_{what}" for kind in ("global", "profile") for what in ("size", "align"))
+        for name in ("num_ctas", "launch_cooperative_grid", "launch_pdl", *scratch):
+            setattr(self, name, getattr(metadata, name))
 
 
 _GENERATES_LAUNCHERS = hasattr(nvidia, "make_launcher")

@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.clock import Clock
-from bench.rows import best_known_us
-from bench.timing import Timed, interleave
+from bench.case import Gemm, Variant
+from bench.clock import Clock, interleave
+from bench.rows import Row, best_known_us
 
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}  # of the square product whose rate is the ceiling
 # Bytes that move in one copy, read and write together: from inside a cache to far beyond the last one.
@@ -22,50 +21,6 @@ COPY_BYTES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAUNCHES = 64
 _SETS_BYTES = 2**28  # of operands in turn, several times an L2 cache
-
-
-@dataclass(frozen=True)
-class Gemm:
-    """A product ``[rows, inner] [inner, columns]``, with the operands as an operator has them in memory.
-
-    ``nt``: the right one is stored ``[columns, inner]`` (``h V^T``); ``tn``: the left one ``[inner, rows]``
-    (``R^T h``).
-    """
-
-    rows: int
-    inner: int
-    columns: int
-    kind: Literal["nn", "nt", "tn"]
-
-    @property
-    def flops(self) -> float:
-        return 2.0 * self.rows * self.inner * self.columns
-
-    def operands(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-        left = (self.inner, self.rows) if self.kind == "tn" else (self.rows, self.inner)
-        right = (self.columns, self.inner) if self.kind == "nt" else (self.inner, self.columns)
-        # Not zeros: a product of zeros draws less power and runs faster.
-        a, b = torch.randn(left, device=device).to(dtype), torch.randn(right, device=device).to(dtype)
-        return (a.T if self.kind == "tn" else a), (b.T if self.kind == "nt" else b)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a computation cannot avoid: multiply-adds counted twice, every operand read once, every result written once.
-
-    Args:
-        flops: of its products.
-        bytes: as said.
-        working_set: memory the bytes are spread over, where that is more than the bytes themselves.
-        products: those it cannot do without; the library's own time for them is a peer, not a floor.
-        row_bytes: read and written between the products where these are the library's.
-    """
-
-    flops: float
-    bytes: float
-    working_set: float | None = None
-    products: tuple[Gemm, ...] = ()
-    row_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +36,7 @@ class Ceilings:
         larger = [rate for size, rate in self.copy.items() if size >= working_set]
         return max(larger) if larger else self.copy[max(self.copy)]
 
-    def parts_us(self, cost: dict[str, Any], dtype: str, *, graph: bool) -> dict[str, float]:
+    def parts_us(self, cost: Row, dtype: str, *, graph: bool) -> dict[str, float]:
         """``flops / GEMM rate``, ``bytes / copy bandwidth`` and one empty launch: the floor is the longest."""
         # A dtype with no fast instructions can be converted to float32 first.
         rate = max(self.gemm.get(dtype, 0.0), self.gemm["float32"])
@@ -97,8 +52,10 @@ class Ceilings:
             {where: min(us, other.launch_us[where]) for where, us in self.launch_us.items()},
         )
 
-    def apply(self, record: dict[str, Any]) -> None:
-        """Floors of a measured record, and each time as a multiple of them."""
+    def apply(self, record: Row) -> None:
+        """Floors of a record that was measured, and each time as a multiple of them."""
+        if "cost" not in record:
+            return
         cost, dtype = record["cost"], record["dtype"]
         inside, stream = (self.parts_us(cost, dtype, graph=graph) for graph in (True, False))
         cost["copy_us"], cost["row_us"] = inside["bytes"], 1e6 * cost["row_bytes"] / self.bandwidth(cost["row_bytes"])
@@ -139,7 +96,7 @@ def measure_ceilings(
     if clock.device != "cuda":
         return Ceilings(gemm, copy)
     empty: Callable[[], object] = partial(torch.cuda._sleep, 0)
-    stream = _samples_us(clock, Timed(empty), LAUNCHES, rounds)
+    stream = _fastest_us(clock, empty, LAUNCHES, rounds)
     return Ceilings(gemm, copy, {"stream": stream, "graph": best_us(clock, empty, rounds)})
 
 
@@ -169,17 +126,18 @@ class Products:
 
 def best_us(clock: Clock, call: Callable[[], object], rounds: int) -> float:
     """The fastest sample; without the host's part where there are graphs."""
-    once = _samples_us(clock, Timed(call), 1, rounds)
+    once = _fastest_us(clock, call, 1, rounds)
     calls = max(1, min(LAUNCHES, int(1_000 / max(once, 1.0))))
     replay = clock.capture(call, calls)
-    return once if replay is None else min(once, _samples_us(clock, Timed(replay), 1, rounds) / calls)
+    return once if replay is None else min(once, _fastest_us(clock, replay, 1, rounds) / calls)
 
 
-def _samples_us(clock: Clock, timed: Timed, at_least: int, rounds: int) -> float:
-    timed.call()
+def _fastest_us(clock: Clock, call: Callable[[], object], at_least: int, rounds: int) -> float:
+    call()
 
-    def sampler(one: Timed, calls: int) -> tuple[float, bool]:
+    def sampler(one: Variant, calls: int) -> tuple[float, bool]:
         return clock.sampler(one, max(calls, at_least))
 
-    timing = interleave([timed], rounds=rounds, min_sample_s=2e-3, budget_s=0.3, sampler=sampler)[0]
+    timed = [Variant("", call)]
+    timing = interleave(timed, rounds=rounds, min_sample_s=2e-3, budget_s=0.3, sampler=sampler)[0]
     return min(timing.samples_us)

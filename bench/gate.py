@@ -82,7 +82,7 @@ def run_tests(operators: Sequence[str], stems: Mapping[str, str]) -> Row:
         if files:
             run = command(files, "--no-header", *NOT_ON_A_CPU)
             done = subprocess.run(run, cwd=ROOT, env=os.environ | environment(path), capture_output=True, text=True)
-            if done.returncode > 1:  # pytest itself
+            if done.returncode > 1:  # pytest could not run them
                 problem = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no word"]
                 path.write_text(json.dumps({"test": "test_ops", "outcome": "failed", "message": problem[0]}) + "\n")
         return summarize([path], {operator: stems[operator] for operator in operators})

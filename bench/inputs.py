@@ -87,30 +87,29 @@ def power_law_features(shape: Shape, exponent: float = 0.75) -> tuple[Tensor, Te
     return batches[0].float(), batches[1].float()
 
 
-def _conv(inputs: int, outputs: int, kernel: int) -> list[tuple[int, ...]]:
-    """A convolution without bias and the BatchNorm behind it."""
-    return [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]
-
-
 def resnet50() -> list[tuple[int, ...]]:
     """Shapes of ResNet-50's parameters: 161 tensors, 25.6 million numbers."""
-    shapes = _conv(3, 64, 7)
+    shapes: list[tuple[int, ...]] = []
+
+    def conv(inputs: int, outputs: int, kernel: int) -> None:
+        """Without bias, and the BatchNorm behind it."""
+        shapes.extend([(outputs, inputs, kernel, kernel), (outputs,), (outputs,)])
+
+    conv(3, 64, 7)
     inputs = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            shapes += _conv(inputs, width, 1) + _conv(width, width, 3) + _conv(width, 4 * width, 1)
+            conv(inputs, width, 1)
+            conv(width, width, 3)
+            conv(width, 4 * width, 1)
             if block == 0:
-                shapes += _conv(inputs, 4 * width, 1)
+                conv(inputs, 4 * width, 1)
             inputs = 4 * width
     return [*shapes, (1000, 2048), (1000,)]
 
 
-def wide_resnet_28_2() -> list[tuple[int, ...]]:
-    """Shapes of WRN-28-2's parameters for 10 classes: 1.5 million numbers."""
-    return [tuple(parameter.shape) for parameter in WideResNet(10).parameters()]
-
-
-NETWORKS = {"WRN-28-2": wide_resnet_28_2, "ResNet-50": resnet50}
+# Shapes of the parameters: WRN-28-2 for 10 classes has 1.5 million numbers.
+NETWORKS = {"WRN-28-2": lambda: [tuple(p.shape) for p in WideResNet(10).parameters()], "ResNet-50": resnet50}
 
 
 def random_lists(network: str, count: int, device: str = "cpu") -> list[list[Tensor]]:

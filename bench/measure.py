@@ -1,6 +1,5 @@
 """Runs one case: every variant checked against float64, then timed in turn, on the stream and in graphs."""
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,10 +7,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from bench.case import Case, Problem, Variant, dtype_name, l2_bytes
-from bench.clock import Clock, ensure_healthy
+from bench.clock import Clock, Timing, ensure_healthy, interleave, reason_of
 from bench.floors import Products
 from bench.rows import GRAPH_BELOW_US, Row
-from bench.timing import Timed, Timing, interleave
 
 GRAPH_US = 300.0  # of work in one graph, at least, in up to MAX_GRAPH_CALLS calls
 MAX_GRAPH_CALLS = 48
@@ -63,8 +61,7 @@ def measure_case(
     for dtype in dtypes:
         announce("inputs")
         problem = case.build(dtype, clock.device)
-        record: Row = {"key": case.key(dtype), "operator": case.operator, "shape": case.label}
-        record |= {"dtype": dtype_name(dtype), "main": case.main, "note": case.note, "variants": []}
+        record = new_record(case, dtype) | {"note": case.note, "variants": []}
         for variant in problem.variants:
             announce(variant.name)
             reason = (left_out or {}).get(variant.name)
@@ -80,7 +77,7 @@ def measure_case(
     for (entry, variant), timing in zip(running, _interleave(running, clock, settings), strict=True):
         _add_times(entry, timing)
         announce(f"{variant.name}: host time and memory")
-        with variant.around(), torch.set_grad_enabled(variant.grad):
+        with variant.entered():
             variant.call()
             if timing.median_us < GRAPH_BELOW_US:
                 entry["host_us"] = clock.host_us(variant.call)
@@ -93,25 +90,27 @@ def measure_case(
     return records
 
 
+def new_record(case: Case, dtype: torch.dtype) -> Row:
+    start = {"key": case.key(dtype), "operator": case.operator, "shape": case.label, "dtype": dtype_name(dtype)}
+    return start | {"main": case.main}
+
+
 def _interleave(running: Running, clock: Clock, settings: Settings) -> list[Timing]:
-    timed = [Timed(variant.call, variant.grad, variant.around) for _, variant in running]
-    return interleave(timed, sampler=clock.sampler, **asdict(settings))
+    return interleave([variant for _, variant in running], sampler=clock.sampler, **asdict(settings))
 
 
 def _checked(problem: Problem, variant: Variant, clock: Clock) -> Row:
     """The first call: its error against float64, and why the variant is left out, if it is."""
     try:
-        with variant.around(), torch.set_grad_enabled(variant.grad):
-            if variant.prepare is not None:
-                variant.prepare()
-            result = (variant.check or variant.call)()
+        with variant.entered():
+            result = variant.result()
             found: Row = {"error": problem.error(result), "tolerance": problem.tolerance}
             found |= variant.describe(result) if variant.describe else {}
             if variant.role == "fastmeta":
                 found["host_syncs"] = clock.host_syncs(variant.call)
     except Exception as error:  # a variant that cannot do this case must not end the run
         ensure_healthy(clock.device)
-        return {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"status": "failed", "reason": reason_of(error)}
     if variant.examples is not None:
         found["extrapolated"] = {"measured_examples": variant.examples, "all_examples": problem.num_examples}
     if not found["error"] <= problem.tolerance:
@@ -125,51 +124,41 @@ def _add_times(entry: Row, timing: Timing) -> None:
     if "extrapolated" in entry:
         factor = entry["extrapolated"]["all_examples"] / entry["extrapolated"]["measured_examples"]
     entry |= {"stream_us": factor * timing.median_us, "quartiles_us": [factor * q for q in timing.quartiles_us]}
-    entry["p20_p80_us"] = [factor * q for q in p20_p80(timing.samples_us)]
-    entry |= {"samples": len(timing.samples_us), "calls_per_sample": timing.calls}
-    entry |= {"rejected_samples": timing.rejected, "contended_samples": timing.contended}
-
-
-def p20_p80(samples: list[float]) -> tuple[float, float]:
-    if len(samples) < 2:
-        return samples[0], samples[0]
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return fifths[0], fifths[3]
+    entry["p20_p80_us"] = [factor * q for q in timing.quantiles_us(5)]
+    entry |= timing.counts()
 
 
 def _graphs(running: Running, clock: Clock, settings: Settings, announce: Announce) -> None:
     """The same calls in CUDA graphs: what the device alone takes."""
-    captured: list[tuple[Row, int, Variant]] = []
+    captured: Running = []
+    calls_of: list[int] = []
     for entry, variant in running:
         if not variant.graph or entry["stream_us"] >= GRAPH_BELOW_US:
             continue
         announce(f"{variant.name}: graph")
         calls = max(1, min(MAX_GRAPH_CALLS, int(GRAPH_US / entry["stream_us"]) + 1))
         try:
-            with variant.around(), torch.set_grad_enabled(variant.grad):
+            with variant.entered():
                 replay = clock.capture(variant.call, calls)
         except Exception as error:  # it waits for the device, or has another way that a graph cannot hold
-            entry["graph_reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            entry["graph_reason"] = reason_of(error)
             ensure_healthy(clock.device)
             continue
         if replay is not None:
-            captured.append((entry, calls, Variant(variant.name, replay)))
+            captured.append((entry, Variant(variant.name, replay)))
+            calls_of.append(calls)
     announce("timing of graphs")
-    replays = _interleave([(entry, replay) for entry, _, replay in captured], clock, settings)
-    for (entry, calls, _), timing in zip(captured, replays, strict=True):
+    for (entry, _), calls, timing in zip(captured, calls_of, _interleave(captured, clock, settings), strict=True):
         entry["graph_us"] = timing.median_us / calls
         entry["graph_quartiles_us"] = [q / calls for q in timing.quartiles_us]
-        entry["graph_p20_p80_us"] = [q / calls for q in p20_p80(timing.samples_us)]
+        entry["graph_p20_p80_us"] = [q / calls for q in timing.quantiles_us(5)]
 
 
 def _cost(problem: Problem, dtype: torch.dtype, clock: Clock, products: Products) -> Row:
     cost = problem.cost
     spread = cost.bytes if cost.working_set is None else cost.working_set
     return {
-        "flops": cost.flops,
-        "bytes": cost.bytes,
-        "working_set": cost.working_set,
-        "row_bytes": cost.row_bytes,
+        **{name: getattr(cost, name) for name in ("flops", "bytes", "working_set", "row_bytes")},
         "gemm_us": sum(products.us(gemm, dtype) for gemm in cost.products),
         "in_l2": spread < l2_bytes(clock.device),
     }

@@ -1,4 +1,4 @@
-"""Pictures of the operators of a run: every variant as a multiple of the floor, and the roofline they stand under."""
+"""Pictures of a run: variants as multiples of the floor, the roofline they stand under, steps over plain steps."""
 
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,23 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from bench.floors import Ceilings
-from bench.rows import MAX_AUTOTUNE, Row, best_known_us, main_variant, measured, over
+from bench.rows import MAX_AUTOTUNE, Row, best_known_us, machine, main_variant, measured, over
 
 OURS, EAGER, COMPILE, PEER, INK = "#d1335b", "#2a6fbb", "#e39a1d", "#9aa3ab", "#2b2f33"
 TUNED, GRAY, PALE = "#7a4fb5", "#666d73", "#e4e7ea"
-_STYLES: dict[str, dict[str, Any]] = {
-    "peer": {"color": PEER, "marker": "|", "s": 60, "linewidths": 1.6, "zorder": 2},
-    "tuned": {"color": TUNED, "marker": "v", "s": 34, "zorder": 3},
-    "compile": {"color": COMPILE, "marker": "^", "s": 40, "zorder": 3},
-    "eager": {"color": EAGER, "marker": "s", "s": 30, "zorder": 3},
-}
-_LABELS = {
-    "eager": "best eager PyTorch",
-    "compile": "torch.compile",
-    "tuned": "torch.compile, max-autotune",
-    "peer": "autograd, vmap(grad), libraries",
+_STYLES: dict[str, tuple[str, dict[str, Any]]] = {  # by role, with the legend's words
+    "peer": ("autograd, vmap(grad), libraries", {"color": PEER, "marker": "|", "s": 60, "lw": 1.6, "zorder": 2}),
+    "tuned": ("torch.compile, max-autotune", {"color": TUNED, "marker": "v", "s": 34, "zorder": 3}),
+    "compile": ("torch.compile", {"color": COMPILE, "marker": "^", "s": 40, "zorder": 3}),
+    "eager": ("best eager PyTorch", {"color": EAGER, "marker": "s", "s": 30, "zorder": 3}),
 }
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
+_HOWS = {
+    "last_layer": (OURS, "last layer"),
+    "jvp": (EAGER, "whole model, jvp"),
+    "finite_difference": (COMPILE, "finite difference"),
+    "double_backward": ("#6b4fa0", "double backward"),
+}
 
 
 def draw(results: Row, folder: Path, name: str) -> list[Path]:
@@ -45,17 +45,26 @@ def draw(results: Row, folder: Path, name: str) -> list[Path]:
     ]
 
 
-def bare(axes: Axes) -> None:
+def _bare(axes: Axes) -> None:
     """No frame, no ticks."""
     axes.tick_params(length=0, colors=INK, labelbottom=True)
     axes.set_axisbelow(True)
     axes.grid(axis="x", color="#eef0f2", zorder=0)
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
-def titled(figure: Figure, title: str, caption: str, handles: list[Line2D]) -> None:
-    """A title and a legend above, a caption below, and the panels between them."""
+def _bars(axes: Axes, title: str, labels: list[str], size: float) -> None:
+    """Rows from the top down with a name each, multiples of 1 across."""
+    axes.set_title(title, loc="left", fontsize=size + 3, fontweight="bold", color=INK, family="monospace")
+    axes.set_yticks(range(len(labels)), labels, fontsize=size)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.axvline(1, color=INK, linewidth=1.2)
+    _bare(axes)
+    axes.tick_params(axis="x", labelsize=size, colors=GRAY)
+
+
+def _save(figure: Figure, path: Path, title: str, caption: str, handles: list[Line2D]) -> Path:
+    """With a title and a legend above, a caption below, and the panels between them."""
     height = figure.get_figheight()
     figure.text(0.012, 1 - 0.14 / height, title, fontsize=16, fontweight="bold", color=INK, va="top")
     figure.legend(
@@ -69,31 +78,68 @@ def titled(figure: Figure, title: str, caption: str, handles: list[Line2D]) -> N
     )
     figure.text(0.012, 0.08 / height, caption, fontsize=8.5, color=GRAY, va="bottom")
     figure.tight_layout(rect=(0, 0.55 / height, 1, 1 - 0.85 / height), h_pad=1.4, w_pad=2.8)
-
-
-def save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=140, facecolor="white")
     plt.close(figure)
     return path
 
 
-def legend(kinds: list[str]) -> list[Line2D]:
-    """fastmeta, then the peers, those drawn last first."""
-
-    def entry(color: str, marker: str, label: str) -> Line2D:
-        return Line2D([], [], color=color, marker=marker, linestyle="", markersize=8, markeredgewidth=1.6, label=label)
-
-    drawn = [kind for kind in reversed(_STYLES) if kind in kinds]
-    return [entry(OURS, "o", "fastmeta")] + [
-        entry(_STYLES[k]["color"], _STYLES[k]["marker"], _LABELS[k]) for k in drawn
-    ]
+def _handle(color: str, marker: str, label: str, **options: Any) -> Line2D:
+    return Line2D([], [], color=color, marker=marker, linestyle="", markersize=8, label=label, **options)
 
 
 def _kind(variant: Row) -> str:
     return "tuned" if variant["name"] == MAX_AUTOTUNE else variant["role"]
 
 
-def _row(axes: Axes, y: float, record: Row) -> None:
+def _draw_multiples(records: list[Row], results: Row, path: Path) -> Path:
+    panels = list(_panels(records).items())
+    columns = min(3, len(panels))
+    lines = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    heights = [max(len(rows) for _, rows in line) * 0.27 + 0.9 for line in lines]
+    size = (max(9.0, 5.6 * columns), sum(heights) + 1.9)
+    figure, grid = plt.subplots(len(lines), columns, figsize=size, squeeze=False, sharex=True, height_ratios=heights)
+    for axes in grid.flat:
+        axes.axis("off")
+    for row, line in zip(grid, lines, strict=True):
+        for axes, (title, rows) in zip(row, line, strict=False):
+            axes.axis("on")
+            for y, (_, record) in enumerate(rows):
+                _multiple(axes, y, record)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×" if value < 1000 else f"{value / 1000:g}k×")
+            axes.xaxis.set_minor_locator(NullLocator())
+            _bars(axes, title, [label for label, _ in rows], 8)
+    on_gpu = "gpu" in results["environment"]
+    beside = "on the stream · in CUDA graphs" if on_gpu else "float32"
+    caption = (
+        f"{machine(results['environment'])}. Floor (1×): the longest of flops / GEMM rate, bytes / copy bandwidth and, "
+        "on a GPU, one empty launch, measured in the same run.\nRight of each row: speed-up over the better of eager "
+        f"and torch.compile, {beside}. Rows: examples, features, classes."
+    )
+    kinds = {_kind(v) for record in records for v in measured(record)}
+    handles = [_handle(OURS, "o", "fastmeta", markeredgewidth=1.6)]  # then the peers, those drawn last first
+    for kind, (label, style) in reversed(_STYLES.items()):
+        if kind in kinds:
+            handles.append(_handle(style["color"], style["marker"], label, markeredgewidth=1.6))
+    what = "Device time" if on_gpu else "Time"
+    return _save(figure, path, f"{what} as a multiple of the hardware floor", caption, handles)
+
+
+def _panels(records: list[Row]) -> dict[str, list[tuple[str, Row]]]:
+    """Rows by panel: one for each operator of three records or more, one for the others."""
+    panels: dict[str, list[tuple[str, Row]]] = {}
+    several = len({record["dtype"] for record in records}) > 1
+    for record in records:
+        label = record["shape"] + f"  {_SHORT[record['dtype']]}" * several
+        panels.setdefault(record["operator"], []).append((label, record))
+    few = [name for name, rows in panels.items() if len(rows) < 3]
+    if len(few) > 1:
+        rest = [(f"{name}\n{label}", record) for name in few for label, record in panels.pop(name)]
+        panels["other operators" if panels else "operators"] = rest
+    return panels
+
+
+def _multiple(axes: Axes, y: float, record: Row) -> None:
     ours = main_variant(record)
     assert ours is not None
     shown = [v for v in measured(record) if v["role"] != "fastmeta"]
@@ -101,7 +147,7 @@ def _row(axes: Axes, y: float, record: Row) -> None:
     axes.plot([1, farthest], [y, y], color=PALE, linewidth=4, zorder=1, solid_capstyle="round")
     eager = sorted((v for v in shown if v["role"] == "eager"), key=lambda v: v["times_floor"])
     for variant in eager[:1] + [v for v in shown if v["role"] != "eager"]:
-        axes.scatter(variant["times_floor"], y, **_STYLES[_kind(variant)])
+        axes.scatter(variant["times_floor"], y, **_STYLES[_kind(variant)][1])
     axes.scatter(ours["times_floor"], y, color=OURS, s=70, edgecolor="white", linewidth=1.0, zorder=4)
     rivals = measured(record, "eager") + measured(record, "compile")
     times = (False, True) if record["cost"]["launch_us"] else (False,)  # on the device alone, too, where it is a GPU
@@ -119,66 +165,6 @@ def _row(axes: Axes, y: float, record: Row) -> None:
     )
 
 
-def _panel(axes: Axes, title: str, rows: list[tuple[str, Row]]) -> None:
-    for y, (_, record) in enumerate(rows):
-        _row(axes, y, record)
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, family="monospace")
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×" if value < 1000 else f"{value / 1000:g}k×")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.axvline(1, color=INK, linewidth=1.2)
-    bare(axes)
-    axes.tick_params(axis="x", labelsize=8, colors=GRAY)
-
-
-def _panels(records: list[Row]) -> dict[str, list[tuple[str, Row]]]:
-    """Rows by panel: one for each operator of three records or more, one for the others."""
-    panels: dict[str, list[tuple[str, Row]]] = {}
-    several = len({record["dtype"] for record in records}) > 1
-    for record in records:
-        label = record["shape"] + f"  {_SHORT[record['dtype']]}" * several
-        panels.setdefault(record["operator"], []).append((label, record))
-    few = [name for name, rows in panels.items() if len(rows) < 3]
-    if len(few) > 1:
-        rest = [(f"{name}\n{label}", record) for name in few for label, record in panels.pop(name)]
-        panels["other operators" if panels else "operators"] = rest
-    return panels
-
-
-def _draw_multiples(records: list[Row], results: Row, path: Path) -> Path:
-    panels = list(_panels(records).items())
-    columns = min(3, len(panels))
-    lines = [panels[start : start + columns] for start in range(0, len(panels), columns)]
-    heights = [max(len(rows) for _, rows in line) * 0.27 + 0.9 for line in lines]
-    size = (max(9.0, 5.6 * columns), sum(heights) + 1.9)
-    figure, grid = plt.subplots(len(lines), columns, figsize=size, squeeze=False, sharex=True, height_ratios=heights)
-    for axes in grid.flat:
-        axes.axis("off")
-    for row, line in zip(grid, lines, strict=True):
-        for axes, (title, rows) in zip(row, line, strict=False):
-            axes.axis("on")
-            _panel(axes, title, rows)
-    on_gpu = "gpu" in results["environment"]
-    beside = "on the stream · in CUDA graphs" if on_gpu else "float32"
-    caption = (
-        f"{_machine(results)}. Floor (1×): the longest of flops / GEMM rate, bytes / copy bandwidth and, on a GPU, one "
-        f"empty launch, measured in the same run.\nRight of each row: speed-up over the better of eager and "
-        f"torch.compile, {beside}. Rows: examples, features, classes."
-    )
-    kinds = [_kind(v) for record in records for v in measured(record)]
-    what = "Device time" if on_gpu else "Time"
-    titled(figure, f"{what} as a multiple of the hardware floor", caption, legend(kinds))
-    return save(figure, path)
-
-
-def _machine(results: Row) -> str:
-    environment = results["environment"]
-    name = environment.get("gpu", {}).get("name")
-    return name or f"{environment.get('cpu')}, {environment.get('threads')} threads"
-
-
 def _draw_roofline(records: list[Row], results: Row, path: Path) -> Path:
     """Arithmetic intensity against the rate achieved; what multiplies nothing stands at the left edge, by its bytes."""
     ceilings = Ceilings.from_json(results["shared"])
@@ -189,31 +175,83 @@ def _draw_roofline(records: list[Row], results: Row, path: Path) -> Path:
     colors = plt.get_cmap("tab10")
     for axes, dtype in zip(grid.flat, dtypes, strict=True):
         rate = ceilings.gemm.get(dtype, ceilings.gemm["float32"])
-        points = []
+        right = 2 * rate / bandwidth
         for record in records:
             ours, cost = main_variant(record), record["cost"]
             if record["dtype"] == dtype and ours is not None:
                 intensity = max(cost["flops"] / cost["bytes"], 0.25)  # at the edge: counted as one flop in four bytes
                 achieved = max(cost["flops"], 0.25 * cost["bytes"]) / (1e-6 * best_known_us(ours))
-                points.append((intensity, achieved))
+                right = max(right, 2 * intensity)
                 axes.scatter(intensity, achieved, color=colors(names.index(record["operator"])), s=46, zorder=3)
-        right = 2 * max([rate / bandwidth, *(x for x, _ in points)])
         axes.plot([0.2, rate / bandwidth, right], [0.2 * bandwidth, rate, rate], color=INK, linewidth=1.4, zorder=2)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_title(
-            f"{dtype}: GEMM {rate / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:,.0f} GB/s", loc="left", fontsize=10.5
-        )
+        axes.set(xscale="log", yscale="log")
+        title = f"{dtype}: GEMM {rate / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:,.0f} GB/s"
+        axes.set_title(title, loc="left", fontsize=10.5)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("flop/B", color=GRAY)
         axes.set_ylabel("FLOP/s", color=GRAY)
-        bare(axes)
+        _bare(axes)
     handles = [Line2D([], [], color=colors(i), marker="o", linestyle="", label=name) for i, name in enumerate(names)]
     caption = (
-        f"{_machine(results)}. Line: the lower of the largest copy's bandwidth times the intensity and the GEMM rate.\n"
-        "What stays in cache may stand above it. Each operator's flops and least bytes. At the left edge: operators "
-        "without products, a flop counted for every four bytes."
+        f"{machine(results['environment'])}. Line: the lower of the largest copy's bandwidth times the intensity and "
+        "the GEMM rate.\nWhat stays in cache may stand above it. Each operator's flops and least bytes. At the left "
+        "edge: operators without products, a flop counted for every four bytes."
     )
-    titled(figure, "Under the roofline", caption, handles)
-    return save(figure, path)
+    return _save(figure, path, "Under the roofline", caption, handles)
+
+
+def draw_steps(results: Row, folder: Path) -> list[Path]:
+    """``step.png``, if there are steps: methods and schedules down, networks across."""
+    networks = [network for network in results["networks"] if _step_lines(network)]
+    if not networks:
+        return []
+    labels = list(dict.fromkeys(label for network in networks for label in _step_lines(network)))
+    size = (5.6 * len(networks) + 2.8, 0.34 * len(labels) + 2.2)
+    figure, grid = plt.subplots(1, len(networks), figsize=size, squeeze=False, sharex=True, sharey=True)
+    for axes, network in zip(grid.flat, networks, strict=True):
+        found = _step_lines(network)
+        for y, label in enumerate(labels):
+            rows = found.get(label, [])
+            if rows:
+                axes.plot([1, max(row["ratio"] for row in rows)], [y, y], color=PALE, linewidth=5, zorder=1)
+            for row in rows:
+                axes.scatter(row["ratio"], y, **_step_style(row))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        _bars(axes, network["network"], labels, 9)
+    on_gpu = networks[0]["device"] == "cuda"
+    shown = {row["how"] for network in networks for row in network["steps"] if "ratio" in row}
+    handles = [_handle(color, "o", label) for how, (color, label) in _HOWS.items() if how in shown]
+    others = {"as published": "D"} | ({"in a CUDA graph": "s"} if on_gpu else {})
+    handles += [_handle(PEER, marker, label, fillstyle="none") for label, marker in others.items()]
+    images = networks[0]["images"]
+    count = f", {images['labeled']} labeled and {images['unlabeled']} unlabeled images of 32 × 32 pixels"
+    count *= not on_gpu  # there networks have images of their own
+    precision = "bfloat16 autocast" if on_gpu else "float32"
+    caption = (
+        f"{precision}, {machine(results['environment'])}{count}.\nAlternating: the papers' order, the method's passes "
+        "its own. Fused: the method shares the base's passes."
+    )
+    title = "Time of a training step as a multiple of the plain step"
+    return [_save(figure, folder / "step.png", title, caption, handles)]
+
+
+def _step_lines(network: Row) -> dict[str, list[Row]]:
+    """The steps with a time, by method and schedule; the published form beside the schedule it has."""
+    rows: dict[str, list[Row]] = {}
+    for row in network["steps"]:
+        if row["status"] == "measured" and "ratio" in row:
+            schedule = row["schedule"]
+            if schedule == "published":
+                schedule = "fused" if row["method"] == "LabelGradientAlignment" else "alternating"
+            rows.setdefault(f"{row['method']}, {schedule}", []).append(row)
+    return rows
+
+
+def _step_style(row: Row) -> dict[str, Any]:
+    color, _ = _HOWS[row["how"]]
+    if row["name"].endswith(", graph"):
+        return {"color": "none", "edgecolor": color, "marker": "s", "s": 60, "linewidth": 1.4, "zorder": 5}
+    if row["schedule"] == "published":
+        return {"color": "none", "edgecolor": color, "marker": "D", "s": 95, "linewidth": 1.6, "zorder": 5}
+    return {"color": color, "s": 80, "edgecolor": "white", "linewidth": 1.1, "zorder": 4}

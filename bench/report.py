@@ -1,7 +1,8 @@
-"""The operators of a run as markdown: tables for either device. Cells and columns with nothing measured are empty."""
+"""The operators of a run as markdown and CSV, on either device. Cells and columns with nothing measured are empty."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import csv
+from collections.abc import Iterator
+from pathlib import Path
 
 from bench import text
 from bench.rows import (
@@ -14,8 +15,10 @@ from bench.rows import (
     main_variant,
     measured,
     over,
+    reason_without_time,
     title,
 )
+from bench.text import cell, one_line, table_of
 
 SCHEMA_VERSION = 2
 METHOD = {
@@ -36,70 +39,37 @@ METHOD = {
         "of 7. Every variant's result was checked against float64 before it was timed."
     ),
 }
+COLUMNS = (  # as kernel benchmarks are exchanged
+    *("kernel_name", "kernel_provider", "mode", "shape", "dtype", "p20", "p50", "p80", "unit", "device"),
+    *("fastmeta_version", "git_commit", "date"),
+)
 
 
-def cell(value: Any, form: Callable[[Any], str] = text.factor) -> str:
-    return "" if value is None else form(value)
+def write_csv(results: Row, path: Path) -> None:
+    """One line for each figure."""
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *_csv_lines(results)])
 
 
-def one_line(message: str) -> str:
-    return " ".join(message.split())[:160]
-
-
-def _against(record: Row, role: str, *, tuned: bool | None = None) -> tuple[str, str]:
-    """The best of a role over fastmeta, on the stream and in graphs."""
-    others = [v for v in measured(record, role) if tuned is None or (v["name"] == MAX_AUTOTUNE) == tuned]
-    device = over(record, others, device=True) if record["cost"]["launch_us"] else None
-    return cell(over(record, others)), cell(device)
-
-
-def _operator_row(record: Row, tests: Row, float32: dict[str, Row]) -> dict[str, str]:
-    verdict = tests.get(record["operator"], {})
-    failing = f" ({verdict['failed']} tests fail)" if verdict.get("failed") else ""
-    row = {"operator": record["operator"] + failing, "N, D, C": record["shape"], "dtype": record["dtype"]}
-    ours = main_variant(record)
-    if ours is None:
-        reasons = [v["reason"] for v in record.get("variants", []) if v["name"] == record["main"] and "reason" in v]
-        return row | {"time": one_line(record.get("failed") or (reasons or ["no time"])[0])}
-    cost, peers = record["cost"], measured(record, "peer")
-    eager, compiled = _against(record, "eager"), _against(record, "compile", tuned=False)
-    tuned = _against(record, "compile", tuned=True)
-    row |= {
-        "time": text.time(ours["stream_us"]) + " !" * is_noisy(ours),
-        "first quartile": cell(ours["quartiles_us"][0] if "host_us" in ours else None, text.time),
-        "graph": cell(ours.get("graph_us"), text.time),
-        "x floor": cell(ours.get("times_floor")),
-        "bound": cost.get("bound", ""),
-        "flop/B, achieved": _roofline(cost, ours),
-        "products alone": cell(cost.get("gemm_us") or None, text.time),
-        "launches": cell(ours.get("launches"), str),
-        "host us": cell(ours.get("host_us"), lambda us: f"{us:.1f}"),
-        "over eager": eager[0],
-        "over eager, graphs": eager[1],
-        "over compile / max-autotune": " / ".join(filter(None, (compiled[0], tuned[0]))),
-        "over compile, graphs": " / ".join(filter(None, (compiled[1], tuned[1]))),
-        "over best other": f"{cell(over(record, peers))} {peers[0]['name']}" if peers else "",
-        "peak memory": cell(ours.get("peak_bytes"), text.memory),
-    }
-    beside = float32.get(record["operator"] + record["shape"])
-    if beside is not None and record["dtype"] != "float32" and measured(beside, "eager"):
-        row["over float32 eager"] = text.factor(measured(beside, "eager")[0]["stream_us"] / ours["stream_us"])
-    return row
-
-
-def _roofline(cost: Row, ours: Row) -> str:
-    """Arithmetic intensity, and the rate of what binds: of arithmetic or of memory."""
-    seconds = 1e-6 * best_known_us(ours)
-    what, unit = (cost["flops"], "FLOP/s") if cost["bound"] == "flops" else (cost["bytes"], "B/s")
-    return f"{cost['flops'] / cost['bytes']:.3g}, {what / seconds / 1e9:.3g} G{unit}"
-
-
-def table_of(rows: Iterable[dict[str, str]]) -> list[str]:
-    """Columns in the order in which they first have something in them."""
-    rows = list(rows)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    header = [name for name in names if any(row.get(name) for row in rows)]
-    return text.table(header, [[row.get(name, "") for name in header] for row in rows])
+def _csv_lines(results: Row) -> Iterator[tuple[object, ...]]:
+    """Times in microseconds (``stream``: as called; ``graph``: the device's; ``host``), peak memory in bytes."""
+    environment = results["environment"]
+    device = environment.get("gpu", {}).get("name") or environment.get("cpu")
+    made = environment.get("fastmeta"), (environment.get("git_commit") or "")[:10], environment.get("date")
+    for record in results["operators"]:
+        for v in measured(record):
+            low, high = v.get("p20_p80_us", ("", ""))
+            graph_low, graph_high = v.get("graph_p20_p80_us", ("", ""))
+            host, memory = v.get("host_us"), v.get("peak_bytes")
+            for mode, p20, p50, p80, unit in (
+                ("stream", low, v["stream_us"], high, "us"),
+                ("graph", graph_low, v.get("graph_us"), graph_high, "us"),
+                ("host", host, host, host, "us"),
+                ("memory", memory, memory, memory, "B"),
+            ):
+                if p50 is not None:
+                    what = record["operator"], v["name"], mode, record["shape"], record["dtype"]
+                    yield *what, p20, p50, p80, unit, device, *made
 
 
 def operators(results: Row) -> list[str]:
@@ -114,6 +84,50 @@ def operators(results: Row) -> list[str]:
     return lines
 
 
+def _operator_row(record: Row, tests: Row, float32: dict[str, Row]) -> dict[str, str]:
+    verdict = tests.get(record["operator"], {})
+    failing = f" ({verdict['failed']} tests fail)" if verdict.get("failed") else ""
+    row = {"operator": record["operator"] + failing, "N, D, C": record["shape"], "dtype": record["dtype"]}
+    ours = main_variant(record)
+    if ours is None:
+        return row | {"time": one_line(reason_without_time(record))}
+    cost, peers = record["cost"], measured(record, "peer")
+    eager, compiles = measured(record, "eager"), measured(record, "compile")
+    compiled = [v for v in compiles if v["name"] != MAX_AUTOTUNE], [v for v in compiles if v["name"] == MAX_AUTOTUNE]
+
+    def in_graphs(others: list[Row]) -> str:
+        return cell(over(record, others, device=True) if cost["launch_us"] else None)
+
+    row |= {
+        "time": text.time(ours["stream_us"]) + " !" * is_noisy(ours),
+        "first quartile": cell(ours["quartiles_us"][0] if "host_us" in ours else None, text.time),
+        "graph": cell(ours.get("graph_us"), text.time),
+        "x floor": cell(ours.get("times_floor")),
+        "bound": cost.get("bound", ""),
+        "flop/B, achieved": _roofline(cost, ours),
+        "products alone": cell(cost.get("gemm_us") or None, text.time),
+        "launches": cell(ours.get("launches"), str),
+        "host us": cell(ours.get("host_us"), "{:.1f}"),
+        "over eager": cell(over(record, eager)),
+        "over eager, graphs": in_graphs(eager),
+        "over compile / max-autotune": " / ".join(filter(None, (cell(over(record, one)) for one in compiled))),
+        "over compile, graphs": " / ".join(filter(None, map(in_graphs, compiled))),
+        "over best other": f"{cell(over(record, peers))} {peers[0]['name']}" if peers else "",
+        "peak memory": cell(ours.get("peak_bytes"), text.memory),
+    }
+    beside = measured(float32.get(record["operator"] + record["shape"], {}), "eager")
+    if beside and record["dtype"] != "float32":
+        row["over float32 eager"] = text.factor(beside[0]["stream_us"] / ours["stream_us"])
+    return row
+
+
+def _roofline(cost: Row, ours: Row) -> str:
+    """Arithmetic intensity, and the rate achieved of what bounds the call: FLOP/s or B/s."""
+    seconds = 1e-6 * best_known_us(ours)
+    what, unit = (cost["flops"], "FLOP/s") if cost["bound"] == "flops" else (cost["bytes"], "B/s")
+    return f"{cost['flops'] / cost['bytes']:.3g}, {what / seconds / 1e9:.3g} G{unit}"
+
+
 def forms(results: Row) -> list[str]:
     """What is chosen, on the stream and in graphs, against the best form that was measured."""
     rows = []
@@ -122,24 +136,16 @@ def forms(results: Row) -> list[str]:
         if stream is None:
             continue
         named = [v for v in measured(record, "fastmeta") if v["name"] != record["main"]]
-        rows.append(
-            {
-                "operator": record["operator"],
-                "N, D, C": record["shape"],
-                "dtype": record["dtype"],
-                "best": stream[0],
-                "chosen over best": text.factor(stream[1]),
-                "best in graphs": graph[0] if graph else "",
-                "chosen over best, graphs": text.factor(graph[1]) if graph else "",
-                "every form: stream (graph)": "; ".join(
-                    f"{v['name']} {text.time(v['stream_us'])}{in_graph(v)}" for v in named
-                ),
-            }
-        )
+        row = {"operator": record["operator"], "N, D, C": record["shape"], "dtype": record["dtype"]}
+        row |= {"best": stream[0], "chosen over best": text.factor(stream[1])}
+        if graph:
+            row |= {"best in graphs": graph[0], "chosen over best, graphs": text.factor(graph[1])}
+        every = (f"{v['name']} {text.time(v['stream_us'])}{_in_graph(v)}" for v in named)
+        rows.append(row | {"every form: stream (graph)": "; ".join(every)})
     return table_of(rows) if rows else []
 
 
-def in_graph(variant: Row) -> str:
+def _in_graph(variant: Row) -> str:
     return f" ({text.time(variant['graph_us'])})" if "graph_us" in variant else ""
 
 
@@ -152,12 +158,12 @@ def left_out(results: Row) -> list[str]:
     noisy = []
     for record in results["operators"]:
         for variant in record.get("variants", []):
-            where = f"- {title(record)}, {variant['name']}: "
+            where = f"{title(record)}, {variant['name']}"
             if variant["status"] in ("failed", "wrong"):
-                lines.append(where + one_line(variant["reason"]))
+                lines.append(f"- {where}: {one_line(variant['reason'])}")
             elif variant.get("host_syncs"):
-                lines.append(f"{where}waits for the device {variant['host_syncs']} times")
-            noisy += [f"{title(record)}, {variant['name']}"] * is_noisy(variant)
+                lines.append(f"- {where}: waits for the device {variant['host_syncs']} times")
+            noisy += [where] * is_noisy(variant)
     if noisy:
         lines.append(f"- noise, third quartile over 1.3 times the first, in {len(noisy)}: {'; '.join(noisy[:12])}")
     return [*lines, ""] if lines else []
@@ -176,19 +182,17 @@ def ceilings(shared: Row) -> str:
 
 def where(environment: Row) -> str:
     gpu = environment.get("gpu")
-    machine = (
-        f"{environment.get('cpu')}, {environment.get('threads')} threads, {environment.get('torch_cpu_capability')}"
-    )
     if gpu:
         machine = (
             f"{gpu['name']} (compute capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, "
             f"{text.memory(gpu['memory_bytes'])}, L2 {text.memory(gpu['l2_bytes'])}), Triton "
             f"{environment['packages']['triton']}"
         )
-    return (
-        f"{machine}, torch {environment['torch']}, fastmeta {environment['fastmeta']} at "
-        f"{(environment['git_commit'] or '?')[:10]}, {environment['date']}."
-    )
+    else:
+        parts = environment.get("cpu"), f"{environment.get('threads')} threads", environment.get("torch_cpu_capability")
+        machine = ", ".join(map(str, parts))
+    versions = f"torch {environment['torch']}, fastmeta {environment['fastmeta']}"
+    return f"{machine}, {versions} at {(environment['git_commit'] or '?')[:10]}, {environment['date']}."
 
 
 def details(results: Row) -> list[str]:
@@ -198,14 +202,15 @@ def details(results: Row) -> list[str]:
         records = [r for r in results["operators"] if r["operator"] == operator and "variants" in r]
         if not records:
             continue
-        names = list(dict.fromkeys(v["name"] for record in records for v in record["variants"]))
+        variants = [v for record in records for v in record["variants"]]
+        names = list(dict.fromkeys(v["name"] for v in variants))
         rows = []
         for record in records:
             by_name = {v["name"]: v for v in record["variants"]}
             shape = f"{record['shape']} {record['dtype']}{' (in L2)' * record['cost']['in_l2']}"
             rows.append([shape, *(_detail(record, by_name.get(name)) for name in names)])
-        notes = {v["name"]: v["note"] for record in records for v in record["variants"] if v.get("note")}
-        if any("extrapolated" in v for record in records for v in record["variants"]):
+        notes = {v["name"]: v["note"] for v in variants if v.get("note")}
+        if any("extrapolated" in v for v in variants):
             notes["\\*"] = "measured on a few examples and scaled to all of them: the whole would not fit"
         note = records[0].get("note")
         lines += [f"## {operator}", "", *([note, ""] if note else [])]
@@ -221,7 +226,7 @@ def _detail(record: Row, variant: Row | None) -> str:
     if "stream_us" not in variant:
         return variant["status"]
     ours = main_variant(record)
-    parts = [f"{text.time(variant['stream_us'])}{'*' * ('extrapolated' in variant)}{in_graph(variant)}"]
+    parts = [f"{text.time(variant['stream_us'])}{'*' * ('extrapolated' in variant)}{_in_graph(variant)}"]
     parts += [text.factor(variant["stream_us"] / ours["stream_us"])] if ours and ours is not variant else []
     parts += [f"{variant['iterations']} iterations"] if "iterations" in variant else []
     parts += [text.memory(variant["peak_bytes"])] if variant.get("peak_bytes") is not None else []
@@ -234,13 +239,7 @@ def timed(results: Row) -> list[Row]:
 
 
 def markdown(results: Row, name: str, sections: list[tuple[str, list[str]]]) -> str:
-    """The whole report.
-
-    Args:
-        results: of a run.
-        name: its first heading.
-        sections: heading and lines of each part that comes before the operators' details.
-    """
+    """The whole report: its first heading, sections with headings of their own, and the operators' details."""
     environment, shared = results["environment"], results["shared"]
     lines = [f"# {name}", "", *([where(environment), ""] if environment else [])]
     if shared:

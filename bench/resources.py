@@ -33,9 +33,8 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--quick", action="store_true", help="the heaviest loss in two dtypes, each kernel for one architecture"
-    )
+    quick = "the heaviest loss in two dtypes, each kernel for one architecture"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--processes", type=int, help="compilers that run at once (default: one for each processor)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there too")
@@ -85,7 +84,7 @@ def triton_rows(quick: bool, processes: int | None) -> tuple[list[Row], list[str
             if not quick or turn == list(rows).index(key) % len(compiled.ARCHITECTURES):  # one each, in turn
                 jobs[compiled.work(launch, architecture)] = row
     problems = []
-    for job, resources in compiled.compile_all(jobs, processes):
+    for job, resources in compiled.in_processes(compiled.compile_one, jobs, processes):
         row, name = jobs[job], f"sm_{job.architecture}"
         row.registers[name] = max(row.registers.get(name, 0), resources.registers)
         row.shared[name] = max(row.shared.get(name, 0), resources.shared)

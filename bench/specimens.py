@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,18 +47,12 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor
     return torch.empty(math.prod(shape[:-1]) * columns + 1, dtype=dtype, device="meta").as_strided(shape, strides, 1)
 
 
-def arguments(
-    operator: str,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    variant: Variant,
-    make: Callable[..., Tensor] = _tensor,
-) -> tuple[Any, ...]:
+def arguments(operator: str, shape: tuple[int, int, int], dtype: torch.dtype, variant: Variant) -> tuple[Any, ...]:
     """The arguments of the registered schema (csrc/operators.cpp)."""
     n, d, c = shape
 
     def tensor(*size: int, of: torch.dtype = dtype) -> Tensor:
-        return make(size, of, variant.aligned)
+        return _tensor(size, of, variant.aligned)
 
     loss = LOSSES[variant.loss]
     if operator == "feature_similarity":
@@ -112,39 +106,17 @@ def calls(operator: str, quick: bool) -> Iterator[tuple[str, tuple[int, int, int
 
 
 def launches(quick: bool) -> list[Found]:
-    """The launches of the operators and of the conjugate gradient, one of those that Triton compiles alike."""
-    found = {_alike(one): one for one in _conjugate_gradients()}
-    for operator in _kernels.TRITON:
-        for arithmetic, shape, variant in dict.fromkeys(calls(operator, quick)):
-            given = arguments(operator, shape, DTYPES[arithmetic], variant)
-            with _arithmetic(arithmetic):
-                made = [
-                    Found(operator, arithmetic, launch) for launch in kernels.launches_of(operator, shape[2], given)
-                ]
-            found |= {_alike(one): one for one in made}
-    return list(found.values())
-
-
-def _alike(found: Found) -> Hashable:
-    """What a compiled kernel depends on, and whose it is: types, alignment, integers that equal 1 or divide by 16."""
-    launch = found.launch
-    seen = [
-        (a.dtype, a.data_ptr() % 16)
-        if isinstance(a, Tensor)
-        else (a == 1, a % 16, a.bit_length() > 31)
-        if isinstance(a, int)
-        else type(a)
-        for a in launch.arguments
-    ]
-    named = *launch.constants.items(), *launch.options.items()
-    return found.operator, found.arithmetic, launch.kernel.fn, *seen, *named
-
-
-def _conjugate_gradients() -> list[Found]:
+    """The launches of the operators and of the conjugate gradient; many of them Triton compiles alike."""
     found = []
     for dtype, size in itertools.product((torch.float32, torch.float64), (1290, 2_049_000)):
         name = str(dtype).removeprefix("torch.")
         found += [Found("solve_hessian", name, launch) for launch in kernels.launches_of_solver(size, dtype)]
+    for operator in _kernels.TRITON:
+        for arithmetic, shape, variant in dict.fromkeys(calls(operator, quick)):
+            given = arguments(operator, shape, DTYPES[arithmetic], variant)
+            with _arithmetic(arithmetic):
+                made = kernels.launches_of(operator, shape[2], given)
+            found += [Found(operator, arithmetic, launch) for launch in made]
     return found
 
 

@@ -7,16 +7,13 @@ import json
 import re
 import subprocess
 import tempfile
-from ast import literal_eval
 from importlib import import_module
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from bench.compiled import _usage, work
+from bench.compiled import compiled, usage, work
 from fastmeta import _kernels
 from fastmeta.losses import LOSSES
 from fastmeta.triton_kernels._program import recording
@@ -72,15 +69,13 @@ def report(name: str, loss: str, classes: int, dtype: torch.dtype) -> None:
         program.run(given[:count], given[count:])
     (launch,) = (one for one in launches if one.kernel.fn.__name__ in ("rows", "label_step"))
     job = work(launch, ARCHITECTURE)
-    attributes = {path: literal_eval(text) for path, text in job.attributes}
-    source = ASTSource(launch.kernel, dict(job.signature), dict(job.constants), attributes)
-    made = triton.compile(source, GPUTarget("cuda", ARCHITECTURE, 32), dict(job.options))
+    made = compiled(job)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = _usage(made.asm["cubin"])
+    registers, stack = usage(made.asm["cubin"])
     row = {"kernel": f"{name} {loss} {classes} {dtype}", "classes": classes, "registers": registers, "stack": stack}
     print(json.dumps(row | {"loops": loops(sass)}), flush=True)
 

@@ -12,11 +12,11 @@ from cases import DEVICE
 from bench import case as cases
 from bench import clock as clocks
 from bench import files, floors, kernels, measure, operators, rows
-from bench.case import Case, Problem, Variant, distance_to
-from bench.floors import Ceilings, Cost
+from bench.case import Case, Cost, Gemm, Problem, Variant, distance_to
+from bench.files import Progress
+from bench.floors import Ceilings
 from bench.inputs import Shape
-from bench.ops import feature_similarity, finite_difference_labels, last_layer
-from bench.progress import Progress
+from bench.ops import LAST_LAYER, feature_similarity, finite_difference_labels, last_layer
 from fastmeta.models import WideResNet
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="it is what runs there")
@@ -69,7 +69,7 @@ def test_wide_resnet_is_that_of_the_papers():
 
 
 TINY = Shape(7, 9, 21)
-OPERATORS = [pytest.param(o, id=o.name + "-head" * o.from_head) for o in last_layer.OPERATORS]
+OPERATORS = [pytest.param(o, id=o.name + "-head" * o.from_head) for o in LAST_LAYER]
 
 
 @pytest.fixture
@@ -80,14 +80,15 @@ def uncompiled(monkeypatch):
 def errors(problem: Problem) -> dict[str, float]:
     found = {}
     for variant in problem.variants:
-        with variant.around(), torch.set_grad_enabled(variant.grad):
-            found[variant.name] = problem.error((variant.check or variant.call)())
+        with variant.entered():
+            found[variant.name] = problem.error(variant.result())
     return found
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_variant_computes_the_same(operator, uncompiled, monkeypatch):
-    monkeypatch.setattr(last_layer, "compile_modes", lambda dtype, device: cases.COMPILE_MODES)  # as on a GPU
+    for module in (cases, last_layer):  # as on a GPU
+        monkeypatch.setattr(module, "compile_modes", lambda dtype, device: cases.COMPILE_MODES)
     for dtype in (F32, BF16):
         problem = last_layer.build(operator, TINY, dtype, "cpu")
         found = errors(problem)
@@ -111,7 +112,7 @@ def test_forms_that_can_be_named():
 
 def test_a_wrong_result_is_seen_in_any_row(uncompiled, monkeypatch):
     monkeypatch.setattr(last_layer, "_CHUNK", 40)  # the truth of sums comes in blocks of rows
-    dot, gradient = last_layer.OPERATORS[0], last_layer.OPERATORS[2]
+    dot, gradient = LAST_LAYER[0], LAST_LAYER[2]
     problem = last_layer.build(dot, TINY, F32, "cpu")
     right = problem.variants[0].call()
     for row in range(TINY.n):
@@ -152,14 +153,14 @@ def test_arguments_rotate_beyond_the_cache(monkeypatch):
     assert cases.number_of_sets(1e3, "cuda") == cases.MAX_SETS
     assert cases.number_of_sets(8e9, "cuda") == 1
     monkeypatch.setattr(cases, "l2_bytes", lambda device: 5_000)
-    sets = last_layer.build(last_layer.OPERATORS[0], TINY, F32, "cpu").variants[0].call.sets
+    sets = last_layer.build(LAST_LAYER[0], TINY, F32, "cpu").variants[0].call.sets
     assert len(sets) > 1
     assert not torch.equal(sets[0][0], sets[1][0])
 
 
 @pytest.mark.parametrize("kind", ["nn", "nt", "tn"])
 def test_a_product_has_its_operands_as_the_operator_has_them(kind):
-    gemm = floors.Gemm(5, 7, 11, kind)
+    gemm = Gemm(5, 7, 11, kind)
     a, b = gemm.operands(BF16, "cpu")
     assert (a @ b).shape == (5, 11)
     assert a.is_contiguous() == (kind != "tn")
@@ -172,7 +173,7 @@ def test_ceilings_and_products_are_measured_without_the_hosts_part():
     assert measured.copy == pytest.approx({1000: 1000 / 4e-6, 10**6: 1e6 / 4e-6})
     assert measured.gemm["float32"] == pytest.approx(2 * 64**3 / 4e-6)
     products = floors.Products(Clock())
-    assert products.us(floors.Gemm(8, 8, 8, "nt"), F32) == pytest.approx(4)
+    assert products.us(Gemm(8, 8, 8, "nt"), F32) == pytest.approx(4)
 
 
 class Call:
@@ -187,7 +188,7 @@ class Call:
 
 def problem_of(*variants: Variant) -> Case:
     def build(dtype, device):
-        gemm = floors.Gemm(3, 4, 5, "nt")
+        gemm = Gemm(3, 4, 5, "nt")
         return Problem(list(variants), distance_to(torch.ones(3)), Cost(0, 100, 5000, (gemm, gemm), 3000), 1e-3)
 
     return Case("label_gradient", "3, 4, 5", build, shape=(3, 4, 5))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import choices, files, gate, operators
+from bench import choices, files, gate, goals, operators
 from bench.__main__ import main
 from bench.clock import DeviceLost
 from bench.gpu import cache, command, phases, sanitizer, small_pass
@@ -52,7 +52,7 @@ def test_arguments_are_checked(arguments, tmp_path, capsys):
 def test_the_command_runs_before_fastmeta_is_built_and_needs_no_tyro():
     """The first phase builds the extension; the machine it is for has no tyro."""
     blocked = "import sys; sys.modules['tyro'] = None\n"
-    before = "import bench.__main__, bench.gpu.command, bench.gpu.report, bench.plot, bench.step.plot\n"
+    before = "import bench.__main__, bench.gpu.command, bench.gpu.report, bench.plot\n"
     before += "assert 'fastmeta' not in sys.modules\n"
     measuring = "import bench.operators, bench.step.command, bench.gpu.small_pass, bench.environment"
     subprocess.run([sys.executable, "-W", "ignore", "-c", blocked + before + measuring], cwd=ROOT, check=True)
@@ -81,13 +81,11 @@ def test_the_order_of_the_cases():
     known = operators.recorded()
     new = [place for place, key in enumerate(keys) if key not in known]
     old = [place for place, key in enumerate(keys) if key in known]
-    large = [
-        place for place, (case, dtypes) in enumerate(chosen) if operators.is_large(case) and "float32" in keys[place]
-    ]
+    large = [place for place, (case, dtypes) in enumerate(chosen) if case.is_large and "float32" in keys[place]]
     assert old
     assert min(large) > max(old)  # what takes seconds a call is last
     assert max(place for place in new if place not in large) < min(old)  # what was never measured is first
-    assert set(operators.GOAL_SHAPES) < {case.label for case in cases("cuda")}
+    assert set(goals.SHAPES) < {case.label for case in cases("cuda")}
 
 
 def test_a_phase_that_passes_and_one_that_fails(tmp_path):

@@ -9,17 +9,14 @@ from types import SimpleNamespace
 
 import gpu_records
 import pytest
-import torch
 
 from bench import clock as clocks
-from bench import environment, files, plot
-from bench.gpu import goals, report
+from bench import environment, files, goals, plot
+from bench.case import Variant
+from bench.gpu import report
 from bench.ops import cases
 from bench.report import METHOD
-from bench.step import goals as step_goals
-from bench.step import plot as step_plot
 from bench.step import report as step_report
-from bench.timing import Timed
 
 PHASES = {"tests": {"status": "timed out", "reason": "ended after 140 s", "seconds": 140.0}}
 SOME = [
@@ -118,7 +115,7 @@ def test_nothing_at_all_makes_a_report(tmp_path):
 
 
 def test_goals_take_the_worst(results):
-    found = {goal.name: goal for goal in goals.goals(results)}
+    found = {goal.name: goal for goal in goals.of_operators(results)}
     eager = found["(768, 512, 200) and below: times faster than eager, no graphs"]
     assert len(eager.found) == 8  # four operators, two dtypes
     assert eager.met
@@ -142,13 +139,13 @@ def test_goals_take_the_worst(results):
 
 def test_a_step_is_judged_by_its_bound_where_noise_hides_the_rest(results):
     wide, resnet = results["steps"]["networks"]
-    weights = {goal.name: goal for goal in step_goals.goals(resnet)}["ExampleWeights at interval 1"]
+    weights = {goal.name: goal for goal in goals.of_steps(resnet)}["ExampleWeights at interval 1"]
     assert weights.required == 1.01
     assert weights.worst[1] == pytest.approx(1 + 0.12 / 240)  # the ratio is 1.02 or so, the method takes 120 us
     assert weights.met
-    assert {goal.name: goal for goal in step_goals.goals(wide)}["ExampleWeights at interval 1"].required == 1.03
+    assert {goal.name: goal for goal in goals.of_steps(wide)}["ExampleWeights at interval 1"].required == 1.03
     quiet = {"ratio": 1.02, "ratio_quartiles": [1.015, 1.025], "bound": 1.001}
-    assert step_goals._judged(quiet) == 1.02
+    assert goals.judged(quiet) == 1.02
     text = step_report.markdown(results["steps"])
     assert "bfloat16 autocast" in text
     assert "ExampleWeights, graph" in text
@@ -156,7 +153,7 @@ def test_a_step_is_judged_by_its_bound_where_noise_hides_the_rest(results):
 
 
 def test_pictures(results, tmp_path, monkeypatch, capsys):
-    drawn = plot.draw(results, tmp_path, "operators") + step_plot.draw(results["steps"], tmp_path)
+    drawn = plot.draw(results, tmp_path, "operators") + plot.draw_steps(results["steps"], tmp_path)
     assert [path.name for path in drawn] == ["operators.png", "operators-roofline.png", "step.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     monkeypatch.setitem(sys.modules, "bench.plot", None)
@@ -224,7 +221,7 @@ class FakeCuda:
 def cuda(monkeypatch):
     def install(**options) -> FakeCuda:
         fake = FakeCuda(**options)
-        monkeypatch.setattr(clocks, "torch", SimpleNamespace(cuda=fake, set_grad_enabled=torch.set_grad_enabled))
+        monkeypatch.setattr(clocks, "torch", SimpleNamespace(cuda=fake))
         return fake
 
     return install
@@ -233,7 +230,7 @@ def cuda(monkeypatch):
 def test_the_cuda_clock_times_between_events(cuda):
     fake = cuda()
     clock = clocks.CudaClock()
-    seconds, contended = clock.sampler(Timed(fake.call), 5)
+    seconds, contended = clock.sampler(Variant("", fake.call), 5)
     assert (seconds, contended) == (1e-3, False)
     assert fake.log == ["synchronize", "event"]
     assert clock.host_us(fake.call) is not None
@@ -243,7 +240,7 @@ def test_the_cuda_clock_times_between_events(cuda):
 
 def test_entering_a_form_costs_no_measured_time(cuda):
     fake = cuda()
-    seconds, _ = clocks.CudaClock().sampler(Timed(fake.call, around=lambda: contextlib.ExitStack()), 5)
+    seconds, _ = clocks.CudaClock().sampler(Variant("", fake.call, around=lambda: contextlib.ExitStack()), 5)
     assert seconds == 1e-3
     assert fake.calls == 6  # one before the first event
 

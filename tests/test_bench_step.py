@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from bench import goals
 from bench.__main__ import main
 from bench.clock import Clock
-from bench.step import alignment, command, gate, goals, measure, published, report, task
+from bench.step import alignment, command, gate, measure, published, report, task
 from bench.step.variants import EVERY, PLAIN, Variant, for_gpu, variants
 from fastmeta.models import WideResNet
 
@@ -93,7 +94,7 @@ def test_the_run_writes_tables_and_a_picture(results):
     assert (folder / "step.png").stat().st_size > 10_000
     assert text == report.markdown(written)
     assert "| MetaGradient | jvp | alternating | pseudo-labels | 1" in text
-    assert len(written["goals"]["tiny"]) == len(goals.goals(written["networks"][0]))
+    assert len(written["goals"]["tiny"]) == len([*goals.of_steps(written["networks"][0])])
 
 
 def test_the_gate_finds_a_wrong_step(monkeypatch):
@@ -113,12 +114,12 @@ def test_a_wrong_step_is_not_timed_and_one_that_fails_does_not_end_the_run(monke
         Variant("failing", "jvp", "fused", "table labels", broken),
     ]
     monkeypatch.setattr(measure.gate, "errors", lambda network, variants, device: {chosen[0].name: 2e-3})
-    monkeypatch.setattr(measure.derivatives, "measure", lambda *arguments: [])
+    monkeypatch.setattr(measure, "derivatives", lambda *arguments: [])
     network = measure.measure_network(TINY, chosen, measure.Settings(rounds=1))
     wrong, failing = network["steps"][-2:]
     assert (wrong["status"], "median_us" in wrong) == ("wrong", False)
     assert (failing["status"], failing["reason"]) == ("failed", "NotImplementedError: no such thing")
-    assert {goal.met for goal in goals.goals(network)} == {None}
+    assert {goal.met for goal in goals.of_steps(network)} == {None}
     lines = report.markdown(made_up([network])).splitlines()
     assert "| wrong | jvp | fused | table labels | wrong | 2e-03 |" in lines
     assert "- failing, jvp, fused: failed, NotImplementedError: no such thing." in lines
@@ -159,7 +160,7 @@ def test_goals_are_judged_by_their_worst_case():
         ],
         "derivatives": [{"name": "jvp", "mode": "train", "ratio": 2.4}, {"name": "jvp", "mode": "eval", "ratio": 1.8}],
     }
-    verdicts = {goal.name: (goal.worst, goal.met) for goal in goals.goals(network)}
+    verdicts = {goal.name: (goal.worst, goal.met) for goal in goals.of_steps(network)}
     assert verdicts == {
         "last layer, fused: L2I, weights, alignment": (("LabelGradientAlignment, last_layer, fused", 1.11), False),
         "last layer: Meta-Gradient": (("MetaGradient, last_layer, alternating", 1.2), True),

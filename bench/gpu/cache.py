@@ -26,10 +26,8 @@ def default_folder() -> Path:
 
 def environment(folder: Path) -> dict[str, str]:
     """Has Triton and Inductor keep their caches there."""
-    return COMPILING | {
-        "TRITON_CACHE_DIR": str(folder / "triton"),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-    }
+    folders = {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    return COMPILING | folders
 
 
 def sources_key(root: Path = ROOT) -> str:
@@ -42,13 +40,9 @@ def sources_key(root: Path = ROOT) -> str:
 
 
 def pack(archive: Path, folder: Path, root: Path = ROOT, *, built: bool = True) -> int:
-    """Write the archive, whole or not at all; returns its size in bytes.
+    """Write the archive of a cache folder, whole or not at all; returns its size in bytes.
 
-    Args:
-        archive: its file.
-        folder: of the caches.
-        root: the source tree.
-        built: whether the libraries in the tree are known to be of its sources; others are left out.
+    ``built``: the libraries in the source tree are known to be of its sources; others are left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _KEY).write_text(sources_key(root))
@@ -79,32 +73,24 @@ def unpack(archive: Path, folder: Path, root: Path = ROOT) -> list[str]:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as file:
-        members = file.getmembers()
-        caches = [_below(member, "caches/") for member in members if member.name.startswith("caches/")]
-        file.extractall(folder, caches, filter="data")
+
+        def members(prefix: str) -> list[tarfile.TarInfo]:
+            found = [member for member in file.getmembers() if member.name.startswith(prefix)]
+            return [member.replace(name=member.name.removeprefix(prefix), deep=False) for member in found]
+
+        file.extractall(folder, members("caches/"), filter="data")
         relocate(folder / "triton")
         key = folder / _KEY
         if not key.exists() or key.read_text() != sources_key(root):
             return []
-        libraries = [_below(member, "libraries/") for member in members if member.name.startswith("libraries/")]
+        libraries = members("libraries/")
         file.extractall(root / Path(LIBRARIES).parent, libraries, filter="data")
     return [member.name for member in libraries]
 
 
-def _below(member: tarfile.TarInfo, prefix: str) -> tarfile.TarInfo:
-    return member.replace(name=member.name.removeprefix(prefix), deep=False)
-
-
-def relocate(folder: Path) -> int:
-    """Triton keeps absolute paths in the list of each kernel's files; have them name this folder.
-
-    Returns:
-        how many lists there are.
-    """
-    found = 0
+def relocate(folder: Path) -> None:
+    """Triton keeps absolute paths in the list of each kernel's files; have them name this folder."""
     for path in folder.glob("*/__grp__*.json"):
         group = json.loads(path.read_text())
         group["child_paths"] = {name: str(path.parent / Path(old).name) for name, old in group["child_paths"].items()}
         path.write_text(json.dumps(group))
-        found += 1
-    return found

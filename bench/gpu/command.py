@@ -23,14 +23,14 @@ from typing import Any
 import torch
 
 from bench import choices, files, gate
-from bench.gpu import cache, sanitizer
-from bench.gpu.phases import Phase, run_together, skipped
+from bench.gpu import cache, report, sanitizer
+from bench.gpu.phases import Phase, not_run, run_together
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("build", "environment", "compile", "tests", *sanitizer.TOOLS, "operators", "step", "large")
 BUDGET_S, QUICK_S = 465.0, 230.0
 # Groups of phases beside each other: the parts of the budget that are kept for each, and the most it takes where those
-# before it left some of theirs. What compiles is alone: it takes all cores and much of the memory.
+# before it left some of theirs. Compilation runs alone: it takes all cores and much of the memory.
 GROUPS: tuple[tuple[tuple[str, ...], float, float], ...] = (
     (("build",), 0.13, 0.30),
     (("environment",), 0.06, 0.15),
@@ -46,12 +46,12 @@ TEST_FILES = (
     *("test_triton_*.py", "test_cuda_*.py", "test_lists*.py", "test_inverse_hessian*.py"),
 )
 LARGE = "test_gpu_large.py"  # fills the card: last, and alone
-# Need no GPU, or pretend that the CPU is one.
+# Tests that need no GPU, or stub one.
 HOST_TESTS = {
     *("test_cuda_chunk_table.py", "test_cuda_emulator.py", "test_cuda_narrow_plan.py", "test_cuda_tracing.py"),
     *("test_triton_rule.py", "test_triton_sass.py"),
 }
-ON_A_GPU = ("test_graph.py::test_on_a_gpu", "test_solve_on_gpu.py::test_on_a_gpu")  # of files that also pretend
+ON_A_GPU = ("test_graph.py::test_on_a_gpu", "test_solve_on_gpu.py::test_on_a_gpu")  # in files that otherwise stub one
 PROCESSES = 6
 LOG = 200_000  # characters of each phase's output that are kept
 _START_S = 10.0  # a process's imports and last writes, inside its limit
@@ -68,19 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the phases need to know of the run.
+    """What the phases need to know of the run."""
 
-    Args:
-        work: a folder for their parts of the results and their output.
-        options: as given.
-        caches: folder of the compilers' caches.
-        libraries: of fastmeta, that the archive has brought.
-    """
-
-    work: Path
+    work: Path  # a folder for their parts of the results and their output
     options: argparse.Namespace
-    caches: Path = field(default_factory=cache.default_folder)
-    libraries: Sequence[str] = ()
+    caches: Path = field(default_factory=cache.default_folder)  # folder of the compilers' caches
+    libraries: Sequence[str] = ()  # of fastmeta, that the archive has brought
 
     def part(self, name: str) -> Path:
         return self.work / "parts" / name
@@ -91,8 +84,10 @@ class Plan:
     def shares(self) -> list[Path]:
         return [self.part(f"compiled-{share}.json") for share in range(PROCESSES)]
 
-    def phase(self, name: str, command: Sequence[object], seconds: float, **options: Any) -> Phase:
-        given = cache.environment(self.caches) | options.pop("environment", {})
+    def phase(
+        self, name: str, command: Sequence[object], seconds: float, environment: Mapping[str, str] = {}, **options: Any
+    ) -> Phase:
+        given = cache.environment(self.caches) | dict(environment)
         return Phase(name, [str(one) for one in command], seconds, self.log(name), environment=given, **options)
 
 
@@ -115,13 +110,11 @@ def _build(plan: Plan, seconds: float) -> list[Phase]:
     }
     if "_C_cuda.so" in plan.libraries:
         environment["FASTMETA_CUDA"] = "0"  # only what depends on this Python is missing
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    return [plan.phase("build", command, seconds, environment=environment)]
+    return [plan.phase("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], seconds, environment)]
 
 
 def _environment(plan: Plan, seconds: float) -> list[Phase]:
-    command = _python("bench.environment", "--out", plan.part("environment.json"))
-    return [plan.phase("environment", command, seconds)]
+    return [plan.phase("environment", _python("bench.environment", "--out", plan.part("environment.json")), seconds)]
 
 
 def _compile(plan: Plan, seconds: float) -> list[Phase]:
@@ -131,7 +124,7 @@ def _compile(plan: Plan, seconds: float) -> list[Phase]:
     for share, path in enumerate(plan.shares()):
         arguments = ["--out", path, "--until", _until(seconds), "--only-compile", f"{share}/{PROCESSES}"]
         command = _python("bench.operators", *arguments, *choices.as_arguments(plan.options))
-        found.append(plan.phase(f"compile {share}", command, seconds, environment=environment))
+        found.append(plan.phase(f"compile {share}", command, seconds, environment))
     return found
 
 
@@ -144,29 +137,25 @@ def files_of_tests(folder: Path) -> list[str]:
 
 def _tests(plan: Plan, seconds: float) -> list[Phase]:
     beside = ["-n", str(PROCESSES), "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
-    command = gate.command(files_of_tests(ROOT / "tests"), "--tb=short", *beside)
-    return [plan.phase("tests", command, seconds, environment=_on_device(plan, "outcomes.jsonl"))]
+    return [_pytest(plan, "tests", "outcomes.jsonl", seconds, files_of_tests(ROOT / "tests"), *beside)]
 
 
 def _large(plan: Plan, seconds: float) -> list[Phase]:
-    command = gate.command([str(ROOT / "tests" / LARGE)], "--tb=short")
-    return [plan.phase("large", command, seconds, environment=_on_device(plan, "large.jsonl"))]
+    return [_pytest(plan, "large", "large.jsonl", seconds, [str(ROOT / "tests" / LARGE)])]
 
 
-def _on_device(plan: Plan, outcomes: str) -> dict[str, str]:
-    return gate.environment(plan.part(outcomes)) | {"FASTMETA_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "2"}
+def _pytest(plan: Plan, name: str, outcomes: str, seconds: float, tests: list[str], *options: str) -> Phase:
+    environment = gate.environment(plan.part(outcomes)) | {"FASTMETA_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "2"}
+    return plan.phase(name, gate.command(tests, "--tb=short", *options), seconds, environment)
 
 
-def _sanitizer(tool: str) -> Callable[[Plan, float], list[Phase]]:
-    def phases(plan: Plan, seconds: float) -> list[Phase]:
-        program = sanitizer.find()
-        if program is None:
-            return []
-        # Without its cache every tensor is an allocation of its own, whose bounds memcheck knows.
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "2"}
-        return [plan.phase(tool, sanitizer.command(program, tool), seconds, environment=environment)]
-
-    return phases
+def _sanitizer(tool: str, plan: Plan, seconds: float) -> list[Phase]:
+    program = sanitizer.find()
+    if program is None:
+        return []
+    # Without its cache every tensor is an allocation of its own, whose bounds memcheck knows.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "2"}
+    return [plan.phase(tool, sanitizer.command(program, tool), seconds, environment)]
 
 
 def _operators(plan: Plan, seconds: float) -> list[Phase]:
@@ -175,9 +164,9 @@ def _operators(plan: Plan, seconds: float) -> list[Phase]:
     compiles = "compile" not in plan.options.phases
     if not compiles:
         arguments += ["--compiled", *plan.shares()]
-    command = _python("bench.operators", *arguments)
     stall = 180.0 if compiles else 60.0
-    return [plan.phase("operators", command, seconds, attempts=6, progress=files.running(out), stall_s=stall)]
+    progress: dict[str, Any] = {"attempts": 6, "progress": files.running(out), "stall_s": stall}
+    return [plan.phase("operators", _python("bench.operators", *arguments), seconds, **progress)]
 
 
 def _step(plan: Plan, seconds: float) -> list[Phase]:
@@ -192,7 +181,7 @@ MAKERS: Makers = {
     "environment": _environment,
     "compile": _compile,
     "tests": _tests,
-    **{tool: _sanitizer(tool) for tool in sanitizer.TOOLS},
+    **{tool: partial(_sanitizer, tool) for tool in sanitizer.TOOLS},
     "operators": _operators,
     "step": _step,
     "large": _large,
@@ -220,12 +209,15 @@ def run_phases(options: argparse.Namespace, makers: Makers = MAKERS) -> int:
             print(f"{', '.join(names)} (at most {limit:.0f} s) ...", flush=True)
             records |= _run_group(plan, names, limit, makers, partial(_refresh, plan, records, begin))
             _refresh(plan, records, begin)
-            for name in names:
-                print(f"  {_phase_line(name, records[name])}", flush=True)
+            for name, record in ((name, records[name]) for name in names):
+                reason = f": {record['reason']}" if record["reason"] else ""
+                print(f"  {name}: {record['status']} in {record['seconds']:.0f} s{reason}", flush=True)
             built = bool(libraries) or records.get("build", {}).get("status") == "passed"
             if options.cache and "compile" in names:  # a run that is cut off later keeps what took longest
                 cache.pack(options.cache, caches, built=built)
-        _refresh(plan, records, begin, last=True)
+        results = _refresh(plan, records, begin)
+        report.draw(results, options.folder)
+        print("\n" + report.terminal(results))
     if options.cache:
         print(f"{options.cache}: {cache.pack(options.cache, caches, built=built) / 1e6:.0f} MB", flush=True)
     # What was not compiled in time is missing from the tables, which say so.
@@ -233,23 +225,14 @@ def run_phases(options: argparse.Namespace, makers: Makers = MAKERS) -> int:
     return 1 if set(bad) - {"compile"} else 0
 
 
-def _phase_line(name: str, record: dict[str, Any]) -> str:
-    reason = f": {record['reason']}" if record["reason"] else ""
-    return f"{name}: {record['status']} in {record['seconds']:.0f} s{reason}"
-
-
-def _refresh(plan: Plan, records: dict[str, dict[str, Any]], begin: float, *, last: bool = False) -> None:
+def _refresh(plan: Plan, records: dict[str, dict[str, Any]], begin: float) -> dict[str, Any]:
     """Write what there is."""
-    from bench.gpu import report
-
     results = report.collect(plan.work / "parts", records, time.monotonic() - begin)
     report.write(results, plan.options.folder)
     logs = sorted((plan.work / "logs").glob("*.txt"), key=lambda path: path.stat().st_mtime)
     texts = [f"===== {path.stem}\n{path.read_text(errors='replace')[-LOG:]}\n" for path in logs]
     (plan.options.folder / "log.txt").write_text("\n".join(texts))
-    if last:
-        report.draw(results, plan.options.folder)
-        print("\n" + report.terminal(results))
+    return results
 
 
 def _limits(options: argparse.Namespace, begin: float) -> Iterator[tuple[tuple[str, ...], float]]:
@@ -269,28 +252,20 @@ def _limits(options: argparse.Namespace, begin: float) -> Iterator[tuple[tuple[s
 def _run_group(
     plan: Plan, names: Sequence[str], limit: float, makers: Makers, refresh: Callable[[], Any]
 ) -> dict[str, dict[str, Any]]:
-    phases: list[Phase] = []
-    members: dict[str, list[str]] = {}
+    """The records of phases beside each other."""
+    made: dict[str, list[Phase]] = {}
     records: dict[str, dict[str, Any]] = {}
     for name in names:
         try:
-            made = makers[name](plan, limit)
+            made[name] = makers[name](plan, limit)
         except Exception as error:  # one phase that cannot even begin must not cost the others
-            records[name] = skipped(f"{type(error).__name__}: {error}") | {"status": "failed"}
-            continue
-        phases += made
-        members[name] = [phase.name for phase in made]
-    done = run_together(phases, ROOT, refresh)
-    for name, parts in members.items():
-        records[name] = _joined([done[part] for part in parts])
-        if name in sanitizer.TOOLS and parts:
+            records[name] = not_run("failed", f"{type(error).__name__}: {error}")
+    done = run_together([phase for phases in made.values() for phase in phases], ROOT, refresh)
+    for name, phases in made.items():
+        parts = [done[phase.name] for phase in phases] or [not_run("skipped", "there is no such program here")]
+        # Of several processes the first that did not pass speaks for the phase.
+        worst = next((part for part in parts if part["status"] != "passed"), parts[0])
+        records[name] = worst | {"seconds": max(part["seconds"] for part in parts)}
+        if name in sanitizer.TOOLS and phases:
             records[name] = sanitizer.judged(records[name], plan.log(name).read_text(errors="replace"))
     return records
-
-
-def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several processes of one phase as one record; the first that did not pass speaks for it."""
-    if not parts:
-        return skipped("there is no such program here")
-    worst = next((part for part in parts if part["status"] != "passed"), parts[0])
-    return worst | {"seconds": max(part["seconds"] for part in parts)}

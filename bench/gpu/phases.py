@@ -8,36 +8,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-Status = Literal["passed", "failed", "timed out", "skipped"]
 TAIL = 4_000  # characters of the output that go into the record
 _POLL_S = 0.1
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A command and how long it may take.
-
-    Args:
-        name: what the report calls it.
-        command: program and arguments; run again as it is after a crash, so it must go on where it was.
-        seconds: limit for all attempts together.
-        attempts: how often it is started at most; more than one only for a command that writes ``progress``.
-        progress: a file the command rewrites all the time.
-        stall_s: without a change of ``progress`` for so long, the process hangs and is ended.
-        environment: added to this process's own.
-        log: where its output goes.
-    """
+    """A command and how long it may take."""
 
     name: str
-    command: Sequence[str]
-    seconds: float
-    log: Path
-    attempts: int = 1
-    progress: Path | None = None
-    stall_s: float = 120.0
-    environment: Mapping[str, str] = field(default_factory=dict)
+    command: Sequence[str]  # restarted unchanged after a crash, so it has to resume by itself
+    seconds: float  # limit for all attempts together
+    log: Path  # where its output goes
+    attempts: int = 1  # starts at most; more than one only for a command that writes `progress`
+    progress: Path | None = None  # a file the command rewrites all the time
+    stall_s: float = 120.0  # without a change of `progress` for so long, the process hangs and is ended
+    environment: Mapping[str, str] = field(default_factory=dict)  # added to this process's own
 
 
 class _Running:
@@ -47,8 +35,7 @@ class _Running:
         self.phase, self.cwd = phase, cwd
         self.begin, self.seconds, self.starts = time.monotonic(), 0.0, 0
         self.ends: list[str] = []  # how earlier attempts ended
-        self.status: Status | None = None
-        self.reason = ""
+        self.status, self.reason = "", ""
         phase.log.parent.mkdir(parents=True, exist_ok=True)
         phase.log.write_bytes(b"")
         self._start()
@@ -74,40 +61,36 @@ class _Running:
 
     def poll(self) -> None:
         """Look once; ends or restarts the process where that is due."""
-        if self.status is not None or self.process is None:
+        if self.status or self.process is None:
             return
         code = self.process.poll()
-        if code is None:
-            if time.monotonic() - self.begin > self.phase.seconds:
-                self.stop()
-                self._finish("timed out", f"ended after {self.phase.seconds:.0f} s")
-            elif self._stalled():
-                self.stop()
-                self._again(f"no progress for {self.phase.stall_s:.0f} s")
-        elif code == 0:
+        if code == 0:
             self._finish("passed", "" if not self.ends else f"started again after: {'; '.join(self.ends)}")
-        else:
-            self.stop()  # whatever it left behind
+        elif code is not None:
             self._again(f"exit status {code}" if code > 0 else f"ended by signal {-code}")
+        elif time.monotonic() - self.begin > self.phase.seconds:
+            self.stop()
+            self._finish("timed out", f"ended after {self.phase.seconds:.0f} s")
+        elif self._stalled():
+            self._again(f"no progress for {self.phase.stall_s:.0f} s")
 
     def _stalled(self) -> bool:
-        progress = self.phase.progress
-        if progress is None:
+        if self.phase.progress is None:
             return False
-        try:
-            last = max(progress.stat().st_mtime, self.attempt_begin)
-        except OSError:
-            last = self.attempt_begin
+        last = self.attempt_begin
+        with contextlib.suppress(OSError):
+            last = max(last, self.phase.progress.stat().st_mtime)
         return time.time() - last > self.phase.stall_s
 
     def _again(self, end: str) -> None:
+        self.stop()  # the process, or whatever it left behind
         self.ends.append(end)
         if len(self.ends) < self.phase.attempts:
             self._start()
         else:
             self._finish("failed", "; ".join(self.ends))
 
-    def _finish(self, status: Status, reason: str) -> None:
+    def _finish(self, status: str, reason: str) -> None:
         self.status, self.reason = status, reason
         self.seconds = time.monotonic() - self.begin
 
@@ -137,16 +120,12 @@ def run_together(
 ) -> dict[str, dict[str, Any]]:
     """Run phases beside each other until the last one ends; returns each one's record.
 
-    Args:
-        phases: what to run.
-        cwd: where.
-        refresh: called from time to time meanwhile.
-        every_s: and how often.
+    Meanwhile ``refresh`` is called every so many seconds.
     """
     running = [_Running(phase, cwd) for phase in phases]
     refreshed = time.monotonic()
     try:
-        while any(one.status is None for one in running):
+        while not all(one.status for one in running):
             for one in running:
                 one.poll()
             time.sleep(_POLL_S)
@@ -155,11 +134,11 @@ def run_together(
                 refreshed = time.monotonic()
     finally:
         for one in running:
-            if one.status is None:
+            if not one.status:
                 one.stop()
     return {one.phase.name: one.record() for one in running}
 
 
-def skipped(reason: str) -> dict[str, Any]:
+def not_run(status: str, reason: str) -> dict[str, Any]:
     """The record of a phase that did not run."""
-    return {"status": "skipped", "reason": reason, "seconds": 0.0, "limit_s": 0.0, "tail": ""}
+    return {"status": status, "reason": reason, "seconds": 0.0, "limit_s": 0.0, "tail": ""}

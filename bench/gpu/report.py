@@ -3,12 +3,10 @@
 import sys
 from pathlib import Path
 
-from bench import choices, columns, files, gate, report
-from bench.goal import goal_rows
-from bench.gpu import goals
-from bench.report import cell, one_line, table_of
+from bench import choices, files, gate, goals, report
+from bench.goals import goal_rows
 from bench.rows import Row
-from bench.step import goals as steps
+from bench.text import cell, one_line, table_of
 
 
 def collect(parts: Path, phases: Row, seconds: float) -> Row:
@@ -26,13 +24,13 @@ def collect(parts: Path, phases: Row, seconds: float) -> Row:
         "steps": files.read(parts / "step" / "step.json") or {"networks": []},
         "seconds": seconds,
     }
-    return results | {"goals": [goal.as_json() for goal in goals.goals(results)]}
+    return results | {"goals": [goal.as_json() for goal in goals.of_operators(results)]}
 
 
 def write(results: Row, folder: Path) -> None:
     """Write gpu.json, gpu.csv and gpu.md."""
     files.write(folder / "gpu.json", results)
-    columns.write(results, folder / "gpu.csv")
+    report.write_csv(results, folder / "gpu.csv")
     (folder / "gpu.md").write_text(report.markdown(results, "GPU", _sections(results)))
 
 
@@ -40,10 +38,9 @@ def draw(results: Row, folder: Path) -> None:
     """The pictures, where matplotlib is installed."""
     try:
         from bench import plot
-        from bench.step import plot as step_plot
 
         plot.draw(results, folder, "operators")
-        step_plot.draw(results["steps"], folder)
+        plot.draw_steps(results["steps"], folder)
     except Exception as error:  # matplotlib is not installed, or chokes: the tables are still to be printed
         print(f"No pictures: {type(error).__name__}: {error}", file=sys.stderr)
 
@@ -59,10 +56,10 @@ def _phases(results: Row) -> list[str]:
 
 def _tests(results: Row) -> list[str]:
     tests = results["tests"]
-    skips = sum(tests["skipped"].values())
     if not tests["passed"] and not tests["failed"]:
         return []
-    lines = [f"Tests on the device: {tests['passed']} passed, {len(tests['failed'])} failed, {skips} skipped.", ""]
+    counts = f"{tests['passed']} passed, {len(tests['failed'])} failed, {sum(tests['skipped'].values())} skipped"
+    lines = [f"Tests on the device: {counts}.", ""]
     lines += [f"- {one['test']}: {one_line(one['message'])}" for one in tests["failed"][:20]]
     if len(tests["failed"]) > 20:
         lines.append(f"- and {len(tests['failed']) - 20} more, in gpu.json")
@@ -74,28 +71,26 @@ def _steps(results: Row) -> list[str]:
     failed = results["steps"].get("failed", {})
     lines = [line for name, why in failed.items() for line in (f"{name}: not measured, {why}.", "")]
     for network in results["steps"]["networks"]:
-        plain = {row["name"]: row["median_us"] for row in network["steps"] if row["schedule"] == "plain"}
-        rows = [
+        lines += table_of(
             {
                 network["network"]: row["name"],
                 "ms per step": cell(row.get("median_us"), lambda us: f"{us / 1e3:.2f}"),
-                "x plain step": cell(row.get("ratio"), lambda ratio: f"{ratio:.3f}"),
+                "x plain step": cell(row.get("ratio"), "{:.3f}"),
                 "quartiles": " to ".join(f"{q:.3f}" for q in row.get("ratio_quartiles", ())),
-                "refine alone, us": cell(row.get("refine_us"), lambda us: f"{us:.0f}"),
-                "bound": cell(row.get("bound"), lambda bound: f"{bound:.3f}"),
+                "refine alone, us": cell(row.get("refine_us"), "{:.0f}"),
+                "bound": cell(row.get("bound"), "{:.3f}"),
                 "host syncs": cell(row.get("refine_host_syncs"), str),
                 "left out": row.get("reason", ""),
             }
             for row in network["steps"]
-        ]
-        lines += table_of(rows) if plain else []
+        )
     return lines
 
 
 def _goals(results: Row) -> list[str]:
-    rows = [*goal_rows(goals.goals(results))]
+    rows = [*goal_rows(goals.of_operators(results))]
     for network in results["steps"]["networks"]:
-        for row in goal_rows(steps.goals(network)):
+        for row in goal_rows(goals.of_steps(network)):
             rows.append(row | {"goal": f"step of {network['network']}: {row['goal']}"})
     return table_of(rows)
 

@@ -2,45 +2,40 @@
 
 import argparse
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastmeta
 from bench import kernels
-from bench.case import Form
 from bench.gpu.sanitizer import BEGUN, DONE
 from bench.inputs import LastLayer, Shape, last_layer
-from bench.ops.last_layer import OPERATORS
+from bench.ops import LAST_LAYER
 
 # The tool slows every launch a hundredfold: a warp's worth of classes, and a tile and a bit, each in one dtype.
 PASSES = ((Shape(37, 19, 7), torch.float32), (Shape(35, 40, 300), torch.bfloat16))
 
 
-def _moved(x: LastLayer, device: str) -> LastLayer:
-    return LastLayer(**{name: value.to(device) for name, value in vars(x).items()})
+def _moved(shape: Shape, dtype: torch.dtype, device: str) -> LastLayer:
+    return LastLayer(**{name: value.to(device) for name, value in vars(last_layer(shape, dtype)).items()})
 
 
 def last_layers(device: str) -> int:
     """Every operator in every form that can be named; returns how many calls there were."""
     calls = 0
     for shape, dtype in PASSES:
-        x = _moved(last_layer(shape, dtype), device)
-        for operator in OPERATORS:
-            for form in kernels.offered(operator.name, shape.c, device)[1:]:
-                calls += _call(form, operator.call, operator.arguments(x))
-        for form in kernels.offered("feature_similarity", shape.c, device, dtype):
-            calls += _call(form, fastmeta.ops.feature_similarity, (x.features, x.features[:15], x.logits[:15]))
+        x = _moved(shape, dtype, device)
+        similarity = fastmeta.ops.feature_similarity, (x.features, x.features[:15], x.logits[:15])
+        runs = [(*similarity, form) for form in kernels.offered("feature_similarity", shape.c, device, dtype)]
+        for operator in LAST_LAYER:
+            forms = kernels.offered(operator.name, shape.c, device)[1:]
+            runs += [(operator.call, operator.arguments(x), form) for form in forms]
+        for call, arguments, form in runs:
+            with form.around():
+                call(*arguments, impl=form.impl)
         fastmeta.ops.finite_difference_labels(x.logits, x.targets, x.targets, 0.5, step=0.1)
-        calls += 1
+        calls += len(runs) + 1
     return calls
-
-
-def _call(form: Form, function: Any, arguments: tuple[Any, ...]) -> int:
-    with form.around():
-        function(*arguments, impl=form.impl)
-    return 1
 
 
 def others(device: str) -> None:
@@ -59,7 +54,7 @@ def others(device: str) -> None:
     index = torch.randint(50, (70,), generator=generator).to(device)
     steps = torch.zeros(50, dtype=torch.int32, device=device)
     fastmeta.ops.masked_adam_(table, index, grad, exp_avg, exp_avg_sq, steps, lr=0.1, low=-1.0, high=1.0)
-    x = _moved(last_layer(PASSES[0][0], torch.float32), device)
+    x = _moved(PASSES[0][0], torch.float32, device)
     fastmeta.ops.solve_hessian(
         x.features, x.logits, x.direction_weight, x.direction_bias, damping=100.0, solver="cg", tol=0.1, max_iter=5
     )

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 import fastmeta
-from bench.case import TOLERANCE, Case, Problem, Variant, bytes_of, compiled, distance_to
-from bench.floors import Cost
+from bench.case import TOLERANCE, Case, Cost, Problem, Variant, bytes_of, compiled, distance_to
 from bench.inputs import NETWORKS, random_lists
 
 OPERATOR = "alignment_direction"
@@ -53,17 +52,14 @@ def build(network: str, dtype: torch.dtype, device: str) -> Problem:
     q0 = [t.abs() for t in q0]
     flat_l, flat_u, flat_m0, flat_q0 = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (g_l, g_u, m0, q0))
 
-    def reset(averages: Lists, start: Lists) -> None:
-        torch._foreach_copy_(averages, start)
-
     def on_lists(name: str, function: Callable[..., Any], **options: Any) -> Variant:
         m, q = [t.clone() for t in m0], [t.clone() for t in q0]
-        prepare = partial(reset, [*m, *q], [*m0, *q0])
+        prepare = partial(torch._foreach_copy_, [*m, *q], [*m0, *q0])
         return Variant(name, partial(function, g_l, g_u, m, q), prepare=prepare, **options)
 
     def on_one_buffer(name: str, **options: Any) -> Variant:
         m, q = flat_m0.clone(), flat_q0.clone()
-        prepare = partial(reset, [m, q], [flat_m0, flat_q0])
+        prepare = partial(torch._foreach_copy_, [m, q], [flat_m0, flat_q0])
         function = compiled(one) if options.get("role") == "compile" else one
         call = partial(function, flat_l, flat_u, m, q)
         return Variant(name, call, prepare=prepare, note="all parameters in one buffer", **options)
@@ -77,7 +73,7 @@ def build(network: str, dtype: torch.dtype, device: str) -> Problem:
             on_one_buffer("flat eager", role="eager"),
             on_one_buffer("flat torch.compile", role="compile"),
         ]
-    # Rounded once, as a float64 reference would be read: from the same rounded inputs.
+    # The truth in float64, from the same rounded inputs.
     exact = one(*(t.double() for t in (flat_l, flat_u, flat_m0, flat_q0)))
     return Problem(variants, distance_to(exact), Cost(0, 7 * bytes_of(*m0)), TOLERANCE[dtype])
 

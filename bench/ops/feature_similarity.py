@@ -1,4 +1,4 @@
-"""Label gradients from feature similarity."""
+"""Label gradients from feature similarity, ``(h_u h_H^T + 1) r_H``."""
 
 from functools import partial
 
@@ -7,18 +7,7 @@ from torch import Tensor
 
 import fastmeta
 from bench import kernels
-from bench.case import (
-    TOLERANCE,
-    Case,
-    Problem,
-    bytes_of,
-    checked_rows,
-    compile_modes,
-    distance_to,
-    number_of_sets,
-    variants,
-)
-from bench.floors import Cost, Gemm
+from bench.case import Case, Error, Gemm, Problem, checked_rows, distance_to, problem_on_sets
 from bench.inputs import SHAPES, Shape
 
 OPERATOR = "feature_similarity"
@@ -46,31 +35,28 @@ def arguments(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> tuple
     return h_u, h_h, residual.to(dtype)
 
 
-def products(shape: Shape) -> tuple[Gemm, ...]:
-    """Of the cheaper order."""
-    n, d, c = shape
-    if 4 * n * d * c <= 2 * n * n * (d + c):
-        return Gemm(d, n, c, "tn"), Gemm(n, d, c, "nn")
-    return Gemm(n, d, n, "nt"), Gemm(n, n, c, "nn")
-
-
 def build(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
-    first = arguments(shape, dtype, device, 0)
-    moved = bytes_of(*first, first[2])
-    sets = [first] + [arguments(shape, dtype, device, seed) for seed in range(1, number_of_sets(moved, device))]
-    eager = [("eager h (h' r)", product_order), ("eager (h h') r", gram_order), ("eager multi_dot", multi_dot)]
-    gemms = products(shape)
-    if gemms[0].kind == "nt":  # torch.compile gets the cheaper one
-        eager[:2] = reversed(eager[:2])
-    rows = checked_rows(shape.n, max(shape.c, shape.d), device)
-    truth = product_order(first[0][rows].double(), first[1].double(), first[2].double())
-    forms, modes = kernels.offered(OPERATOR, shape.c, device, dtype), compile_modes(dtype, device)
-    return Problem(
-        variants(fastmeta.ops.feature_similarity, forms, eager, sets, modes),
-        distance_to(truth, rows),
-        Cost(sum(gemm.flops for gemm in gemms), moved, len(sets) * moved, gemms),
-        TOLERANCE[dtype],
-        shape.n,
+    n, d, c = shape
+    orders = [("eager h (h' r)", product_order), ("eager (h h') r", gram_order)]
+    products = Gemm(d, n, c, "tn"), Gemm(n, d, c, "nn")
+    if 4 * n * d * c > 2 * n * n * (d + c):  # the cheaper order is the floor's, and torch.compile's
+        orders.reverse()
+        products = Gemm(n, d, n, "nt"), Gemm(n, n, c, "nn")
+
+    def error(first: tuple[Tensor, ...]) -> Error:
+        rows = checked_rows(n, max(c, d), device)
+        return distance_to(product_order(first[0][rows].double(), first[1].double(), first[2].double()), rows)
+
+    return problem_on_sets(
+        fastmeta.ops.feature_similarity,
+        kernels.offered(OPERATOR, c, device, dtype),
+        [*orders, ("eager multi_dot", multi_dot)],
+        partial(arguments, shape, dtype, device),
+        error,
+        n * c * dtype.itemsize,
+        products,
+        dtype,
+        device,
     )
 
 

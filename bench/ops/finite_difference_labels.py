@@ -7,18 +7,7 @@ from torch import Tensor
 
 import fastmeta
 from bench import kernels
-from bench.case import (
-    TOLERANCE,
-    Case,
-    Problem,
-    bytes_of,
-    checked_rows,
-    compile_modes,
-    distance_to,
-    number_of_sets,
-    variants,
-)
-from bench.floors import Cost
+from bench.case import Case, Error, Problem, checked_rows, distance_to, problem_on_sets
 from bench.inputs import SHAPES
 
 OPERATOR = "finite_difference_labels"
@@ -45,20 +34,13 @@ def arguments(n: int, c: int, dtype: torch.dtype, device: str, seed: int) -> tup
 
 
 def build(n: int, c: int, dtype: torch.dtype, device: str) -> Problem:
-    first = arguments(n, c, dtype, device, 0)
-    moved = bytes_of(*first, first[0])
-    sets = [first] + [arguments(n, c, dtype, device, seed) for seed in range(1, number_of_sets(moved, device))]
-    rows = checked_rows(n, c, device)
-    plus, minus, labels, epsilon = first
-    truth = eager(plus[rows].double(), minus[rows].double(), labels[rows].double(), epsilon)
-    forms, modes = kernels.offered(OPERATOR, c, device), compile_modes(dtype, device)
-    return Problem(
-        variants(ours, forms, [("eager", eager)], sets, modes),
-        distance_to(truth, rows),
-        Cost(0, moved, len(sets) * moved),
-        TOLERANCE[dtype],
-        n,
-    )
+    def error(first: tuple[Tensor, ...]) -> Error:
+        rows = checked_rows(n, c, device)
+        plus, minus, labels = (t[rows].double() for t in first[:3])
+        return distance_to(eager(plus, minus, labels, first[3]), rows)
+
+    forms, make = kernels.offered(OPERATOR, c, device), partial(arguments, n, c, dtype, device)
+    return problem_on_sets(ours, forms, [("eager", eager)], make, error, n * c * dtype.itemsize, (), dtype, device)
 
 
 def cases(device: str) -> list[Case]:

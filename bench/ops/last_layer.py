@@ -1,170 +1,93 @@
-"""The four last-layer operators: with logits at every shape, and on a GPU with the head in their place where C > D."""
+"""What the four last-layer operators have in common: cases with logits, cases with a Head, the truth in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 import fastmeta
-from bench import closed_forms, kernels, peers
-from bench.case import (
-    TOLERANCE,
-    Case,
-    Problem,
-    Variant,
-    bytes_of,
-    checked_rows,
-    compile_modes,
-    distance_to,
-    lazily,
-    number_of_sets,
-    variants,
-)
-from bench.floors import Cost, Gemm
+from bench import kernels
+from bench.case import Case, Error, Gemm, Problem, Variant, checked_rows, compile_modes, distance_to, problem_on_sets
 from bench.inputs import SHAPES, LastLayer, Shape, last_layer
 
+FORWARD = "with the head's forward"
+BACKWARD = "with the head's forward and backward"
+_LARGE = 2**24  # logits from which peers that keep many copies of them are left out
 _CHUNK = 2**27  # entries of a block of the truth's logits
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator as the benchmark calls it.
+    """An operator as the benchmark calls it."""
 
-    Args:
-        name: in ``fastmeta.ops``.
-        call: fastmeta's, on the arguments and ``impl``.
-        eager: closed forms on the same arguments; the first, in float64, is the truth.
-        arguments: of one batch; of ``head_of(batch)`` in place of its logits where ``from_head``.
-        products: those of a shape.
-        row_passes: matrices ``[N, C]`` that are read or written between those products.
-        by_row: a result row for each example; otherwise sums over the examples.
-        peers: what else users have.
-        from_head: whether the logits are recomputed.
-    """
-
-    name: str
-    call: Callable[..., Any]
-    eager: tuple[tuple[str, Callable[..., Any]], ...]
-    arguments: Callable[[LastLayer], tuple[Any, ...]]
+    name: str  # in `fastmeta.ops`
+    call: Callable[..., Any]  # fastmeta's, on the arguments and `impl`
+    eager: tuple[tuple[str, Callable[..., Any]], ...]  # closed forms; the first, in float64, is the truth
+    arguments: Callable[[LastLayer], tuple[Any, ...]]  # of one batch; a head in place of its logits where `from_head`
     products: Callable[[Shape], tuple[Gemm, ...]]
-    row_passes: int
-    by_row: bool
-    peers: Callable[[LastLayer], list[Variant]]
-    from_head: bool = False
+    row_passes: int  # matrices [N, C] that are read or written between those products
+    result_numbers: Callable[[Shape], int]  # a result row for each example, or `sum_numbers` over the examples
+    peers: Callable[[LastLayer], list[Variant]] = lambda x: []  # what else users have
+    from_head: bool = False  # whether the logits are recomputed
 
 
-def _label_gradient(h: Tensor, f: Any, v: Tensor, b: Tensor, impl: str | None = None) -> Tensor:
-    return fastmeta.ops.label_gradient(h, f, v, b, scale=closed_forms.SCALE, impl=impl)
-
-
-def _head(x: LastLayer) -> fastmeta.Head:
-    return fastmeta.Head(x.head_weight, x.head_bias)
-
-
-def _tangent(shape: Shape) -> Gemm:
+def tangent(shape: Shape) -> Gemm:
+    """``z = h V^T``, and the logits of a head."""
     return Gemm(shape.n, shape.d, shape.c, "nt")
 
 
-def _sum(shape: Shape) -> Gemm:
+def weighted_sum(shape: Shape) -> Gemm:
+    """``r^T h``."""
     return Gemm(shape.c, shape.n, shape.d, "tn")
 
 
-OPERATORS = (
-    Operator(
-        "per_example_dot",
-        fastmeta.ops.per_example_dot,
-        (("eager", closed_forms.per_example_dot), ("eager (R V) h", closed_forms.per_example_dot_reordered)),
-        lambda x: (x.features, x.logits, x.targets, x.direction_weight, x.direction_bias),
-        lambda shape: (_tangent(shape),),
-        3,  # z, f, y
-        True,
-        peers.per_example_dot,
-    ),
-    Operator(
-        "label_gradient",
-        _label_gradient,
-        (("eager", closed_forms.label_gradient), ("eager addmm, vecdot", closed_forms.label_gradient_vecdot)),
-        lambda x: (x.features, x.logits, x.direction_weight, x.direction_bias),
-        lambda shape: (_tangent(shape),),
-        3,  # z, f, the result
-        True,
-        peers.label_gradient,
-    ),
-    Operator(
-        "last_layer_gradient",
-        fastmeta.ops.last_layer_gradient,
-        (("eager", closed_forms.last_layer_gradient),),
-        lambda x: (x.features, x.logits, x.targets, x.weights),
-        lambda shape: (_sum(shape),),
-        3,  # f, y, r
-        False,
-        peers.last_layer_gradient,
-    ),
-    Operator(
-        "hessian_vector_product",
-        fastmeta.ops.hessian_vector_product,
-        (("eager", closed_forms.hessian_vector_product),),
-        lambda x: (x.features, x.logits, x.direction_weight, x.direction_bias),
-        lambda shape: (_tangent(shape), _sum(shape)),
-        3,  # z, f, c
-        False,
-        peers.hessian_vector_product,
-    ),
-    # With classes as targets, as a language model has them.
-    Operator(
-        "per_example_dot",
-        fastmeta.ops.per_example_dot,
-        (("eager", closed_forms.dot_from_head),),
-        lambda x: (x.features, _head(x), x.targets.argmax(-1), x.direction_weight, x.direction_bias),
-        lambda shape: 2 * (_tangent(shape),),
-        2,  # f, z
-        True,
-        lambda x: [],
-        from_head=True,
-    ),
-    Operator(
-        "label_gradient",
-        _label_gradient,
-        (("eager", closed_forms.label_gradient_from_head),),
-        lambda x: (x.features, _head(x), x.direction_weight, x.direction_bias),
-        lambda shape: 2 * (_tangent(shape),),
-        3,  # f, z, the result
-        True,
-        lambda x: [],
-        from_head=True,
-    ),
-    Operator(
-        "last_layer_gradient",
-        fastmeta.ops.last_layer_gradient,
-        (("eager", closed_forms.gradient_from_head),),
-        lambda x: (x.features, _head(x), x.targets.argmax(-1)),
-        lambda shape: (_tangent(shape), _sum(shape)),
-        2,  # f, r
-        False,
-        peers.linear_cross_entropy,
-        from_head=True,
-    ),
-)
+def sum_numbers(shape: Shape) -> int:
+    return shape.c * (shape.d + 1)
+
+
+def head(x: LastLayer) -> fastmeta.Head:
+    return fastmeta.Head(x.head_weight, x.head_bias)
+
+
+def losses(weight: Tensor, bias: Tensor, h: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(functional.linear(h, weight, bias), y, reduction="none")
+
+
+def total_loss(weight: Tensor, bias: Tensor, h: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(functional.linear(h, weight, bias), y, reduction="sum")
+
+
+def leaves(*tensors: Tensor) -> Iterator[Tensor]:
+    """Copies that autograd differentiates with respect to."""
+    return (t.clone().requires_grad_() for t in tensors)
+
+
+def linear_module(weight: Tensor, bias: Tensor) -> nn.Linear:
+    module = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        module.weight.copy_(weight)
+        module.bias.copy_(bias)
+    return module
 
 
 def _rows(x: LastLayer, rows: Tensor) -> LastLayer:
     """Those examples of a batch."""
-    per_example = ("features", "logits", "targets", "weights")
-    return replace(x, **{name: getattr(x, name)[rows] for name in per_example})
+    return replace(x, **{name: getattr(x, name)[rows] for name in ("features", "logits", "targets", "weights")})
 
 
-def error_of(operator: Operator, x: LastLayer) -> Callable[[Any], float]:
+def error_of(operator: Operator, x: LastLayer) -> Error:
     """Against the definition in float64, on rows or in blocks of rows that fit into memory."""
     definition = operator.eager[0][1]
     n, c = x.logits.shape
     device = x.features.device.type
-    if operator.by_row:
+    if operator.result_numbers is not sum_numbers:
         rows = checked_rows(n, c, device)
         truth = definition(*operator.arguments(_rows(x, rows).double()))
-        # All rows, or so many that no peer has fewer: peers that measure a slice do so where all are checked.
+        # A peer may compute the first examples alone: compared where the truth has every row.
         return distance_to(truth, prefix=True) if len(rows) == n else distance_to(truth, rows)
     sums: list[Tensor] | None = None
     for rows in torch.arange(n, device=device).split(max(1, _CHUNK // c)):
@@ -173,46 +96,29 @@ def error_of(operator: Operator, x: LastLayer) -> Callable[[Any], float]:
     return distance_to(sums)
 
 
-def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for argument in arguments:
-        found += [argument] if isinstance(argument, Tensor) else [t for t in argument if t is not None]
-    return found
-
-
 def build(operator: Operator, shape: Shape, dtype: torch.dtype, device: str) -> Problem:
-    n, d, c = shape
-    x = last_layer(shape, dtype, device)
-    size = x.features.element_size()
-    moved = bytes_of(*_tensors(operator.arguments(x)))
-    count = number_of_sets(moved, device)
-    sets = [operator.arguments(x)]
-    sets += [operator.arguments(last_layer(shape, dtype, device, seed)) for seed in range(1, count)]
-    moved += size * ((n if operator.name == "per_example_dot" else n * c) if operator.by_row else c * (d + 1))
-    products = operator.products(shape)
-    forms, modes = kernels.offered(operator.name, c, device), compile_modes(dtype, device)
-    return Problem(
-        # Peers that are no closed forms: on the CPU in float32 alone.
-        variants(operator.call, forms, operator.eager, sets, modes)
-        + [peer for peer in operator.peers(x) if modes or peer.role == "eager"],
-        lazily(lambda: error_of(operator, x)),
-        Cost(sum(gemm.flops for gemm in products), moved, count * moved, products, operator.row_passes * n * c * size),
-        TOLERANCE[dtype],
-        n,
+    x, size = last_layer(shape, dtype, device), dtype.itemsize
+    problem = problem_on_sets(
+        operator.call,
+        kernels.offered(operator.name, shape.c, device),
+        operator.eager,
+        lambda seed: operator.arguments(last_layer(shape, dtype, device, seed) if seed else x),
+        lambda arguments: error_of(operator, x),
+        size * operator.result_numbers(shape),
+        operator.products(shape),
+        dtype,
+        device,
+        operator.row_passes * shape.n * shape.c * size,
     )
+    if operator.from_head or x.logits.numel() <= _LARGE:
+        # On the CPU autograd and libraries are measured in float32 alone.
+        every = bool(compile_modes(dtype, device))
+        problem.variants.extend(peer for peer in operator.peers(x) if every or peer.role == "eager")
+    return problem
 
 
-def cases(device: str) -> list[Case]:
-    """Heads on a GPU alone: on the CPU they are the reference's slabs."""
-    return [
-        Case(
-            operator.name,
-            f"{shape}, head" if operator.from_head else str(shape),
-            partial(build, operator, shape),
-            shape=shape,
-            from_head=operator.from_head,
-        )
-        for operator in OPERATORS
-        for shape in SHAPES[device]
-        if not operator.from_head or (device == "cuda" and shape.c > shape.d)
-    ]
+def cases(operator: Operator, device: str) -> list[Case]:
+    """Heads on a GPU and where C > D alone: the CPU computes their logits in slabs with the reference code."""
+    shapes = [s for s in SHAPES[device] if not operator.from_head or (device == "cuda" and s.c > s.d)]
+    suffix = ", head" * operator.from_head
+    return [Case(operator.name, f"{s}{suffix}", partial(build, operator, s), shape=s) for s in shapes]

@@ -3,13 +3,13 @@
 import itertools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastmeta
-from bench.case import TOLERANCE, Case, Problem, Role, Variant, compiled, distance_to
-from bench.floors import Cost
+from bench.case import TOLERANCE, Case, Cost, Error, Problem, Role, Variant, compiled, distance_to
 
 OPERATOR = "masked_adam_"
 LR, BETAS, EPS, LOW, HIGH = 0.05, (0.9, 0.999), 1e-8, 0.0, 2.0
@@ -75,21 +75,25 @@ def eager_shared_count(index: Tensor, grad: Tensor, table: Tensor, m: Tensor, v:
     return table.index_copy_(0, index, w)
 
 
-class SparseAdam:
-    """torch.optim.SparseAdam with gradients that need no coalescing, then the rows clamped."""
+class TorchAdam:
+    """An optimizer of torch on the whole table, then the table or its rows clamped."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, optimizer: Callable[..., torch.optim.Optimizer], **options: Any) -> None:
         self.state = state
         self.table = torch.nn.Parameter(state.table)
-        self.optimizer = torch.optim.SparseAdam([self.table], lr=LR, betas=BETAS, eps=EPS)
+        self.optimizer = optimizer([self.table], lr=LR, betas=BETAS, eps=EPS, **options)
 
     def restart(self, start: State) -> None:
         self.state.restart(start)
-        self.optimizer.state[self.table] = {
-            "step": STEPS,
-            "exp_avg": self.state.exp_avg,
-            "exp_avg_sq": self.state.exp_avg_sq,
-        }
+        averages = {"exp_avg": self.state.exp_avg, "exp_avg_sq": self.state.exp_avg_sq}
+        self.optimizer.state[self.table] = {"step": self.step_count(), **averages}
+
+    def step_count(self) -> Any:
+        return STEPS
+
+
+class SparseAdam(TorchAdam):
+    """Gradients that need no coalescing; only the rows are clamped."""
 
     def __call__(self) -> Tensor:
         index, grad = next(self.state.count), self.state.grad
@@ -100,31 +104,20 @@ class SparseAdam:
         return self.state.table.index_copy_(0, index, self.state.table.index_select(0, index).clamp_(LOW, HIGH))
 
 
-class DenseAdam:
-    """torch.optim.Adam(fused=True) on the whole table, then a clamp: entries outside the batch move too."""
+class DenseAdam(TorchAdam):
+    """Entries outside the batch move too."""
 
-    def __init__(self, state: State) -> None:
-        self.state = state
-        self.table = torch.nn.Parameter(state.table)
-        self.table.grad = torch.zeros_like(state.table)
-        self.optimizer = torch.optim.Adam([self.table], lr=LR, betas=BETAS, eps=EPS, fused=True)
-
-    def restart(self, start: State) -> None:
-        self.state.restart(start)
-        assert self.table.grad is not None
+    def step_count(self) -> Any:
+        self.table.grad = torch.zeros_like(self.state.table)
         self.table.grad.index_copy_(0, self.state.batches[0], self.state.grad)
-        self.optimizer.state[self.table] = {
-            "step": torch.tensor(float(STEPS), device=self.table.device),
-            "exp_avg": self.state.exp_avg,
-            "exp_avg_sq": self.state.exp_avg_sq,
-        }
+        return torch.tensor(float(STEPS), device=self.table.device)
 
     def __call__(self) -> Tensor:
         self.optimizer.step()
         return self.state.table.clamp_(LOW, HIGH)
 
 
-def error_of_step(state: State) -> Callable[[Tensor], float]:
+def error_of_step(state: State) -> Error:
     """Relative error of the change of the whole table, against the step in float64."""
     index, g = state.batches[0], state.grad.double()
     t = state.steps[index].double() + 1
@@ -150,19 +143,15 @@ def build(entries: int, rows: int, dtype: torch.dtype, device: str) -> Problem:
 
         return Variant(name, call, role, prepare=partial(state.restart, start), note=note)
 
-    sparse, dense = SparseAdam(State(entries, rows, device)), DenseAdam(State(entries, rows, device))
+    sparse = SparseAdam(State(entries, rows, device), torch.optim.SparseAdam)
+    dense = DenseAdam(State(entries, rows, device), torch.optim.Adam, fused=True)
+    shared_count = "one count of steps for all entries"
     variants = [
         on_rows("fastmeta", ours, "fastmeta"),
         on_rows("eager", eager, "eager"),
-        on_rows("eager, one count", eager_shared_count, "peer", "one count of steps for all entries"),
+        on_rows("eager, one count", eager_shared_count, "peer", shared_count),
         on_rows("torch.compile", eager, "compile"),
-        Variant(
-            "SparseAdam",
-            sparse,
-            prepare=partial(sparse.restart, start),
-            graph=False,
-            note="one count of steps for all entries",
-        ),
+        Variant("SparseAdam", sparse, prepare=partial(sparse.restart, start), graph=False, note=shared_count),
         Variant("Adam(fused)", dense, prepare=partial(dense.restart, start), graph=False, note="moves the whole table"),
     ]
     # Four tables, a line of each row read and written; the index and the gradient read.

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastmeta
-from bench.case import Case, Problem, Role, Variant, bytes_of, distance_to
-from bench.floors import Cost
+from bench.case import Case, Cost, Problem, Variant, bytes_of, distance_to, flat
 from bench.inputs import NETWORKS, random_lists
 
 OPERATOR = "perturbed"
@@ -74,35 +74,25 @@ def build(network: str, dtype: torch.dtype, device: str) -> Problem:
     v = [t.to(dtype) for t in v]
     params = [t.clone() for t in start]  # every variant restores them
 
-    def variant(name: str, function: Callable[[Lists, Lists, Look], None], note: str = "") -> Variant:
+    def variant(name: str, function: Callable[[Lists, Lists, Look], None], note: str = "", **options: Any) -> Variant:
         def check() -> Lists:
             seen: Lists = []
             function(params, v, lambda: seen.extend(t - s for t, s in zip(params, start, strict=True)))
             return seen
 
-        reset = partial(torch._foreach_copy_, params, start)
-        role: Role = "fastmeta" if function is ours else "eager"
-        return Variant(
-            name,
-            partial(function, params, v, nothing),
-            role,
-            prepare=reset,
-            check=check,
-            graph=function not in (loop, foreach, foreach_bitwise),
-            note=note,
-        )
+        options |= {"prepare": partial(torch._foreach_copy_, params, start), "check": check, "note": note}
+        return Variant(name, partial(function, params, v, nothing), **options)
 
     drifts = "does not restore every bit"
     variants = [
-        variant("fastmeta", ours),
-        variant("torch._foreach, copy kept", foreach_bitwise),
-        variant("torch._foreach", foreach, drifts),
-        variant("torch._foreach, on device", foreach_on_device, drifts),
-        variant("loop", loop, drifts),
+        variant("fastmeta", ours, role="fastmeta"),
+        variant("torch._foreach, copy kept", foreach_bitwise, role="eager", graph=False),
+        variant("torch._foreach", foreach, drifts, role="eager", graph=False),
+        variant("torch._foreach, on device", foreach_on_device, drifts, role="eager"),
+        variant("loop", loop, drifts, role="eager", graph=False),
     ]
-    flat_v = torch.cat([t.double().reshape(-1) for t in v])
-    moved = RADIUS / flat_v.norm() * flat_v
-    rounding = float(torch.finfo(dtype).eps * torch.cat([t.double().reshape(-1) for t in start]).norm() / moved.norm())
+    moved = RADIUS / flat(v).norm() * flat(v)
+    rounding = float(torch.finfo(dtype).eps * flat(start).norm() / moved.norm())
     return Problem(
         variants,
         distance_to((moved, -moved, torch.zeros_like(moved))),

@@ -1,7 +1,6 @@
 """Damped inverse Hessian of the last layer times a gradient, on features with a power-law spectrum."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,10 +9,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastmeta
-from bench import peers
-from bench.case import Case, Problem, Variant, bytes_of
-from bench.floors import Cost, Gemm
+from bench.case import Case, Cost, Error, Gemm, Problem, Variant, bytes_of
 from bench.inputs import SHAPES, Shape, power_law_features
+from bench.ops import hvp
+
+if hvp.curvlinops is not None:
+    from curvlinops.examples import IdentityLinearOperator
 
 OPERATOR = "solve_hessian"
 DAMPING = 1e-2
@@ -86,20 +87,12 @@ def eager_dense(s: System) -> Solution:
 
 
 def ours(s: System, solver: str, tol: float) -> Any:
-    return fastmeta.ops.solve_hessian(
-        s.features,
-        s.logits,
-        s.rhs_weight,
-        s.rhs_bias,
-        s.weights,
-        damping=DAMPING,
-        solver=solver,
-        tol=tol,
-        max_iter=MAX_ITER,
-    )
+    rhs = s.rhs_weight, s.rhs_bias
+    options: dict[str, Any] = {"damping": DAMPING, "solver": solver, "tol": tol, "max_iter": MAX_ITER}
+    return fastmeta.ops.solve_hessian(s.features, s.logits, *rhs, s.weights, **options)
 
 
-def relative_residual(s: System) -> Callable[[Any], float]:
+def relative_residual(s: System) -> Error:
     """``||rhs - (H + damping I) x|| / ||rhs||`` in float64."""
     exact = System(*(t.double() for t in s))
     p = exact.logits.softmax(-1)
@@ -117,13 +110,16 @@ def _iterations(solution: Any) -> dict[str, Any]:
 
 
 def _curvlinops(s: System, weight: Tensor, targets: Tensor, tol: float) -> Variant:
-    bias = torch.zeros(weight.shape[0])
-    hessian = peers.hessian_operator(s.features, targets, weight, bias, "mean")
+    """Conjugate gradients of curvlinops: GPyTorch's, at least 11 iterations."""
+    zero = torch.zeros(weight.shape[0])
+    hessian = hvp.hessian_operator(s.features, targets, weight, zero, "mean")
     rhs = [s.rhs_weight, s.rhs_bias]
 
     def call() -> Solution:
-        solved_weight, solved_bias = peers.solve_cg(hessian, rhs, DAMPING, tol, MAX_ITER)
-        return Solution(solved_weight, solved_bias, None)
+        shifted = hessian + DAMPING * IdentityLinearOperator([tuple(t.shape) for t in rhs], rhs[0].device, rhs[0].dtype)
+        options = {"tolerance": tol, "max_iter": MAX_ITER, "max_tridiag_iter": 0}
+        solved = hvp.curvlinops.CGInverseLinearOperator(shifted, **options) @ rhs
+        return Solution(solved[0], solved[1], None)
 
     return Variant("curvlinops CG", call, grad=True)
 
@@ -149,7 +145,7 @@ def build(shape: Shape, tol: float, dtype: torch.dtype, device: str) -> Problem:
     if c * (d + 1) <= MAX_DENSE:
         variants.append(Variant("fastmeta cholesky", partial(ours, s, "cholesky", tol), "fastmeta", graph=False))
         variants.append(Variant("eager dense Cholesky", partial(eager_dense, s), "eager", graph=False))
-    if peers.curvlinops is not None and n * d * c < 2**28 and device == "cpu":
+    if hvp.curvlinops is not None and n * d * c < 2**28 and device == "cpu":
         variants.append(_curvlinops(s, weight, targets[0], tol))
     # One product and nothing else: no solver needs less.
     moved = bytes_of(s.features, s.logits, *2 * (s.rhs_weight, s.rhs_bias))

@@ -17,46 +17,25 @@ from fastmeta.derivatives import How
 from fastmeta.ops.masked_adam_table import MaskedAdamTable
 
 
-class FusedLastLayer(TableLabels):
-    def __init__(self, network: Network, batch: Batch) -> None:
+class AlignmentStep(TableLabels):
+    def __init__(self, network: Network, batch: Batch, how: How = "last_layer") -> None:
         super().__init__(network, batch)
-        self.method = fastmeta.LabelGradientAlignment(*self.table.shape, dtype=self.table.dtype)
-
-    def __call__(self) -> Tensor:
-        self.optimizer.zero_grad()
-        with fastmeta.capture_features(self.model) as tape:
-            labeled, unlabeled = self.model(self.batch.labeled), self.model(self.batch.weak)
-        refined = self.method.refine(
-            unlabeled=tape.outputs(unlabeled),
-            holdout=tape.outputs(labeled),
-            targets=self.batch.targets,
-            index=self.batch.index,
-        )
-        loss = functional.cross_entropy(labeled, self.batch.targets)
-        loss = loss + functional.cross_entropy(unlabeled, refined.labels) + refined.loss
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
-
-
-class AlternatingWholeModel(TableLabels):
-    def __init__(self, network: Network, batch: Batch, how: How) -> None:
-        super().__init__(network, batch)
+        self.how = how
         self.method = fastmeta.LabelGradientAlignment(*self.table.shape, how=how, dtype=self.table.dtype)
 
-    def __call__(self) -> Tensor:
-        refined = self.method.refine(
-            model=self.model,
-            unlabeled=self.batch.weak,
-            holdout=self.batch.labeled,
-            targets=self.batch.targets,
-            index=self.batch.index,
-        )
-        self.optimizer.zero_grad()
-        loss = self.labeled_loss() + functional.cross_entropy(self.model(self.batch.weak), refined.labels)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+
+class FusedLastLayer(AlignmentStep):
+    def loss(self) -> Tensor:
+        with fastmeta.capture_features(self.model) as tape:
+            labeled, unlabeled = self.model(self.batch.labeled), self.model(self.batch.weak)
+        refined = self.refine_outputs(tape, unlabeled, labeled, index=self.batch.index)
+        loss = functional.cross_entropy(labeled, self.batch.targets)
+        return loss + functional.cross_entropy(unlabeled, refined.labels) + refined.loss
+
+
+class AlternatingWholeModel(AlignmentStep):
+    def loss(self) -> Tensor:
+        return self.loss_on(self.refine_model(self.batch.weak, index=self.batch.index).labels)
 
 
 class FusedWholeModel(TableLabels):

@@ -27,17 +27,13 @@ class MeanTeacher(Step):
         with torch.no_grad():
             return self.average.model(self.batch.strong).softmax(1)
 
-    def finish(self) -> None:
-        self.optimizer.step()
+    def update(self) -> None:
+        super().update()
         self.average.update()
 
-    def __call__(self) -> Tensor:
+    def loss(self) -> Tensor:
         labels = self.teacher_labels()
-        self.optimizer.zero_grad()
-        loss = self.labeled_loss() + self.weight * squared_error(self.model(self.batch.weak), labels)
-        loss.backward()
-        self.finish()
-        return loss.detach()
+        return self.labeled_loss() + self.weight * squared_error(self.model(self.batch.weak), labels)
 
 
 class FixMatch(Step):
@@ -50,22 +46,19 @@ class FixMatch(Step):
         parts = [batch.labeled, batch.weak, batch.strong]
         return self.model(torch.cat(parts)).split([len(part) for part in parts])
 
+    def losses(self, labeled: Tensor, strong: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        supervised = functional.cross_entropy(labeled, self.batch.targets)
+        return supervised + self.unlabeled_loss(strong, labels, weights)
+
     def unlabeled_loss(self, strong: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """The strong view's loss against the weak view's confident labels."""
         confidence, classes = labels.max(1)
         per_example = (confidence >= self.threshold) * functional.cross_entropy(strong, classes, reduction="none")
         return (per_example if weights is None else weights * per_example).mean()
 
-    def finish(self, loss: Tensor) -> Tensor:
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
-
-    def __call__(self) -> Tensor:
+    def loss(self) -> Tensor:
         labeled, weak, strong = self.forward()
-        unlabeled = self.unlabeled_loss(strong, weak.detach().softmax(1))
-        return self.finish(functional.cross_entropy(labeled, self.batch.targets) + unlabeled)
+        return self.losses(labeled, strong, weak.detach().softmax(1))
 
 
 class SeparateFixMatch(FixMatch):
@@ -75,9 +68,9 @@ class SeparateFixMatch(FixMatch):
         with torch.no_grad():
             return self.model(self.batch.weak).softmax(1)
 
-    def __call__(self) -> Tensor:
+    def loss(self) -> Tensor:
         labels = self.imputed()
-        return self.finish(self.labeled_loss() + self.unlabeled_loss(self.model(self.batch.strong), labels))
+        return self.losses(self.model(self.batch.labeled), self.model(self.batch.strong), labels)
 
 
 class PseudoLabel(Step):
@@ -91,15 +84,11 @@ class PseudoLabel(Step):
         self.model.train()
         return logits
 
-    def train_on(self, labels: Tensor) -> Tensor:
-        self.optimizer.zero_grad()
-        loss = self.labeled_loss() + squared_error(self.model(self.batch.weak), labels)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+    def loss_on(self, labels: Tensor) -> Tensor:
+        return self.labeled_loss() + squared_error(self.model(self.batch.weak), labels)
 
-    def __call__(self) -> Tensor:
-        return self.train_on(self.imputed_logits().softmax(1))
+    def loss(self) -> Tensor:
+        return self.loss_on(self.imputed_logits().softmax(1))
 
 
 class TableLabels(Step):
@@ -112,10 +101,8 @@ class TableLabels(Step):
     def make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.model.parameters(), lr=1e-4)
 
-    def __call__(self) -> Tensor:
-        labels = self.table[self.batch.index].softmax(1)
-        self.optimizer.zero_grad()
-        loss = self.labeled_loss() + functional.cross_entropy(self.model(self.batch.weak), labels)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+    def loss_on(self, labels: Tensor) -> Tensor:
+        return self.labeled_loss() + functional.cross_entropy(self.model(self.batch.weak), labels)
+
+    def loss(self) -> Tensor:
+        return self.loss_on(self.table[self.batch.index].softmax(1))

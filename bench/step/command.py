@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from bench import environment
-from bench.clock import DeviceLost, clock_for
+from bench.clock import DeviceLost, clock_for, reason_of
 from bench.operators import DEVICE_LOST, RESULTS
-from bench.rows import Row, contended_share
+from bench.rows import Row, warn_if_contended
 from bench.step import report
 from bench.step.measure import Settings, measure_network
 from bench.step.task import NETWORKS
@@ -74,26 +74,21 @@ def run(options: argparse.Namespace) -> int:
             return DEVICE_LOST
         except Exception as error:  # a network that is not installed, say
             traceback.print_exc()
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            results.setdefault("failed", {})[str(network)] = reason
+            results.setdefault("failed", {})[str(network)] = reason_of(error)
         results["seconds"] = time.monotonic() - start
         written = report.write(results, folder)
         torch.cuda.empty_cache()
     try:
-        from bench.step import plot
+        from bench import plot
     except ImportError:
         print("No picture: matplotlib is not installed.", file=sys.stderr)
     else:
-        written += [path.name for path in plot.draw(results, folder)]
-    print(
-        "\n".join(["", *report.goals_table(results), f"{results['seconds']:.0f} s; {', '.join(written)} in {folder}"])
-    )
-    if (share := contended_share(report.timed(results))) > 0.1:
-        print(
-            f"Other processes ran during {share:.0%} of the samples: measure again on a quiet machine.", file=sys.stderr
-        )
-    left_out = [(network["network"], row) for network in results["networks"] for row in network["steps"]]
-    left_out = [(name, row) for name, row in left_out if row["status"] in ("wrong", "failed")]
-    for name, row in left_out:
+        written += [path.name for path in plot.draw_steps(results, folder)]
+    said = f"{results['seconds']:.0f} s; {', '.join(written)} in {folder}"
+    print("\n".join(["", *report.goals_table(results), said]))
+    warn_if_contended(report.timed(results))
+    rows = [(network["network"], row) for network in results["networks"] for row in network["steps"]]
+    bad = [(name, row) for name, row in rows if row["status"] in ("wrong", "failed")]
+    for name, row in bad:
         print(f"{name}, {row['name']} left out: {row['reason']}", file=sys.stderr)
-    return 1 if left_out or "failed" in results else 0
+    return 1 if bad or "failed" in results else 0

@@ -7,7 +7,6 @@ one, unless the variant says otherwise.
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import fastmeta
 from bench.step.bases import FixMatch, SeparateFixMatch
@@ -25,38 +24,20 @@ class FusedLastLayer(FixMatch):
         dtype = batch.labeled.dtype
         self.method = fastmeta.ExampleWeights(UNLABELED, interval=1 if update else NEVER, dtype=dtype)
 
-    def __call__(self) -> Tensor:
+    def loss(self) -> Tensor:
         with fastmeta.capture_features(self.model) as tape:
             labeled, weak, strong = self.forward()
-        refined = self.method.refine(
-            unlabeled=tape.outputs(weak),
-            strong=tape.outputs(strong),
-            holdout=tape.outputs(labeled),
-            targets=self.batch.targets,
-            index=self.batch.index,
-        )
-        unlabeled = self.unlabeled_loss(strong, refined.labels, refined.weights)
-        return self.finish(functional.cross_entropy(labeled, self.batch.targets) + unlabeled)
+        refined = self.refine_outputs(tape, weak, labeled, strong=tape.outputs(strong), index=self.batch.index)
+        return self.losses(labeled, strong, refined.labels, refined.weights)
 
 
-class AlternatingLastLayer(FixMatch):
-    def __init__(self, network: Network, batch: Batch) -> None:
-        super().__init__(network, batch)
-        self.method = fastmeta.ExampleWeights(UNLABELED, dtype=batch.labeled.dtype)
-
-    def __call__(self) -> Tensor:
+class AlternatingLastLayer(FusedLastLayer):
+    def loss(self) -> Tensor:
         with torch.no_grad(), fastmeta.capture_features(self.model) as tape:
             labeled, weak, strong = self.forward()
-        weights = self.method.refine(
-            unlabeled=tape.outputs(weak),
-            strong=tape.outputs(strong),
-            holdout=tape.outputs(labeled),
-            targets=self.batch.targets,
-            index=self.batch.index,
-        ).weights
+        refined = self.refine_outputs(tape, weak, labeled, strong=tape.outputs(strong), index=self.batch.index)
         labeled, weak, strong = self.forward()
-        unlabeled = self.unlabeled_loss(strong, weak.detach().softmax(1), weights)
-        return self.finish(functional.cross_entropy(labeled, self.batch.targets) + unlabeled)
+        return self.losses(labeled, strong, weak.detach().softmax(1), refined.weights)
 
 
 class WholeModel(SeparateFixMatch):
@@ -69,33 +50,16 @@ class WholeModel(SeparateFixMatch):
 
 
 class FusedWholeModel(WholeModel):
-    def __call__(self) -> Tensor:
-        labels = self.imputed()
-        self.optimizer.zero_grad()
-        labeled_loss = self.labeled_loss()
-        labeled_loss.backward()
-        refined = self.method.refine(
-            model=self.model,
-            unlabeled=self.batch.strong,
-            holdout_gradient=self.gradient(),
-            index=self.batch.index,
-            labels=labels,
-        )
-        loss = self.unlabeled_loss(self.model(self.batch.strong), labels, refined.weights)
-        loss.backward()
-        self.optimizer.step()
-        return labeled_loss.detach() + loss.detach()
+    def loss(self) -> Tensor:
+        strong, labels = self.batch.strong, self.imputed()
+        self.labeled_loss().backward()
+        given = {"holdout_gradient": self.gradient(), "index": self.batch.index, "labels": labels}
+        weights = self.refine_model(strong, **given).weights
+        return self.unlabeled_loss(self.model(strong), labels, weights)
 
 
 class AlternatingWholeModel(WholeModel):
-    def __call__(self) -> Tensor:
-        labels = self.imputed()
-        weights = self.method.refine(
-            model=self.model,
-            unlabeled=self.batch.strong,
-            holdout=self.batch.labeled,
-            targets=self.batch.targets,
-            index=self.batch.index,
-            labels=labels,
-        ).weights
-        return self.finish(self.labeled_loss() + self.unlabeled_loss(self.model(self.batch.strong), labels, weights))
+    def loss(self) -> Tensor:
+        strong, labels = self.batch.strong, self.imputed()
+        weights = self.refine_model(strong, index=self.batch.index, labels=labels).weights
+        return self.losses(self.model(self.batch.labeled), self.model(strong), labels, weights)

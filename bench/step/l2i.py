@@ -4,7 +4,7 @@
 ``alternating``, as published: the base's update, then one of the method at the new parameters with passes of its own.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,66 +19,48 @@ from fastmeta.derivatives import How
 Variant = Literal["V1", "V2"]
 
 
-def method(variant: Variant, how: How, look_ahead: bool) -> fastmeta.L2I:
-    """The settings of the published code, on the labels that it is given."""
-    rate = L2I_RATE if variant == "V2" else 2 * L2I_RATE
-    return fastmeta.L2I.from_preset("official_code", variant, imputer="base", rate=rate, how=how, look_ahead=look_ahead)
-
-
 class L2IStep(MeanTeacher):
-    def __init__(self, network: Network, batch: Batch, variant: Variant, how: How, *, look_ahead: bool = False) -> None:
+    """With the settings of the published code, on the labels that it is given."""
+
+    def __init__(
+        self, network: Network, batch: Batch, variant: Variant, how: How = "last_layer", *, look_ahead: bool = False
+    ) -> None:
         super().__init__(network, batch)
         self.variant = variant
-        self.method = method(variant, how, look_ahead)
+        rate = L2I_RATE if variant == "V2" else 2 * L2I_RATE
+        options: dict[str, Any] = {"how": how, "rate": rate, "look_ahead": look_ahead}
+        self.method = fastmeta.L2I.from_preset("official_code", variant, imputer="base", **options)
 
 
 class FusedLastLayer(L2IStep):
     """The features and logits of the base's own forward: nothing is run for the method."""
 
-    def __init__(self, network: Network, batch: Batch, variant: Variant, *, look_ahead: bool = False) -> None:
-        super().__init__(network, batch, variant, "last_layer", look_ahead=look_ahead)
-
-    def __call__(self) -> Tensor:
+    def loss(self) -> Tensor:
         labels = self.teacher_labels()
-        self.optimizer.zero_grad()
         with fastmeta.capture_features(self.model) as tape:
             labeled, unlabeled = self.model(self.batch.labeled), self.model(self.batch.weak)
         probabilities = unlabeled.softmax(1)
-        refined = self.method.refine(
-            unlabeled=tape.outputs(unlabeled),
-            holdout=tape.outputs(labeled),
-            targets=self.batch.targets,
-            labels=labels + (probabilities - probabilities.detach()),
+        refined = self.refine_outputs(
+            tape, unlabeled, labeled, labels=labels + (probabilities - probabilities.detach())
         )
         consistency = (probabilities - refined.labels).square().sum(1).mean()
-        loss = functional.cross_entropy(labeled, self.batch.targets) + self.weight * consistency + refined.loss
-        loss.backward()
-        self.finish()
-        return loss.detach()
+        return functional.cross_entropy(labeled, self.batch.targets) + self.weight * consistency + refined.loss
 
 
 class FusedWholeModel(L2IStep):
     """The labeled backward comes first and leaves the direction in ``.grad``; the derivative takes one more pass."""
 
-    def __call__(self) -> Tensor:
+    def loss(self) -> Tensor:
         labels = self.teacher_labels()
-        self.optimizer.zero_grad()
-        labeled_loss = self.labeled_loss()
-        labeled_loss.backward()
+        self.labeled_loss().backward()
         probabilities = None
         if self.variant == "V2":  # the labels hang on the graph of the pass that learns from them
             probabilities = self.model(self.batch.weak).softmax(1)
             labels = labels + (probabilities - probabilities.detach())
-        refined = self.method.refine(
-            model=self.model, unlabeled=self.batch.weak, labels=labels, holdout_gradient=self.gradient()
-        )
+        refined = self.refine_model(self.batch.weak, labels=labels, holdout_gradient=self.gradient())
         if probabilities is None:
             probabilities = self.model(self.batch.weak).softmax(1)
-        consistency = (probabilities - refined.labels).square().sum(1).mean()
-        loss = self.weight * consistency + refined.loss
-        loss.backward()
-        self.finish()
-        return labeled_loss.detach() + loss.detach()
+        return self.weight * (probabilities - refined.labels).square().sum(1).mean() + refined.loss
 
 
 class Alternating(L2IStep):
@@ -93,11 +75,7 @@ class Alternating(L2IStep):
 
     def __call__(self) -> Tensor:
         super().__call__()
-        self.optimizer.zero_grad()
-        loss = self.second_loss()
-        loss.backward()
-        self.finish()
-        return loss.detach()
+        return self.descend(self.second_loss)
 
     def second_loss(self) -> Tensor:
         """The loss of the method's own update: V2's surrogate, or V1's consistency with the labels found."""
@@ -118,39 +96,25 @@ class AlternatingLastLayer(Alternating):
                 unlabeled = self.model(self.batch.weak)
             with torch.no_grad():
                 labeled = self.model(self.batch.labeled)
-        refined = self.method.refine(
-            unlabeled=tape.outputs(unlabeled),
-            holdout=tape.outputs(labeled),
-            targets=self.batch.targets,
-            labels=labels,
-        )
+        refined = self.refine_outputs(tape, unlabeled, labeled, labels=labels)
         return refined.loss if self.variant == "V2" else squared_error(unlabeled, refined.labels)
 
 
 class AlternatingWholeModel(Alternating):
     def second_loss(self) -> Tensor:
-        refined = self.method.refine(
-            model=self.model,
-            unlabeled=self.batch.weak,
-            holdout=self.batch.labeled,
-            targets=self.batch.targets,
-            labels=self.given_labels(),
-        )
+        refined = self.refine_model(self.batch.weak, labels=self.given_labels())
         return refined.loss if self.variant == "V2" else squared_error(self.model(self.batch.weak), refined.labels)
 
 
 class FixMatchLastLayer(FixMatch):
-    """Fused, on the weak view of FixMatch's one forward."""
+    """V2, fused, on the weak view of FixMatch's one forward."""
 
     def __init__(self, network: Network, batch: Batch) -> None:
         super().__init__(network, batch)
-        self.method = method("V2", "last_layer", look_ahead=False)
+        self.method = fastmeta.L2I.from_preset("official_code", "V2", how="last_layer", imputer="base", rate=L2I_RATE)
 
-    def __call__(self) -> Tensor:
+    def loss(self) -> Tensor:
         with fastmeta.capture_features(self.model) as tape:
             labeled, weak, strong = self.forward()
-        refined = self.method.refine(
-            unlabeled=tape.outputs(weak), holdout=tape.outputs(labeled), targets=self.batch.targets
-        )
-        loss = functional.cross_entropy(labeled, self.batch.targets) + self.unlabeled_loss(strong, refined.labels)
-        return self.finish(loss + refined.loss)
+        refined = self.refine_outputs(tape, weak, labeled)
+        return self.losses(labeled, strong, refined.labels) + refined.loss

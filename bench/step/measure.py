@@ -11,31 +11,25 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.clock import Clock, clock_for, ensure_healthy
-from bench.measure import p20_p80
-from bench.step import derivatives, gate
+import fastmeta
+from bench.case import Variant as Timed
+from bench.clock import Clock, Timing, clock_for, ensure_healthy, interleave, reason_of
+from bench.rows import Row
+from bench.step import gate
 from bench.step.task import Batch, Network, Step, on_device, random_batch
 from bench.step.variants import EVERY, PLAIN, Variant
-from bench.timing import Timed, Timing, interleave
-
-Row = dict[str, Any]
+from fastmeta.derivatives import HOWS, How
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure.
+    """How long to measure."""
 
-    Args:
-        rounds: samples of each step.
-        budget_s: for the samples of one step.
-        warm_up: calls before the one whose arithmetic is counted.
-        seconds: for a network in all. Half of them may pass until the last step has begun, in the order given; what
-            would begin later is left out.
-    """
-
-    rounds: int = 9
-    budget_s: float = 40.0
-    warm_up: int = 1
+    rounds: int = 9  # samples of each step
+    budget_s: float = 40.0  # for the samples of one step
+    warm_up: int = 1  # calls before the one whose arithmetic is counted
+    # For a network in all. Half of them may pass until the last step has begun, in the order given; what would begin
+    # later is left out.
     seconds: float = math.inf
 
 
@@ -47,7 +41,9 @@ def measure_network(
     begin = time.monotonic()
     errors = gate.errors(network, variants, clock.device)
     batch = random_batch(network, device=clock.device)
-    forward = _forward_flops(network, batch)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        on_device(network.make(), clock.device)(batch.weak)
+    forward = counter.get_total_flops()
     rows: list[Row] = []
     running: list[tuple[Row, Step]] = []
     for name in [name for name in PLAIN if any(variant.plain == name for variant in variants)]:
@@ -63,20 +59,20 @@ def measure_network(
                 running.append((row, _started(row, variant.make(network, batch), forward, settings)))
             except Exception as error:  # one variant must not end the run
                 ensure_healthy(clock.device)
-                row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
-    timed = [Timed(partial(run, step), grad=True) for _, step in running]
+                row |= {"status": "failed", "reason": reason_of(error)}
+    timed = [Timed(row["name"], partial(run, step), grad=True) for row, step in running]
     budget = min(settings.budget_s, settings.seconds / 3 / len(timed))
     timings = interleave(timed, rounds=settings.rounds, min_sample_s=0.0, budget_s=budget, sampler=clock.sampler)
     samples: dict[str, list[float]] = {}
     for (row, step), timing in zip(running, timings, strict=True):
         samples[row["name"]] = timing.samples_us
-        _times(row, timing)
+        row |= {"median_us": timing.median_us, "quartiles_us": timing.quartiles_us}
+        row |= {"p20_p80_us": timing.quantiles_us(5)} | timing.counts()
         step.optimizer.zero_grad()
         row["peak_bytes"] = clock.peak_bytes(partial(run, step))
-        if clock.device == "cuda":
+        if clock.device == "cuda" and step.method is not None:
             _refine_alone(row, step, clock)
     _add_ratios(rows, samples)
-    amortized = _amortized(rows)
     in_time = time.monotonic() - begin < 0.9 * settings.seconds
     return {
         "network": network.name,
@@ -84,20 +80,14 @@ def measure_network(
         "images": {"labeled": network.labeled, "unlabeled": network.unlabeled, "pixels": network.pixels},
         "parameters": sum(p.numel() for p in network.make().parameters()),
         "forward_flops": forward,
-        "steps": rows + amortized,
-        "derivatives": derivatives.measure(network, batch, settings.rounds, clock) if in_time else [],
+        "steps": [*rows, *_amortized(rows)],
+        "derivatives": derivatives(network, batch, settings.rounds, clock) if in_time else [],
     }
 
 
 def _row(variant: Variant, errors: dict[str, float]) -> Row:
-    row: Row = {
-        "name": variant.name,
-        "method": variant.method,
-        "how": variant.how,
-        "schedule": variant.schedule,
-        "plain": variant.plain,
-        "status": "measured",
-    }
+    row = {key: getattr(variant, key) for key in ("name", "method", "how", "schedule", "plain")}
+    row["status"] = "measured"
     if variant.name in errors:
         row |= {"error": errors[variant.name], "same_as": variant.same_as}
         if not row["error"] <= gate.TOLERANCE:
@@ -146,34 +136,17 @@ class _Spy:
         return self.method.refine(**given)
 
 
-def _refine_alone(row: Row, step: Any, clock: Clock) -> None:
+def _refine_alone(row: Row, step: Step, clock: Clock) -> None:
     """The method's part of a step, again and again on what one step gave it."""
-    method = getattr(step, "method", None)
-    if method is None:
-        return
+    method = step.method
     step.method = spy = _Spy(method)
     run(step)
     step.method = method
     call = partial(method.refine, **spy.given)
     call()
-    timing = interleave([Timed(call, grad=True)], rounds=15, budget_s=0.15, sampler=clock.sampler)[0]
+    timed = [Timed("refine", call, grad=True)]
+    timing = interleave(timed, rounds=15, budget_s=0.15, sampler=clock.sampler)[0]
     row |= {"refine_us": timing.median_us, "refine_host_syncs": clock.host_syncs(call)}
-
-
-def _forward_flops(network: Network, batch: Batch) -> int:
-    model = on_device(network.make(), batch.weak.device.type)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(batch.weak)
-    return counter.get_total_flops()
-
-
-def _times(row: Row, timing: Timing) -> None:
-    row["median_us"] = timing.median_us
-    row["quartiles_us"] = list(timing.quartiles_us)
-    row["p20_p80_us"] = p20_p80(timing.samples_us)
-    row["samples"] = len(timing.samples_us)
-    row["rejected_samples"] = timing.rejected
-    row["contended_samples"] = timing.contended
 
 
 def _add_ratios(rows: list[Row], samples: dict[str, list[float]]) -> None:
@@ -205,8 +178,39 @@ def _amortized(rows: list[Row]) -> list[Row]:
         row |= {"method": f"ExampleWeights, every {EVERY} steps", "status": "computed"}
         row["name"] = f"{row['method']}, last_layer, {schedule}"
         for key in ("median_us", "ratio", "passes", "predicted"):
-            if key not in update or key not in between:
-                continue
-            row[key] = (update[key] + (EVERY - 1) * between[key]) / EVERY
+            if key in update and key in between:
+                row[key] = (update[key] + (EVERY - 1) * between[key]) / EVERY
         amortized.append(row)
     return amortized
+
+
+def derivatives(network: Network, batch: Batch, rounds: int, clock: Clock) -> list[Row]:
+    """The derivative alone, :func:`fastmeta.label_gradient` in each way, and one forward of the same images.
+
+    In both modes of the model.
+    """
+    torch.manual_seed(0)
+    model = on_device(gate.without_dropout(network.make()), clock.device)
+    direction = {name: torch.randn_like(value) / 100 for name, value in model.named_parameters()}
+    last = {name: value for name, value in direction.items() if name.startswith("fc.")}
+
+    def gradient(how: How) -> Tensor:
+        moving = last if how == "last_layer" else direction
+        return fastmeta.label_gradient(model, batch.weak, moving, loss="mse_probs", how=how)
+
+    rows: list[Row] = []
+    for mode in ("train", "eval"):
+        model.train(mode == "train")
+        exact = gradient("double_backward")
+        forward = torch.no_grad()(partial(model, batch.weak))
+        timed = [Timed("forward", forward), *(Timed(how, partial(gradient, how)) for how in HOWS)]
+        timings = interleave(timed, rounds=rounds, min_sample_s=0.0, budget_s=60.0, sampler=clock.sampler)
+        for one, timing in zip(timed, timings, strict=True):
+            row: Row = {"name": one.name, "mode": mode, "median_us": timing.median_us}
+            row["ratio"] = timing.median_us / timings[0].median_us
+            row["peak_bytes"] = clock.peak_bytes(one.call)
+            row |= timing.counts()
+            if one.name not in ("forward", "last_layer"):
+                row["difference"] = gate.relative_error(one.call(), exact)
+            rows.append(row)
+    return rows

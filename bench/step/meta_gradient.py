@@ -15,49 +15,32 @@ from fastmeta.derivatives import How
 
 
 class MetaGradientStep(PseudoLabel):
-    def __init__(self, network: Network, batch: Batch, how: How) -> None:
+    def __init__(self, network: Network, batch: Batch, how: How = "last_layer") -> None:
         super().__init__(network, batch)
         self.method = fastmeta.MetaGradient.from_preset("official_code", step=META_RATE, how=how)
 
 
 class Alternating(MetaGradientStep):
-    def __call__(self) -> Tensor:
-        refined = self.method.refine(
-            model=self.model, unlabeled=self.batch.weak, holdout=self.batch.labeled, targets=self.batch.targets
-        )
-        return self.train_on(refined.labels)
+    def loss(self) -> Tensor:
+        return self.loss_on(self.refine_model(self.batch.weak).labels)
 
 
 class FusedLastLayer(MetaGradientStep):
     """The base's evaluation pass and its labeled training pass give both features and logits."""
 
-    def __init__(self, network: Network, batch: Batch) -> None:
-        super().__init__(network, batch, "last_layer")
-
-    def __call__(self) -> Tensor:
-        self.optimizer.zero_grad()
+    def loss(self) -> Tensor:
         with fastmeta.capture_features(self.model) as tape:
             imputed = self.imputed_logits()
             labeled = self.model(self.batch.labeled)
-        refined = self.method.refine(
-            unlabeled=tape.outputs(imputed), holdout=tape.outputs(labeled), targets=self.batch.targets
-        )
+        refined = self.refine_outputs(tape, imputed, labeled)
         loss = functional.cross_entropy(labeled, self.batch.targets)
-        loss = loss + squared_error(self.model(self.batch.weak), refined.labels)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+        return loss + squared_error(self.model(self.batch.weak), refined.labels)
 
 
 class FusedWholeModel(MetaGradientStep):
     """The labeled backward leaves the direction in ``.grad``; labels and their gradient come from one pass."""
 
-    def __call__(self) -> Tensor:
-        self.optimizer.zero_grad()
-        labeled_loss = self.labeled_loss()
-        labeled_loss.backward()
-        refined = self.method.refine(model=self.model, unlabeled=self.batch.weak, holdout_gradient=self.gradient())
-        loss = squared_error(self.model(self.batch.weak), refined.labels)
-        loss.backward()
-        self.optimizer.step()
-        return labeled_loss.detach() + loss.detach()
+    def loss(self) -> Tensor:
+        self.labeled_loss().backward()
+        refined = self.refine_model(self.batch.weak, holdout_gradient=self.gradient())
+        return squared_error(self.model(self.batch.weak), refined.labels)

@@ -18,8 +18,6 @@ META_RATE = 0.1  # the step on the labels
 RADIUS = 0.01
 EPSILON, DECAY = 1e-3, 0.99  # of Label Gradient Alignment
 
-Parameters = dict[str, Tensor]
-
 
 class PublishedL2I(MeanTeacher):
     """Learning to Impute, V2 ("O"): the base update, then the update of the imputer at the new parameters.
@@ -32,57 +30,35 @@ class PublishedL2I(MeanTeacher):
         super().__init__(network, batch)
         self.imputed_images = batch.strong if two_views else batch.weak
 
-    def leaves(self) -> Parameters:
-        return {name: value.detach().requires_grad_() for name, value in self.model.named_parameters()}
-
-    def probabilities(self, parameters: Parameters, images: Tensor) -> Tensor:
-        return functional_call(self.model, parameters, (images,)).softmax(1)
-
     def holdout_loss(self, imputed: Tensor, rate: float) -> Tensor:
         """``C^H(theta - rate grad C^U(theta, z))`` (Eq. (3)), on the graph of the labels ``z``."""
-        theta = self.leaves()
-        inner = (self.probabilities(theta, self.batch.weak) - imputed).square().sum()
+        theta = {name: value.detach().requires_grad_() for name, value in self.model.named_parameters()}
+        inner = (functional_call(self.model, theta, (self.batch.weak,)).softmax(1) - imputed).square().sum()
         gradient = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
         ahead = {name: value - rate * g for (name, value), g in zip(theta.items(), gradient, strict=True)}
         logits = functional_call(self.model, ahead, (self.batch.labeled,))
         return functional.cross_entropy(logits, self.batch.targets)
 
-    def impute_better(self) -> Tensor:
+    def second_loss(self) -> Tensor:
         """Eq. (V2): the gradient reaches the parameters through the imputed labels alone."""
-        imputed = self.model(self.imputed_images).softmax(1)
-        holdout = self.holdout_loss(imputed, L2I_RATE)
-        parameters = list(self.model.parameters())  # not theta as well, which backward() would reach
-        for parameter, gradient in zip(parameters, torch.autograd.grad(holdout, parameters), strict=True):
-            parameter.grad = gradient
-        return holdout.detach()
+        return self.holdout_loss(self.model(self.imputed_images).softmax(1), L2I_RATE)
 
     def __call__(self) -> Tensor:
         super().__call__()
-        self.optimizer.zero_grad()
-        loss = self.impute_better()
-        self.finish()
-        return loss
+        # Not theta as well, which backward() would reach.
+        return self.descend(self.second_loss, list(self.model.parameters()))
 
 
 class PublishedL2IV1(PublishedL2I):
     """Variant V1 ("L"): a step on the labels' logits, then one on the loss against the labels found."""
 
-    def impute_better(self) -> Tensor:
+    def second_loss(self) -> Tensor:
         with torch.no_grad():
             logits = self.model(self.imputed_images).log_softmax(1)
         logits.requires_grad_()
         (gradient,) = torch.autograd.grad(self.holdout_loss(logits.softmax(1), 2 * L2I_RATE), logits)
         labels = (logits - LABEL_STEP * gradient).detach().softmax(1)
-        loss = squared_error(self.model(self.batch.weak), labels)
-        loss.backward()
-        return loss.detach()
-
-
-def move_labels(labels: Tensor, gradient: Tensor) -> Tensor:
-    """A step on the labels, clipped at 0 and divided by the row sum."""
-    moved = (labels - META_RATE * gradient).relu()
-    total = moved.sum(1, keepdim=True)
-    return moved / total.where(total > 0, 1.0)
+        return squared_error(self.model(self.batch.weak), labels)
 
 
 class PublishedMetaGradient(PseudoLabel):
@@ -113,11 +89,11 @@ class PublishedMetaGradient(PseudoLabel):
             torch._foreach_add_(self.parameters, direction, alpha=epsilon)
         return move_labels(imputed, (plus - minus) / epsilon)
 
-    def __call__(self) -> Tensor:
+    def loss(self) -> Tensor:
         self.model.eval()
         labels = self.labels()
         self.model.train()
-        return self.train_on(labels)
+        return self.loss_on(labels)
 
 
 class DoubleBackwardMetaGradient(PublishedMetaGradient):
@@ -131,6 +107,13 @@ class DoubleBackwardMetaGradient(PublishedMetaGradient):
         gradient = torch.autograd.grad(inner, self.parameters, create_graph=True)
         (against,) = torch.autograd.grad(gradient, imputed, direction)
         return move_labels(imputed.detach(), -against)
+
+
+def move_labels(labels: Tensor, gradient: Tensor) -> Tensor:
+    """A step on the labels, clipped at 0 and divided by the row sum."""
+    moved = (labels - META_RATE * gradient).relu()
+    total = moved.sum(1, keepdim=True)
+    return moved / total.where(total > 0, 1.0)
 
 
 class PublishedLabelGradientAlignment(TableLabels):
@@ -149,14 +132,12 @@ class PublishedLabelGradientAlignment(TableLabels):
 
     def __call__(self) -> Tensor:
         labeled = self.labeled_loss()
-        labeled_gradient = torch.autograd.grad(labeled, self.parameters)
+        g_l = torch.autograd.grad(labeled, self.parameters)
         unlabeled = functional.cross_entropy(self.model(self.batch.weak), self.rows.softmax(1))
-        unlabeled_gradient = torch.autograd.grad(unlabeled, self.parameters, create_graph=True)
-        (self.rows.grad,) = torch.autograd.grad(
-            unlabeled_gradient, self.rows, self.toward_unlabeled(labeled_gradient, unlabeled_gradient)
-        )
+        g_u = torch.autograd.grad(unlabeled, self.parameters, create_graph=True)
+        (self.rows.grad,) = torch.autograd.grad(g_u, self.rows, self.toward_unlabeled(g_l, g_u))
         self.label_optimizer.step()
-        for parameter, first, second in zip(self.parameters, labeled_gradient, unlabeled_gradient, strict=True):
+        for parameter, first, second in zip(self.parameters, g_l, g_u, strict=True):
             parameter.grad = first + second.detach()
         self.optimizer.step()
         return (labeled + unlabeled).detach()

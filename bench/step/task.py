@@ -1,6 +1,6 @@
 """What is trained: a network, a batch of random images, and the loop around them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import fastmeta
 from fastmeta.models import ConvLarge, WideResNet
 
 UNLABELED = 50_000  # images in the unlabeled set, for the methods with a table
@@ -64,8 +65,7 @@ def random_batch(network: Network, dtype: torch.dtype = torch.float32, device: s
 
     targets = torch.randint(network.num_classes, (network.labeled,), generator=generator, device=device)
     index = torch.randperm(UNLABELED, generator=generator, device=device)[: network.unlabeled]
-    count = network.unlabeled
-    return Batch(images(network.labeled), targets, images(count), images(count), index)
+    return Batch(images(network.labeled), targets, images(network.unlabeled), images(network.unlabeled), index)
 
 
 def on_device(what: Any, device: str) -> Any:
@@ -76,9 +76,11 @@ def on_device(what: Any, device: str) -> Any:
 class Step:
     """One step of a training loop with every call; the model's ``.grad`` stay until the next.
 
-    Subclasses say what the step is. The settings cost what any others would; the rates are small, because the images
-    are noise and the loss has to stay finite.
+    Subclasses say what loss the step descends. The settings cost what any others would; the rates are small, because
+    the images are noise and the loss has to stay finite.
     """
+
+    method: Any = None  # of fastmeta, where the step has one
 
     def __init__(self, network: Network, batch: Batch) -> None:
         torch.manual_seed(0)
@@ -91,6 +93,24 @@ class Step:
     def make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
 
+    def __call__(self) -> Tensor:
+        """The step; its loss, detached."""
+        return self.descend(self.loss)
+
+    def loss(self) -> Tensor:
+        raise NotImplementedError
+
+    def descend(self, loss: Callable[[], Tensor], inputs: Sequence[Tensor] | None = None) -> Tensor:
+        """One update along the loss's gradient in ``inputs``, all parameters if None."""
+        self.optimizer.zero_grad()
+        value = loss()
+        value.backward(inputs=inputs)
+        self.update()
+        return value.detach()
+
+    def update(self) -> None:
+        self.optimizer.step()
+
     def labeled_loss(self) -> Tensor:
         return functional.cross_entropy(self.model(self.batch.labeled), self.batch.targets)
 
@@ -98,9 +118,16 @@ class Step:
         """What the last backward has left, by name."""
         return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
 
-    def __call__(self) -> Tensor:
-        """The step; its loss, detached."""
-        raise NotImplementedError
+    def refine_outputs(self, tape: Any, unlabeled: Tensor, labeled: Tensor, **more: Any) -> fastmeta.Refined:
+        """The method on outputs of passes that were captured."""
+        holdout = {"holdout": tape.outputs(labeled), "targets": self.batch.targets}
+        return self.method.refine(unlabeled=tape.outputs(unlabeled), **holdout, **more)
+
+    def refine_model(self, unlabeled: Tensor, **more: Any) -> fastmeta.Refined:
+        """The method on the model and images, by passes of its own; the hold-out examples are the labeled ones."""
+        if "holdout_gradient" not in more:
+            more |= {"holdout": self.batch.labeled, "targets": self.batch.targets}
+        return self.method.refine(model=self.model, unlabeled=unlabeled, **more)
 
 
 def squared_error(logits: Tensor, labels: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import fastmeta
 from bench.step import alignment, bases, example_weights, l2i, meta_gradient, published
@@ -26,25 +25,15 @@ PLAIN: dict[str, Make] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One step with a method.
+    """One step with a method."""
 
-    Args:
-        method: with what distinguishes it.
-        how: of the derivative.
-        schedule: ``published``, ``alternating`` or ``fused``.
-        plain: name of the plain step that it extends.
-        make: builds it.
-        same_as: name of the published form that it must agree with; None: there is none.
-        graph: whether the method's part is replayed from a CUDA graph.
-    """
-
-    method: str
-    how: How
-    schedule: str
-    plain: str
+    method: str  # with what distinguishes it
+    how: How  # of the derivative
+    schedule: str  # `published`, `alternating` or `fused`
+    plain: str  # name of the plain step that it extends
     make: Make
-    same_as: str | None = None
-    graph: bool = False
+    same_as: str | None = None  # name of the published form that it must agree with; None: there is none
+    graph: bool = False  # whether the method's part is replayed from a CUDA graph
 
     @property
     def name(self) -> str:
@@ -66,7 +55,7 @@ def for_gpu(network: Network, *, quick: bool = False) -> list[Variant]:
 
 
 def _in_graph(make: Make, network: Network, batch: Batch) -> Step:
-    step: Any = make(network, batch)
+    step = make(network, batch)
     step.method = fastmeta.graph(step.method)
     return step
 
@@ -108,9 +97,9 @@ def _meta_gradient() -> Iterator[Variant]:
 
 def _example_weights() -> Iterator[Variant]:
     name, plain, separate = "ExampleWeights", "FixMatch", "FixMatch, separate passes"
-    step = example_weights.FusedLastLayer
-    yield Variant(name, "last_layer", "fused", plain, step)
-    yield Variant(f"{name}, between updates", "last_layer", "fused", plain, partial(step, update=False))
+    between = partial(example_weights.FusedLastLayer, update=False)
+    yield Variant(name, "last_layer", "fused", plain, example_weights.FusedLastLayer)
+    yield Variant(f"{name}, between updates", "last_layer", "fused", plain, between)
     yield Variant(name, "last_layer", "alternating", plain, example_weights.AlternatingLastLayer)
     identity = f"{name}, identity"
     yield Variant(identity, "jvp", "fused", separate, partial(example_weights.FusedWholeModel, how="jvp"))
