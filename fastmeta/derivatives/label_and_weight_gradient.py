@@ -43,7 +43,9 @@ class LabelAndWeightGradient(Derivative):
         if isinstance(problem, Problem):
             assert not isinstance(direction, dict), "of a last layer"
             rows, v = problem.unlabeled, direction.dense()
-            label = ops.label_gradient(rows.features, rows.logits, v.weight, v.bias, loss=self.loss)
+            label = ops.label_gradient(
+                rows.features, rows.logits, v.weight, v.bias, loss=self.loss, targets=problem.labels
+            )
             slope = ops.per_example_dot(rows.features, rows.logits, problem.labels, v.weight, v.bias, loss=self.loss)
         else:
             assert isinstance(direction, dict), "of a whole model"
@@ -70,7 +72,7 @@ class LabelAndWeightGradient(Derivative):
                 problem.keep(logits)
             logits, tangent = problem.see(logits.detach()), full_precision(tangent)
             residual = losses.residual(logits, problem.labels, self.loss)
-            return losses.label_tangent(logits, tangent, self.loss), (residual * tangent).sum(-1)
+            return losses.label_tangent(logits, tangent, self.loss, problem.labels), (residual * tangent).sum(-1)
 
         if self.how == "finite_difference":
             _ = problem.labels  # imputed at theta, which the passes below are not
@@ -78,7 +80,7 @@ class LabelAndWeightGradient(Derivative):
         def of(logits: Tensor) -> Tensor:
             logits = full_precision(logits)
             values = losses.loss_per_example(logits, problem.labels, self.loss)
-            return torch.cat([losses.label_pull(logits, self.loss), values.unsqueeze(-1)], dim=1)
+            return torch.cat([losses.label_pull(logits, self.loss, problem.labels), values.unsqueeze(-1)], dim=1)
 
         both = difference(function, inputs, direction, problem.parameters, of, self.how, self.radius, problem.see)
         return both[:, :-1], both[:, -1]

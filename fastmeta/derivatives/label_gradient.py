@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastmeta import losses, ops
+from fastmeta import ops
 from fastmeta.derivatives.derivative import Derivative, How, check_how, scaled, step_scale, weighted
 from fastmeta.derivatives.of_model import label_tangent
 from fastmeta.model_problem import AnyProblem
@@ -58,10 +58,9 @@ class LabelGradient(Derivative):
         assert not isinstance(direction, dict), "of a last layer"
         rows, v = problem.unlabeled, direction.dense()
         scale = step_scale(problem, self.rate, self.reduction, len(problem.labels))
-        if self.loss in losses.LOSSES:
-            return scaled(
-                lambda factor: ops.label_gradient(rows.features, rows.logits, *v, loss=self.loss, scale=factor), scale
-            )
-        z = rows.features @ v.weight.T
-        z = z if v.bias is None else z + v.bias
-        return scale * losses.label_tangent(rows.logits, z, self.loss, problem.labels)
+        return scaled(
+            lambda factor: ops.label_gradient(
+                rows.features, rows.logits, *v, loss=self.loss, scale=factor, targets=problem.labels
+            ),
+            scale,
+        )

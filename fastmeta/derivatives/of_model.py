@@ -25,6 +25,7 @@ def label_gradient(
     scale: float = 1.0,
     how: How = "jvp",
     radius: float = 0.01,
+    targets: Tensor | None = None,
 ) -> Tensor:
     r"""How the pull of the loss on its labels moves as the whole model moves along a direction. ``[N, C]``.
 
@@ -32,7 +33,8 @@ def label_gradient(
         T(v) = D_v\Bigl(-\frac{\partial l}{\partial y}\Bigr) =
         \frac{d}{dt} \Bigl(-\frac{\partial l}{\partial y}\Bigr)(f(x; \theta + t v)) \Big|_{t=0}
 
-    ``D_v log p`` for cross-entropy, ``D_v f`` for binary cross-entropy, ``2 D_v f`` for mse, ``2 D_v p`` for mse_probs.
+    ``D_v log p`` for cross-entropy, ``D_v f`` for binary cross-entropy, ``2 D_v f`` for mse, ``2 D_v p`` for mse_probs;
+    the table of :mod:`fastmeta.losses` has all of them.
     With ``v = grad C^H(theta*)`` and ``scale = eta / B`` it is the gradient of the hold-out loss after an inner step
     with respect to the labels of that step: Learning to Impute, Eq. (V1); Meta-Gradient, Eq. (13).
 
@@ -59,18 +61,20 @@ def label_gradient(
             compiled.
         inputs: of N examples: a tensor, a tuple of arguments or a dict of keyword arguments.
         direction: v, tensors by parameter name and like the parameters; one that is left out does not move.
-        loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
+        loss: one of :data:`fastmeta.losses.LOSSES`.
         scale: factor of the result.
         how: see above.
         radius: length of the differences' perturbation, > 0.
+        targets: y, int64 classes ``[N]`` or ``[N, C]``, where the label tangent of the loss reads them; else they are
+            not looked at.
 
     Returns:
         In float32, or float64 if the logits are, and detached.
 
     Raises:
         TypeError: the direction is no dict, a dtype does not fit, or the model gives no logits.
-        ValueError: a name, shape or device in the direction does not fit, an option is unknown, or the logits are not
-            2-D.
+        ValueError: a name, shape or device in the direction does not fit, an option is unknown, the loss needs targets,
+            or the logits are not 2-D.
         NotImplementedError: ``jvp`` meets an operator without a forward-mode derivative.
 
     >>> import torch
@@ -80,11 +84,14 @@ def label_gradient(
     tensor([[1., 2.]])
     """
     checks.loss_code(loss)
+    read = losses.label_tangent_targets(targets, loss)
     function, direction = _function(model, direction, how, radius)
     if how == "last_layer":
         features, logits, weight, bias = _last_layer(function, inputs, direction)
-        return ops.label_gradient(features, logits, weight, bias, loss=loss, scale=scale)
-    return scale * label_tangent(function, inputs, direction, loss=loss, how=how, radius=radius)
+        y = None if read is None else probabilities(read, logits)
+        return ops.label_gradient(features, logits, weight, bias, loss=loss, scale=scale, targets=y)
+    labels = None if read is None else lambda: read
+    return scale * label_tangent(function, inputs, direction, loss=loss, how=how, radius=radius, labels=labels)
 
 
 @eager
@@ -112,7 +119,7 @@ def example_weight_gradient(
         inputs: of N examples.
         targets: y, int64 classes ``[N]`` or probabilities ``[N, C]``.
         direction: v, tensors by parameter name.
-        loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
+        loss: one of :data:`fastmeta.losses.LOSSES`.
         scale: factor of the result.
         how: ``jvp``, ``double_backward``, ``finite_difference``, ``forward_difference`` or ``last_layer``.
         radius: length of the differences' perturbation, > 0.
@@ -160,20 +167,20 @@ def label_tangent(
         inputs: of N examples.
         direction: v by name.
         parameters: theta; None: the model's own.
-        loss: also ``mse_tanh``, which needs the labels.
+        loss: one of :data:`fastmeta.losses.LOSSES`.
         how: which way, not ``last_layer``.
         radius: of a difference.
-        labels: asked for the labels ``[N, C]`` where the loss needs them, after ``see``.
+        labels: asked for the labels, ``[N, C]`` or classes ``[N]``, where the loss needs them, after ``see``.
         see: is shown the logits ``[N, C]`` of a pass at theta, if there is one, and returns them in full precision.
         keep: is given those of a plain pass at theta or one of forward mode, then made at the model's own parameters
             and on their graph; None: no graph is recorded.
     """
-    needs_labels = loss == "mse_tanh"
+    needs_labels = losses.of(loss).label_tangent_reads_targets
     if how == "double_backward":
         theta = leaves(function, parameters)
         with torch.enable_grad():
             logits = see(function.logits(inputs, theta, twice=True))
-            targets = labels() if labels is not None else losses.prediction(logits, loss)
+            targets = losses.prediction(logits, loss) if labels is None else probabilities(labels(), logits)
             targets = targets.detach().clone().requires_grad_()
             total = losses.loss_per_example(logits, targets, loss).sum()
         return -mixed(function, total, theta, direction, [targets])[0]
@@ -182,12 +189,13 @@ def label_tangent(
         if keep is not None:
             keep(logits)
         logits = see(logits.detach())
-        given = labels() if labels is not None and needs_labels else None
+        given = probabilities(labels(), logits) if labels is not None and needs_labels else None
         return losses.label_tangent(logits, full_precision(tangent), loss, given)
     known = labels() if labels is not None and needs_labels else None
 
     def pull(logits: Tensor) -> Tensor:
-        return losses.label_pull(full_precision(logits), loss, known)
+        logits = full_precision(logits)
+        return losses.label_pull(logits, loss, None if known is None else probabilities(known, logits))
 
     def at_theta(logits: Tensor) -> Tensor:
         if keep is not None:
