@@ -69,9 +69,9 @@ def calls(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[C
     if name == "per_example_dot":
         return lambda: ops.per_example_dot(h, f, y, v, b), (h, f, None, None, y, v, b, loss)
     if name == "label_gradient":
-        return lambda: ops.label_gradient(h, f, v, b), (h, f, None, None, v, b, loss, 1.0)
+        return lambda: ops.label_gradient(h, f, v, b), (h, f, None, None, None, v, b, loss, 1.0)
     if name == "hessian_vector_product":
-        return lambda: ops.hessian_vector_product(h, f, v, b, w), (h, f, v, b, w, loss, 0.0)
+        return lambda: ops.hessian_vector_product(h, f, v, b, w), (h, f, None, v, b, w, loss, 0.0)
     if name == "feature_similarity":
         return lambda: ops.feature_similarity(h, h, y), (h, h, y, 1.0, True)
     if name == "finite_difference_labels":

@@ -12,7 +12,7 @@ from torch import Tensor
 from bench import kernels
 from bench.inputs import SHAPES
 from fastmeta import _kernels
-from fastmeta.losses import LOSSES
+from fastmeta.losses import BY_CODE, LOSSES
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Classes at which the tiles change, and sizes at which rows of 16 bytes, one program a row and several slabs begin.
@@ -67,9 +67,12 @@ def arguments(operator: str, shape: tuple[int, int, int], dtype: torch.dtype, va
         return tensor(n, d), *outputs, targets, weights, loss
     if operator == "per_example_dot":
         return tensor(n, d), *outputs, targets, tensor(c, d), bias, loss
+    of_loss = BY_CODE[loss]
     if operator == "label_gradient":
-        return tensor(n, d), *outputs, tensor(c, d), bias, loss, 0.5
-    return tensor(n, d), tensor(n, c), tensor(c, d), bias, weights, loss, 0.1
+        read = targets if of_loss.label_tangent_reads_targets else None
+        return tensor(n, d), *outputs, read, tensor(c, d), bias, loss, 0.5
+    read = targets if of_loss.curvature_reads_targets else None
+    return tensor(n, d), tensor(n, c), read, tensor(c, d), bias, weights, loss, 0.1
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ struct LastLayerOperands {
   T features;                          // [N, D]
   T logits;                            // [N, C], or
   T head_weight, head_bias;            // [C, D], [C]
-  T targets;                           // [N, C] or int64 [N]
+  T targets;                           // [N, C] or int64 [N], where the row function reads them
   T weights;                           // [N]
   T direction_weight, direction_bias;  // [C, D], [C]
   T tangent;                           // [N, C] in place of a direction
@@ -27,16 +27,20 @@ struct LastLayerCall {
   LastLayerOperands<View> operands;
   RowFunction function;
   LastLayerResult result;
-  Loss loss;
+  Loss loss{};
   double scale = 1, damping = 0;
   LastLayerSizes sizes{};
 };
 
 // The call with its sizes; throws where an argument does not fit. The range of classes is not seen here.
 inline LastLayerCall checked(LastLayerCall call) {
-  const LastLayerOperands<View>& x = call.operands;
+  LastLayerOperands<View>& x = call.operands;
   call.sizes = check_outputs(x.features, x.logits, x.head_weight, x.head_bias);
-  if (call.function == RowFunction::residual) check_targets(call.sizes, x.targets, x.features);
+  if (reads_targets(call.loss, call.function)) {
+    check_targets(call.sizes, x.targets, x.features);
+  } else {
+    x.targets = {};
+  }
   if (call.function != RowFunction::residual || call.result == LastLayerResult::dots) {
     check_direction(call.sizes, x.direction_weight, x.direction_bias, x.features);
   }
@@ -67,8 +71,9 @@ inline LastLayerCall label_gradient_call(const DLTensor* const* tensors, const d
                                .logits = tensors[1],
                                .head_weight = tensors[2],
                                .head_bias = tensors[3],
-                               .direction_weight = tensors[4],
-                               .direction_bias = tensors[5]},
+                               .targets = tensors[4],
+                               .direction_weight = tensors[5],
+                               .direction_bias = tensors[6]},
                   .function = RowFunction::label_tangent,
                   .result = LastLayerResult::rows,
                   .loss = check_loss(numbers[0]),
@@ -90,9 +95,10 @@ inline LastLayerCall last_layer_gradient_call(const DLTensor* const* tensors, co
 inline LastLayerCall hessian_vector_product_call(const DLTensor* const* tensors, const double* numbers) {
   return checked({.operands = {.features = tensors[0],
                                .logits = tensors[1],
-                               .weights = tensors[4],
-                               .direction_weight = tensors[2],
-                               .direction_bias = tensors[3]},
+                               .targets = tensors[2],
+                               .weights = tensors[5],
+                               .direction_weight = tensors[3],
+                               .direction_bias = tensors[4]},
                   .function = RowFunction::curvature,
                   .result = LastLayerResult::gradient,
                   .loss = check_loss(numbers[0]),

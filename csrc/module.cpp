@@ -6,6 +6,7 @@
 #include "entry/driver.h"
 #include "entry/entry.h"
 #include "entry/program.h"
+#include "loss.h"
 // torch 2.11 and 2.12 bundle a pybind11 that refuses to be included beside the stable ABI; nothing of torch follows.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
@@ -30,6 +31,11 @@ py::dict build_info() {
   for (const char* name : fastmeta::isa_built()) built.append(name);
   info["instruction_sets"] = built;
   info["instruction_set_in_use"] = fastmeta::isa_in_use();
+  py::list losses;  // as fastmeta/losses.py has them
+  for (const auto& [name, has_softmax, label_tangent, curvature] : fastmeta::loss_table) {
+    losses.append(py::make_tuple(name, has_softmax, label_tangent, curvature));
+  }
+  info["losses"] = losses;
   info["threads"] = torch::stable::get_num_threads();
   info["built_for_torch"] = FASTMETA_BUILT_FOR_TORCH;
   return info;

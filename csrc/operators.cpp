@@ -1,5 +1,6 @@
-// Every operator's schema. Argument `loss` is the enum of losses.h; a head (head_weight [C, D], head_bias [C]) stands
-// in for logits [N, C] where both are offered. fastmeta/ops/ documents the arguments.
+// Every operator's schema. Argument `loss` is the enum of loss.h; a head (head_weight [C, D], head_bias [C]) stands in
+// for logits [N, C] where both are offered; optional targets are read where the loss's row function reads them.
+// fastmeta/ops/ documents the arguments.
 #include <torch/csrc/stable/library.h>
 
 #ifndef FASTMETA_NAMESPACE
@@ -15,12 +16,12 @@ FASTMETA_LIBRARY(FASTMETA_NAMESPACE, m) {
       "per_example_dot(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, Tensor targets, "
       "Tensor direction_weight, Tensor? direction_bias, int loss) -> Tensor");
   m.def(
-      "label_gradient(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, "
+      "label_gradient(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, Tensor? targets, "
       "Tensor direction_weight, Tensor? direction_bias, int loss, float scale) -> Tensor");
   // The bias of the result is empty when direction_bias is None.
   m.def(
-      "hessian_vector_product(Tensor features, Tensor logits, Tensor direction_weight, Tensor? direction_bias, "
-      "Tensor? weights, int loss, float damping) -> (Tensor, Tensor)");
+      "hessian_vector_product(Tensor features, Tensor logits, Tensor? targets, Tensor direction_weight, "
+      "Tensor? direction_bias, Tensor? weights, int loss, float damping) -> (Tensor, Tensor)");
   // The same for at most 32 outputs, on a GPU.
   m.def(
       "last_layer_gradient_narrow(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, "
@@ -29,11 +30,11 @@ FASTMETA_LIBRARY(FASTMETA_NAMESPACE, m) {
       "per_example_dot_narrow(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, Tensor targets, "
       "Tensor direction_weight, Tensor? direction_bias, int loss) -> Tensor");
   m.def(
-      "label_gradient_narrow(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, "
+      "label_gradient_narrow(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, Tensor? targets, "
       "Tensor direction_weight, Tensor? direction_bias, int loss, float scale) -> Tensor");
   m.def(
-      "hessian_vector_product_narrow(Tensor features, Tensor logits, Tensor direction_weight, Tensor? direction_bias, "
-      "Tensor? weights, int loss, float damping) -> (Tensor, Tensor)");
+      "hessian_vector_product_narrow(Tensor features, Tensor logits, Tensor? targets, Tensor direction_weight, "
+      "Tensor? direction_bias, Tensor? weights, int loss, float damping) -> (Tensor, Tensor)");
   m.def(
       "feature_similarity(Tensor features_u, Tensor features_h, Tensor residual_h, float scale, bool bias) -> Tensor");
   m.def(

@@ -96,6 +96,7 @@ def _label_gradient(features: Tensor, logits: Any, head_weight: Any, *rest: Any)
 def _hessian_vector_product(
     features: Tensor,
     logits: Tensor,
+    targets: Tensor | None,
     direction_weight: Tensor,
     direction_bias: Tensor | None,
     weights: Tensor | None,

@@ -19,6 +19,8 @@ def per_example(f: Tensor, y: Tensor, loss: str) -> Tensor:
         return -(y * functional.log_softmax(f, -1)).sum(-1)
     if loss == "binary_cross_entropy":
         return -(y * functional.logsigmoid(f) + (1 - y) * functional.logsigmoid(-f)).sum(-1)
+    if loss == "mse_tanh":
+        return (f.tanh() - y.tanh()).pow(2).sum(-1)
     return ((f if loss == "mse" else functional.softmax(f, -1)) - y).pow(2).sum(-1)
 
 

@@ -10,7 +10,7 @@ import error_scale
 import torch
 from torch import Tensor
 
-from fastmeta import Head, ops
+from fastmeta import Head, losses, ops
 from fastmeta._kernels import NARROW_OUTPUTS, TRITON
 from fastmeta.dispatch import Operator
 from fastmeta.losses import LOSSES
@@ -95,9 +95,18 @@ class Case:
         """Whether its CUDA kernel is the one for few outputs."""
         return self.name in TRITON
 
+    def reads_targets(self, loss: str | None) -> bool:
+        """Whether targets are not optional, or the loss reads them."""
+        return loss is None or self.name not in READS_TARGETS or READS_TARGETS[self.name](losses.of(loss))
+
     def arguments(self, draw: Draw, shape: Shape, loss: str | None, variant: str = "") -> Arguments:
-        made = self.make(draw, shape, frozenset(variant.split()))
-        return made if loss is None else made | {"loss": loss}
+        words = frozenset(variant.split())
+        made = self.make(draw, shape, words)
+        if loss is None:
+            return made
+        if "unread" not in words and not self.reads_targets(loss):
+            made["targets"] = None
+        return made | {"loss": loss}
 
     def call(self, arguments: Arguments, impl: str | None = None) -> list[Tensor]:
         """The tensors of the result; a bias of None is left out."""
@@ -124,6 +133,11 @@ class Case:
         return tuple(given)
 
 
+# Operators with optional targets, and whether a loss reads them there.
+READS_TARGETS: dict[str, Callable[[losses.Loss], bool]] = {
+    "label_gradient": lambda loss: loss.label_tangent_reads_targets,
+    "hessian_vector_product": lambda loss: loss.curvature_reads_targets,
+}
 DEFAULTS = {"scale": 1.0, "damping": 0.0, "bias": True, "project": True}
 
 
@@ -197,6 +211,7 @@ def _label_gradient(draw: Draw, shape: Shape, variant: frozenset[str]) -> Argume
         "logits": _logits(draw, shape, variant),
         **_direction(draw, shape, variant),
         "scale": -0.7 if "scale" in variant else 1.0,
+        "targets": _targets(draw, shape, variant),
     }
 
 
@@ -207,6 +222,7 @@ def _hessian_vector_product(draw: Draw, shape: Shape, variant: frozenset[str]) -
         **_direction(draw, shape, variant),
         "weights": _weights(draw, shape, variant),
         "damping": 0.3 if "damping" in variant else 0.0,
+        "targets": _targets(draw, shape, variant),
     }
 
 
@@ -252,15 +268,22 @@ CASES = (
     Case(
         "label_gradient",
         _label_gradient,
-        ("bias", "scale", "head bias scale", "head head-without-bias"),
-        {"features": "ND", "logits": "NC", "direction_weight": "CD", "direction_bias": "C"},
+        ("bias", "scale", "head bias scale unread", "head head-without-bias classes"),
+        {"features": "ND", "logits": "NC", "targets": "NC", "direction_weight": "CD", "direction_bias": "C"},
         per_row=True,
     ),
     Case(
         "hessian_vector_product",
         _hessian_vector_product,
-        ("bias", "weights", "bias weights damping", "damping"),
-        {"features": "ND", "logits": "NC", "direction_weight": "CD", "direction_bias": "C", "weights": "N"},
+        ("bias", "weights", "bias weights damping unread", "damping classes"),
+        {
+            "features": "ND",
+            "logits": "NC",
+            "targets": "NC",
+            "direction_weight": "CD",
+            "direction_bias": "C",
+            "weights": "N",
+        },
         per_row=False,
     ),
     Case(

@@ -42,11 +42,18 @@ def jacobian(p: Tensor, vector: Tensor) -> Tensor:
     return p * (vector + (p * vector).sum(-1, keepdim=True))
 
 
+def tanh_slope(logits: Tensor, size: Tensor | float) -> Tensor:
+    """``1 - tanh(f)^2`` with both terms positive, and what the rounding of f moves it by."""
+    return 1 + logits.tanh().square() + size
+
+
 def residual(features: Tensor, logits: Tensor | Head, targets: Tensor, loss: str) -> Tensor:
     f, size = logits_and_size(features, logits)
     y = as_probabilities(targets, f.shape[1], f.dtype).abs()
     if loss == "mse":
         return 2 * (f.abs() + size + y)
+    if loss == "mse_tanh":
+        return 2 * (f.tanh().abs() + size + y.tanh()) * tanh_slope(f, size)
     p = predictions(f, size, loss)
     if loss == "cross_entropy":
         return y.sum(-1, keepdim=True) * p + y
@@ -64,23 +71,32 @@ def per_example_dot(features, logits, targets, direction_weight, direction_bias=
     return ((residual(features, logits, targets, loss) * z).sum(-1),)
 
 
-def label_gradient(features, logits, direction_weight, direction_bias=None, *, loss, scale=1.0):
+def label_gradient(features, logits, direction_weight, direction_bias=None, *, loss, scale=1.0, targets=None):
     z = product(features, direction_weight, direction_bias)
     if loss == "binary_cross_entropy":
         return (abs(scale) * z,)
     if loss == "mse":
         return (abs(scale) * 2 * z,)
-    p = predictions(*logits_and_size(features, logits), loss)
+    f, size = logits_and_size(features, logits)
+    if loss == "mse_tanh":
+        y = as_probabilities(targets, f.shape[1], f.dtype)
+        return (abs(scale) * 2 * tanh_slope(y, 0.0) * tanh_slope(f, size) * z,)
+    p = predictions(f, size, loss)
     if loss == "cross_entropy":
         return (abs(scale) * (z + (p * z).sum(-1, keepdim=True)),)
     return (abs(scale) * 2 * jacobian(p, z),)
 
 
-def hessian_vector_product(features, logits, direction_weight, direction_bias=None, weights=None, *, loss, damping=0.0):
+def hessian_vector_product(
+    features, logits, direction_weight, direction_bias=None, weights=None, *, loss, damping=0.0, targets=None
+):
     z = product(features, direction_weight, direction_bias)
-    p = predictions(*logits_and_size(features, logits), loss)
+    f, size = logits_and_size(features, logits)
+    p = predictions(f, size, loss)
     if loss == "mse":
         c = 2 * z
+    elif loss == "mse_tanh":
+        c = 2 * tanh_slope(f, size).square() * z
     elif loss == "binary_cross_entropy":
         c = p * z
     else:

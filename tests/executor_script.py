@@ -186,7 +186,7 @@ def shapes(results: Any) -> list[Any]:
 
 def numbers() -> None:
     """An integer where a float is meant, a 1 above all, is not compiled into the kernel."""
-    for name, place in (("label_gradient", 7), ("feature_similarity", 3), ("finite_difference_labels", 4)):
+    for name, place in (("label_gradient", 8), ("feature_similarity", 3), ("finite_difference_labels", 4)):
         arguments = list(host.calls(name, (48, 32, 40), torch.float32)[1])
         entry = _C.Entry(name, "cpu")
         kernel = _kernels.triton(name, entry)

@@ -1,6 +1,7 @@
 """Systems for the tests of solve_hessian, and what they are compared with."""
 
 import torch
+from brute_force import per_example
 from cases import Draw
 from torch import Tensor
 
@@ -10,6 +11,11 @@ from fastmeta.ops import HessianSolution, hessian_vector_product, solve_hessian
 ITERATIVE = ("cg", "pcg")
 SOLVERS = ("cholesky", "cg", "pcg", "auto")
 Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def targets_of(logits: Tensor) -> Tensor:
+    """Some of every row that sum to one, made of its logits: near to them and far. ``[N, C]``."""
+    return (3 * logits).sin().softmax(-1)
 
 
 def make(draw: Draw, n: int, d: int, c: int) -> Problem:
@@ -35,22 +41,23 @@ def dense_hessian(problem: Problem, loss: str, bias: bool, weighted: bool) -> Te
     """Hessian of ``sum_i w_i l_i`` in the flat ``[C, D]`` weight then bias, by autograd of the definition."""
     h, f, _, _, w = problem
     w = w if weighted else torch.ones_like(w)
-    (n, d), c = h.shape, f.shape[1]
+    d, c = h.shape[1], f.shape[1]
 
     def logits(theta: Tensor) -> Tensor:
         moved = f + h @ theta[: c * d].view(c, d).T
         return moved + theta[c * d :] if bias else moved
 
     theta = torch.zeros(c * d + (c if bias else 0), dtype=h.dtype, device=h.device)
-    if loss == "mse_probs":  # Gauss-Newton: the Jacobian of the prediction, 2 J^T J
-        jacobian = torch.func.jacrev(lambda t: logits(t).softmax(-1))(theta)
+    if not losses.of(loss).exact:  # Gauss-Newton: the Jacobian of the prediction, 2 J^T J
+        predicted = {"mse_probs": lambda f: f.softmax(-1), "mse_tanh": torch.tanh}[loss]
+        jacobian = torch.func.jacrev(lambda t: predicted(logits(t)))(theta)
         return 2 * torch.einsum("n,nca,ncb->ab", w, jacobian, jacobian)
-    targets = torch.full((n, c), 1 / c, dtype=h.dtype, device=h.device)
-    return torch.func.hessian(lambda t: (w * losses.loss_per_example(logits(t), targets, loss)).sum())(theta)
+    return torch.func.hessian(lambda t: (w * per_example(logits(t), targets_of(f), loss)).sum())(theta)
 
 
 def solve(problem: Problem, bias: bool, weighted: bool, **options: object) -> HessianSolution:
     h, f, rhs_weight, rhs_bias, w = problem
+    options.setdefault("targets", targets_of(f))
     return solve_hessian(h, f, rhs_weight, rhs_bias if bias else None, w if weighted else None, **options)
 
 
@@ -63,7 +70,15 @@ def true_residual(problem: Problem, solution: HessianSolution, weighted: bool, l
     h, f, rhs_weight, rhs_bias, w = (tensor.double() for tensor in problem)
     bias = None if solution.bias is None else solution.bias.double()
     image = hessian_vector_product(
-        h, f, solution.weight.double(), bias, w if weighted else None, loss=loss, damping=damping, impl="reference"
+        h,
+        f,
+        solution.weight.double(),
+        bias,
+        w if weighted else None,
+        loss=loss,
+        damping=damping,
+        targets=targets_of(f),
+        impl="reference",
     )
     rhs = flat((rhs_weight, None if bias is None else rhs_bias))
     return float((rhs - flat(image)).norm() / rhs.norm())

@@ -40,9 +40,9 @@ struct Operator {
 };
 static const struct Operator operators[] = {
     {"per_example_dot", "cpu", 7, 1, 1, run},
-    {"label_gradient", "cpu", 6, 2, 1, run},
+    {"label_gradient", "cpu", 7, 2, 1, run},
     {"last_layer_gradient", "cpu", 6, 1, 2, run_two},
-    {"hessian_vector_product", "cpu", 5, 2, 2, run_two},
+    {"hessian_vector_product", "cpu", 6, 2, 2, run_two},
     {"feature_similarity", "cpu", 3, 2, 1, run},
     {"finite_difference_labels", "cpu", 4, 2, 1, run},
     {"masked_adam_", "cpu", 6, 6, 0, run_in_place},

@@ -92,9 +92,9 @@ def test_results_are_those_of_the_operators(operators, generator):
     emulated = torch.ops.fastmeta_emulated
     calls = [
         ("per_example_dot", (h, f, None, None, y, v, b), (0,)),
-        ("label_gradient", (h, None, v, b, v, None), (3, 0.5)),
+        ("label_gradient", (h, None, v, b, None, v, None), (3, 0.5)),
         ("last_layer_gradient", (h, f, None, None, y, w), (1,)),
-        ("hessian_vector_product", (h, f, v, None, None), (0, 0.25)),
+        ("hessian_vector_product", (h, f, None, v, None, None), (0, 0.25)),
     ]
     for name, tensors, numbers in calls:
         expected = getattr(emulated, f"{name}_narrow")(*tensors, *numbers)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmeta
 from fastmeta import _entry, _extension, ops
+from fastmeta.losses import LOSSES
 
 pytestmark = pytest.mark.skipif(
     not hasattr(_extension._C, "Entry") or not _extension._C.has_exchange_api(), reason="this torch has no fast entry"
@@ -41,12 +42,12 @@ def test_results_are_tensors_of_the_operator_s_shapes():
     h, f, y, v, b, w = (torch.rand(*shape) for shape in ((n, d), (n, c), (n, c), (c, d), (c,), (n,)))
     for head in ((f, None, None), (None, v, b), (None, v, None)):
         assert new("per_example_dot")(h, *head, y, v, b, 0).tolist() == [42.0] * n
-        assert new("label_gradient")(h, *head, v, None, 0, 0.5).shape == (n, c)
+        assert new("label_gradient")(h, *head, None, v, None, 0, 0.5).shape == (n, c)
         weight, bias = new("last_layer_gradient")(h, *head, y, w, 2)
         assert (weight.shape, bias.tolist()) == ((c, d), [2.0] * c)
-    weight, bias = new("hessian_vector_product")(h, f, v, b, None, 1, 0.5)
+    weight, bias = new("hessian_vector_product")(h, f, None, v, b, None, 1, 0.5)
     assert (weight.shape, bias.tolist()) == ((c, d), [1.0] * c)
-    assert new("hessian_vector_product")(h, f, v, None, w, 1, 0)[1] is None
+    assert new("hessian_vector_product")(h, f, None, v, None, w, 1, 0)[1] is None
     assert new("feature_similarity")(h, h, f, 1.0, True).shape == (n, c)
     assert new("finite_difference_labels")(f, f, y, torch.ones(()), 0.5, False).shape == (n, c)
 
@@ -165,9 +166,9 @@ def test_numbers():
     assert entry(u, h, r, 3.0, True) is NotImplemented, "the native function's own refusal"
     assert entry(u, h, r, 1.0, 1) is NotImplemented, "a flag is a bool"
     f = torch.rand(4, 2)
-    for loss in (None, -1, 4, 0.5, "mse"):
+    for loss in (None, -1, len(LOSSES), 0.5, "mse"):
         assert new("per_example_dot")(u, f, None, None, f, torch.rand(2, 3), None, loss) is NotImplemented
-    assert new("hessian_vector_product")(u, f, torch.rand(2, 3), None, None, 0, -0.5) is NotImplemented
+    assert new("hessian_vector_product")(u, f, None, torch.rand(2, 3), None, None, 0, -0.5) is NotImplemented
     for count in (0, 1, 4, 6):
         assert entry(*[u] * count) is NotImplemented
 

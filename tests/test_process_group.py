@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 import two_processes
 from cases import Draw
-from hessian_problems import ITERATIVE, SOLVERS, flat, make, power_law
+from hessian_problems import ITERATIVE, SOLVERS, flat, make, power_law, targets_of
 from torch import Tensor
 
 import fastmeta
@@ -32,13 +32,13 @@ def own(rank: int, rows: Tensor | None, first: int) -> Tensor | None:
 def solve(case: Case, rank: int | None, state: SolverState | None = None) -> HessianSolution:
     """With the rows of one process, or (None) with all of them."""
     h, f, rhs_weight, rhs_bias, w = case["problem"]
-    rows = (h, f, w if case["weighted"] else None)
+    rows = (h, f, w if case["weighted"] else None, targets_of(f))
     if rank is not None:
         rows = tuple(own(rank, tensor, case["first"]) for tensor in rows)
     group = None if rank is None else torch.distributed.group.WORLD
     bias = rhs_bias if case["bias"] else None
-    options = case["options"]
-    return solve_hessian(rows[0], rows[1], rhs_weight, bias, rows[2], **options, state=state, process_group=group)
+    options = case["options"] | {"targets": rows[3], "state": state, "process_group": group}
+    return solve_hessian(rows[0], rows[1], rhs_weight, bias, rows[2], **options)
 
 
 def numbers(solution: HessianSolution) -> tuple[Tensor, int, float]:

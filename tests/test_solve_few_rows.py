@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import DEVICE, Draw
 from device_tensors import pretends_a_gpu
-from hessian_problems import dense_hessian, flat, make, power_law, solve, true_residual
+from hessian_problems import dense_hessian, flat, make, power_law, solve, targets_of, true_residual
 
 from fastmeta import losses
 from fastmeta.losses import LOSSES
@@ -62,9 +62,10 @@ def test_negative_weights(draw: Draw, mode: str) -> None:
 def test_curvature_of_a_known_prediction(draw: Draw, loss: str) -> None:
     """It is the row function of the loss, in float64 to rounding."""
     g, f, z, w = draw.normal(5, 7), draw.normal(5, 4, scale=2.0), draw.normal(5, 4), draw.normal(5)
-    space = few_rows.RowSpace(g, f, w, loss, 0.1)
-    torch.testing.assert_close(space.curved(z), w.unsqueeze(1) * losses.curvature(f, z, loss))
-    torch.testing.assert_close(few_rows.RowSpace(g, f, None, loss, 0.1).curved(z), losses.curvature(f, z, loss))
+    y = targets_of(f)
+    space = few_rows.RowSpace(g, f, w, loss, 0.1, y)
+    torch.testing.assert_close(space.curved(z), w.unsqueeze(1) * losses.curvature(f, z, loss, y))
+    torch.testing.assert_close(few_rows.RowSpace(g, f, None, loss, 0.1, y).curved(z), losses.curvature(f, z, loss, y))
 
 
 @pytest.mark.parametrize("tol", [1e-2, 1e-4, 1e-8])

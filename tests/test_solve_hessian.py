@@ -8,7 +8,7 @@ import hessian_problems
 import pytest
 import torch
 from cases import Draw
-from hessian_problems import ITERATIVE, SOLVERS, dense_hessian, flat, make, power_law, solve, true_residual
+from hessian_problems import ITERATIVE, SOLVERS, dense_hessian, flat, make, power_law, solve, targets_of, true_residual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -50,7 +50,9 @@ def test_every_solver_inverts_the_autograd_hessian(
         assert solution.residual <= 1e-11
         assert (solution.bias is None) is not bias
     arguments = (*problem[:3], problem[3] if bias else None, problem[4] if weighted else None)
-    torch.testing.assert_close(flat(solve_hessian_reference(*arguments, loss, damping)), expected)
+    torch.testing.assert_close(
+        flat(solve_hessian_reference(*arguments, loss, damping, targets_of(problem[1]))), expected
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,27 +79,30 @@ def test_any_shape(n: int, d: int, c: int, loss: str, solver: str, bias: bool, s
 def test_output_curvature_is_the_curvature_row_function(draw: Draw, loss: str) -> None:
     f, w = draw.normal(6, 4), draw.uniform(6)
     columns = [
-        losses.curvature(f, torch.eye(4, dtype=f.dtype, device=f.device)[k].expand(6, 4), loss) for k in range(4)
+        losses.curvature(f, torch.eye(4, dtype=f.dtype, device=f.device)[k].expand(6, 4), loss, targets_of(f))
+        for k in range(4)
     ]
     expected = torch.einsum("n,nck->ck", w, torch.stack(columns, dim=2)) / w.sum()
-    torch.testing.assert_close(kronecker.mean_curvature(f, w, loss), expected)
-    torch.testing.assert_close(kronecker.mean_diagonal(f, w, loss), expected.diagonal())
+    of_outputs = losses.of(loss).output_curvature(f, targets_of(f))
+    torch.testing.assert_close(kronecker.mean_curvature(of_outputs, w), expected)
+    torch.testing.assert_close(kronecker.mean_diagonal(of_outputs, w), expected.diagonal())
 
 
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_preconditioner_is_the_inverse_of_its_factors(draw: Draw, loss: str, softmax: bool) -> None:
     f, w, e, r = draw.normal(9, 4), draw.uniform(9), draw.normal(9, 5), draw.normal(4, 5)
-    output = kronecker.output_factor(f, w, loss, softmax=softmax)
+    of_outputs = losses.of(loss).output_curvature(f, targets_of(f))
+    output = kronecker.output_factor(of_outputs, w, softmax=softmax)
     b = torch.diag(output.b)
     if output.softmax:
         b = b - output.b.outer(output.b) / output.b.sum()
-        exact = kronecker.mean_curvature(f, w, loss)
+        exact = kronecker.mean_curvature(of_outputs, w)
         torch.testing.assert_close(b.diagonal(), exact.diagonal(), rtol=0.05, atol=0)
         torch.testing.assert_close(b.sum(0), exact.sum(0), rtol=0, atol=1e-12)
     elif output.vectors is not None:
         b = output.vectors @ b @ output.vectors.T
-        torch.testing.assert_close(b, kronecker.mean_curvature(f, w, loss))
+        torch.testing.assert_close(b, kronecker.mean_curvature(of_outputs, w))
     dense = torch.kron(b, torch.diag(e.square().sum(0))) + 0.3 * torch.eye(20, dtype=e.dtype, device=e.device)
     expected = torch.linalg.solve(dense, r.reshape(-1)).view(4, 5)
     torch.testing.assert_close(kronecker.KroneckerPreconditioner(e, output, 0.3)(r), expected)
@@ -126,18 +131,19 @@ def test_a_right_hand_side_outside_the_span_is_divided_by_the_damping(draw: Draw
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_damping_leaves_what_cannot_be_solved_in_the_residual(draw: Draw, loss: str, solver: str) -> None:
     h, f, rhs, *_ = make(draw, 4, 9, 3)
+    of_loss = {"loss": loss, "targets": targets_of(f)}
     with pytest.warns(NotConvergedWarning):
-        solution = solve_hessian(h, f, rhs, loss=loss, damping=0.0, solver=solver, tol=1e-9, max_iter=200)
+        solution = solve_hessian(h, f, rhs, **of_loss, damping=0.0, solver=solver, tol=1e-9, max_iter=200)
     inside = rhs @ torch.linalg.pinv(h) @ h
     torch.testing.assert_close(solution.weight @ torch.linalg.pinv(h) @ h, solution.weight)
     assert solution.residual >= 0.99 * float((rhs - inside).norm() / rhs.norm())
     # What a solution meets is solved: least squares, whose residual H cannot see.
-    missed = rhs - hessian_vector_product(h, f, solution.weight, loss=loss)[0]
-    assert float(hessian_vector_product(h, f, missed, loss=loss)[0].norm()) <= 1e-6 * float(rhs.norm())
-    met = hessian_vector_product(h, f, rhs, loss=loss)[0]
-    assert solve_hessian(h, f, met, loss=loss, damping=0.0, solver=solver, tol=1e-7, max_iter=200).residual <= 1e-7
+    missed = rhs - hessian_vector_product(h, f, solution.weight, **of_loss)[0]
+    assert float(hessian_vector_product(h, f, missed, **of_loss)[0].norm()) <= 1e-6 * float(rhs.norm())
+    met = hessian_vector_product(h, f, rhs, **of_loss)[0]
+    assert solve_hessian(h, f, met, **of_loss, damping=0.0, solver=solver, tol=1e-7, max_iter=200).residual <= 1e-7
     with pytest.raises(torch.linalg.LinAlgError, match=r"not positive definite.*damping"):
-        solve_hessian(h[:, :1].expand(4, 9), f, rhs, loss=loss, damping=0.0, solver="cholesky")
+        solve_hessian(h[:, :1].expand(4, 9), f, rhs, **of_loss, damping=0.0, solver="cholesky")
 
 
 @pytest.mark.parametrize("solver", ITERATIVE)
@@ -287,11 +293,13 @@ def test_a_dense_hessian_that_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("solver", ["cholesky", "pcg"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_derivative_is_that_of_the_exact_solution(draw: Draw, loss: str, solver: str) -> None:
-    inputs = [tensor.requires_grad_() for tensor in make(draw, 4, 3, 3)]
+    problem = make(draw, 4, 3, 3)
+    inputs = [tensor.requires_grad_() for tensor in (*problem, targets_of(problem[1]))]
 
     def solution(*arguments: Tensor) -> Tensor:
-        h, f, rhs, bias, w = arguments
-        return flat(solve_hessian(h, f, rhs, bias, w.exp(), loss=loss, damping=0.5, solver=solver, tol=1e-12))
+        h, f, rhs, bias, w, y = arguments
+        options = {"loss": loss, "damping": 0.5, "solver": solver, "tol": 1e-12}
+        return flat(solve_hessian(h, f, rhs, bias, w.exp(), targets=y, **options))
 
     assert torch.autograd.gradcheck(solution, inputs, atol=1e-5)
 
@@ -344,7 +352,9 @@ def test_singular_factors_without_damping_are_refused_or_solved(draw: Draw, loss
             warnings.simplefilter("ignore", NotConvergedWarning)
             for rows in (slice(None), order):
                 try:
-                    found.append(solve_hessian(h[rows], f[rows], rhs, bias, w[rows], **options))
+                    found.append(
+                        solve_hessian(h[rows], f[rows], rhs, bias, w[rows], targets=targets_of(f)[rows], **options)
+                    )
                 except torch.linalg.LinAlgError as error:
                     refused.append(str(error))
         assert all(f"without damping solver='{solver}' diverges" in message for message in refused)

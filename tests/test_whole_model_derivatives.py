@@ -73,7 +73,7 @@ def test_one_inner_step_differentiated_through(draw, name, training, loss, how):
     labels, inputs = draw.probabilities(5, 3), make_inputs(5)
     problem = Bilevel(model, inputs, labels, make_inputs(4), draw.classes(4, 3), loss=loss, rate=0.3)
     (direction,) = brute_force_directions(problem)
-    by_labels = label_gradient(model, inputs, direction, loss=loss, scale=0.3 / 5, how=how)
+    by_labels = label_gradient(model, inputs, direction, loss=loss, scale=0.3 / 5, how=how, targets=labels)
     assert_close(by_labels, brute_force_label_gradient(problem))
     by_weights = example_weight_gradient(model, inputs, labels, direction, loss=loss, scale=0.3 / 5, how=how)
     assert_close(by_weights, brute_force_weight_gradient(problem))
@@ -93,7 +93,7 @@ def test_any_shape_and_some_parameters(case, loss, how, some):
     labels, classes = draw.probabilities(count, case.classes), draw.classes(count, case.classes)
     tangent = brute_force_directional(case.model, case.inputs, direction, label_pull(labels, loss))
     scale = float(1 + flatten(direction).norm())  # where nothing moves there is rounding to compare with
-    got = label_gradient(case.model, case.inputs, direction, loss=loss, how=how)
+    got = label_gradient(case.model, case.inputs, direction, loss=loss, how=how, targets=labels)
     assert float((got - tangent).norm()) <= 1e-9 * float(tangent.norm()) + 1e-14 * scale
     for targets in (labels, classes):
         moved = brute_force_directional(case.model, case.inputs, direction, lambda f, y=targets: -losses_of(f, y, loss))
@@ -113,7 +113,8 @@ def test_last_layer_alone(draw, name, training, parts):
         tangent = brute_force_directional(model, inputs, direction, label_pull(labels, loss))
         moved = brute_force_directional(model, inputs, direction, lambda f, loss=loss: losses_of(f, labels, loss))
         for how in ("last_layer", *EXACT):
-            assert_close(label_gradient(model, inputs, direction, loss=loss, scale=2.0, how=how), 2 * tangent)
+            got = label_gradient(model, inputs, direction, loss=loss, scale=2.0, how=how, targets=labels)
+            assert_close(got, 2 * tangent)
             got = example_weight_gradient(model, inputs, labels, direction, loss=loss, scale=2.0, how=how)
             assert_close(got, -2 * moved)
 
@@ -141,7 +142,7 @@ def test_order_of_convergence(draw, name, training, how):
         functions: dict[str, tuple[Callable[[float], Tensor], Tensor]] = {
             "labels": (
                 lambda radius, loss=loss: label_gradient(
-                    model, inputs, direction, loss=loss, scale=0.5, how=how, radius=radius
+                    model, inputs, direction, loss=loss, scale=0.5, how=how, radius=radius, targets=labels
                 ),
                 0.5 * brute_force_directional(model, inputs, direction, label_pull(labels, loss)),
             ),

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import checks
+from fastmeta.losses import LOSSES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,8 +51,8 @@ def weights(features: Tensor, example_weights: Tensor | None) -> None:
 
 def loss(code: int) -> None:
     """The kernels' number of a loss."""
-    if not 0 <= code < 4:
-        raise ValueError(f"loss must be in [0, 4), got {code}")
+    if not 0 <= code < len(LOSSES):
+        raise ValueError(f"loss must be in [0, {len(LOSSES)}), got {code}")
 
 
 def precision(features: Tensor) -> str:

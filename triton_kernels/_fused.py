@@ -13,7 +13,6 @@ from fastmeta.triton_kernels import _rule
 from fastmeta.triton_kernels._row_functions import (
     DOT,
     LABEL_TANGENT,
-    RESIDUAL,
     added,
     dot_of_sums,
     entries,
@@ -21,6 +20,7 @@ from fastmeta.triton_kernels._row_functions import (
     has_softmax,
     hit,
     padding,
+    reads_targets,
 )
 from fastmeta.triton_kernels._rows import times
 
@@ -138,7 +138,7 @@ def fused(
     f = tl.where(inside, f, padding(loss))
     z = tl.where(inside, z, 0.0)
     y = z
-    if function == DOT or function == RESIDUAL:
+    if reads_targets(loss, function):
         y = targets_of(y_ptr, row, row_inside, place, num_classes, y_row, y_column, classes)
 
     top = tl.full((block_rows,), float("-inf"), tl.float32)

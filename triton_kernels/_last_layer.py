@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastmeta.losses import LOSSES
+from fastmeta.losses import BY_CODE, Loss
 from fastmeta.triton_kernels import _fused, _rule
 from fastmeta.triton_kernels._affine import affine_step
 from fastmeta.triton_kernels._program import (
@@ -31,10 +31,9 @@ from fastmeta.triton_kernels._program import (
     multiple,
     vector_step,
 )
-from fastmeta.triton_kernels._row_functions import DOT, LABEL_TANGENT, RESIDUAL
+from fastmeta.triton_kernels._row_functions import DOT, LABEL_TANGENT, RESIDUAL, reads_targets
 from fastmeta.triton_kernels._rows import rows
 
-SOFTMAX_LOSSES = (LOSSES["cross_entropy"], LOSSES["mse_probs"])
 _ENTRIES = 512  # of a warp that holds whole rows: sixteen a thread, two operands and their sums in 64 registers
 _MOST_CLASSES = 8192  # of a row that a program holds
 _SWEPT = 2048  # classes of a step over a longer row, two groups a thread
@@ -62,11 +61,22 @@ class Problem(NamedTuple):
     damped: bool = False
 
     def tensor(self, name: str) -> Tensor | None:
-        """An argument; None for logits that the row function does not read, and for a head of such."""
-        unread = self.function == LABEL_TANGENT.value and self.loss not in SOFTMAX_LOSSES
-        if unread and name in ("logits", "head_weight", "head_bias"):
+        """An argument; None for targets and logits that the row function does not read, and for a head of such."""
+        if name in ("logits", "head_weight", "head_bias") and self.label_slope is not None:
+            return None
+        if name == "targets" and not reads_targets(self.loss, self.function):
             return None
         return self.tensors.get(name)
+
+    @property
+    def of_loss(self) -> Loss:
+        """The loss's properties."""
+        return BY_CODE[self.loss]
+
+    @property
+    def label_slope(self) -> float | None:
+        """Of a label tangent that is the logit tangent times a number, whatever the logits."""
+        return self.of_loss.label_slope if self.function == LABEL_TANGENT.value else None
 
     def ref(self, name: str, row: int = 0) -> Ref | None:
         """Where an argument is from a row on."""
@@ -146,9 +156,9 @@ def _results_of_rows(problem: Problem) -> Program:
         return Program((out,), (), tuple(affine_step(Ref("output", 0), (1, n if dots else 0))))
     memory = _Scratch(problem)
     steps: list[Launch | Product] = memory.copies()
-    tangent_alone = not dots and problem.loss not in SOFTMAX_LOSSES and problem.tensor("direction_bias") is None
-    if tangent_alone and d > 0 and not memory.fused:
-        scale = Number(1, 2.0 if problem.loss == LOSSES["mse"] else 1.0)
+    slope = problem.label_slope
+    if slope is not None and problem.tensor("direction_bias") is None and d > 0 and not memory.fused:
+        scale = Number(1, slope)
         product = memory.product(Ref("output", 0), c, "direction", 0, n)
         return Program((out,), memory.buffers(), (*steps, *(step._replace(alpha=scale) for step in product)))
     for first, count in memory.slabs():

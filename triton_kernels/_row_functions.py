@@ -1,12 +1,14 @@
 """The losses' row functions in two steps: sums over a row's classes, tile by tile, and what they make of an entry.
 
 ``csrc/losses.h`` has the row functions for C++ and CUDA, ``fastmeta/losses.py`` in PyTorch with the table of formulas.
-With ``m`` the largest logit so far and ``e = exp(f - m)``, the sums of a row are
+A loss without a softmax is ``pointwise_residual``, ``pointwise_label_tangent`` and ``pointwise_curvature``, and its
+one sum ``yz`` that of the residual times z. The sums of a softmax, with ``m`` the largest logit so far and
+``e = exp(f - m)``, are
 
     top     m                                         ez      e z
     e       e                                         ee      e e
     y       y for cross_entropy, e y for mse_probs    eez     e e z
-    yz      y z for cross_entropy, e y z for mse_probs, the residual times z for the other two losses
+    yz      y z for cross_entropy, e y z for mse_probs
 
 each scaled down when a larger logit comes. A row whose logits are all -inf ends with ``e = 0`` and so with NaN, as its
 softmax does; NaN and +inf among the logits make ``e`` NaN. Tiles are ``[rows, ..., entries]``: the last axis is summed
@@ -16,11 +18,13 @@ over, and the sums have the axes before it, so that no thread needs another's en
 import triton
 import triton.language as tl
 
-# The order of fastmeta.losses.LOSSES.
-CROSS_ENTROPY: tl.constexpr = tl.constexpr(0)
-BINARY_CROSS_ENTROPY: tl.constexpr = tl.constexpr(1)
-MSE: tl.constexpr = tl.constexpr(2)
-MSE_PROBS: tl.constexpr = tl.constexpr(3)
+from fastmeta.losses import BY_CODE, LOSSES
+
+CROSS_ENTROPY: tl.constexpr = tl.constexpr(LOSSES["cross_entropy"])
+BINARY_CROSS_ENTROPY: tl.constexpr = tl.constexpr(LOSSES["binary_cross_entropy"])
+MSE: tl.constexpr = tl.constexpr(LOSSES["mse"])
+MSE_PROBS: tl.constexpr = tl.constexpr(LOSSES["mse_probs"])
+MSE_TANH: tl.constexpr = tl.constexpr(LOSSES["mse_tanh"])
 # What a row becomes.
 DOT: tl.constexpr = tl.constexpr(0)  # <r, z>
 LABEL_TANGENT: tl.constexpr = tl.constexpr(1)
@@ -31,7 +35,15 @@ CURVATURE: tl.constexpr = tl.constexpr(3)
 @triton.constexpr_function
 def has_softmax(loss):
     """Whether a row's entries depend on each other."""
-    return loss in (0, 3)
+    return BY_CODE[loss].has_softmax
+
+
+@triton.constexpr_function
+def reads_targets(loss, function):
+    """Whether what a row becomes depends on its targets."""
+    if function == LABEL_TANGENT:
+        return BY_CODE[loss].label_tangent_reads_targets
+    return function != CURVATURE or BY_CODE[loss].curvature_reads_targets
 
 
 @triton.jit
@@ -63,12 +75,61 @@ def hit(label, num_classes):
 
 
 @triton.jit
+def tanh(f):
+    """As in ``csrc/losses.h``: ``1 - exp(-2 |f|)`` cancels for small f, and there it is a continued fraction."""
+    e = tl.exp(-2.0 * tl.abs(f))
+    square = f * f
+    top = f * (((square + 378.0) * square + 17325.0) * square + 135135.0)
+    bottom = ((28.0 * square + 3150.0) * square + 62370.0) * square + 135135.0
+    is_small = tl.abs(f) < 0.5
+    return tl.where(is_small, top, tl.where(f < 0, e - 1.0, 1.0 - e)) / tl.where(is_small, bottom, 1.0 + e)
+
+
+@triton.jit
+def tanh_slope(f):
+    """``1 - tanh(f)^2``."""
+    t = tanh(f)
+    return 1.0 - t * t
+
+
+@triton.jit
 def pointwise_residual(f, y, loss: tl.constexpr):
     """``r`` of the losses without a softmax."""
     if loss == BINARY_CROSS_ENTROPY:
         return sigmoid(f) - y
+    elif loss == MSE_TANH:
+        t = tanh(f)
+        return 2.0 * (t - tanh(y)) * (1.0 - t * t)
     else:
+        tl.static_assert(loss == MSE)
         return 2.0 * (f - y)
+
+
+@triton.jit
+def pointwise_label_tangent(f, y, z, loss: tl.constexpr):
+    """``t(z)`` of the losses without a softmax."""
+    if loss == BINARY_CROSS_ENTROPY:
+        return z
+    elif loss == MSE_TANH:
+        return 2.0 * tanh_slope(y) * tanh_slope(f) * z
+    else:
+        tl.static_assert(loss == MSE)
+        return 2.0 * z
+
+
+@triton.jit
+def pointwise_curvature(f, y, z, loss: tl.constexpr):
+    """``c(z)`` of the losses without a softmax."""
+    if loss == BINARY_CROSS_ENTROPY:
+        e = tl.exp(-tl.abs(f))
+        inverse = 1.0 / (1.0 + e)
+        return e * inverse * inverse * z
+    elif loss == MSE_TANH:
+        slope = tanh_slope(f)
+        return 2.0 * slope * slope * z
+    else:
+        tl.static_assert(loss == MSE)
+        return 2.0 * z
 
 
 @triton.jit
@@ -160,12 +221,8 @@ def entries(f, y, z, top, e_sum, y_sum, ez, ee, eez, loss: tl.constexpr, functio
                 r = 2.0 * p * (p - y - inverse * (inverse * ee - y_sum))
     elif function == RESIDUAL:
         r = pointwise_residual(f, y, loss)
-    elif loss == MSE:
-        r = 2.0 * z
     elif function == LABEL_TANGENT:
-        r = z
+        r = pointwise_label_tangent(f, y, z, loss)
     else:
-        e = tl.exp(-tl.abs(f))
-        inverse = 1.0 / (1.0 + e)
-        r = e * inverse * inverse * z
+        r = pointwise_curvature(f, y, z, loss)
     return r

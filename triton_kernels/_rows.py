@@ -12,7 +12,6 @@ import triton.language as tl
 from fastmeta.triton_kernels._row_functions import (
     DOT,
     LABEL_TANGENT,
-    RESIDUAL,
     added,
     dot_of_sums,
     entries,
@@ -21,6 +20,7 @@ from fastmeta.triton_kernels._row_functions import (
     hit,
     joined,
     padding,
+    reads_targets,
 )
 
 
@@ -55,7 +55,7 @@ def _operands(
         f = load_rows(f_ptr, row, place, f_row, f_column, inside, padding(loss))
     if z_ptr is not None:
         z = load_rows(z_ptr, row, place, z_row, 1, inside, 0.0)
-    if function == DOT or function == RESIDUAL:
+    if reads_targets(loss, function):
         if classes:
             here = label.to(tl.int32)[:, None, None] == place.to(tl.int32)[None]
             y = tl.where(inside, tl.where(here, 1.0, 0.0) * hit(label, num_classes)[:, None, None], 0.0)

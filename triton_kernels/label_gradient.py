@@ -1,15 +1,16 @@
 """``scale t(z_i)`` with ``z = h V^T + b``, in place of ``z`` where that has been written.
 
-The label gradient of binary cross-entropy and of ``mse`` is a product and nothing else, whatever the logits.
+Of a loss whose label tangent is z times a number, whatever the logits, it is a product and nothing else.
 """
 
 import math
 
 from torch import Tensor
 
+from fastmeta import checks
 from fastmeta.triton_kernels import _arguments, _last_layer
 from fastmeta.triton_kernels._program import Program
-from fastmeta.triton_kernels._row_functions import LABEL_TANGENT
+from fastmeta.triton_kernels._row_functions import LABEL_TANGENT, reads_targets
 
 
 def plan(
@@ -17,6 +18,7 @@ def plan(
     logits: Tensor | None,
     head_weight: Tensor | None,
     head_bias: Tensor | None,
+    targets: Tensor | None,
     direction_weight: Tensor,
     direction_bias: Tensor | None,
     loss: int,
@@ -26,6 +28,8 @@ def plan(
     _arguments.loss(loss)
     num_classes = _arguments.outputs(features, logits, head_weight, head_bias)[2]
     _arguments.direction(features, num_classes, direction_weight, direction_bias)
+    if reads_targets(loss, LABEL_TANGENT.value):
+        checks.targets(targets, features, num_classes)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     tensors = {
@@ -33,6 +37,7 @@ def plan(
         "logits": logits,
         "head_weight": head_weight,
         "head_bias": head_bias,
+        "targets": targets,
         "direction_weight": direction_weight,
         "direction_bias": direction_bias,
     }

@@ -334,6 +334,7 @@ void run_columns(const RowProgram<A>& p, int64_t begin, int64_t end, int64_t chu
   if (p.column_sums != nullptr) std::memset(block.totals, 0, static_cast<size_t>(2 * column) * sizeof(A));
   const bool needs_logits = p.logits.factor != nullptr || p.logits.rows;
   const bool needs_tangent = p.dots || p.function != RowFunction::residual;
+  const bool needs_targets = reads_targets(p.loss, p.function);
   const int count = static_cast<int>(p.outputs);
   for (int64_t first = begin; first < end; first += most_rows) {
     const int n = static_cast<int>(first + most_rows < end ? most_rows : end - first);
@@ -346,8 +347,8 @@ void run_columns(const RowProgram<A>& p, int64_t begin, int64_t end, int64_t chu
       A* results = block.results + g * p.outputs;
       if (needs_logits) output_columns(p.logits, p, from, h.stride, row, rows, block.sums, block.logits);
       if (needs_tangent) output_columns(p.tangent, p, from, h.stride, row, rows, block.sums, block.tangent);
-      if (p.function == RowFunction::residual) target_columns(p, row, rows, block.targets);
-      row_function<A>(p.loss, p.function, count, block.logits, block.targets, block.tangent, results, NoReduce<A>());
+      if (needs_targets) target_columns(p, row, rows, block.targets);
+      row_function<A>(p, count, block.logits, block.targets, block.tangent, results, NoReduce<A>());
       if (p.dots) {
         store_dots(p, results, block.tangent, row, rows);
         continue;

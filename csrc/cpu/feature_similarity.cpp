@@ -26,8 +26,8 @@ bool gram_is_cheaper(const View& features_u, const View& residual_h) {
   return u * h * (d + c) < (u + h) * d * c;
 }
 
-// G = r^T h_H and g_b = sum r, kept in the accumulation type, are a last-layer gradient, scale (h_u G^T + g_b) a label
-// gradient along it; the label tangent of binary cross-entropy is the logit tangent itself.
+// G = r^T h_H and g_b = sum r, kept in the accumulation type, are a last-layer gradient, scale (h_u G^T + g_b) the
+// logit tangents along it.
 template <class A>
 bool own_similarity(const View& features_u, const View& features_h, const View& residual_h, double scale, bool bias,
                     DLTensor* out) {
@@ -49,15 +49,13 @@ bool own_similarity(const View& features_u, const View& features_h, const View& 
   DLTensor* const sum_out[] = {&weight, &total};
   DLTensor* const spread_out[] = {out};
   const LastLayerCall sum{.operands = {.features = features_h, .tangent = residual_h},
-                          .function = RowFunction::label_tangent,
+                          .function = RowFunction::tangent,
                           .result = LastLayerResult::gradient,
-                          .loss = Loss::binary_cross_entropy,
                           .sizes = {features_h.size(0), num_features, outputs}};
   const LastLayerCall spread{
       .operands = {.features = features_u, .direction_weight = &weight, .direction_bias = bias ? &total : nullptr},
-      .function = RowFunction::label_tangent,
+      .function = RowFunction::tangent,
       .result = LastLayerResult::rows,
-      .loss = Loss::binary_cross_entropy,
       .scale = scale,
       .sizes = {features_u.size(0), num_features, outputs}};
   return OwnProducts(spread).forward && run_last_layer(sum, sum_out) && run_last_layer(spread, spread_out);

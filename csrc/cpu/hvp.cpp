@@ -12,15 +12,17 @@ bool hessian_vector_product(const DLTensor* const* tensors, const double* number
   return run_last_layer(hessian_vector_product_call(tensors, numbers), out);
 }
 
-static std::tuple<Tensor, Tensor> hessian_vector_product_tensors(const Tensor& features,                // [N, D]
-                                                                 const Tensor& logits,                  // [N, C]
-                                                                 const Tensor& direction_weight,        // [C, D]
+static std::tuple<Tensor, Tensor> hessian_vector_product_tensors(const Tensor& features,          // [N, D]
+                                                                 const Tensor& logits,            // [N, C]
+                                                                 const OptionalTensor& targets,   // [N, C], int64 [N]
+                                                                 const Tensor& direction_weight,  // [C, D]
                                                                  const OptionalTensor& direction_bias,  // [C]
                                                                  const OptionalTensor& weights,         // [N]
                                                                  int64_t loss,
                                                                  double damping) {  // -> [C, D], [C] or [0]
   const auto out = call_last_layer({.features = features,
                                     .logits = logits,
+                                    .targets = targets,
                                     .weights = weights,
                                     .direction_weight = direction_weight,
                                     .direction_bias = direction_bias},

@@ -14,6 +14,7 @@ static Tensor label_gradient_tensors(const Tensor& features,                // [
                                      const OptionalTensor& logits,          // [N, C], or
                                      const OptionalTensor& head_weight,     // [C, D]
                                      const OptionalTensor& head_bias,       // [C]
+                                     const OptionalTensor& targets,         // [N, C] or int64 [N]
                                      const Tensor& direction_weight,        // [C, D]
                                      const OptionalTensor& direction_bias,  // [C]
                                      int64_t loss, double scale) {          // -> [N, C]
@@ -21,6 +22,7 @@ static Tensor label_gradient_tensors(const Tensor& features,                // [
                            .logits = logits,
                            .head_weight = head_weight,
                            .head_bias = head_bias,
+                           .targets = targets,
                            .direction_weight = direction_weight,
                            .direction_bias = direction_bias},
                           {.function = RowFunction::label_tangent,

@@ -150,7 +150,8 @@ std::array<OptionalTensor, 2> GemmLastLayer<A>::gradient(const Tensor& bias) {
 
 }  // namespace
 
-std::array<OptionalTensor, 2> call_last_layer(const LastLayerOperands<OptionalTensor>& operands, LastLayerCall call) {
+std::array<OptionalTensor, 2> call_last_layer(LastLayerOperands<OptionalTensor> operands, LastLayerCall call) {
+  if (!reads_targets(call.loss, call.function)) operands.targets.reset();
   const Viewed given(operands);
   call.operands = given.views;
   call = checked(call);

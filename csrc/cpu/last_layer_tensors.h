@@ -11,7 +11,7 @@ namespace fastmeta {
 using OptionalTensor = std::optional<Tensor>;
 
 // The one or two results; the second is an empty vector where a direction without bias leaves none.
-std::array<OptionalTensor, 2> call_last_layer(const LastLayerOperands<OptionalTensor>& operands, LastLayerCall call);
+std::array<OptionalTensor, 2> call_last_layer(LastLayerOperands<OptionalTensor> operands, LastLayerCall call);
 
 // The tensor itself if the elements of a row lie side by side, else a contiguous copy.
 inline OptionalTensor dense_rows(const OptionalTensor& tensor) {

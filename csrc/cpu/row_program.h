@@ -1,4 +1,4 @@
-// What the row engine (rows.h) is asked to do: operands, one of the three row functions, and where the rows go.
+// What the row engine (rows.h) is asked to do: operands, a row function, and where the rows go.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ struct Outputs {
 template <class A>
 struct RowProgram {
   RowFunction function = RowFunction::residual;
-  Loss loss = Loss::cross_entropy;
+  Loss loss{};
   int64_t outputs = 0;          // C
   int64_t padded = 0;           // C rounded up to whole vectors
   int64_t num_features = 0;     // D

@@ -77,34 +77,13 @@ void targets_of(const RowProgram<A>& p, int64_t first, int64_t n, A* out) {
   }
 }
 
-template <Loss loss, class V, class Reduce>
-FASTMETA_INLINE void row_function(RowFunction function, int count, const V* f, const V* y, V* z, V* out,
-                                  const Reduce& reduce) {
-  if (function == RowFunction::residual) {
-    residual<loss>(count, f, y, out, reduce);
-  } else if (function == RowFunction::label_tangent) {
-    label_tangent<loss>(count, f, z, out, reduce);
-  } else {
-    curvature<loss>(count, f, z, out, reduce);
-  }
-}
-
 // Logits f, targets y and tangents z of `count` vectors; may overwrite z.
 template <class A, class Reduce>
-void row_function(Loss loss, RowFunction function, int count, const A* logits, const A* targets, A* tangent, A* result,
+void row_function(const RowProgram<A>& p, int count, const A* logits, const A* targets, A* tangent, A* result,
                   const Reduce& reduce) {
   const auto *f = reinterpret_cast<const Vec<A>*>(logits), *y = reinterpret_cast<const Vec<A>*>(targets);
   auto *z = reinterpret_cast<Vec<A>*>(tangent), *out = reinterpret_cast<Vec<A>*>(result);
-  switch (loss) {
-    case Loss::cross_entropy:
-      return row_function<Loss::cross_entropy>(function, count, f, y, z, out, reduce);
-    case Loss::binary_cross_entropy:
-      return row_function<Loss::binary_cross_entropy>(function, count, f, y, z, out, reduce);
-    case Loss::mse:
-      return row_function<Loss::mse>(function, count, f, y, z, out, reduce);
-    case Loss::mse_probs:
-      return row_function<Loss::mse_probs>(function, count, f, y, z, out, reduce);
-  }
+  row_function(p.loss, p.function, count, f, y, z, out, reduce);
 }
 
 // Weights the rows in place.
@@ -193,16 +172,17 @@ void run_rows(const RowProgram<A>& p, int64_t begin, int64_t end, int64_t chunk)
   const double padding = padding_logit(p.loss);
   const bool needs_logits = p.logits.factor != nullptr || p.logits.rows;
   const bool needs_tangent = p.dots || p.function != RowFunction::residual;
+  const bool needs_targets = reads_targets(p.loss, p.function);
   for (int64_t first = begin; first < end; first += most) {
     const int64_t n = first + most < end ? most : end - first;
     FeatureRows<A> h{};
     if (uses_features) h = features_of(p, block.features, first, n);
     if (needs_logits) outputs_of(p.logits, p, h, first, n, padding, block.logits);
     if (needs_tangent) outputs_of(p.tangent, p, h, first, n, 0.0, block.tangent);
-    if (p.function == RowFunction::residual) targets_of(p, first, n, block.targets);
+    if (needs_targets) targets_of(p, first, n, block.targets);
     for (int64_t row = 0; row < n; ++row) {
       const int64_t at = row * p.padded;
-      row_function<A>(p.loss, p.function, static_cast<int>(p.padded / lanes<A>), block.logits + at, block.targets + at,
+      row_function<A>(p, static_cast<int>(p.padded / lanes<A>), block.logits + at, block.targets + at,
                       block.tangent + at, block.result + at, LaneReduce<A>());
     }
     results(p, block, h, first, n, chunk);
@@ -233,7 +213,7 @@ template <class A>
 void step_rows(const LabelStep<A>& s, int64_t begin, int64_t end) {
   using V = Vec<A>;
   const int64_t padded = (s.outputs + lanes<A> - 1) / lanes<A> * lanes<A>;
-  const double padding = padding_logit(Loss::cross_entropy);
+  const double padding = softmax_padding;
   const Buffer<A> scratch(3 * padded);
   A *plus = scratch.data(), *minus = plus + padded, *labels = minus + padded;
   for (int64_t row = begin; row < end; ++row) {

@@ -12,14 +12,16 @@ bool cuda::hessian_vector_product(const DLTensor* const* tensors, const double* 
                                                  hessian_vector_product_call(tensors, numbers), out, stream);
 }
 
-static std::tuple<Tensor, Tensor> hessian_vector_product_narrow(const Tensor& features,                       // [N, D]
-                                                                const Tensor& logits,                         // [N, C]
-                                                                const Tensor& direction_weight,               // [C, D]
-                                                                const std::optional<Tensor>& direction_bias,  // [C]
-                                                                const std::optional<Tensor>& weights,         // [N]
-                                                                int64_t loss,
-                                                                double damping) {  // -> [C, D], [C] or [0]
-  const TensorView views[] = {features, logits, direction_weight, direction_bias, weights};
+static std::tuple<Tensor, Tensor> hessian_vector_product_narrow(
+    const Tensor& features,                       // [N, D]
+    const Tensor& logits,                         // [N, C]
+    const std::optional<Tensor>& targets,         // [N, C], int64 [N]
+    const Tensor& direction_weight,               // [C, D]
+    const std::optional<Tensor>& direction_bias,  // [C]
+    const std::optional<Tensor>& weights,         // [N]
+    int64_t loss,
+    double damping) {  // -> [C, D], [C] or [0]
+  const TensorView views[] = {features, logits, targets, direction_weight, direction_bias, weights};
   const int64_t outputs = direction_weight.size(0);
   const Tensor weight = torch::stable::new_empty(features, {outputs, features.size(1)});
   const Tensor bias = torch::stable::new_empty(features, {direction_bias.has_value() ? outputs : 0});

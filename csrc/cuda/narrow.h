@@ -109,7 +109,9 @@ struct RowTile {
   static constexpr int num_sums = layout.sums(), spread = layout.spread(), count = layout.count();
   static constexpr int held = layout.held(), tile_rows = layout.tile_rows(), block_rows = layout.block_rows();
   static constexpr bool has_tangent = result != RowResult::gradient;
-  static constexpr bool has_targets = result == RowResult::dot || result == RowResult::gradient;
+  static constexpr RowFunction function = result == RowResult::label_gradient ? RowFunction::label_tangent
+                                          : result == RowResult::hessian      ? RowFunction::curvature
+                                                                              : RowFunction::residual;
   using Held = float[held * count];
 
   const NarrowArguments<T>& a;
@@ -204,6 +206,7 @@ struct RowTile {
   __device__ __forceinline__ void run(int64_t first, int64_t end, const Sink& sink) const {
     Held f, y, z;
     float weight[held];
+    const bool has_targets = a.targets.data != nullptr || a.classes.data != nullptr;
     // Reads that do not wait for the products.
 #pragma unroll
     for (int q = 0; q < held; ++q) {
@@ -213,7 +216,7 @@ struct RowTile {
       for (int m = 0; m < count; ++m) {
         const int c = output(m), i = q * count + m;
         const bool inside = row < end && c < a.outputs;
-        f[i] = inside && !a.has_head ? a.logits(row, c) : static_cast<float>(scalar::padding_logit(a.loss));
+        f[i] = inside && !a.has_head ? a.logits(row, c) : a.padding;
         y[i] = z[i] = 0;
         if (has_targets && inside) {
           // A class out of range is no class.
@@ -240,7 +243,8 @@ struct RowTile {
     for (int q = 0; q < held; ++q) {
       const int64_t row = first + lane / spread * held + q;
       float value[count];
-      row_function(f + q * count, y + q * count, z + q * count, value);
+      scalar::row_function(a.loss, function, count, f + q * count, y + q * count, z + q * count, value,
+                           LaneReduce<spread>());
       if constexpr (result == RowResult::dot) {
         float sum = 0;
         for (int m = 0; m < count; ++m) sum += output(m) < a.outputs ? value[m] * z[q * count + m] : 0.0f;
@@ -251,31 +255,6 @@ struct RowTile {
           if (row < end) sink(row, output(m), result == RowResult::label_gradient ? value[m] : weight[q] * value[m]);
         }
       }
-    }
-  }
-
-  __device__ __forceinline__ void row_function(const float* f, const float* y, float* z, float* value) const {
-    switch (a.loss) {
-      case Loss::cross_entropy:
-        return row_function<Loss::cross_entropy>(f, y, z, value);
-      case Loss::binary_cross_entropy:
-        return row_function<Loss::binary_cross_entropy>(f, y, z, value);
-      case Loss::mse:
-        return row_function<Loss::mse>(f, y, z, value);
-      case Loss::mse_probs:
-        return row_function<Loss::mse_probs>(f, y, z, value);
-    }
-  }
-
-  template <Loss loss>
-  __device__ __forceinline__ void row_function(const float* f, const float* y, float* z, float* value) const {
-    const LaneReduce<spread> reduce;
-    if constexpr (result == RowResult::label_gradient) {
-      scalar::label_tangent<loss>(count, f, z, value, reduce);
-    } else if constexpr (result == RowResult::hessian) {
-      scalar::curvature<loss>(count, f, z, value, reduce);
-    } else {
-      scalar::residual<loss>(count, f, y, value, reduce);
     }
   }
 };

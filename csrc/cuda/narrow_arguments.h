@@ -32,6 +32,7 @@ struct NarrowArguments {
   int64_t examples, num_features;  // N, D
   int outputs;                     // C
   Loss loss;
+  float padding;    // a logit beyond C
   bool vectorized;  // four features lie side by side, at an address of their size
   bool has_head;    // logits come from `head`
   bool has_bias;    // the result has one
@@ -42,8 +43,8 @@ struct NarrowArguments {
   Strided<T> features;       // [N, D]
   Strided<T> logits;         // [N, C]
   Factor<T> head, tangent;   // logits and their tangent
-  Strided<T> targets;        // [N, C], or null with
-  Strided<int64_t> classes;  // [N]
+  Strided<T> targets;        // [N, C], or
+  Strided<int64_t> classes;  // [N], or neither
   Strided<T> weights;        // [N], or null
   float scale, damping;
   float* partials;    // [blocks, C, D], then [blocks, C]
@@ -75,6 +76,7 @@ NarrowArguments<T> narrow_arguments(const LastLayerCall& call) {
   a.num_features = call.sizes.features;
   a.outputs = static_cast<int>(call.sizes.outputs);
   a.loss = call.loss;
+  a.padding = static_cast<float>(padding_logit(call.loss));
   a.scale = static_cast<float>(call.scale);
   a.damping = static_cast<float>(call.damping);
   a.has_head = x.head_weight.has_value();

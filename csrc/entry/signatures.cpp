@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "../loss.h"
+
 namespace fastmeta {
 
 namespace {
@@ -11,7 +13,7 @@ using Tensors = const DLTensor* const*;
 using Kind = NumberRule::Kind;
 
 constexpr double huge = 1.7976931348623157e308;
-constexpr NumberRule loss{Kind::code, 0.0, 3.0};
+constexpr NumberRule loss{Kind::code, 0.0, num_losses - 1.0};
 constexpr NumberRule any{Kind::number, -huge, huge};
 constexpr NumberRule flag{Kind::flag, 0.0, 1.0};
 constexpr NumberRule not_negative{Kind::number, 0.0, huge};
@@ -50,9 +52,9 @@ bool layer(Tensors t, Shape* out) {  // [C, D], [C]
 }
 
 bool hessian(Tensors t, Shape* out) {  // [C, D], [C] or [0]
-  if (!matrix(t[0]) || !matrix(t[2])) return false;
-  out[0] = {2, {t[2]->shape[0], t[2]->shape[1]}};
-  out[1] = {1, {t[3] ? t[2]->shape[0] : 0, 0}};
+  if (!matrix(t[0]) || !matrix(t[3])) return false;
+  out[0] = {2, {t[3]->shape[0], t[3]->shape[1]}};
+  out[1] = {1, {t[4] ? t[3]->shape[0] : 0, 0}};
   return true;
 }
 
@@ -75,12 +77,12 @@ constexpr int none = -1;
 constexpr Signature signatures[] = {
     // features logits head_weight head_bias targets direction_weight direction_bias | loss
     {"per_example_dot", 7, 1, 1, {loss}, per_example, NOT_IN_PLACE, none},
-    // features logits head_weight head_bias direction_weight direction_bias | loss scale
-    {"label_gradient", 6, 2, 1, {loss, any}, labels, NOT_IN_PLACE, none},
+    // features logits head_weight head_bias targets direction_weight direction_bias | loss scale
+    {"label_gradient", 7, 2, 1, {loss, any}, labels, NOT_IN_PLACE, none},
     // features logits head_weight head_bias targets weights | loss
     {"last_layer_gradient", 6, 1, 2, {loss}, layer, NOT_IN_PLACE, none},
-    // features logits direction_weight direction_bias weights | loss damping
-    {"hessian_vector_product", 5, 2, 2, {loss, damping}, hessian, NOT_IN_PLACE, 3},
+    // features logits targets direction_weight direction_bias weights | loss damping
+    {"hessian_vector_product", 6, 2, 2, {loss, damping}, hessian, NOT_IN_PLACE, 4},
     // features_u features_h residual_h | scale bias
     {"feature_similarity", 3, 2, 1, {any, flag}, similarity, NOT_IN_PLACE, none},
     // logits_plus logits_minus labels epsilon | step project

@@ -175,7 +175,7 @@ class InverseHessian:
         """Whether the system is solved in the logit tangents of the examples."""
         if not isinstance(self.of, HoldoutGradient) or problem.process_group is not None or self.damping == 0:
             return False
-        if self.loss not in losses.LOSSES or (self.curvature == "hessian" and self.loss == "mse_probs"):
+        if self.curvature == "hessian" and not losses.of(self.loss).exact:
             return False
         if self.solver != "cg" and (self.solver != "auto" or not cg.serves(problem.unlabeled.features)):
             return False
@@ -188,11 +188,14 @@ class InverseHessian:
         assert isinstance(self.of, HoldoutGradient)
         of = self.of
         given = problem.gradient_in_factors("holdout", loss=of.loss, reduction=of.reduction, bias=of.bias)
-        parts = [(rows, weights) for rows, _, weights, _ in problem.inner_rows(self.inner)]
+        parts = [(rows, targets, weights) for rows, targets, weights, _ in problem.inner_rows(self.inner)]
         if problem.labeled is not None:
-            parts.append((problem.holdout, problem.holdout.logits.new_zeros(len(problem.holdout.logits))))
-        features, logits = (torch.cat([rows[i] for rows, _ in parts]) for i in range(2))
-        weights = torch.cat([weight for _, weight in parts])
+            unweighted = problem.holdout.logits
+            parts.append((problem.holdout, torch.zeros_like(unweighted), unweighted.new_zeros(len(unweighted))))
+        features, logits = (torch.cat([rows[i] for rows, *_ in parts]) for i in range(2))
+        reads_targets = losses.of(self.loss).curvature_reads_targets
+        targets = torch.cat([targets for _, targets, _ in parts]) if reads_targets else None
+        weights = torch.cat([weight for *_, weight in parts])
         rhs = torch.zeros_like(logits)
         rhs[-len(given.residual) :] = given.residual  # the hold-out examples are the last rows
         answer = few_rows.solve_rows(
@@ -206,6 +209,7 @@ class InverseHessian:
             tol=self.tol,
             max_iter=self.max_iter,
             state=self._last.state_for(features),
+            targets=targets,
         )
         solved = linear_solvers.Solved(answer.iterations, answer.residual)
         if not cg.capturing(features):
@@ -216,11 +220,10 @@ class InverseHessian:
         return Factors(features, answer.coefficients, given.bias, answer.tangent[: len(problem.unlabeled.logits)])
 
     def _closed_form(self, problem: LastLayerProblem, rhs: Direction) -> Direction:
-        if self.curvature == "hessian" and self.loss == "mse_probs":
-            raise ValueError("curvature must be gauss_newton for mse_probs at the last layer, or solver neumann")
-        if self.loss not in losses.LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(losses.LOSSES)} at the last layer, got {self.loss!r}")
+        if self.curvature == "hessian" and not losses.of(self.loss).exact:
+            raise ValueError(f"curvature must be gauss_newton for {self.loss} at the last layer, or solver neumann")
         parts = problem.inner_rows(self.inner)
+        reads_targets = losses.of(self.loss).curvature_reads_targets
         solution = ops.solve_hessian(
             torch.cat([rows.features for rows, *_ in parts]),
             torch.cat([rows.logits for rows, *_ in parts]),
@@ -232,6 +235,7 @@ class InverseHessian:
             solver=self.solver,
             tol=self.tol,
             max_iter=self.max_iter,
+            targets=torch.cat([targets for _, targets, *_ in parts]) if reads_targets else None,
             state=self._last.state_for(rhs.weight),
             process_group=problem.process_group,
         )

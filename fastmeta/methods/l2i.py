@@ -200,8 +200,8 @@ class L2I(Method):
             ``refine(model=...)``.
         derivative: ``exact``, or ``eq6`` (last layer alone): Eq. (6) of the journal version as printed (feature
             similarity, no bias, no softmax Jacobian).
-        inner_loss: of the unlabeled examples; the labels are imputed as its prediction. A loss of the operators, or
-            ``mse_tanh``, ``|tanh f - tanh z|^2``, of the published landmarks.
+        inner_loss: of the unlabeled examples, one of :data:`fastmeta.losses.LOSSES`; the labels are imputed as its
+            prediction. ``mse_tanh``, ``|tanh f - tanh z|^2``, is that of the published landmarks.
         outer_loss: of the hold-out examples, and of the labeled ones in the inner loss.
         reduction: of the inner losses over their examples, ``mean`` or ``sum``.
         outer_reduction: of the hold-out loss; ``sum`` as printed in the papers, Eq. (6) included.
@@ -269,7 +269,7 @@ class L2I(Method):
         checks.number(rate, "rate", low=0.0)
         checks.number(labeled_weight, "labeled_weight", low=0.0)
         check_group(process_group)
-        softmax = inner_loss in ("mse_probs", "cross_entropy")
+        softmax = losses.of(inner_loss).has_softmax
         if variant == "V1" and not softmax and (label_space == "logits" or project):
             raise ValueError(f"V1 with {inner_loss} needs label_space='probabilities' and project=False")
         similarity = derivative == "eq6"

@@ -19,10 +19,11 @@ def hessian_vector_product_reference(
     weights: Tensor | None,  # [N]
     loss: str,
     damping: float,
+    targets: Tensor | None = None,  # [N, C]
 ) -> tuple[Tensor, Tensor | None]:  # [C, D], [C]
     """``(w c(z))^T h + damping V`` and the bias's ``sum_i w_i c(z_i) + damping b``."""
     z = _last_layer.logit_tangent(features, direction_weight, direction_bias)
-    c = losses.curvature(logits, z, loss)
+    c = losses.curvature(logits, z, loss, targets)
     if weights is not None:
         c = weights.unsqueeze(-1) * c
     bias = None if direction_bias is None else c.sum(0) + damping * direction_bias
@@ -38,6 +39,7 @@ def hessian_vector_product(
     *,
     loss: str = "cross_entropy",
     damping: float = 0.0,
+    targets: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     r"""``(H + damping I) v`` for the Hessian of ``sum_i w_i l(f_i, y_i)`` in the last layer.
@@ -45,9 +47,9 @@ def hessian_vector_product(
     .. math:: H (V, b) = \Big( \sum_i w_i\, c(z_i)\, h_i^T,\; \sum_i w_i\, c(z_i) \Big), \qquad
         c(z) = \frac{\partial^2 l}{\partial f^2} z, \qquad z_i = V h_i + b
 
-    For cross-entropy the targets sum to one; for ``mse_probs`` it is the Gauss-Newton matrix, which is positive
-    semi-definite where the Hessian is not. K inner steps of SGD need it (``v_k = v_{k+1} - eta H v_{k+1}``), and
-    so does the influence of Not All Unlabeled Data Are Equal, Eq. (6).
+    For cross-entropy the targets sum to one; for ``mse_probs`` and ``mse_tanh`` it is the Gauss-Newton matrix, which is
+    positive semi-definite where the Hessian is not. K inner steps of SGD need it (``v_k = v_{k+1} - eta H v_{k+1}``),
+    and so does the influence of Not All Unlabeled Data Are Equal, Eq. (6).
 
     Args:
         features: input of the last layer, ``[N, D]``.
@@ -55,15 +57,17 @@ def hessian_vector_product(
         direction_weight: ``V``, ``[C, D]``.
         direction_bias: ``b``, ``[C]``; None restricts the Hessian to the weight.
         weights: example weights ``[N]``; None means 1.
-        loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
+        loss: one of :data:`fastmeta.losses.LOSSES`.
         damping: added multiple of the identity, >= 0.
+        targets: values ``[N, C]`` or int64 classes ``[N]``, where the curvature of the loss reads them
+            (:mod:`fastmeta.losses`); else they are not looked at.
         impl: implementation to use; see :func:`fastmeta.use_impl`.
 
     Returns:
         Weight part ``[C, D]`` and bias part ``[C]``, the latter None when ``direction_bias`` is None.
 
     Raises:
-        ValueError: a shape or the loss does not fit, or ``damping < 0``.
+        ValueError: a shape or the loss does not fit, the loss needs targets, or ``damping < 0``.
         TypeError: dtypes are not floating or not the same.
         RuntimeError: the named ``impl`` is not available.
 
@@ -72,7 +76,7 @@ def hessian_vector_product(
     >>> weight.tolist(), bias
     ([[1.0, 0.0], [0.0, 1.0]], None)
     """
-    tensors = features, logits, direction_weight, direction_bias, weights
+    tensors = features, logits, targets, direction_weight, direction_bias, weights
     arguments = (*tensors, LOSSES.get(loss), damping)
     if unnamed(impl):
         result = OPERATOR.entry(*arguments)
@@ -87,9 +91,15 @@ def hessian_vector_product(
         h, num_classes = _last_layer.check_outputs(features, logits)
         _last_layer.check_direction(h, num_classes, direction_weight, direction_bias)
         _last_layer.check_weights(h, weights)
+        if (read := losses.curvature_targets(targets, loss)) is not None:
+            checks.targets(read, h, num_classes)
 
     if kernel is not None:
         weight, bias = checks.run(kernel, arguments, check)
         return weight, None if direction_bias is None else bias
     check()
-    return hessian_vector_product_reference(features, logits, direction_weight, direction_bias, weights, loss, damping)
+    y = losses.curvature_targets(targets, loss)
+    y = None if y is None else losses.as_probabilities(y, logits.shape[1], logits.dtype)
+    return hessian_vector_product_reference(
+        features, logits, direction_weight, direction_bias, weights, loss, damping, y
+    )

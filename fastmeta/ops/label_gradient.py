@@ -19,10 +19,11 @@ def label_gradient_reference(
     direction_bias: Tensor | None,  # [C]
     loss: str,
     scale: float,
+    targets: Tensor | None = None,  # [N, C]
 ) -> Tensor:  # [N, C]
     """``scale t(z_i)`` with ``z = h V^T + b``."""
     z = _last_layer.logit_tangent(features, direction_weight, direction_bias)
-    return scale * losses.label_tangent(logits, z, loss)
+    return scale * losses.label_tangent(logits, z, loss, targets)
 
 
 def label_gradient(
@@ -33,6 +34,7 @@ def label_gradient(
     *,
     loss: str = "cross_entropy",
     scale: float = 1.0,
+    targets: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     r"""Gradient of an outer loss G with respect to the labels of an inner step on the last layer.
@@ -49,15 +51,17 @@ def label_gradient(
         logits: its output ``[N, C]``, or a :class:`fastmeta.Head` from which it is computed inside.
         direction_weight: ``V``, ``[C, D]``.
         direction_bias: ``b``, ``[C]``; None means the bias does not move.
-        loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
+        loss: one of :data:`fastmeta.losses.LOSSES`.
         scale: factor of the result.
+        targets: values ``[N, C]`` or int64 classes ``[N]``, where the label tangent of the loss reads them
+            (:mod:`fastmeta.losses`); else they are not looked at.
         impl: implementation to use; see :func:`fastmeta.use_impl`.
 
     Returns:
         ``[N, C]``.
 
     Raises:
-        ValueError: a shape or the loss does not fit.
+        ValueError: a shape or the loss does not fit, or the loss needs targets.
         TypeError: dtypes are not floating or not the same.
         RuntimeError: the named ``impl`` is not available.
 
@@ -66,7 +70,7 @@ def label_gradient(
     tensor([[ 1., -1.]])
     """
     f, head_weight, head_bias = _last_layer.split(logits)
-    tensors = features, f, head_weight, head_bias, direction_weight, direction_bias
+    tensors = features, f, head_weight, head_bias, targets, direction_weight, direction_bias
     arguments = (*tensors, LOSSES.get(loss), scale)
     if unnamed(impl):
         result = OPERATOR.entry(*arguments)
@@ -79,9 +83,13 @@ def label_gradient(
         checks.number(scale, "scale")
         h, num_classes = _last_layer.check_outputs(features, logits)
         _last_layer.check_direction(h, num_classes, direction_weight, direction_bias)
+        if (read := losses.label_tangent_targets(targets, loss)) is not None:
+            checks.targets(read, h, num_classes)
 
     if kernel is not None:
         return checks.run(kernel, arguments, check)
     check()
     f = logits.logits(features) if isinstance(logits, Head) else logits
-    return label_gradient_reference(features, f, direction_weight, direction_bias, loss, scale)
+    y = losses.label_tangent_targets(targets, loss)
+    y = None if y is None else losses.as_probabilities(y, f.shape[1], f.dtype)
+    return label_gradient_reference(features, f, direction_weight, direction_bias, loss, scale, y)

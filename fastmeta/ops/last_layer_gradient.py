@@ -46,7 +46,7 @@ def last_layer_gradient(
         logits: its output ``[N, C]``, or a :class:`fastmeta.Head` from which it is computed inside.
         targets: probabilities ``[N, C]`` or int64 classes ``[N]``.
         weights: example weights ``[N]``; None means 1.
-        loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
+        loss: one of :data:`fastmeta.losses.LOSSES`.
         impl: implementation to use; see :func:`fastmeta.use_impl`.
 
     Returns:

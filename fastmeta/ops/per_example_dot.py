@@ -48,7 +48,7 @@ def per_example_dot(
         targets: probabilities ``[N, C]`` or int64 classes ``[N]``.
         direction_weight: ``V``, ``[C, D]``.
         direction_bias: ``b``, ``[C]``; None means the bias does not move.
-        loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
+        loss: one of :data:`fastmeta.losses.LOSSES`.
         impl: implementation to use; see :func:`fastmeta.use_impl`.
 
     Returns:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from fastmeta import checks
+from fastmeta import checks, losses
 from fastmeta.dispatch import in_own_dtype
 from fastmeta.ops import _last_layer
 from fastmeta.ops.hvp import hessian_vector_product_reference
@@ -90,6 +90,7 @@ def solve_hessian_reference(
     weights: Tensor | None,  # [N]
     loss: str,
     damping: float,
+    targets: Tensor | None = None,  # [N, C]
 ) -> tuple[Tensor, Tensor | None]:  # [C, D], [C]
     """Column by column from the Hessian-vector product: the definition, for small heads."""
     shape = rhs_weight.shape
@@ -97,7 +98,7 @@ def solve_hessian_reference(
     rhs = torch.cat([rhs_weight.reshape(-1), *([] if rhs_bias is None else [rhs_bias])])
     for unit in torch.eye(rhs.numel(), dtype=rhs.dtype, device=rhs.device):
         weight, bias = unit[: shape.numel()].view(shape), None if rhs_bias is None else unit[shape.numel() :]
-        image = hessian_vector_product_reference(features, logits, weight, bias, weights, loss, damping)
+        image = hessian_vector_product_reference(features, logits, weight, bias, weights, loss, damping, targets)
         columns.append(torch.cat([part.reshape(-1) for part in image if part is not None]))
     x = torch.linalg.solve(torch.stack(columns, dim=1), rhs)
     return x[: shape.numel()].view(shape), None if rhs_bias is None else x[shape.numel() :]
@@ -116,6 +117,7 @@ def solve_hessian(
     solver: str = "auto",
     tol: float = 1e-4,
     max_iter: int = 100,
+    targets: Tensor | None = None,
     impl: str | None = None,
     state: SolverState | None = None,
     process_group: Group = None,
@@ -126,7 +128,7 @@ def solve_hessian(
         \tilde h_i = [h_i, 1]
 
     The inverse Hessian of the influence function, Not All Unlabeled Data Are Equal, Eq. (6). For cross-entropy the
-    targets sum to one; for ``mse_probs`` it is the Gauss-Newton matrix.
+    targets sum to one; for ``mse_probs`` and ``mse_tanh`` it is the Gauss-Newton matrix.
 
     ``cholesky`` factors the dense Hessian in float64; ``cg`` needs one product with it for each iteration; ``pcg`` is
     preconditioned by its Kronecker factors, the second moment of the features and the mean curvature of the outputs,
@@ -158,13 +160,15 @@ def solve_hessian(
         rhs_weight: weight part of the right-hand side, ``[C, D]``.
         rhs_bias: bias part, ``[C]``; None restricts the Hessian to the weight.
         weights: example weights ``[N]``; None means 1. With negative ones ``H + damping I`` may be indefinite.
-        loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
+        loss: one of :data:`fastmeta.losses.LOSSES`.
         damping: added multiple of the identity, >= 0. With 0, ``cholesky`` raises if the Hessian is singular (that of a
             softmax is); the others leave in ``residual`` what lies outside the span of the rows or along (1, ..., 1),
             and raise where the Hessian is so nearly singular that they diverge.
         solver: ``auto``, ``cholesky``, ``cg`` or ``pcg``.
         tol: relative residual to reach, > 0.
         max_iter: most iterations, >= 0.
+        targets: values ``[N, C]`` or int64 classes ``[N]``, where the curvature of the loss reads them
+            (:mod:`fastmeta.losses`); else they are not looked at.
         impl: implementation of the Hessian-vector product; see :func:`fastmeta.use_impl`.
         state: carrier of a warm start from call to call.
         process_group: processes whose rows make up the Hessian; None: this one's are all.
@@ -173,7 +177,8 @@ def solve_hessian(
         Weight ``[C, D]``, bias ``[C]`` or None, iterations, and the relative residual that was reached.
 
     Raises:
-        ValueError: a shape, loss or solver does not fit, ``damping < 0``, or an input is not finite.
+        ValueError: a shape, loss or solver does not fit, the loss needs targets, ``damping < 0``, or an input is not
+            finite.
         TypeError: dtypes are not floating or not the same.
         RuntimeError: the named ``impl`` is not available; or a ``process_group`` with tensors that require a
             derivative, inside a CUDA graph, or without torch.distributed.
@@ -188,6 +193,9 @@ def solve_hessian(
     ([[0.25], [0.25]], 0.0)
     """
     _check(features, logits, rhs_weight, rhs_bias, weights, loss)
+    y = losses.curvature_targets(targets, loss)
+    if y is not None:
+        y = losses.as_probabilities(checks.targets(y, features, logits.shape[1]), logits.shape[1], logits.dtype)
     damping, tol = checks.number(damping, "damping", low=0.0), checks.number(tol, "tol")
     problem = _Problem(loss, damping, solver, tol, max_iter, impl, state, process_group)
     if solver not in SOLVERS:
@@ -197,11 +205,11 @@ def solve_hessian(
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
         raise ValueError(f"max_iter must be an integer >= 0, got {max_iter!r}")
     check_group(process_group)
-    if process_group is not None and _tracked(features, logits, rhs_weight, rhs_bias, weights):
+    if process_group is not None and _tracked(features, logits, rhs_weight, rhs_bias, weights, y):
         raise RuntimeError("solve_hessian has no derivative with a process_group; detach its arguments")
     report = _Report()
-    solve = _Solution.apply if _tracked(features, logits, rhs_weight, rhs_bias, weights) else _Solution.forward
-    weight, bias = solve(features, logits, rhs_weight, rhs_bias, weights, problem, report)
+    solve = _Solution.apply if _tracked(features, logits, rhs_weight, rhs_bias, weights, y) else _Solution.forward
+    weight, bias = solve(features, logits, rhs_weight, rhs_bias, weights, y, problem, report)
     answer = report.answer
     assert answer is not None
     if not isinstance(answer.residual, Tensor) and not answer.residual <= problem.tol:
@@ -232,9 +240,11 @@ def _solve(
     rhs_weight: Tensor,
     rhs_bias: Tensor | None,
     weights: Tensor | None,
+    targets: Tensor | None,
     problem: _Problem,
 ) -> tuple[Tensor, Tensor | None, Answer]:
     given = {"features": features, "logits": logits, "rhs_weight": rhs_weight, "rhs_bias": rhs_bias, "weights": weights}
+    given["targets"] = targets
     refuse_capture(features, problem.solver, problem.damping, grouped=problem.group is not None)
     on_device = conjugate_gradient.serves(features) and problem.solver != "cholesky"
     fault = None if on_device and problem.group is None else _not_finite(given)
@@ -250,9 +260,10 @@ def _solve(
         answer = Answer(torch.zeros_like(rhs), 0, float(rhs.any()), problem.solver)
     else:
         h, w = features.to(dtype), None if weights is None else weights.to(dtype)
+        y = None if targets is None else targets.to(dtype)
         rows, signs = system.rows(h, w, rhs_bias is not None, on_device=on_device)
         hessian = system.DampedHessian(
-            rows, logits.to(dtype), signs, problem.loss, problem.damping, problem.impl, others
+            rows, logits.to(dtype), signs, problem.loss, problem.damping, problem.impl, others, y
         )
         identity = (features,) if weights is None else (features, weights)
         answer = Solve(hessian, rhs, identity, problem.tol, problem.max_iter, problem.state).run(problem.solver)
@@ -298,21 +309,22 @@ class _Solution(torch.autograd.Function):
         rhs_weight: Tensor,
         rhs_bias: Tensor | None,
         weights: Tensor | None,
+        targets: Tensor | None,
         problem: _Problem,
         report: _Report,
     ) -> tuple[Tensor, Tensor | None]:
-        weight, bias, report.answer = _solve(features, logits, rhs_weight, rhs_bias, weights, problem)
+        weight, bias, report.answer = _solve(features, logits, rhs_weight, rhs_bias, weights, targets, problem)
         return weight, bias
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        features, logits, _, _, weights, ctx.problem, _ = inputs
-        ctx.save_for_backward(features, logits, weights, *output)
+        features, logits, _, _, weights, targets, ctx.problem, _ = inputs
+        ctx.save_for_backward(features, logits, weights, targets, *output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
-        features, logits, weights, _, x_bias = ctx.saved_tensors
+        features, logits, weights, targets, _, x_bias = ctx.saved_tensors
         problem = ctx.problem
         cotangent = None if x_bias is None else grad_bias
         u_weight, u_bias = solve_hessian(
@@ -326,19 +338,20 @@ class _Solution(torch.autograd.Function):
             solver=problem.solver,
             tol=problem.tol,
             max_iter=problem.max_iter,
+            targets=targets,
             impl=problem.impl,
         )[:2]
-        needed = [index for index, tensor in ((0, features), (1, logits), (4, weights)) if ctx.needs_input_grad[index]]
+        needed = [index for index in (0, 1, 4, 5) if ctx.needs_input_grad[index]]
         grads: dict[int, Tensor | None] = {2: u_weight, 3: u_bias}
         if needed:
             grads |= dict(zip(needed, _hessian_gradient(ctx, needed, (u_weight, u_bias)), strict=True))
-        return tuple(grads.get(index) for index in range(7))
+        return tuple(grads.get(index) for index in range(8))
 
 
 def _hessian_gradient(ctx: Any, needed: list[int], u: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
-    """Gradient of ``-<u, H x>`` in features, logits and weights, with ``u`` and ``x`` constant."""
-    features, logits, weights, x_weight, x_bias = ctx.saved_tensors
-    given = {0: features, 1: logits, 4: weights}
+    """Gradient of ``-<u, H x>`` in features, logits, weights and targets, with ``u`` and ``x`` constant."""
+    features, logits, weights, targets, x_weight, x_bias = ctx.saved_tensors
+    given = {0: features, 1: logits, 4: weights, 5: targets}
     dtype = torch.promote_types(features.dtype, torch.float32)
     x_weight = x_weight.to(dtype)
     x_bias = None if x_bias is None else x_bias.to(dtype)
@@ -346,8 +359,8 @@ def _hessian_gradient(ctx: Any, needed: list[int], u: tuple[Tensor, Tensor | Non
     def pairing(*moving: Tensor) -> Tensor:
         inputs = given | dict(zip(needed, moving, strict=True))
         h, f = inputs[0].to(dtype), inputs[1].to(dtype)
-        w = None if inputs[4] is None else inputs[4].to(dtype)
-        image = hessian_vector_product_reference(h, f, x_weight, x_bias, w, ctx.problem.loss, 0.0)
+        w, y = (None if inputs[index] is None else inputs[index].to(dtype) for index in (4, 5))
+        image = hessian_vector_product_reference(h, f, x_weight, x_bias, w, ctx.problem.loss, 0.0, y)
         products = [(a * b).sum() for a, b in zip(u, image, strict=True) if a is not None and b is not None]
         return -torch.stack(products).sum()
 

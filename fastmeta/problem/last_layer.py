@@ -81,12 +81,7 @@ class LastLayerProblem(ProblemBase):
         """
         rows, targets, weights = self._part(part)
         scaled = self.scaled_weights(rows, weights, reduction)
-        if loss in losses.LOSSES:
-            weight, grad_bias = ops.last_layer_gradient(rows.features, rows.logits, targets, scaled, loss=loss)
-        else:
-            residual = losses.residual(rows.logits, targets, loss)
-            residual = residual if scaled is None else residual * scaled.unsqueeze(-1)
-            weight, grad_bias = residual.T @ rows.features, residual.sum(0)
+        weight, grad_bias = ops.last_layer_gradient(rows.features, rows.logits, targets, scaled, loss=loss)
         return self._joined(Direction(weight, grad_bias if bias and self.has_bias else None))
 
     def gradient_in_factors(self, part: Part, *, loss: str, reduction: Reduction, bias: bool) -> Factors:
@@ -106,12 +101,10 @@ class LastLayerProblem(ProblemBase):
         """``(rate / B) T_i(v)``, ``T = D_v(-dl/dz)`` (``B = 1`` for a sum). ``[N, C]``."""
         v, (features, logits) = of_last_layer(direction), self.unlabeled
         scale = self.step_scale(rate, reduction, len(logits))
-        if loss not in losses.LOSSES:
-            return scale * losses.label_tangent(logits, self._logit_tangent(v), loss, self.labels)
         # An operator takes the scale as a number.
         if isinstance(scale, Tensor):
-            return ops.label_gradient(features, logits, *v, loss=loss) * scale
-        return ops.label_gradient(features, logits, *v, loss=loss, scale=scale)
+            return ops.label_gradient(features, logits, *v, loss=loss, targets=self.labels) * scale
+        return ops.label_gradient(features, logits, *v, loss=loss, scale=scale, targets=self.labels)
 
     def loss_tangent(self, direction: AnyDirection, *, loss: str) -> Tensor:
         """``D_v l_i``. ``[N]``."""
@@ -182,12 +175,13 @@ class LastLayerProblem(ProblemBase):
             v = of_last_layer(direction)
             weight, bias = torch.zeros_like(v.weight), None if v.bias is None else torch.zeros_like(v.bias)
             for rows, targets, weights, loss in parts:
-                if loss in losses.LOSSES and not (exact and loss == "mse_probs"):
-                    dw, db = ops.hessian_vector_product(rows.features, rows.logits, *v, weights, loss=loss)
+                if losses.of(loss).exact or not exact:
+                    dw, db = ops.hessian_vector_product(
+                        rows.features, rows.logits, *v, weights, loss=loss, targets=targets
+                    )
                 else:
                     z = functional.linear(rows.features, *v)
-                    second = losses.residual_tangent if exact else losses.gauss_newton
-                    tangent = second(rows.logits, targets, z, loss) * weights.unsqueeze(-1)
+                    tangent = losses.residual_tangent(rows.logits, targets, z, loss) * weights.unsqueeze(-1)
                     dw, db = tangent.T @ rows.features, tangent.sum(0)
                 weight, bias = weight + dw, None if bias is None or db is None else bias + db
             return self._joined(Direction(weight, bias))
@@ -197,7 +191,7 @@ class LastLayerProblem(ProblemBase):
     def inner_rows(self, inner: InnerLoss) -> list[tuple[Rows, Tensor, Tensor, str]]:
         """Rows, targets ``[N, C]``, weights ``[N]`` and loss of every summand of the inner loss's second derivative.
 
-        The weights are those of its sum over the rows, and a cross-entropy's have the factor ``sum_c y_c``.
+        The weights are those of its sum over the rows, with what the targets scale the curvature by.
         """
         found = []
         for part, loss, factor in inner.terms():
@@ -205,7 +199,8 @@ class LastLayerProblem(ProblemBase):
             scaled = self.scaled_weights(rows, weights, inner.reduction)
             scaled = rows.logits.new_ones(len(rows.logits)) if scaled is None else scaled
             targets = losses.as_probabilities(targets, rows.logits.shape[1], rows.logits.dtype)
-            scaled = scaled * targets.sum(-1) if loss == "cross_entropy" else scaled
+            scale = losses.of(loss).curvature_scale(targets)
+            scaled = scaled if scale is None else scaled * scale
             found.append((rows, targets, scaled if factor == 1 else factor * scaled, loss))
         return found
 

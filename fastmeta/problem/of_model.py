@@ -20,6 +20,7 @@ def label_gradient(
     scale: float = 1.0,
     how: How = "jvp",
     radius: float = 0.01,
+    targets: Tensor | None = None,
 ) -> Tensor:
     r"""How the pull of the loss on its labels moves as the whole model moves along a direction. ``[N, C]``.
 
@@ -27,7 +28,8 @@ def label_gradient(
         T(v) = D_v\Bigl(-\frac{\partial l}{\partial y}\Bigr) =
         \frac{d}{dt} \Bigl(-\frac{\partial l}{\partial y}\Bigr)(f(x; \theta + t v)) \Big|_{t=0}
 
-    ``D_v log p`` for cross-entropy, ``D_v f`` for binary cross-entropy, ``2 D_v f`` for mse, ``2 D_v p`` for mse_probs.
+    ``D_v log p`` for cross-entropy, ``D_v f`` for binary cross-entropy, ``2 D_v f`` for mse, ``2 D_v p`` for mse_probs;
+    the table of :mod:`fastmeta.losses` has all of them.
     With ``v = grad C^H(theta*)`` and ``scale = eta / B`` it is the gradient of the hold-out loss after an inner step
     with respect to the labels of that step: Learning to Impute, Eq. (V1); Meta-Gradient, Eq. (13).
 
@@ -54,18 +56,20 @@ def label_gradient(
             compiled.
         inputs: of N examples: a tensor, a tuple of arguments or a dict of keyword arguments.
         direction: v, tensors by parameter name and like the parameters; one that is left out does not move.
-        loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
+        loss: one of :data:`fastmeta.losses.LOSSES`.
         scale: factor of the result.
         how: see above.
         radius: length of the differences' perturbation, > 0.
+        targets: y, int64 classes ``[N]`` or ``[N, C]``, where the label tangent of the loss reads them; else they are
+            not looked at.
 
     Returns:
         In float32, or float64 if the logits are, and detached.
 
     Raises:
         TypeError: the direction is no dict, a dtype does not fit, or the model gives no logits.
-        ValueError: a name, shape or device in the direction does not fit, an option is unknown, or the logits are not
-            2-D.
+        ValueError: a name, shape or device in the direction does not fit, an option is unknown, the loss needs targets,
+            or the logits are not 2-D.
         NotImplementedError: ``jvp`` meets an operator without a forward-mode derivative.
 
     >>> import torch
@@ -75,15 +79,16 @@ def label_gradient(
     tensor([[1., 2.]])
     """
     checks.loss_code(loss)
+    read = losses.label_tangent_targets(targets, loss)
     check_how(how, radius)
     function = ModelFunction(model)
     direction = function.check(direction)
     if how == "last_layer":
         features, logits, weight, bias = _last_layer(function, inputs, direction)
-        return ops.label_gradient(features, logits, weight, bias, loss=loss, scale=scale)
-    problem = WholeModelProblem(
-        function, inputs, lambda logits: losses.prediction(logits, loss), how=how, radius=radius
-    )
+        y = None if read is None else probabilities(read, logits)
+        return ops.label_gradient(features, logits, weight, bias, loss=loss, scale=scale, targets=y)
+    labels = read if read is not None else lambda logits: losses.prediction(logits, loss)
+    problem = WholeModelProblem(function, inputs, labels, how=how, radius=radius)
     return problem.label_tangent(direction, loss=loss, rate=scale)
 
 
@@ -112,7 +117,7 @@ def example_weight_gradient(
         inputs: of N examples.
         targets: y, int64 classes ``[N]`` or probabilities ``[N, C]``.
         direction: v, tensors by parameter name.
-        loss: ``cross_entropy``, ``binary_cross_entropy``, ``mse`` or ``mse_probs``.
+        loss: one of :data:`fastmeta.losses.LOSSES`.
         scale: factor of the result.
         how: ``jvp``, ``double_backward``, ``finite_difference``, ``forward_difference`` or ``last_layer``.
         radius: length of the differences' perturbation, > 0.

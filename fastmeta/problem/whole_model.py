@@ -223,12 +223,17 @@ class WholeModelProblem(ProblemBase):
         if self.how == "double_backward":
             labels, _, total, theta = self._twice(loss)
             return -self._mixed(total, theta, v, [labels])[0]
-        needs_labels = loss == "mse_tanh"
+        needs_labels = losses.of(loss).label_tangent_reads_targets
         if self.how == "jvp":
             logits, tangent = self._jvp(v, self.keep_graph)
-            return losses.label_tangent(logits, tangent, loss, self.labels if needs_labels else None)
-        known = self.labels if needs_labels else None
-        return self._difference(lambda logits: losses.label_pull(logits, loss, known), v, self.keep_graph)
+            known = probabilities(self.labels, logits) if needs_labels else None
+            return losses.label_tangent(logits, tangent, loss, known)
+        labels = self.labels if needs_labels else None
+
+        def pull(logits: Tensor) -> Tensor:
+            return losses.label_pull(logits, loss, None if labels is None else probabilities(labels, logits))
+
+        return self._difference(pull, v, self.keep_graph)
 
     def loss_tangent(self, direction: AnyDirection, *, loss: str) -> Tensor:
         """``D_v l_i``. ``[N]``."""
@@ -254,12 +259,12 @@ class WholeModelProblem(ProblemBase):
         if self.how == "jvp":
             logits, tangent = self._jvp(v, self.keep_graph)
             slopes = (losses.residual(logits, self.labels, loss) * tangent).sum(-1)
-            return losses.label_tangent(logits, tangent, loss), slopes
+            return losses.label_tangent(logits, tangent, loss, self.labels), slopes
         self._impute_first()
 
         def both(logits: Tensor) -> Tensor:
             values = losses.loss_per_example(logits, self.labels, loss)
-            return torch.cat([losses.label_pull(logits, loss), values.unsqueeze(-1)], dim=1)
+            return torch.cat([losses.label_pull(logits, loss, self.labels), values.unsqueeze(-1)], dim=1)
 
         columns = self._difference(both, v)
         return columns[:, :-1], columns[:, -1]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastmeta.ops.solve.kronecker import output_curvature
+from fastmeta import losses
 from fastmeta.ops.solve.system import DampedHessian
 
 # 8 GiB of float64.
@@ -16,21 +16,21 @@ def block_shape(loss: str, num_outputs: int, num_features: int) -> tuple[int, in
     >>> [block_shape(loss, 10, 129) for loss in ("mse", "binary_cross_entropy", "cross_entropy")]
     [(1, 129), (10, 129), (1, 1290)]
     """
-    if loss == "mse":
+    known = losses.of(loss)
+    if known.curvature_slope is not None:
         return 1, num_features
-    if loss == "binary_cross_entropy":
-        return num_outputs, num_features
-    return 1, num_outputs * num_features
+    return (1, num_outputs * num_features) if known.has_softmax else (num_outputs, num_features)
 
 
 def hessian_blocks(system: DampedHessian) -> Tensor:  # [blocks, size, size]
     """``sum_i sign_i C_i (x) g_i g_i^T + damping I`` in float64, one block for each set of unknowns that interact."""
     g = system.features.double()
     signed = g if system.signs is None else system.signs.double().unsqueeze(1) * g
-    d, s, p = output_curvature(system.logits.double(), system.loss)
+    loss = losses.of(system.loss)
+    d, s, p = loss.output_curvature(system.logits.double(), _double(system.targets))
     c, k = system.num_unknowns
-    if system.loss == "mse":
-        blocks = 2 * (signed.T @ g).unsqueeze(0)
+    if loss.curvature_slope is not None:
+        blocks = loss.curvature_slope * (signed.T @ g).unsqueeze(0)
     else:
         blocks = torch.stack([(signed * d[:, [j]]).T @ g for j in range(c)])
     if s is not None and p is not None:
@@ -47,6 +47,10 @@ def hessian_blocks(system: DampedHessian) -> Tensor:  # [blocks, size, size]
     return blocks
 
 
+def _double(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.double()
+
+
 class CholeskySolver:
     """Factor once, solve for any right-hand side.
 
@@ -59,7 +63,7 @@ class CholeskySolver:
     """
 
     def __init__(self, system: DampedHessian) -> None:
-        self._loss = system.loss
+        self._is_shared = losses.of(system.loss).curvature_slope is not None  # one block for all outputs
         count, size = block_shape(system.loss, *system.num_unknowns)
         if count * size**2 > MAX_ENTRIES:
             raise ValueError(
@@ -84,7 +88,7 @@ class CholeskySolver:
         """``[C, r]``."""
         c, r = rhs.shape
         shared = rhs.double()
-        columns = shared.T.unsqueeze(0) if self._loss == "mse" else shared.reshape(self._factor.shape[0], -1, 1)
+        columns = shared.T.unsqueeze(0) if self._is_shared else shared.reshape(self._factor.shape[0], -1, 1)
         solution = torch.cholesky_solve(columns, self._factor)
-        solved = solution[0].T if self._loss == "mse" else solution.reshape(c, r)
+        solved = solution[0].T if self._is_shared else solution.reshape(c, r)
         return solved.to(rhs.dtype).contiguous()

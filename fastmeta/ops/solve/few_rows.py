@@ -33,15 +33,22 @@ class RowSpace:
         weights: factors of the rows' curvature ``[N]``, of any sign; None means 1.
         loss: name of the loss.
         damping: added multiple of the identity, > 0.
+        targets: ``[N, C]``, where the loss's curvature reads them.
     """
 
-    def __init__(self, features: Tensor, logits: Tensor, weights: Tensor | None, loss: str, damping: float) -> None:
+    def __init__(
+        self,
+        features: Tensor,
+        logits: Tensor,
+        weights: Tensor | None,
+        loss: str,
+        damping: float,
+        targets: Tensor | None = None,
+    ) -> None:
         self.gram = features @ features.T
         self.damping = damping
-        self._loss = loss
-        self._prediction = p = losses.prediction(logits, loss)
-        factor = {"binary_cross_entropy": p - p * p, "mse": torch.full_like(p, 2.0), "mse_probs": 2 * p}.get(loss, p)
-        self._weighted = factor if weights is None else weights.unsqueeze(1) * factor
+        self.curved = losses.of(loss).fixed_curvature(logits, targets, weights)
+        """``w c(z)`` of a logit tangent ``[N, C]``"""
         self._images = logits.new_empty(2, *logits.shape)
 
     def __call__(self, direction: Tensor) -> Tensor:
@@ -67,17 +74,6 @@ class RowSpace:
             energy=True,
             look=cg.look_every(residual),
         )
-
-    def curved(self, tangent: Tensor) -> Tensor:
-        """``w c(z)``: :func:`fastmeta.losses.curvature` of a prediction that is known. ``[N, C]``."""
-        if self._loss == "mse_probs":
-            tangent = self._centered(self._prediction * tangent)
-        image = self._weighted * tangent
-        return image if self._loss in ("mse", "binary_cross_entropy") else self._centered(image)
-
-    def _centered(self, image: Tensor) -> Tensor:
-        """``a - p sum(a)``, in place: of ``a = p z`` the softmax Jacobian. ``[N, C]``."""
-        return image.addcmul_(self._prediction, image.sum(1, keepdim=True), value=-1)
 
     def norm(self, residual: Tensor) -> Tensor:
         """``||rho^T G||``, which rounding may make 0 where it is not. float64 scalar."""
@@ -121,6 +117,7 @@ def solve_rows(
     tol: float,
     max_iter: int,
     state: SolverState,
+    targets: Tensor | None = None,  # [N, C]
 ) -> RowAnswer:
     """``(H + damping I) X = B`` for a ``B = E^T G`` in the span of the rows ``G = [h, 1]``, with X left there.
 
@@ -137,10 +134,12 @@ def solve_rows(
         tol: relative residual to reach.
         max_iter: most iterations.
         state: knows how many iterations a CUDA graph should hold.
+        targets: of the rows, where the loss's curvature reads them.
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
     rows = fold(features, features.new_ones(len(features)), padded=True) if bias else features
-    space = RowSpace(rows.to(dtype), logits.to(dtype), weights.to(dtype), loss, damping)
+    y = None if targets is None else targets.to(dtype)
+    space = RowSpace(rows.to(dtype), logits.to(dtype), weights.to(dtype), loss, damping, y)
     rhs = residual = rhs.to(dtype)
     look, scale = cg.look_every(rhs), space.norm(rhs)
     budget = max_iter if look else state.most_in_graph(max_iter)

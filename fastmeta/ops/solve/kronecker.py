@@ -2,7 +2,7 @@
 
 Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", split the damping
 between the factors; in the eigenbases there is nothing to split. The curvature of the outputs, of which B is the mean,
-is written out: ``C_i = diag(d_i) - s_i p_i^T - p_i s_i^T``.
+is written out: ``C_i = diag(d_i) - s_i p_i^T - p_i s_i^T`` (:class:`fastmeta.losses.OutputCurvature`).
 """
 
 import weakref
@@ -11,40 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta import losses
+from fastmeta.losses import OutputCurvature
 from fastmeta.ops.solve.system import Coordinates, Joined
 
 Rows = tuple[Tensor, ...]
 
 
-class OutputCurvature(NamedTuple):
-    """``C_i = d2l_i/df2`` of every example; ``s`` and ``p`` are None where it is diagonal."""
-
-    diagonal: Tensor  # d [N, C]
-    s: Tensor | None  # [N, C]
-    p: Tensor | None  # [N, C]
-
-
-def output_curvature(logits: Tensor, loss: str) -> OutputCurvature:
-    """The loss's curvature in the form above; Gauss-Newton for ``mse_probs``.
-
-    ``mse_probs``: with ``J = diag(p) - p p^T``, ``2 J J = 2 diag(p^2) - s p^T - p s^T``, ``s = 2 p^2 - |p|^2 p``.
-    """
-    if loss == "mse":
-        return OutputCurvature(torch.full_like(logits, 2.0), None, None)
-    p = losses.prediction(logits, loss)
-    if loss == "binary_cross_entropy":
-        return OutputCurvature(p * (1 - p), None, None)
-    if loss == "cross_entropy":
-        return OutputCurvature(p, p / 2, p)
-    square = p.square()
-    return OutputCurvature(2 * square, 2 * square - square.sum(1, keepdim=True) * p, p)
-
-
-def mean_curvature(logits: Tensor, weights: Tensor, loss: str, joined: Joined | None = None) -> Tensor:
+def mean_curvature(curvature: OutputCurvature, weights: Tensor, joined: Joined | None = None) -> Tensor:
     """``B = sum_i w_i C_i / sum_i w_i`` for weights >= 0 ``[N]``. ``[C, C]``."""
     weights = weights / _total(weights, joined)
-    d, s, p = output_curvature(logits, loss)
+    d, s, p = curvature
     mean = torch.diag(weights @ d)
     if s is not None and p is not None:
         mixed = (weights.unsqueeze(1) * s).T @ p
@@ -52,9 +28,9 @@ def mean_curvature(logits: Tensor, weights: Tensor, loss: str, joined: Joined | 
     return mean if joined is None else joined.sum(mean)[0]
 
 
-def mean_diagonal(logits: Tensor, weights: Tensor, loss: str, joined: Joined | None = None) -> Tensor:
-    """The diagonal of B, in one pass over the logits. ``[C]``."""
-    d, s, p = output_curvature(logits, loss)
+def mean_diagonal(curvature: OutputCurvature, weights: Tensor, joined: Joined | None = None) -> Tensor:
+    """The diagonal of B, in one pass over the rows. ``[C]``."""
+    d, s, p = curvature
     mean = weights / _total(weights, joined) @ (d if s is None or p is None else d - 2 * s * p)
     return mean if joined is None else joined.sum(mean)[0]
 
@@ -95,15 +71,15 @@ class OutputFactor(NamedTuple):
 
 
 def output_factor(
-    logits: Tensor, weights: Tensor, loss: str, *, softmax: bool, joined: Joined | None = None
+    curvature: OutputCurvature, weights: Tensor, *, softmax: bool, joined: Joined | None = None
 ) -> OutputFactor:
-    """Of examples with these logits ``[N, C]`` and absolute weights ``[N]``; ``softmax`` asks for the third form."""
-    if loss in ("mse", "binary_cross_entropy"):
-        return OutputFactor(mean_diagonal(logits, weights, loss, joined))
+    """Of examples with this curvature and absolute weights ``[N]``; ``softmax`` asks for the third form."""
+    if curvature.s is None:
+        return OutputFactor(mean_diagonal(curvature, weights, joined))
     if not softmax:
-        values, vectors = torch.linalg.eigh(mean_curvature(logits, weights, loss, joined))
+        values, vectors = torch.linalg.eigh(mean_curvature(curvature, weights, joined))
         return OutputFactor(values.clamp_min(0), vectors)
-    diagonal = mean_diagonal(logits, weights, loss, joined)
+    diagonal = mean_diagonal(curvature, weights, joined)
     b = diagonal
     for _ in range(5):  # b - b^2 / sum(b) = diagonal
         b = diagonal / (1 - b / b.sum().clamp_min(torch.finfo(b.dtype).tiny)).clamp_min(0.1)

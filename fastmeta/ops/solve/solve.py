@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmeta import losses
 from fastmeta.ops.solve import conjugate_gradient as cg
 from fastmeta.ops.solve import few_rows
 from fastmeta.ops.solve import system as systems
@@ -209,9 +210,8 @@ class Solve:
         if kept is None or not _fits(kept.b, self.c, features) or (kept.softmax and system.damping == 0):
             # A rotation of the outputs would cost a third of a product with H, or more.
             softmax = system.damping > 0 and 3 * self.c > self.n
-            kept = state.output = output_factor(
-                system.logits, self._weights(), system.loss, softmax=softmax, joined=system.joined
-            )
+            curvature = losses.of(system.loss).output_curvature(system.logits, system.targets)
+            kept = state.output = output_factor(curvature, self._weights(), softmax=softmax, joined=system.joined)
         return inside, kept
 
     def _kept_basis(self) -> Tensor | None:
@@ -298,7 +298,9 @@ class FewRows:
 
     def __init__(self, system: DampedHessian) -> None:
         self._features, self._impl, self._damping = system.features, system.impl, system.damping
-        self._space = few_rows.RowSpace(system.features, system.logits, system.signs, system.loss, system.damping)
+        self._space = few_rows.RowSpace(
+            system.features, system.logits, system.signs, system.loss, system.damping, system.targets
+        )
 
     def __call__(self, rhs: Tensor, target: float | Tensor, budget: int) -> Step:
         """The correction for a residual ``rhs``."""
@@ -318,7 +320,7 @@ def reachable(system: DampedHessian, rhs: Tensor) -> Tensor:
         (moment,) = system.joined.sum(moment)
     floor = torch.finfo(moment.dtype).eps * max(system.num_rows, len(moment)) * moment.amax()
     inside = rhs * (moment > floor)
-    return inside - inside.mean(0) if system.loss in ("cross_entropy", "mse_probs") else inside
+    return inside - inside.mean(0) if losses.of(system.loss).has_softmax else inside
 
 
 def refuse_capture(tensor: Tensor, solver: str, damping: float, *, grouped: bool) -> None:

@@ -123,6 +123,7 @@ class DampedHessian:
         damping: added multiple of the identity.
         impl: implementation of the Hessian-vector product.
         joined: the processes whose rows make up the system; None if these are all rows.
+        targets: ``[N, C]``, where the loss's curvature reads them.
     """
 
     def __init__(
@@ -134,13 +135,15 @@ class DampedHessian:
         damping: float,
         impl: str | None,
         joined: Joined | None = None,
+        targets: Tensor | None = None,
     ) -> None:
         self.features = features
         self.logits = logits
+        self.targets = targets
         self.signs = signs
         self.loss = loss
         self.damping = damping
-        self._kernel: Callable[..., Any] | None = hvp.OPERATOR.select(impl, features, logits, signs)
+        self._kernel: Callable[..., Any] | None = hvp.OPERATOR.select(impl, features, logits, targets, signs)
         self.impl = impl
         self.joined = joined
 
@@ -174,14 +177,16 @@ class DampedHessian:
     def _of_own_rows(self, direction: Tensor, damping: float) -> Tensor:
         if self._kernel is not None:
             code = LOSSES[self.loss]
-            return self._kernel(self.features, self.logits, direction, None, self.signs, code, damping)[0]
+            return self._kernel(self.features, self.logits, self.targets, direction, None, self.signs, code, damping)[0]
         return hvp.hessian_vector_product_reference(
-            self.features, self.logits, direction, None, self.signs, self.loss, damping
+            self.features, self.logits, direction, None, self.signs, self.loss, damping, self.targets
         )[0]
 
     def with_features(self, features: Tensor) -> "DampedHessian":
         """The same examples with their rows in another basis, ``[N, r]``."""
-        return DampedHessian(features, self.logits, self.signs, self.loss, self.damping, self.impl, self.joined)
+        return DampedHessian(
+            features, self.logits, self.signs, self.loss, self.damping, self.impl, self.joined, self.targets
+        )
 
 
 def fold(weight: Tensor, bias: Tensor | None, *, padded: bool = False) -> Tensor:
