@@ -1,0 +1,63 @@
+"""What refine refuses before anything is computed; shapes and dtypes one by one are in test_methods."""
+
+import pytest
+import torch
+from brute_force import make_layer
+from torch import nn
+
+from fastmeta import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient
+from fastmeta.derivatives import LabelGradient
+from fastmeta.problem import WholeModelProblem
+from fastmeta.problem.model_function import ModelFunction
+
+
+class Counted(nn.Linear):
+    """A layer that counts its calls."""
+
+    calls = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize("how", ["last_layer", "jvp"])
+@pytest.mark.parametrize("name", ["unlabeled", "holdout", "labeled"])
+def test_outputs_are_no_inputs_of_a_model(draw, how, name):
+    layer, model = make_layer(draw), Counted(5, 4).double()
+    batch = {"unlabeled": layer.features_u, "holdout": layer.features_h, "targets": layer.classes}
+    with pytest.raises(TypeError, match=f"{name} must be inputs of the model where model is given, got Outputs"):
+        L2I(how=how).refine(**(batch | {name: layer.holdout}), model=model)
+    assert model.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (lambda: L2I(), "strong"),
+        (lambda: MetaGradient(), "labeled_logits"),
+        (lambda: ExampleWeights(6), "labeled_logits"),
+        (lambda: LabelGradientAlignment(6, 4), "strong"),
+        (lambda: LabelGradientAlignment(6, 4), "pseudo_labels"),
+    ],
+)
+def test_arguments_of_another_method_are_refused(draw, method, name):
+    layer = make_layer(draw)
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        method().refine(**layer.batch(), index=torch.arange(6), **{name: layer.unlabeled.logits})
+
+
+def test_a_call_that_only_reads_needs_no_holdout(draw):
+    layer = make_layer(draw)
+    method = ExampleWeights(6, interval=2)
+    refined = method.refine(unlabeled=layer.unlabeled, index=torch.arange(6))
+    assert torch.equal(refined.weights, torch.ones(6, dtype=torch.float64))
+    with pytest.raises(TypeError, match="holdout must be Outputs"):
+        method.refine(unlabeled=layer.unlabeled, index=torch.arange(6))
+
+
+def test_the_closed_form_is_not_of_a_whole_model(draw):
+    layer, model = make_layer(draw), nn.Linear(5, 4).double()
+    problem = WholeModelProblem(ModelFunction(model), layer.features_u, draw.probabilities(6, 4))
+    with pytest.raises(ValueError, match="how='last_layer' needs a LastLayerProblem"):
+        LabelGradient()(problem, {"weight": torch.zeros(4, 5, dtype=torch.float64)})
