@@ -14,10 +14,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     "names",
     [
-        "one_opaque_call named_cpp dynamic_shapes head_in_a_module",
+        "one_opaque_call named_cpp dynamic_shapes head_in_a_module use_impl errors inductor",
         "gradients transforms kernel_under_compiled_jvp",
-        "use_impl errors",
-        "inductor",
     ],
 )
 def test_compiled(names):
