@@ -106,3 +106,34 @@ class TableLabels(Step):
 
     def loss(self) -> Tensor:
         return self.loss_on(self.table[self.batch.index].softmax(1))
+
+
+class TwoGradients(TableLabels):
+    """The same step by its two gradients, from which the labels move as well."""
+
+    def __init__(self, network: Network, batch: Batch) -> None:
+        super().__init__(network, batch)
+        self.parameters: list[Tensor] = list(self.model.parameters())
+        self.ema_labeled: list[Tensor] = []
+        self.ema_fourth: list[Tensor] = []
+
+    def labels(self) -> Tensor:
+        raise NotImplementedError
+
+    def move_labels(self, labels: Tensor, g_l: list[Tensor], g_u: list[Tensor]) -> None:
+        """``g_u`` has a graph where the labels have one."""
+        raise NotImplementedError
+
+    def __call__(self) -> Tensor:
+        labels, labeled = self.labels(), self.labeled_loss()
+        g_l = list(torch.autograd.grad(labeled, self.parameters))
+        unlabeled = functional.cross_entropy(self.model(self.batch.weak), labels)
+        g_u = list(torch.autograd.grad(unlabeled, self.parameters, create_graph=labels.requires_grad))
+        if not self.ema_labeled:
+            self.ema_labeled = [g.clone() for g in g_l]
+            self.ema_fourth = [(first - second.detach()) ** 4 for first, second in zip(g_l, g_u, strict=True)]
+        self.move_labels(labels, g_l, g_u)
+        for parameter, first, second in zip(self.parameters, g_l, g_u, strict=True):
+            parameter.grad = first + second.detach()
+        self.optimizer.step()
+        return (labeled + unlabeled).detach()

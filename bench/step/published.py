@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
-from bench.step.bases import MeanTeacher, PseudoLabel, TableLabels
+from bench.step.bases import MeanTeacher, PseudoLabel, TwoGradients
 from bench.step.task import Batch, Network, squared_error
 
 L2I_RATE = 0.1  # eta of the inner step, on a sum over the batch (V1: 0.2, as in the published code)
@@ -116,7 +116,7 @@ def move_labels(labels: Tensor, gradient: Tensor) -> Tensor:
     return moved / total.where(total > 0, 1.0)
 
 
-class PublishedLabelGradientAlignment(TableLabels):
+class PublishedLabelGradientAlignment(TwoGradients):
     """Label Gradient Alignment, Algorithm 1 (no code was published): one double backward from the step's own gradient.
 
     Only the sampled rows move, each with its own Adam (the paper does not say which).
@@ -124,33 +124,21 @@ class PublishedLabelGradientAlignment(TableLabels):
 
     def __init__(self, network: Network, batch: Batch) -> None:
         super().__init__(network, batch)
-        self.parameters: list[Tensor] = list(self.model.parameters())
-        self.ema_labeled: list[Tensor] = []
-        self.ema_fourth: list[Tensor] = []
         self.rows = torch.zeros_like(self.table[: len(batch.index)]).requires_grad_()
         self.label_optimizer = torch.optim.Adam([self.rows], lr=0.01)
 
-    def __call__(self) -> Tensor:
-        labeled = self.labeled_loss()
-        g_l = torch.autograd.grad(labeled, self.parameters)
-        unlabeled = functional.cross_entropy(self.model(self.batch.weak), self.rows.softmax(1))
-        g_u = torch.autograd.grad(unlabeled, self.parameters, create_graph=True)
+    def labels(self) -> Tensor:
+        return self.rows.softmax(1)
+
+    def move_labels(self, labels: Tensor, g_l: list[Tensor], g_u: list[Tensor]) -> None:
         (self.rows.grad,) = torch.autograd.grad(g_u, self.rows, self.toward_unlabeled(g_l, g_u))
         self.label_optimizer.step()
-        for parameter, first, second in zip(self.parameters, g_l, g_u, strict=True):
-            parameter.grad = first + second.detach()
-        self.optimizer.step()
-        return (labeled + unlabeled).detach()
 
     @torch.no_grad()
-    def toward_unlabeled(self, labeled: tuple[Tensor, ...], unlabeled: tuple[Tensor, ...]) -> list[Tensor]:
+    def toward_unlabeled(self, g_l: list[Tensor], g_u: list[Tensor]) -> list[Tensor]:
         """The objective's gradient with respect to ``g_u``, ``-2 v / (epsilon + sqrt(EMA(v^4)))``."""
-        if not self.ema_labeled:
-            self.ema_labeled = [g.clone() for g in labeled]
-            self.ema_fourth = [(first - second) ** 4 for first, second in zip(labeled, unlabeled, strict=True)]
-        torch._foreach_lerp_(self.ema_labeled, labeled, 1 - DECAY)
-        gap = torch._foreach_sub(self.ema_labeled, unlabeled)
-        fourth = torch._foreach_pow(gap, 4)
-        torch._foreach_lerp_(self.ema_fourth, fourth, 1 - DECAY)
+        torch._foreach_lerp_(self.ema_labeled, g_l, 1 - DECAY)
+        gap = torch._foreach_sub(self.ema_labeled, g_u)
+        torch._foreach_lerp_(self.ema_fourth, torch._foreach_pow(gap, 4), 1 - DECAY)
         scale = torch._foreach_add(torch._foreach_sqrt(self.ema_fourth), EPSILON)
         return list(torch._foreach_mul(torch._foreach_div(gap, scale), -2.0))
