@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import kernels
 from bench.inputs import SHAPES
-from fastmeta import _kernels
+from fastmeta.dispatch import OPERATORS
 from fastmeta.losses import LOSSES
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -114,7 +114,7 @@ def calls(operator: str, quick: bool) -> Iterator[tuple[str, tuple[int, int, int
 def launches(quick: bool) -> list[Found]:
     """The launches of the operators and of the conjugate gradient, one of those that Triton compiles alike."""
     found = {_alike(one): one for one in _conjugate_gradients()}
-    for operator in _kernels.TRITON:
+    for operator in (name for name, each in OPERATORS.items() if each.triton):
         for arithmetic, shape, variant in dict.fromkeys(calls(operator, quick)):
             given = arguments(operator, shape, DTYPES[arithmetic], variant)
             with _arithmetic(arithmetic):

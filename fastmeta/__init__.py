@@ -1,6 +1,5 @@
 """fastmeta: meta-gradient semi-supervised learning, fast enough to be always on."""
 
-from fastmeta import _registration as _registration
 from fastmeta import ops
 from fastmeta.capture import FeatureTape, Outputs, capture_features
 from fastmeta.derivatives.of_model import example_weight_gradient, label_gradient

@@ -12,7 +12,7 @@ from kernel_checks import check, strided
 from poison import poisoned_memory
 from torch import Tensor
 
-from fastmeta._kernels import NARROW_OUTPUTS
+from fastmeta.dispatch import NARROW_OUTPUTS
 from fastmeta.ops.feature_similarity import gram_is_cheaper
 
 CHILD = os.environ.get("FASTMETA_CHILD")  # "cpp" or "gpu": see test_instruction_sets.py and test_emulated_reads.py

@@ -7,7 +7,8 @@ import math
 
 from torch import Tensor
 
-from fastmeta.triton_kernels import _arguments, _last_layer
+from fastmeta.ops import _last_layer as arguments
+from fastmeta.triton_kernels import _last_layer
 from fastmeta.triton_kernels._program import Program
 from fastmeta.triton_kernels._row_functions import LABEL_TANGENT
 
@@ -23,9 +24,8 @@ def plan(
     scale: float,
 ) -> Program:
     """See :func:`fastmeta.ops.label_gradient`. ``[N, C]``; the scale is the call's number."""
-    _arguments.loss(loss)
-    num_classes = _arguments.outputs(features, logits, head_weight, head_bias)[2]
-    _arguments.direction(features, num_classes, direction_weight, direction_bias)
+    _, num_classes = arguments.check_outputs(features, arguments.joined(logits, head_weight, head_bias))
+    arguments.check_direction(features, num_classes, direction_weight, direction_bias)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     tensors = {
@@ -36,5 +36,5 @@ def plan(
         "direction_weight": direction_weight,
         "direction_bias": direction_bias,
     }
-    problem = _last_layer.Problem(LABEL_TANGENT.value, loss, tensors, _arguments.precision(features))
+    problem = _last_layer.problem(LABEL_TANGENT.value, loss, tensors)
     return _last_layer.plan(problem)
