@@ -14,14 +14,14 @@ import sys
 import timeit
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmeta import _entry, _extension, _kernels, ops
+from fastmeta import _extension, ops
+from fastmeta.dispatch import OPERATORS
 from fastmeta.losses import LOSSES
 
 REPEATS, CALLS = 60, 200
@@ -43,8 +43,9 @@ def run(options: argparse.Namespace) -> int:
     fake_driver.activate()
     four = torch.rand(4)
     alone = microseconds(lambda: torch.add(four, four))
-    rows = [planned(name, dtype) for name in _kernels.TRITON for dtype in (torch.bfloat16, torch.float32)]
-    tiny = [row for name in _entry.OPERATORS if (row := on_cpu(name)) is not None]
+    with_triton = [name for name, each in OPERATORS.items() if each.triton]
+    rows = [planned(name, dtype) for name in with_triton for dtype in (torch.bfloat16, torch.float32)]
+    tiny = [row for name, each in OPERATORS.items() if each.numbers and (row := on_cpu(name)) is not None]
     print(f"torch.add of four numbers: {alone:.2f} us\n")
     print(f"on a GPU, without the driver's launch, at {PLANNED}, us\n{table(rows)}\n")
     print(f"on the CPU, at {TINY}, us\n{table(tiny)}")
@@ -84,21 +85,16 @@ def calls(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[C
     return lambda: ops.masked_adam_(*tensors, lr=1e-3), (*tensors, 1e-3, 0.9, 0.999, 1e-8, None, None)
 
 
-def operator(name: str) -> Any:
-    """The public operator's dispatcher."""
-    return import_module(f"fastmeta.ops.{_kernels.TRITON.get(name, name.rstrip('_'))}").OPERATOR
-
-
 def planned(name: str, dtype: torch.dtype) -> Row:
     """An operator whose plans, compiled for a GPU, run on tensors of the CPU: their memory is not touched."""
     from bench import fake_driver
 
     call, arguments = calls(name, PLANNED, dtype)
-    dispatcher = operator(name)
+    dispatcher = OPERATORS[name]
     before = dispatcher.entry
     dispatcher.entry = _C.Entry(name, "cpu")
     try:
-        _kernels.triton(name, dispatcher.entry)(*arguments)  # plans, and keeps the plan
+        dispatcher.planned(dispatcher.entry)(*arguments)  # plans, and keeps the plan
         launches, products = fake_driver.launched().number, fake_driver.products()
         call()
         launches, products = fake_driver.launched().number - launches, fake_driver.products() - products
@@ -113,7 +109,7 @@ def planned(name: str, dtype: torch.dtype) -> Row:
 def on_cpu(name: str) -> Row | None:
     """An operator's native function on the CPU; None if it has none, or if it leaves this call to torch."""
     call, arguments = calls(name, TINY, torch.float32)
-    entry = operator(name).entry
+    entry = OPERATORS[name].entry
     result = entry(*arguments)
     if result is NotImplemented:
         return None

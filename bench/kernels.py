@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from bench.case import Form
-from fastmeta import _entry, _kernels
+from fastmeta.dispatch import NARROW_OUTPUTS, OPERATORS
 
 MAIN = "fastmeta"  # what a user gets
 # The operators whose Triton forms can be forced; the others have one.
-_FORCED = frozenset(_kernels.TRITON) - {"finite_difference_labels"}
+_FORCED = frozenset(name for name, each in OPERATORS.items() if each.triton) - {"finite_difference_labels"}
 
 
-def _triton(name: str) -> Any:
+def _triton(name: str | None) -> Any:
     return import_module(f"fastmeta.triton_kernels.{name}")
 
 
@@ -26,8 +26,8 @@ def offered(operator: str, num_classes: int, device: str, dtype: torch.dtype = t
     What is ``cpp`` is what a user gets on the CPU.
     """
     forms = [Form(MAIN)]
-    names = import_module(f"fastmeta.ops.{_kernels.TRITON[operator]}").OPERATOR.implementations(device)
-    if "cuda" in names and num_classes <= _kernels.NARROW_OUTPUTS:
+    names = OPERATORS[operator].implementations(device)
+    if "cuda" in names and num_classes <= NARROW_OUTPUTS:
         forms.append(Form("cuda", "cuda"))
     if "triton" in names and operator in _FORCED:
         force = _triton("_rule").force
@@ -48,7 +48,7 @@ def forms_of(operator: str, num_classes: int, dtype: torch.dtype) -> list[str]:
 
 def plans_of(operator: str, num_classes: int, given: tuple[Any, ...]) -> Iterator[Any]:
     """The programs that may serve a call: in every form, and where the library sums no columns."""
-    plan: Callable[..., Any] = _triton(_kernels.TRITON[operator]).plan
+    plan: Callable[..., Any] = _triton(OPERATORS[operator].triton).plan
     for form in forms_of(operator, num_classes, given[0].dtype):
         with _triton("_rule").force(form):
             yield plan(*given)
@@ -58,7 +58,7 @@ def plans_of(operator: str, num_classes: int, given: tuple[Any, ...]) -> Iterato
 
 def launches_of(operator: str, num_classes: int, given: tuple[Any, ...]) -> list[Any]:
     """The launches of those programs, recorded in place of being made."""
-    count = _entry.OPERATORS[operator]
+    count = OPERATORS[operator].numbers
     with _triton("_program").recording() as launches:
         for program in plans_of(operator, num_classes, given):
             program.run(given[:-count], given[-count:])

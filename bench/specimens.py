@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import kernels
 from bench.inputs import SHAPES
-from fastmeta import _kernels
+from fastmeta.dispatch import OPERATORS
 from fastmeta.losses import BY_CODE, LOSSES
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -114,7 +114,7 @@ def launches(quick: bool) -> list[Found]:
     for dtype, size in itertools.product((torch.float32, torch.float64), (1290, 2_049_000)):
         name = str(dtype).removeprefix("torch.")
         found += [Found("solve_hessian", name, launch) for launch in kernels.launches_of_solver(size, dtype)]
-    for operator in _kernels.TRITON:
+    for operator in (name for name, each in OPERATORS.items() if each.triton):
         for arithmetic, shape, variant in dict.fromkeys(calls(operator, quick)):
             given = arguments(operator, shape, DTYPES[arithmetic], variant)
             with _arithmetic(arithmetic):

@@ -22,19 +22,6 @@ FASTMETA_LIBRARY(FASTMETA_NAMESPACE, m) {
   m.def(
       "hessian_vector_product(Tensor features, Tensor logits, Tensor? targets, Tensor direction_weight, "
       "Tensor? direction_bias, Tensor? weights, int loss, float damping) -> (Tensor, Tensor)");
-  // The same for at most 32 outputs, on a GPU.
-  m.def(
-      "last_layer_gradient_narrow(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, "
-      "Tensor targets, Tensor? weights, int loss) -> (Tensor, Tensor)");
-  m.def(
-      "per_example_dot_narrow(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, Tensor targets, "
-      "Tensor direction_weight, Tensor? direction_bias, int loss) -> Tensor");
-  m.def(
-      "label_gradient_narrow(Tensor features, Tensor? logits, Tensor? head_weight, Tensor? head_bias, Tensor? targets, "
-      "Tensor direction_weight, Tensor? direction_bias, int loss, float scale) -> Tensor");
-  m.def(
-      "hessian_vector_product_narrow(Tensor features, Tensor logits, Tensor? targets, Tensor direction_weight, "
-      "Tensor? direction_bias, Tensor? weights, int loss, float damping) -> (Tensor, Tensor)");
   m.def(
       "feature_similarity(Tensor features_u, Tensor features_h, Tensor residual_h, float scale, bool bias) -> Tensor");
   m.def(

@@ -1,6 +1,5 @@
 """fastmeta: meta-gradient semi-supervised learning, fast enough to be always on."""
 
-from fastmeta import _registration as _registration
 from fastmeta import ops
 from fastmeta.capture import FeatureTape, Head, Outputs, capture_features
 from fastmeta.dispatch import use_impl

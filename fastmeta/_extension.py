@@ -1,12 +1,16 @@
 """Loads the compiled kernels, or says once how to build them."""
 
+import contextlib
 import ctypes
 import os
 import warnings
+from collections.abc import Hashable
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastmeta
 
@@ -78,18 +82,22 @@ EMULATED = _load_emulated()
 TRITON_REASON = _why_no_triton()
 
 
+def defines(name: str, namespace: str = "fastmeta") -> bool:
+    """Whether there is an operator ``name``; a build older than this source may lack it."""
+    return _C is not None and hasattr(getattr(torch.ops, namespace), name)
+
+
 def has_kernel(name: str, key: str, namespace: str = "fastmeta") -> bool:
     """Whether operator ``name`` has a kernel registered for dispatch key ``key`` (``"CPU"``, ``"CUDA"``)."""
-    # hasattr: a build older than this source may lack the operator.
-    defined = _C is not None and hasattr(getattr(torch.ops, namespace), name)
-    return defined and torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key)
+    return defines(name, namespace) and torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key)
 
 
 def cuda_natives() -> int:
     """Address of the function that lists the CUDA library's native operators (csrc/native.h); 0 if there is none."""
-    if CUDA_REASON is not None:
+    library = os.environ["FASTMETA_CUDA_EMULATION"] if EMULATED else _CUDA_LIBRARY
+    if CUDA_REASON is not None and not EMULATED:
         return 0
-    function = getattr(ctypes.CDLL(str(_CUDA_LIBRARY)), "fastmeta_cuda_operators", None)
+    function = getattr(ctypes.CDLL(str(library)), "fastmeta_cuda_operators", None)
     return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
@@ -104,3 +112,79 @@ def _architectures() -> list[str]:
         return []
     numbers = (ctypes.c_int * 16).in_dll(ctypes.CDLL(str(_CUDA_LIBRARY)), "fastmeta_cuda_architectures")
     return [f"sm_{number // 10}" for number in numbers if number]
+
+
+# Plans by layout, and the way to them that spends no time in Python (csrc/entry/entry.cpp).
+
+NATIVE = "native"
+"""The plan of layouts that the native functions of the CUDA library serve."""
+_MOST_PLANS = 4096
+_every_entry: list[Any] = []
+
+
+def plans(name: str, programs_on: str = "cuda") -> Any:
+    """An entry: called with an operator's arguments, it runs the native function or the plan that serves them.
+
+    It answers NotImplemented where there is none.
+
+    Args:
+        name: the operator's.
+        programs_on: device whose tensors are served by plans; ``"cpu"`` where a GPU is pretended.
+    """
+    entry: Any = None
+    if _C is not None and hasattr(_C, "Entry") and _C.has_exchange_api():
+        # A torch that cannot allocate for it, an operator younger than the build.
+        with contextlib.suppress(RuntimeError, ValueError):
+            entry = _C.Entry(name, programs_on, cuda_natives())
+    if entry is None:
+        entry = SlowEntry()
+    _every_entry.append(entry)
+    return entry
+
+
+def forget_plans() -> None:
+    """Have every operator plan anew: what the plans were made from has changed."""
+    for entry in _every_entry:
+        entry.forget()
+
+
+class SlowEntry:
+    """Plans by layout where torch does not let C read its tensors: whoever finds one runs it."""
+
+    native = (False, False)
+
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, Any] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        """No call is served here."""
+        return NotImplemented
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def find(self, *arguments: Any) -> Any:
+        """The plan kept for arguments like these, or None."""
+        return self._plans.get(_layout(arguments))
+
+    def keep(self, *arguments_and_plan: Any) -> bool:
+        """Keep a plan, the last argument, for arguments like these."""
+        if len(self._plans) >= _MOST_PLANS:  # a loop whose batch size varies must not grow them without end
+            self.forget()
+        self._plans[_layout(arguments_and_plan[:-1])] = arguments_and_plan[-1]
+        return True
+
+    def forget(self) -> None:
+        """Forget every plan."""
+        self._plans.clear()
+
+
+def _layout(arguments: tuple[Any, ...]) -> Hashable:
+    # Of the numbers, those of an enum and flags choose a plan, and whether a float is 0.
+    layouts = [
+        (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() % 16)
+        if isinstance(a, Tensor)
+        else (a if not isinstance(a, float) else a != 0)
+        for a in arguments
+    ]
+    return (torch.backends.cuda.matmul.fp32_precision, *layouts)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import Head, losses, ops
-from fastmeta._kernels import NARROW_OUTPUTS, TRITON
-from fastmeta.dispatch import Operator
+from fastmeta.dispatch import NARROW_OUTPUTS, Operator
 from fastmeta.losses import LOSSES
 
 DEVICE = os.environ.get("FASTMETA_TEST_DEVICE", "cpu")
@@ -93,7 +92,7 @@ class Case:
     @property
     def narrow(self) -> bool:
         """Whether its CUDA kernel is the one for few outputs."""
-        return self.name in TRITON
+        return self.operator.triton is not None
 
     def reads_targets(self, loss: str | None) -> bool:
         """Whether targets are not optional, or the loss reads them."""

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 from bench import fake_driver, host
-from fastmeta import _C, _entry, _kernels, _launch
+from fastmeta import _C, _extension
+from fastmeta.dispatch import OPERATORS
+from fastmeta.triton_kernels import _launch
 from fastmeta.triton_kernels._program import Buffer, Number, Program, Ref, launch
 
 failures: list[str] = []
@@ -108,7 +110,7 @@ def hooks() -> None:
 
 def entries() -> None:
     """A kept program is run for its layout and for no other."""
-    entry = _entry.entry("finite_difference_labels", "cpu")
+    entry = _extension.plans("finite_difference_labels", "cpu")
     f, epsilon = torch.rand(16, 8), torch.ones(())
     arguments = (f, f, f, epsilon, 0.5, True)
     expect(entry(*arguments) is NotImplemented, "nothing is kept yet")
@@ -136,7 +138,7 @@ def entries() -> None:
     ):
         expect(entry(*other) is NotImplemented, "another layout")
     expect(entry.find(*arguments) is not None and len(entry) == 1, "found")
-    entry.keep(f[1:], f[1:], f[1:], epsilon, 0.5, True, _entry.NATIVE)
+    entry.keep(f[1:], f[1:], f[1:], epsilon, 0.5, True, _extension.NATIVE)
     expect(entry(f[1:], f[1:], f[1:], epsilon, 0.5, True) is NotImplemented, "no native function here")
     entry.forget()
     expect(entry(*arguments) is NotImplemented and len(entry) == 0, "forgotten")
@@ -152,17 +154,17 @@ def operators() -> None:
         return compile_program(*arguments)
 
     _launch.compile = counted
-    for name in _kernels.TRITON:
+    for name in (name for name, each in OPERATORS.items() if each.triton):
         for dtype in (torch.bfloat16, torch.float32):
             for shape in ((48, 32, 40), (300, 40, 300)):
                 call, arguments = host.calls(name, shape, dtype)
-                dispatcher = host.operator(name)
+                dispatcher = OPERATORS[name]
                 before = dispatcher.entry
                 dispatcher.entry = _C.Entry(name, "cpu")
                 note = f"{name} {dtype} {shape}"
                 planned.clear()
                 seen = enqueued()
-                slow = _kernels.triton(name, dispatcher.entry)(*arguments)
+                slow = OPERATORS[name].planned(dispatcher.entry)(*arguments)
                 first = enqueued()
                 fast = call()
                 second = enqueued()
@@ -189,7 +191,7 @@ def numbers() -> None:
     for name, place in (("label_gradient", 8), ("feature_similarity", 3), ("finite_difference_labels", 4)):
         arguments = list(host.calls(name, (48, 32, 40), torch.float32)[1])
         entry = _C.Entry(name, "cpu")
-        kernel = _kernels.triton(name, entry)
+        kernel = OPERATORS[name].planned(entry)
         for value in (1, 0.5, 0, 16, 3):
             arguments[place] = value
             kernel(*arguments)
@@ -198,7 +200,7 @@ def numbers() -> None:
     entry = _C.Entry("hessian_vector_product", "cpu")
     arguments = list(host.calls("hessian_vector_product", (48, 32, 40), torch.float32)[1])
     for damping in (0, 0.5, 1, 0.0):
-        _kernels.triton("hessian_vector_product", entry)(*arguments[:-1], damping)
+        OPERATORS["hessian_vector_product"].planned(entry)(*arguments[:-1], damping)
     expect(len(entry) == 2, f"{len(entry)} plans for no damping and some")
 
 
@@ -206,7 +208,7 @@ def precision() -> None:
     """Float32 products in TF32 are another plan."""
     arguments = host.calls("feature_similarity", (48, 32, 40), torch.float32)[1]
     entry = _C.Entry("feature_similarity", "cpu")
-    _kernels.triton("feature_similarity", entry)(*arguments)
+    OPERATORS["feature_similarity"].planned(entry)(*arguments)
     expect(entry(*arguments) is not NotImplemented, "planned")
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -214,7 +216,7 @@ def precision() -> None:
     torch.backends.cuda.matmul.fp32_precision = before
     expect(entry(*arguments) is not NotImplemented, "as before")
     half = [a.bfloat16() if isinstance(a, torch.Tensor) else a for a in arguments]
-    _kernels.triton("feature_similarity", entry)(*half)
+    OPERATORS["feature_similarity"].planned(entry)(*half)
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     expect(entry(*half) is not NotImplemented, "of no concern to bfloat16")
     torch.backends.cuda.matmul.fp32_precision = before

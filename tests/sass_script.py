@@ -14,7 +14,7 @@ import torch
 import triton
 
 from bench.compiled import compiled, usage, work
-from fastmeta import _kernels
+from fastmeta.dispatch import OPERATORS
 from fastmeta.losses import LOSSES
 from fastmeta.triton_kernels._program import recording
 
@@ -63,7 +63,7 @@ def arguments(name: str, classes: int, dtype: torch.dtype, loss: int) -> tuple[A
 
 def report(name: str, loss: str, classes: int, dtype: torch.dtype) -> None:
     given = arguments(name, classes, dtype, LOSSES.get(loss, 0))
-    program = import_module(f"fastmeta.triton_kernels.{_kernels.TRITON[name]}").plan(*given)
+    program = import_module(f"fastmeta.triton_kernels.{OPERATORS[name].triton}").plan(*given)
     count = next(place for place, one in enumerate(given) if isinstance(one, int | float))
     with recording() as launches:
         program.run(given[:count], given[count:])

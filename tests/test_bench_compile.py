@@ -28,7 +28,8 @@ raise SystemExit(main(["compile", "--quick", "--processes", "1", *{options!r}]))
 CALL = """
 import json, sys, torch, triton
 from bench import fake_driver
-from fastmeta import _entry, _kernels
+from fastmeta import _extension
+from fastmeta.dispatch import OPERATORS
 fake_driver.activate(90)
 hits = []
 def listener(*, src, metadata, metadata_group, times, cache_hit):
@@ -36,7 +37,7 @@ def listener(*, src, metadata, metadata_group, times, cache_hit):
 triton.knobs.compilation.listener = listener
 x = torch.rand(64, 100)
 name = "finite_difference_labels"
-_kernels.triton(name, _entry.entry(name, "cpu"))(x, x, x, torch.tensor(0.5), 0.5, True)
+OPERATORS[name].planned(_extension.plans(name, "cpu"))(x, x, x, torch.tensor(0.5), 0.5, True)
 print(json.dumps(hits))
 """
 

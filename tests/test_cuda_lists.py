@@ -7,7 +7,7 @@ import torch
 from cases import DEVICE
 from perturbed_lists import assert_bits, bits, copy, draw, dtypes
 
-from fastmeta import _extension, _kernels
+from fastmeta import _extension, dispatch
 from fastmeta.ops import alignment_direction, perturbed
 from fastmeta.ops.perturbed import MOVE
 
@@ -27,7 +27,7 @@ def raw():
     """The kernels themselves."""
     namespace = "fastmeta_emulated" if DEVICE == "cpu" else "fastmeta"
     names = "perturb_epsilon", "perturb_", "perturb_restore_"
-    return [_kernels.direct(name, DEVICE.upper(), namespace) for name in names]
+    return [dispatch.direct(name, DEVICE.upper(), namespace) for name in names]
 
 
 def shifted(tensor, elements):

@@ -10,7 +10,7 @@ from kernel_checks import check, strided
 from torch import Tensor
 
 from fastmeta import Head
-from fastmeta._kernels import NARROW_OUTPUTS
+from fastmeta.dispatch import NARROW_OUTPUTS
 from fastmeta.losses import LOSSES
 
 NARROW = [case for case in CASES if case.narrow and "cuda" in case.operator.implementations(DEVICE) and case.losses[0]]

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from cases import CASES
 
 from fastmeta import _extension
 
@@ -89,7 +90,7 @@ def test_results_are_those_of_the_operators(operators, generator):
     n, d, c = 20, 12, 5
     h, f, w = torch.randn(n, d, generator=generator), torch.randn(n, c, generator=generator), torch.rand(n)
     y, v, b = torch.arange(n) % c, torch.randn(c, d, generator=generator), torch.randn(c, generator=generator)
-    emulated = torch.ops.fastmeta_emulated
+    kernels = {case.name: case.operator._kernels.get(("cpu", "cuda")) for case in CASES}
     calls = [
         ("per_example_dot", (h, f, None, None, y, v, b), (0,)),
         ("label_gradient", (h, None, v, b, None, v, None), (3, 0.5)),
@@ -97,7 +98,7 @@ def test_results_are_those_of_the_operators(operators, generator):
         ("hessian_vector_product", (h, f, None, v, None, None), (0, 0.25)),
     ]
     for name, tensors, numbers in calls:
-        expected = getattr(emulated, f"{name}_narrow")(*tensors, *numbers)
+        expected = kernels[name](*tensors, *numbers)
         expected = expected if isinstance(expected, tuple) else (expected,)
         out = [torch.full_like(e, float("nan")) for e in expected]
         assert call(operators[name], tensors, numbers, out)
@@ -116,3 +117,31 @@ def test_what_is_not_theirs_is_left_alone(operators):
     assert not table.any()
     assert call(operators["masked_adam_"], (table, index[:4], torch.ones(4), *state), numbers, ())
     torch.testing.assert_close(table, torch.tensor([-0.1] * 4 + [0.0] * 5))
+
+
+def test_the_entry_takes_what_the_dispatcher_has_dealt_with():
+    """Below autograd no state of a tensor is asked for, and results are the schema's; errors are the function's own."""
+    h, f, v = torch.ones(3, 4), torch.zeros(3, 2), torch.ones(2, 4)
+    entry = next(case.operator.entry for case in CASES if case.name == "hessian_vector_product")
+    expected = entry.cuda(h, f, v, None, None, 0, 0.5)
+    assert [result.shape for result in expected] == [(2, 4), (0,)]
+    for got in (
+        entry.cuda(h.clone().requires_grad_(), f, v, None, None, 0, 0.5),
+        entry.cuda(h, f, v, None, None, 0, 1),
+    ):
+        assert not any(result.requires_grad for result in got)
+    assert torch.equal(entry.cuda(h, f, v, None, None, 0, 0.5)[0], expected[0])
+    assert entry.cuda(h.double(), f.double(), v.double(), None, None, 0, 0.5) is NotImplemented
+    assert entry.cuda(h, torch.zeros(3, 40), torch.ones(40, 4), None, None, 0, 0.5) is NotImplemented
+    for arguments, message in (
+        ((h, f, v, None, None, 0, -1.0), "damping must be finite and >= 0, got -1"),
+        ((h, f, v, None, None, 9, 0.5), "loss must be in"),
+        ((h[0], f, v, None, None, 0, 0.5), r"features must be 2-D \[N, D\], got 1-D \[4\]"),
+        ((h.int(), f, v, None, None, 0, 0.5), "features must be float32, bfloat16, float16 or float64, got Int"),
+        ((h, f, v[:, 1:], None, None, 0, 0.5), r"direction_weight must be \[C, D\] = \[2, 4\], got \[2, 3\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            entry.cuda(*arguments)
+    for arguments in ((h.tolist(), f, v, None, None, 0, 0.5), (h.to("meta"), f, v, None, None, 0, 0.5), (h, f)):
+        with pytest.raises(TypeError, match="hessian_vector_product takes 5 plain tensors, all on one device"):
+            entry.cuda(*arguments)

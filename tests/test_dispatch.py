@@ -11,7 +11,7 @@ from cases import CASES, Draw, map_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmeta
-from fastmeta import _entry, _extension, dispatch, ops
+from fastmeta import _extension, dispatch, ops
 from fastmeta.dispatch import Operator
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def operator(monkeypatch):
     """An operator with a C++ kernel, whether or not the extension is built."""
-    fake = Operator("operator_of_this_test")
+    fake = Operator("operator_of_this_test", fake=lambda *args: None)
     fake._kernels = dict.fromkeys([("cpu", "cpp"), ("cpu", None)], lambda *args: "direct")
     fake._kernels["cuda", "cuda"] = fake._kernels["cuda", None] = lambda *args: "on the GPU"
     fake._dispatched = lambda *args: "dispatched"
@@ -100,7 +100,7 @@ def test_unknown_and_missing_implementations(case, draw):
 @cases
 def test_without_a_kernel_cpp_says_how_to_build(case, draw, monkeypatch):
     monkeypatch.setattr(case.operator, "_kernels", {})
-    monkeypatch.setattr(case.operator, "entry", _entry.SlowEntry())
+    monkeypatch.setattr(case.operator, "entry", _extension.SlowEntry())
     monkeypatch.setattr(_extension, "REASON", f"not loaded; {_extension.HOW_TO_BUILD}")
     arguments = case.arguments(draw, (3, 4, 2), case.losses[0], case.variants[0])
     assert case.operator.implementations() == ("reference",)

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmeta
-from fastmeta import _entry, _extension, ops
+from fastmeta import _extension, ops
 from fastmeta.losses import LOSSES
 
 pytestmark = pytest.mark.skipif(
@@ -224,7 +224,7 @@ class TestPublicOperator:
 
 
 def test_a_slow_entry_keeps_plans_too():
-    slow = _entry.SlowEntry()
+    slow = _extension.SlowEntry()
     arguments = (*tensors(), 1.0, True)
     assert slow(*arguments) is NotImplemented
     assert slow.find(*arguments) is None

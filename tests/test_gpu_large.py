@@ -6,8 +6,7 @@ from cases import DEVICE
 from torch import Tensor
 
 from fastmeta import Head, ops
-from fastmeta._kernels import NARROW_OUTPUTS
-from fastmeta.dispatch import Operator
+from fastmeta.dispatch import NARROW_OUTPUTS, Operator
 
 LIMIT = 2**31
 BF16 = torch.bfloat16

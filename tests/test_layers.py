@@ -23,7 +23,7 @@ LAYERS = (
     ("triton_kernels",),  # loaded by name, so that nothing below needs Triton; it shares rules with ops
     ("ops",),
     ("capture",),
-    ("dispatch", "_registration", "_kernels", "_entry", "_launch", "_lists"),
+    ("dispatch",),
     ("checks",),
     ("losses",),
     ("_extension",),

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmeta import _extension, _lists, use_impl
-from fastmeta.ops import _in_place, alignment_direction, perturbed
+from fastmeta import _extension, use_impl
+from fastmeta.ops import _in_place, _lists, alignment_direction, perturbed
 from fastmeta.ops.alignment_direction import OPERATOR
 
 pytestmark = [

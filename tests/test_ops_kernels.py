@@ -13,7 +13,7 @@ from kernel_checks import check, strided
 from poison import poisoned_memory
 from torch import Tensor
 
-from fastmeta._kernels import NARROW_OUTPUTS
+from fastmeta.dispatch import NARROW_OUTPUTS
 from fastmeta.losses import of
 from fastmeta.ops.feature_similarity import gram_is_cheaper
 

@@ -28,7 +28,7 @@ def library(tmp_path_factory):
 
 
 def compiled(program, tensors, numbers):
-    from fastmeta import _launch
+    from fastmeta.triton_kernels import _launch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_extension, "INTERPRETED", False)  # products run on the host here, kernels are not among them
@@ -89,7 +89,7 @@ def product(draw: random.Random, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("library")
 def test_products_of_any_layout(dtype):
-    from fastmeta import _launch
+    from fastmeta.triton_kernels import _launch
 
     draw, tolerance = random.Random(7), 1e-5 if dtype == torch.float32 else 2e-2
     for _ in range(400):
@@ -120,7 +120,7 @@ def simple(dtype: torch.dtype = torch.float32, **more):
 
 
 def test_what_the_heuristic_is_asked(library):
-    from fastmeta import _launch
+    from fastmeta.triton_kernels import _launch
 
     program, tensors = simple()
     plan = compiled(program, tensors, ())
@@ -138,7 +138,7 @@ def test_what_the_heuristic_is_asked(library):
 
 def test_the_sums_of_a_gradient_s_rows_are_of_the_second_operand(library):
     """``R^T h`` with dense rows of R and h is N, T with BGRADB: the layout known from training libraries."""
-    from fastmeta import _launch
+    from fastmeta.triton_kernels import _launch
     from fastmeta.triton_kernels._program import Buffer, Matrix, Product, Program, Ref
 
     r, h = torch.randn(5, 3), torch.randn(5, 4)
@@ -152,7 +152,7 @@ def test_the_sums_of_a_gradient_s_rows_are_of_the_second_operand(library):
 
 
 def test_what_the_library_does_not_have_is_said_before_anything_runs(library):
-    from fastmeta import _launch
+    from fastmeta.triton_kernels import _launch
     from fastmeta.triton_kernels._program import Ref
 
     program, tensors = simple(column_sums=Ref("output", 1))

@@ -52,9 +52,7 @@ def plan(case: Case, arguments: dict) -> object:
     """What would run."""
     from importlib import import_module
 
-    from fastmeta._kernels import TRITON
-
-    return import_module(f"fastmeta.triton_kernels.{TRITON[case.name]}").plan(*case.raw(arguments))
+    return import_module(f"fastmeta.triton_kernels.{case.operator.triton}").plan(*case.raw(arguments))
 
 
 def products(case: Case, arguments: dict) -> list[Product]:

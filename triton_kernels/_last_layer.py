@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastmeta.losses import BY_CODE, Loss
+from fastmeta.losses import BY_CODE, LOSSES, Loss
 from fastmeta.triton_kernels import _fused, _rule
 from fastmeta.triton_kernels._affine import affine_step
 from fastmeta.triton_kernels._program import (
@@ -26,9 +26,11 @@ from fastmeta.triton_kernels._program import (
     Product,
     Program,
     Ref,
+    check_dtype,
     is_dense,
     launch,
     multiple,
+    precision_of,
     vector_step,
 )
 from fastmeta.triton_kernels._row_functions import DOT, LABEL_TANGENT, RESIDUAL, reads_targets
@@ -136,6 +138,16 @@ class Problem(NamedTuple):
         n, d, c = self.sizes
         multiplies = self.tensor("head_weight") is not None or self.tensor("direction_weight") is not None
         return _rule.form(n, d, c, aligned=self.aligned or self.dtype.itemsize == 2, multiplies=multiplies)
+
+
+def problem(function: int, loss: int, tensors: dict[str, Tensor | None], *, damped: bool = False) -> Problem:
+    """The problem of tensors that fit each other."""
+    if not 0 <= loss < len(LOSSES):
+        raise ValueError(f"loss must be in [0, {len(LOSSES)}), got {loss}")
+    features = tensors["features"]
+    assert features is not None
+    check_dtype(features)
+    return Problem(function, loss, tensors, precision_of(features), damped)
 
 
 def plan(problem: Problem, *, sums_apart: bool = False) -> Program:

@@ -21,6 +21,21 @@ if INTERPRETED:
     _interpreter.repair()
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_dtype(tensor: Tensor) -> None:
+    """A dtype that the kernels take."""
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"the Triton kernels take float32, bfloat16 and float16, got {tensor.dtype}")
+
+
+def precision_of(tensor: Tensor) -> str:
+    """Of float32 products: TF32 where torch's own setting for CUDA allows it, else ``ieee``."""
+    tf32 = tensor.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
 class Buffer(NamedTuple):
     """Contiguous memory of a call."""
 

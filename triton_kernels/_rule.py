@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from typing import Literal
 
-from fastmeta import _entry
+from fastmeta import _extension
 
 Form = Literal["rows", "fused"]
 FORMS: tuple[Form, ...] = ("rows", "fused")
@@ -52,12 +52,12 @@ def force(form: Form) -> Iterator[None]:
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     before, _forced = _forced, form
-    _entry.forget()
+    _extension.forget_plans()
     try:
         yield
     finally:
         _forced = before
-        _entry.forget()
+        _extension.forget_plans()
 
 
 @contextlib.contextmanager
@@ -68,12 +68,12 @@ def slab_limit(limit: int) -> Iterator[None]:
     """
     global _slab_bytes
     before, _slab_bytes = _slab_bytes, limit
-    _entry.forget()
+    _extension.forget_plans()
     try:
         yield
     finally:
         _slab_bytes = before
-        _entry.forget()
+        _extension.forget_plans()
 
 
 def slab_rows(n: int, bytes_per_row: int, least: int = 1) -> int:

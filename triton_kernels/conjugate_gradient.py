@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta import _launch as executor
 from fastmeta.ops.solve import conjugate_gradient as scalars
+from fastmeta.triton_kernels import _launch as executor
 from fastmeta.triton_kernels._program import INTERPRETED, Program, Ref, is_recording, launch
 
 _BLOCK = 1024  # entries in one step of a program, 4 warps

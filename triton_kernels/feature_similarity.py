@@ -14,9 +14,21 @@ from torch import Tensor
 
 from fastmeta import checks
 from fastmeta.ops.feature_similarity import gram_is_cheaper
-from fastmeta.triton_kernels import _arguments, _rule
+from fastmeta.triton_kernels import _rule
 from fastmeta.triton_kernels._affine import affine_step
-from fastmeta.triton_kernels._program import Buffer, Launch, Matrix, Number, Product, Program, Ref, is_dense, launch
+from fastmeta.triton_kernels._program import (
+    Buffer,
+    Launch,
+    Matrix,
+    Number,
+    Product,
+    Program,
+    Ref,
+    check_dtype,
+    is_dense,
+    launch,
+    precision_of,
+)
 
 _ROWS, _HELD_OUT, _FEATURES = 16, 32, 64  # of a program's tiles, beside all classes
 
@@ -66,7 +78,7 @@ def plan(
 ) -> Program:
     """See :func:`fastmeta.ops.feature_similarity`. ``[Nu, C]``; the scale is the call's number."""
     nu, d = checks.matrix(features_u, "features_u", "[Nu, D]").shape
-    _arguments.supported(features_u)
+    check_dtype(features_u)
     nh = checks.matrix(features_h, "features_h", "[Nh, D]").shape[0]
     checks.shaped(features_h, "features_h", "[Nh, D]", (nh, d))
     c = checks.matrix(residual_h, "residual_h", "[Nh, C]").shape[1]
@@ -106,7 +118,7 @@ def _fused(features_u: Tensor, features_h: Tensor, residual_h: Tensor, bias: boo
 
 def _by_library(features_u: Tensor, features_h: Tensor, residual_h: Tensor, bias: bool, apart: bool) -> Program:
     (nu, d), (nh, c) = features_u.shape, residual_h.shape
-    dtype, precision, scale = features_u.dtype, _arguments.precision(features_u), Number(0)
+    dtype, precision, scale = features_u.dtype, precision_of(features_u), Number(0)
     scratch: list[Buffer] = []
     steps: list[Launch | Product] = []
 

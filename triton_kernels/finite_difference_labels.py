@@ -11,9 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.triton_kernels import _arguments
 from fastmeta.triton_kernels._last_layer import row_tile
-from fastmeta.triton_kernels._program import Buffer, Number, Program, Ref, launch, multiple
+from fastmeta.triton_kernels._program import Buffer, Number, Program, Ref, check_dtype, launch, multiple
 from fastmeta.triton_kernels._row_functions import finite
 from fastmeta.triton_kernels._rows import load_rows, times
 
@@ -132,7 +131,7 @@ def plan(
 ) -> Program:
     """See :func:`fastmeta.ops.finite_difference_labels`. ``[N, C]``; the step is the call's number."""
     n, c = checks.matrix(logits_plus, "logits_plus", "[N, C]").shape
-    _arguments.supported(logits_plus)
+    check_dtype(logits_plus)
     checks.shaped(logits_minus, "logits_minus", "[N, C]", (n, c))
     checks.shaped(labels, "labels", "[N, C]", (n, c))
     checks.like(logits_plus, "logits_plus", logits_minus=logits_minus, labels=labels)

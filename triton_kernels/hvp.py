@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.triton_kernels import _arguments, _last_layer
+from fastmeta.ops import _last_layer as arguments
+from fastmeta.triton_kernels import _last_layer
 from fastmeta.triton_kernels._program import Program
 from fastmeta.triton_kernels._row_functions import CURVATURE, reads_targets
 
@@ -21,10 +22,9 @@ def plan(
     sums_apart: bool = False,
 ) -> Program:
     """See :func:`fastmeta.ops.hessian_vector_product`. ``[C, D]``, and ``[C]`` or ``[0]``; damping is the number."""
-    _arguments.loss(loss)
-    num_classes = _arguments.outputs(features, logits, None, None)[2]
-    _arguments.direction(features, num_classes, direction_weight, direction_bias)
-    _arguments.weights(features, weights)
+    _, num_classes = arguments.check_outputs(features, logits)
+    arguments.check_direction(features, num_classes, direction_weight, direction_bias)
+    arguments.check_weights(features, weights)
     if reads_targets(loss, CURVATURE.value):
         checks.targets(targets, features, num_classes)
     if not 0 <= damping < float("inf"):
@@ -37,6 +37,5 @@ def plan(
         "direction_bias": direction_bias,
         "weights": weights,
     }
-    precision = _arguments.precision(features)
-    problem = _last_layer.Problem(CURVATURE.value, loss, tensors, precision, damped=damping != 0)
+    problem = _last_layer.problem(CURVATURE.value, loss, tensors, damped=damping != 0)
     return _last_layer.plan(problem, sums_apart=sums_apart)

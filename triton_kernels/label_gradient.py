@@ -8,7 +8,8 @@ import math
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.triton_kernels import _arguments, _last_layer
+from fastmeta.ops import _last_layer as arguments
+from fastmeta.triton_kernels import _last_layer
 from fastmeta.triton_kernels._program import Program
 from fastmeta.triton_kernels._row_functions import LABEL_TANGENT, reads_targets
 
@@ -25,9 +26,8 @@ def plan(
     scale: float,
 ) -> Program:
     """See :func:`fastmeta.ops.label_gradient`. ``[N, C]``; the scale is the call's number."""
-    _arguments.loss(loss)
-    num_classes = _arguments.outputs(features, logits, head_weight, head_bias)[2]
-    _arguments.direction(features, num_classes, direction_weight, direction_bias)
+    _, num_classes = arguments.check_outputs(features, arguments.joined(logits, head_weight, head_bias))
+    arguments.check_direction(features, num_classes, direction_weight, direction_bias)
     if reads_targets(loss, LABEL_TANGENT.value):
         checks.targets(targets, features, num_classes)
     if not math.isfinite(scale):
@@ -41,5 +41,5 @@ def plan(
         "direction_weight": direction_weight,
         "direction_bias": direction_bias,
     }
-    problem = _last_layer.Problem(LABEL_TANGENT.value, loss, tensors, _arguments.precision(features))
+    problem = _last_layer.problem(LABEL_TANGENT.value, loss, tensors)
     return _last_layer.plan(problem)

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.triton_kernels import _arguments, _last_layer
+from fastmeta.ops import _last_layer as arguments
+from fastmeta.triton_kernels import _last_layer
 from fastmeta.triton_kernels._program import Program
 from fastmeta.triton_kernels._row_functions import RESIDUAL
 
@@ -20,10 +21,9 @@ def plan(
     sums_apart: bool = False,
 ) -> Program:
     """See :func:`fastmeta.ops.last_layer_gradient`. ``[C, D]``, ``[C]``."""
-    _arguments.loss(loss)
-    num_classes = _arguments.outputs(features, logits, head_weight, head_bias)[2]
+    _, num_classes = arguments.check_outputs(features, arguments.joined(logits, head_weight, head_bias))
     checks.targets(targets, features, num_classes)
-    _arguments.weights(features, weights)
+    arguments.check_weights(features, weights)
     tensors = {
         "features": features,
         "logits": logits,
@@ -32,5 +32,5 @@ def plan(
         "targets": targets,
         "weights": weights,
     }
-    problem = _last_layer.Problem(RESIDUAL.value, loss, tensors, _arguments.precision(features))
+    problem = _last_layer.problem(RESIDUAL.value, loss, tensors)
     return _last_layer.plan(problem, sums_apart=sums_apart)

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.triton_kernels import _arguments, _last_layer
+from fastmeta.ops import _last_layer as arguments
+from fastmeta.triton_kernels import _last_layer
 from fastmeta.triton_kernels._program import Program
 from fastmeta.triton_kernels._row_functions import DOT
 
@@ -19,10 +20,9 @@ def plan(
     loss: int,
 ) -> Program:
     """See :func:`fastmeta.ops.per_example_dot`. ``[N]``."""
-    _arguments.loss(loss)
-    num_classes = _arguments.outputs(features, logits, head_weight, head_bias)[2]
+    _, num_classes = arguments.check_outputs(features, arguments.joined(logits, head_weight, head_bias))
     checks.targets(targets, features, num_classes)
-    _arguments.direction(features, num_classes, direction_weight, direction_bias)
+    arguments.check_direction(features, num_classes, direction_weight, direction_bias)
     tensors = {
         "features": features,
         "logits": logits,
@@ -32,4 +32,4 @@ def plan(
         "direction_weight": direction_weight,
         "direction_bias": direction_bias,
     }
-    return _last_layer.plan(_last_layer.Problem(DOT.value, loss, tensors, _arguments.precision(features)))
+    return _last_layer.plan(_last_layer.problem(DOT.value, loss, tensors))

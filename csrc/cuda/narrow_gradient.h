@@ -1,4 +1,4 @@
-// The kernels behind last_layer_gradient_narrow and hessian_vector_product_narrow: sums over rows of an outer product.
+// The kernels behind last_layer_gradient and hessian_vector_product: sums over rows of an outer product.
 // Each block turns its rows into residuals in shared memory, multiplies them with the same rows' features, and leaves
 // one partial sum; a second launch adds these up in a fixed order. A single block writes the result itself.
 #pragma once

@@ -1,4 +1,4 @@
-// The kernel behind per_example_dot_narrow and label_gradient_narrow: one launch, one pass over the features.
+// The kernel behind per_example_dot and label_gradient: one launch, one pass over the features.
 #pragma once
 
 #include "cuda/narrow.h"

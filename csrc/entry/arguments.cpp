@@ -1,5 +1,6 @@
 #include "arguments.h"
 
+#include <bit>
 #include <limits>
 
 #include "exchange.h"
@@ -31,6 +32,14 @@ bool read_number(PyObject* object, const NumberRule& rule, double* out) {
   return *out >= rule.low && *out <= rule.high;
 }
 
+// What a schema takes for a number: NumPy's as well, and of any value.
+bool read_any_number(PyObject* object, double* out) {
+  *out = object == Py_None ? std::numeric_limits<double>::quiet_NaN() : PyFloat_AsDouble(object);
+  if (!PyErr_Occurred()) return true;
+  PyErr_Clear();
+  return false;
+}
+
 }  // namespace
 
 bool read(const Signature& signature, PyObject* const* objects, bool any_state, Arguments* out) {
@@ -52,7 +61,10 @@ bool read(const Signature& signature, PyObject* const* objects, bool any_state, 
   if (!first || !out->tensors[0]) return false;
   out->device = first->device;
   for (int i = 0; i < signature.num_numbers; ++i) {
-    if (!read_number(objects[signature.num_tensors + i], signature.numbers[i], &out->numbers[i])) return false;
+    PyObject* number = objects[signature.num_tensors + i];
+    const bool given = any_state ? read_any_number(number, &out->numbers[i])
+                                 : read_number(number, signature.numbers[i], &out->numbers[i]);
+    if (!given) return false;
   }
   return true;
 }
@@ -105,7 +117,7 @@ KeyView key_of(const Signature& signature, const Arguments& arguments, KeyWords*
     switch (signature.numbers[i].kind) {
       case NumberRule::Kind::code:
       case NumberRule::Kind::flag:
-        push(static_cast<uint64_t>(number));
+        push(std::bit_cast<uint64_t>(number));
         break;
       case NumberRule::Kind::or_zero:
         push(number != 0.0);

@@ -21,7 +21,7 @@ struct Arguments {
 };
 
 // False, without a Python error, where the call must go the slow way. `any_state`: for callers below autograd, which
-// have dealt with what watches a call and with derivatives.
+// have dealt with what watches a call and with derivatives; the values of numbers are for the kernel to check.
 bool read(const Signature& signature, PyObject* const* objects, bool any_state, Arguments* out);
 
 using KeyWords = std::array<uint64_t, 2 + most_tensors * (1 + 2 * most_dimensions) + most_numbers>;

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <exception>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "../native.h"
@@ -47,23 +48,35 @@ struct EntryObject {
 
 PyObject* slow_way() { return Py_NewRef(Py_NotImplemented); }
 
-// One tensor, or a tuple; steals the results.
-PyObject* wrap(const Signature& signature, const Arguments& arguments, PyObject** results) {
+// New tensors, until they are taken.
+struct Results {
+  PyObject* tensors[most_outputs]{};
+
+  Results() = default;
+  Results(const Results&) = delete;
+  ~Results() {
+    for (PyObject* tensor : tensors) Py_XDECREF(tensor);
+  }
+  PyObject* take(int i) { return std::exchange(tensors[i], nullptr); }
+};
+
+// One tensor, or a tuple.
+PyObject* wrap(const Signature& signature, Results& results) {
   if (signature.num_outputs == 0) return Py_NewRef(Py_None);
-  if (signature.num_outputs == 1) return results[0];
+  if (signature.num_outputs == 1) return results.take(0);
   PyObject* pair = PyTuple_New(2);
-  const bool given = signature.second_if_given < 0 || arguments.tensors[signature.second_if_given];
-  if (!pair || !given) {
-    Py_XDECREF(results[1]);
-    results[1] = Py_NewRef(Py_None);
-  }
-  if (!pair) {
-    Py_DECREF(results[0]);
-    return nullptr;
-  }
-  PyTuple_SET_ITEM(pair, 0, results[0]);
-  PyTuple_SET_ITEM(pair, 1, results[1]);
+  if (!pair) return nullptr;
+  PyTuple_SET_ITEM(pair, 0, results.take(0));
+  PyTuple_SET_ITEM(pair, 1, results.take(1));
   return pair;
+}
+
+// As the public function answers: a bias that was not asked for is None, where the schema has an empty tensor.
+PyObject* wrap_public(const Signature& signature, const Arguments& arguments, Results& results) {
+  if (signature.second_if_given >= 0 && !arguments.tensors[signature.second_if_given]) {
+    Py_SETREF(results.tensors[1], Py_NewRef(Py_None));
+  }
+  return wrap(signature, results);
 }
 
 PyObject* dtype_object(const DLDataType& type) {
@@ -77,7 +90,7 @@ PyObject* dtype_object(const DLDataType& type) {
 }
 
 // Allocates the results of a native function. False with a Python error.
-bool allocate(EntryObject* self, const Shape* shapes, PyObject* dtype, bool on_cuda, PyObject** results,
+bool allocate(EntryObject* self, const Shape* shapes, PyObject* dtype, bool on_cuda, Results& results,
               DLTensor* views) {
   PyObject* function = on_cuda ? allocator().cuda : allocator().cpu;
   if (self->dtype != dtype) {  // before anything can fail: no allocation of another dtype may be taken for one of this
@@ -92,8 +105,8 @@ bool allocate(EntryObject* self, const Shape* shapes, PyObject* dtype, bool on_c
       Py_XSETREF(self->allocations[i], arguments);
       self->shapes[i] = shapes[i];
     }
-    results[i] = PyObject_Call(function, self->allocations[i], nullptr);
-    if (!results[i] || torch_objects().api->tensor_from_object(results[i], &views[i]) != 0) return false;
+    PyObject* result = results.tensors[i] = PyObject_Call(function, self->allocations[i], nullptr);
+    if (!result || torch_objects().api->tensor_from_object(result, &views[i]) != 0) return false;
   }
   return true;
 }
@@ -124,49 +137,57 @@ bool is_large(const Signature& signature, const Arguments& arguments) {
   return elements >= 1 << 16;
 }
 
-void release(PyObject** results) {
-  for (int i = 0; i < most_outputs; ++i) Py_CLEAR(results[i]);
+// Tells autograd that an in-place operator wrote: a backward through the old values must raise. False with a Python
+// error.
+bool count_versions(const Signature& signature, PyObject* const* objects) {
+  static PyObject* increment = nullptr;
+  if (!increment) {
+    PyObject* graph = PyImport_ImportModule("torch.autograd.graph");
+    increment = graph ? PyObject_GetAttrString(graph, "increment_version") : nullptr;
+    Py_XDECREF(graph);
+  }
+  PyObject* written = increment ? PyTuple_New(4) : nullptr;
+  if (!written) return false;
+  for (int i = 0; i < 4; ++i) PyTuple_SET_ITEM(written, i, Py_NewRef(objects[signature.written[i]]));
+  PyObject* answer = PyObject_CallOneArg(increment, written);
+  Py_DECREF(written);
+  Py_XDECREF(answer);
+  return answer != nullptr;
 }
 
-PyObject* run_native(EntryObject* self, NativeFunction function, const Arguments& arguments, PyObject* const* objects,
-                     bool on_cuda, void* stream) {
+// The shapes of the results and their dtype; false if they cannot be told.
+bool describe(const Signature& signature, const Arguments& arguments, Shape* shapes, PyObject** dtype) {
+  *dtype = dtype_object(arguments.tensors[0]->dtype);
+  return *dtype && signature.shapes(arguments.tensors.data(), shapes);
+}
+
+// False: with a Python error, or the function does not take these arguments. Throws what the function throws.
+bool run_native(EntryObject* self, NativeFunction function, const Arguments& arguments, PyObject* const* objects,
+                void* stream, Results& results) {
   const Signature& signature = *self->signature;
   Shape shapes[most_outputs]{};
-  PyObject* dtype = dtype_object(arguments.tensors[0]->dtype);
-  if (!dtype || !signature.shapes(arguments.tensors.data(), shapes)) return slow_way();
-  PyObject* results[most_outputs]{};
+  PyObject* dtype;
+  if (!describe(signature, arguments, shapes, &dtype)) return false;
   DLTensor views[most_outputs];
   DLTensor* out[most_outputs] = {&views[0], &views[1]};
-  if (!allocate(self, shapes, dtype, on_cuda, results, views)) {
-    release(results);
-    return nullptr;
-  }
-  bool done = false;
-  try {
+  if (!allocate(self, shapes, dtype, arguments.device.device_type == kDLCUDA, results, views)) return false;
+  {
     const WithoutGil unlocked(is_large(signature, arguments));
-    done = function(arguments.tensors.data(), arguments.numbers.data(), out, stream);
+    if (!function(arguments.tensors.data(), arguments.numbers.data(), out, stream)) return false;
+  }
+  return signature.written[1] < 0 || count_versions(signature, objects);
+}
+
+PyObject* run_or_slow_way(EntryObject* self, NativeFunction function, const Arguments& arguments,
+                          PyObject* const* objects, void* stream) {
+  Results results;
+  try {
+    if (run_native(self, function, arguments, objects, stream, results)) {
+      return wrap_public(*self->signature, arguments, results);
+    }
   } catch (const std::exception&) {  // the slow way words the error
   }
-  if (!done) {
-    release(results);
-    return slow_way();
-  }
-  if (signature.written[1] >= 0) {  // a backward through the old values must raise
-    static PyObject* increment = nullptr;
-    if (!increment) {
-      PyObject* graph = PyImport_ImportModule("torch.autograd.graph");
-      increment = graph ? PyObject_GetAttrString(graph, "increment_version") : nullptr;
-      Py_XDECREF(graph);
-    }
-    PyObject* written = increment ? PyTuple_New(4) : nullptr;
-    if (!written) return nullptr;
-    for (int i = 0; i < 4; ++i) PyTuple_SET_ITEM(written, i, Py_NewRef(objects[signature.written[i]]));
-    PyObject* answer = PyObject_CallOneArg(increment, written);
-    Py_DECREF(written);
-    if (!answer) return nullptr;
-    Py_DECREF(answer);
-  }
-  return wrap(signature, arguments, results);
+  return PyErr_Occurred() ? nullptr : slow_way();
 }
 
 // Whether the tensors are on the GPU that is current: memory is allocated there and kernels are launched there.
@@ -193,23 +214,19 @@ PyObject* run_planned(EntryObject* self, PyObject* plan, const Arguments& argume
   }
   if (Py_TYPE(plan) != program_type()) {  // "native", or a plan that Python runs
     const bool native = PyUnicode_Check(plan) && self->on_cuda;
-    return native ? run_native(self, self->on_cuda, arguments, objects, on_cuda, stream) : slow_way();
+    return native ? run_or_slow_way(self, self->on_cuda, arguments, objects, stream) : slow_way();
   }
   void* inputs[most_tensors];
   for (int i = 0; i < self->signature->num_tensors; ++i) {
     inputs[i] = arguments.tensors[i] ? arguments.tensors[i]->data : nullptr;
   }
-  PyObject* results[most_outputs]{};
+  Results results;
   Py_INCREF(plan);  // another thread may forget the plans meanwhile
   const auto& program = *reinterpret_cast<ProgramObject*>(plan);
   const bool done = run_program(program, on_cuda ? arguments.device.device_id : -1, inputs, arguments.numbers.data(),
-                                stream, results);
+                                stream, results.tensors);
   Py_DECREF(plan);
-  if (!done) {
-    release(results);
-    return nullptr;
-  }
-  return wrap(*self->signature, arguments, results);
+  return done ? wrap_public(*self->signature, arguments, results) : nullptr;
 }
 
 int num_arguments(const EntryObject* self) { return self->signature->num_tensors + self->signature->num_numbers; }
@@ -228,7 +245,36 @@ PyObject* entry_call(PyObject* object, PyObject* const* objects, size_t flags, P
     return plan ? run_planned(self, plan, arguments, objects) : slow_way();
   }
   if (device != kDLCPU || !self->on_cpu) return slow_way();
-  return run_native(self, self->on_cpu, arguments, objects, false, nullptr);
+  return run_or_slow_way(self, self->on_cpu, arguments, objects, nullptr);
+}
+
+// The CUDA library's function, for who has dealt with autograd and made the tensors' device the current one.
+PyObject* entry_cuda(PyObject* object, PyObject* const* objects, Py_ssize_t count) {
+  auto* self = reinterpret_cast<EntryObject*>(object);
+  const Signature& signature = *self->signature;
+  Arguments arguments;
+  if (!self->on_cuda || count != num_arguments(self) || !read(signature, objects, true, &arguments)) {
+    return PyErr_Format(PyExc_TypeError,
+                        "the CUDA kernel of %s takes %d plain tensors, all on one device, and %d numbers",
+                        signature.name, signature.num_tensors, signature.num_numbers);
+  }
+  void* stream = nullptr;
+  if (arguments.device.device_type == kDLCUDA &&
+      torch_objects().api->current_stream(kDLCUDA, arguments.device.device_id, &stream) != 0) {
+    return nullptr;
+  }
+  Results results;
+  try {
+    if (run_native(self, self->on_cuda, arguments, objects, stream, results)) return wrap(signature, results);
+    Shape shapes[most_outputs];
+    PyObject* dtype;
+    if (!PyErr_Occurred() && !describe(signature, arguments, shapes, &dtype)) {  // its own check says why
+      self->on_cuda(arguments.tensors.data(), arguments.numbers.data(), nullptr, stream);
+    }
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return PyErr_Occurred() ? nullptr : slow_way();
 }
 
 PyObject* entry_find(PyObject* object, PyObject* const* objects, Py_ssize_t count) {
@@ -311,6 +357,8 @@ PyObject* entry_name(PyObject* object, void*) {
 }
 
 PyMethodDef entry_methods[] = {
+    {"cuda", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(entry_cuda)), METH_FASTCALL,
+     "The CUDA library's function, past autograd; results as in the schema, NotImplemented where it does not serve."},
     {"find", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(entry_find)), METH_FASTCALL,
      "The plan kept for arguments like these, or None."},
     {"keep", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(entry_keep)), METH_FASTCALL,

@@ -2,7 +2,7 @@
 //
 // A tensor in a list costs 300 ns as an argument of a registered operator and 140 ns through DLPack's exchange API with
 // the questions that DLPack leaves open (negative bit, recorded derivative); torch's own C++ structs answer all of them
-// in 10 ns. That ties this library, and no other of fastmeta, to the one torch it was built for: fastmeta/_lists.py
+// in 10 ns. That ties this library, and no other of fastmeta, to the one torch it was built for: fastmeta/ops/_lists.py
 // loads it only there, and lists go through the dispatcher elsewhere.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

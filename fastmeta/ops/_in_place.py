@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta import _lists, checks
+from fastmeta import checks
+from fastmeta.ops import _lists
 
 Named = Sequence[tuple[str, Tensor]]
 

@@ -1,4 +1,4 @@
-"""What the last-layer operators share: their arguments and their checks."""
+"""What the last-layer operators share, and Triton's planners: their arguments and their checks."""
 
 from torch import Tensor
 
@@ -11,6 +11,21 @@ def split(logits: Tensor | Head) -> tuple[Tensor | None, Tensor | None, Tensor |
     if isinstance(logits, Head):
         return None, logits.weight, logits.bias
     return logits, None, None
+
+
+def joined(logits: Tensor | None, head_weight: Tensor | None, head_bias: Tensor | None) -> Tensor | Head:
+    """What :func:`split` took apart."""
+    if (logits is None) == (head_weight is None):
+        raise ValueError(f"either logits or a head must be given, got {'none' if logits is None else 'both'}")
+    return logits if head_weight is None else Head(head_weight, head_bias)  # type: ignore[return-value]
+
+
+def num_classes(logits: Tensor | None, head_weight: Tensor | None) -> int:
+    """C of logits ``[N, C]`` or of a head ``[C, D]``."""
+    if head_weight is not None:
+        return head_weight.shape[0]
+    assert logits is not None, "the kernels' own check"
+    return logits.shape[1]
 
 
 def check_outputs(features: object, logits: object) -> tuple[Tensor, int]:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmeta import _lists, checks
-from fastmeta.dispatch import Operator
-from fastmeta.ops import _in_place
+from fastmeta import checks
+from fastmeta.dispatch import Operator, in_place
+from fastmeta.ops import _in_place, _lists
 
-OPERATOR = Operator("alignment_direction_")
+OPERATOR = Operator("alignment_direction_", fake=in_place)
 _LISTS = ("grads_labeled", "grads_unlabeled", "ema_labeled", "ema_fourth", "out")
 
 

@@ -5,7 +5,14 @@ from torch import Tensor
 from fastmeta import checks
 from fastmeta.dispatch import Operator, in_own_dtype, unnamed
 
-OPERATOR = Operator("feature_similarity")
+OPERATOR = Operator(
+    "feature_similarity",
+    numbers=2,
+    triton="feature_similarity",
+    fake=lambda features_u, features_h, residual_h, *rest: features_u.new_empty(
+        features_u.shape[0], residual_h.shape[1]
+    ),
+)
 
 
 def gram_is_cheaper(count_u: int, count_h: int, num_features: int, num_classes: int) -> bool:

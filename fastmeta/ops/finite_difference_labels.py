@@ -6,7 +6,12 @@ from torch import Tensor
 from fastmeta import checks
 from fastmeta.dispatch import Operator, in_own_dtype, unnamed
 
-OPERATOR = Operator("finite_difference_labels")
+OPERATOR = Operator(
+    "finite_difference_labels",
+    numbers=2,
+    triton="finite_difference_labels",
+    fake=lambda logits_plus, *rest: logits_plus.new_empty(logits_plus.shape),
+)
 
 
 def project_to_simplex_rows(labels: Tensor) -> Tensor:

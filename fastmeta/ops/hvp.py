@@ -1,5 +1,7 @@
 """Hessian-vector product of the last layer."""
 
+from typing import Any
+
 from torch import Tensor
 
 from fastmeta import checks, losses
@@ -7,7 +9,15 @@ from fastmeta.dispatch import Operator, in_own_dtype, unnamed
 from fastmeta.losses import LOSSES
 from fastmeta.ops import _last_layer
 
-OPERATOR = Operator("hessian_vector_product")
+
+def _fake(
+    features: Tensor, logits: Tensor, targets: Any, direction_weight: Tensor, direction_bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    bias = 0 if direction_bias is None else direction_weight.shape[0]
+    return features.new_empty(direction_weight.shape), features.new_empty(bias)
+
+
+OPERATOR = Operator("hessian_vector_product", numbers=2, triton="hvp", fake=_fake)
 
 
 @in_own_dtype

@@ -8,7 +8,14 @@ from fastmeta.dispatch import Operator, in_own_dtype, unnamed
 from fastmeta.losses import LOSSES
 from fastmeta.ops import _last_layer
 
-OPERATOR = Operator("label_gradient")
+OPERATOR = Operator(
+    "label_gradient",
+    numbers=2,
+    triton="label_gradient",
+    fake=lambda features, logits, head_weight, *rest: features.new_empty(
+        features.shape[0], _last_layer.num_classes(logits, head_weight)
+    ),
+)
 
 
 @in_own_dtype

@@ -1,5 +1,7 @@
 """Gradient of a weighted sum of per-example losses with respect to the last linear layer."""
 
+from typing import Any
+
 from torch import Tensor
 
 from fastmeta import checks, losses
@@ -8,7 +10,13 @@ from fastmeta.dispatch import Operator, in_own_dtype, unnamed
 from fastmeta.losses import LOSSES
 from fastmeta.ops import _last_layer
 
-OPERATOR = Operator("last_layer_gradient")
+
+def _fake(features: Tensor, logits: Tensor | None, head_weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    num_classes = _last_layer.num_classes(logits, head_weight)
+    return features.new_empty(num_classes, features.shape[1]), features.new_empty(num_classes)
+
+
+OPERATOR = Operator("last_layer_gradient", numbers=1, triton="last_layer_gradient", fake=_fake)
 
 
 @in_own_dtype

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.dispatch import Operator, unnamed
+from fastmeta.dispatch import Operator, in_place, unnamed
 from fastmeta.ops import _in_place
 
-OPERATOR = Operator("masked_adam_")
+OPERATOR = Operator("masked_adam_", numbers=6, fake=in_place)
 
 
 def masked_adam_reference_(

@@ -8,7 +8,12 @@ from fastmeta.dispatch import Operator, in_own_dtype, unnamed
 from fastmeta.losses import LOSSES
 from fastmeta.ops import _last_layer
 
-OPERATOR = Operator("per_example_dot")
+OPERATOR = Operator(
+    "per_example_dot",
+    numbers=1,
+    triton="per_example_dot",
+    fake=lambda features, *rest: features.new_empty(features.shape[0]),
+)
 
 
 @in_own_dtype

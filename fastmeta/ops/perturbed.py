@@ -7,13 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta import _lists, checks
-from fastmeta.dispatch import Operator
-from fastmeta.ops import _in_place, _workspace
+from fastmeta import checks
+from fastmeta.dispatch import Operator, in_place
+from fastmeta.ops import _in_place, _lists, _workspace
 
-EPSILON = Operator("perturb_epsilon")
-MOVE = Operator("perturb_")
-RESTORE = Operator("perturb_restore_")
+
+def _fake_epsilon(direction: list[Tensor], radius: float) -> Tensor:
+    wide = torch.float64 if any(v.dtype == torch.float64 for v in direction) else torch.float32
+    return torch.empty((), dtype=wide, device=direction[0].device if direction else "cpu")
+
+
+EPSILON = Operator("perturb_epsilon", fake=_fake_epsilon)
+MOVE = Operator("perturb_", fake=in_place)
+RESTORE = Operator("perturb_restore_", fake=in_place)
 _ALIGN = 64  # of each tensor's copy in the backup, and the size of its header; as in csrc/list_checks.h
 
 

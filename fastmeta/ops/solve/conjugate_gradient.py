@@ -338,7 +338,7 @@ def updates_for(vector: Tensor, impl: str | None) -> Updates | None:
 
     ``impl="triton"`` takes Triton's interpreter on a CPU that has it.
     """
-    named = impl if impl is not None else dispatch._override.name
+    named = dispatch.named(impl)
     if vector.is_cpu and (named != "triton" or not _extension.INTERPRETED):
         return None
     fits = vector.is_cpu if _extension.INTERPRETED else vector.is_cuda

@@ -4,7 +4,6 @@ import os
 from types import ModuleType
 
 import torch
-from torch.autograd import forward_ad
 
 from fastmeta import _extension, dispatch
 
@@ -28,7 +27,6 @@ def _load() -> ModuleType | None:
 
 
 KERNELS = _load()
-_compiling = torch.compiler.is_compiling
 
 
 def unseen(impl: str | None) -> tuple[ModuleType, str | None] | None:
@@ -37,16 +35,9 @@ def unseen(impl: str | None) -> tuple[ModuleType, str | None] | None:
     None where the dispatcher must see it: it is compiled, traced, differentiated or watched by a mode, or another
     implementation is named.
     """
-    if _compiling() or KERNELS is None:
+    if torch.compiler.is_compiling() or KERNELS is None:
         return None
-    named = impl if impl is not None else dispatch._override.name
-    if named not in (None, "cpp", "cuda"):
+    name = dispatch.named(impl)
+    if name not in (None, "cpp", "cuda") or dispatch.watched() or dispatch.forward_mode():
         return None
-    if (
-        dispatch._functorch_active()
-        or forward_ad._current_level >= 0
-        or dispatch._dispatch_modes() > 0
-        or dispatch._tracing() is not None
-    ):
-        return None
-    return KERNELS, named
+    return KERNELS, name
