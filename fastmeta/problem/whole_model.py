@@ -221,19 +221,19 @@ class WholeModelProblem(ProblemBase):
 
     def _label_tangent(self, v: Vector, loss: str) -> Tensor:
         if self.how == "double_backward":
-            labels, _, total, theta = self._twice(loss)
-            return -self._mixed(total, theta, v, [labels])[0]
-        needs_labels = losses.of(loss).label_tangent_reads_targets
+            leaf, _, total, theta = self._twice(loss)
+            return -self._mixed(total, theta, v, [leaf])[0]
+        reads = losses.of(loss).label_tangent_reads_targets
+
+        def labels(logits: Tensor) -> Tensor | None:
+            return probabilities(self.labels, logits) if reads else None
+
         if self.how == "jvp":
             logits, tangent = self._jvp(v, self.keep_graph)
-            known = probabilities(self.labels, logits) if needs_labels else None
-            return losses.label_tangent(logits, tangent, loss, known)
-        labels = self.labels if needs_labels else None
-
-        def pull(logits: Tensor) -> Tensor:
-            return losses.label_pull(logits, loss, None if labels is None else probabilities(labels, logits))
-
-        return self._difference(pull, v, self.keep_graph)
+            return losses.label_tangent(logits, tangent, loss, labels(logits))
+        if reads:
+            self._impute_first()
+        return self._difference(lambda f: losses.label_pull(f, loss, labels(f)), v, self.keep_graph)
 
     def loss_tangent(self, direction: AnyDirection, *, loss: str) -> Tensor:
         """``D_v l_i``. ``[N]``."""
@@ -278,7 +278,7 @@ class WholeModelProblem(ProblemBase):
         v = of_model(direction)
         one_sided = self.how == "forward_difference"
         minus = self.logits if one_sided else None  # run before anything is moved
-        with torch.no_grad(), perturbed(self._moving(v), v, radius) as perturbation:
+        with torch.no_grad(), perturbed({name: self.parameters[name] for name in v}, v, radius) as perturbation:
             plus = full_precision(self.function.logits(self.unlabeled, self.parameters))
             if minus is None:
                 perturbation.flip()
@@ -331,7 +331,7 @@ class WholeModelProblem(ProblemBase):
                 if keep:
                     self.seen.on_graph = logits
                 start = of(self._see(logits.detach()))
-            with perturbed(self._moving(v), v, self.radius) as perturbation:
+            with perturbed({name: self.parameters[name] for name in v}, v, self.radius) as perturbation:
                 plus = of(full_precision(function.logits(self.unlabeled, theta)))
                 if start is None:
                     perturbation.flip()
@@ -343,9 +343,6 @@ class WholeModelProblem(ProblemBase):
         """Labels are imputed at theta, which the passes of a central difference are not."""
         if self.how == "finite_difference":
             _ = self.labels
-
-    def _moving(self, v: Vector) -> Vector:
-        return {name: self.parameters[name] for name in v}
 
     def _see(self, logits: Tensor) -> Tensor:
         """Keep the unlabeled logits ``[N, C]`` of a pass at theta; returns them in full precision."""
