@@ -18,7 +18,7 @@ from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.ops.solve import conjugate_gradient, system
 from fastmeta.ops.solve.kronecker import SolverState
-from fastmeta.ops.solve.solve import Answer, Solve, indefinite_error, refuse_capture
+from fastmeta.ops.solve.solve import Answer, Solve, indefinite_error, refuse_capture, singular_error
 
 SOLVERS = ("auto", "cholesky", "cg", "pcg")
 
@@ -271,6 +271,8 @@ def _solve(
             fault = _not_finite(given)
             if fault is not None:
                 raise fault
+            if problem.damping == 0:
+                raise singular_error(answer.solver, answer.residual)
     x = answer.solution.to(features.dtype)
     if rhs_bias is None:
         return x, None, answer
