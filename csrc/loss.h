@@ -14,7 +14,8 @@ namespace fastmeta {
   LOSS(binary_cross_entropy,   false,   false,         false)    \
   LOSS(mse,                    false,   false,         false)    \
   LOSS(mse_probs,              true,    false,         false)    \
-  LOSS(mse_tanh,               false,   true,          false)
+  LOSS(mse_tanh,               false,   true,          false)    \
+  LOSS(huber,                  false,   true,          true)
 // clang-format on
 
 #define FASTMETA_LOSS_CODE(name, ...) name,

@@ -113,6 +113,19 @@ FASTMETA_ROW_FUNCTION V tanh_slope(V f) {
   return splat<V>(1) - t * t;
 }
 
+// huber's first and second derivative at a difference f - y; NaN where the difference is.
+template <class V>
+FASTMETA_ROW_FUNCTION V huber_residual(V gap) {
+  const V one = splat<V>(1);
+  return gap > one ? one : gap < -one ? -one : gap;
+}
+
+template <class V>
+FASTMETA_ROW_FUNCTION V huber_slope(V gap) {
+  const V r = huber_residual(gap);
+  return gap == r ? splat<V>(1) : r - r;
+}
+
 // r = dl/df. r may be neither f nor y.
 template <Loss loss, class V, class Reduce>
 FASTMETA_ROW_FUNCTION void residual(int count, const V* f, const V* y, V* r, const Reduce& reduce) {
@@ -130,6 +143,8 @@ FASTMETA_ROW_FUNCTION void residual(int count, const V* f, const V* y, V* r, con
       const V t = tanh_of(f[k]);
       r[k] = two * (t - tanh_of(y[k])) * (splat<V>(1) - t * t);
     }
+  } else if constexpr (loss == Loss::huber) {  // clamp(f - y, -1, 1)
+    for (int k = 0; k < count; ++k) r[k] = huber_residual(f[k] - y[k]);
   } else {  // 2 J (p - y)
     static_assert(loss == Loss::mse_probs, "a loss without this row function");
     softmax(count, f, r, reduce);
@@ -152,6 +167,8 @@ FASTMETA_ROW_FUNCTION void label_tangent(int count, const V* f, const V* y, cons
     for (int k = 0; k < count; ++k) t[k] = two * z[k];
   } else if constexpr (loss == Loss::mse_tanh) {  // 2 (1 - tanh(y)^2) (1 - tanh(f)^2) z
     for (int k = 0; k < count; ++k) t[k] = two * tanh_slope(y[k]) * tanh_slope(f[k]) * z[k];
+  } else if constexpr (loss == Loss::huber) {  // 1[|f - y| <= 1] z
+    for (int k = 0; k < count; ++k) t[k] = huber_slope(f[k] - y[k]) * z[k];
   } else {  // 2 J z
     static_assert(loss == Loss::mse_probs, "a loss without this row function");
     softmax(count, f, t, reduce);
@@ -181,6 +198,8 @@ FASTMETA_ROW_FUNCTION void curvature(int count, const V* f, const V* y, V* z, V*
       const V slope = tanh_slope(f[k]);
       c[k] = two * slope * slope * z[k];
     }
+  } else if constexpr (loss == Loss::huber) {  // 1[|f - y| <= 1] z
+    for (int k = 0; k < count; ++k) c[k] = huber_slope(f[k] - y[k]) * z[k];
   } else {  // 2 J (J z)
     static_assert(loss == Loss::mse_probs, "a loss without this row function");
     softmax(count, f, c, reduce);

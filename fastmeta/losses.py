@@ -11,10 +11,12 @@ binary_cross_entropy   ``sigmoid(f) - y``        ``z``                       ``p
 mse                    ``2 (f - y)``             ``2 z``                     ``2 z``
 mse_probs              ``2 J (p - y)``           ``2 J z``                   ``2 J (J z)`` (Gauss-Newton)
 mse_tanh               ``2 (t - u) (1 - t^2)``   ``2 (1 - u^2) (1 - t^2) z`` ``2 (1 - t^2)^2 z`` (Gauss-Newton)
+huber                  ``clamp(f - y, -1, 1)``   ``1[|f - y| <= 1] z``       ``1[|f - y| <= 1] z``
 =====================  ========================  ==========================  ===================================
 
 ``J u = p (u - <p, u>)`` is the softmax Jacobian. ``mse_probs`` is ``sum_c (p - y)^2``; ``mse_tanh`` is
-``sum_c (tanh f - tanh y)^2``, the inner loss of the landmarks in Learning to Impute.
+``sum_c (tanh f - tanh y)^2``, the inner loss of the landmarks in Learning to Impute; ``huber`` is
+``torch.nn.functional.huber_loss``, with ``delta = 1``.
 
 All that is known of a loss is here, in ``csrc/loss.h`` and ``csrc/losses.h`` for C++ and CUDA, and in
 ``triton_kernels/_row_functions.py``. Everything else asks for the properties of a :class:`Loss`, never for its name.
@@ -263,6 +265,32 @@ class _MseTanh(Loss):
         return (2 * slope * slope - 4 * (t - y.tanh()) * t * slope) * z
 
 
+class _Huber(Loss):
+    """``(f - y)^2 / 2`` up to a difference of 1, and ``|f - y| - 1/2`` beyond."""
+
+    label_tangent_reads_targets = True
+    curvature_reads_targets = True
+
+    def per_example(self, f: Tensor, y: Tensor) -> Tensor:
+        r = self.residual(f, y)
+        return (r * (f - y - r / 2)).sum(-1)
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        return (f - y).clamp(-1, 1)
+
+    def label_pull(self, f: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None
+        return self.residual(f, y)
+
+    def label_tangent(self, f: Tensor, y: Tensor | None, z: Tensor) -> Tensor:
+        return self.diagonal(f, y) * z
+
+    def diagonal(self, f: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None
+        gap, r = f - y, self.residual(f, y)
+        return torch.where(gap == r, 1, r - r)  # 1 or 0, and NaN where the difference is
+
+
 # In the order of the kernels' enum, csrc/loss.h (tests/test_losses.py compares the two).
 _TABLE: dict[str, Loss] = {
     "cross_entropy": _CrossEntropy(),
@@ -270,6 +298,7 @@ _TABLE: dict[str, Loss] = {
     "mse": _Mse(),
     "mse_probs": _MseProbs(),
     "mse_tanh": _MseTanh(),
+    "huber": _Huber(),
 }
 LOSSES: dict[str, int] = {name: code for code, name in enumerate(_TABLE)}
 """The kernels' number of every loss."""

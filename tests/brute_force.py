@@ -19,6 +19,9 @@ def per_example(f: Tensor, y: Tensor, loss: str) -> Tensor:
         return -(y * functional.log_softmax(f, -1)).sum(-1)
     if loss == "binary_cross_entropy":
         return -(y * functional.logsigmoid(f) + (1 - y) * functional.logsigmoid(-f)).sum(-1)
+    if loss == "huber":
+        gap = (f - y).abs()  # functional.huber_loss has no forward mode
+        return torch.where(gap <= 1, gap.square() / 2, gap - 0.5).sum(-1)
     if loss == "mse_tanh":
         return (f.tanh() - y.tanh()).pow(2).sum(-1)
     return ((f if loss == "mse" else functional.softmax(f, -1)) - y).pow(2).sum(-1)

@@ -47,11 +47,19 @@ def tanh_slope(logits: Tensor, size: Tensor | float) -> Tensor:
     return 1 + logits.tanh().square() + size
 
 
+def huber_slope(logits: Tensor, targets: Tensor, size: Tensor | float) -> Tensor:
+    """1 or 0; without a bound where rounding decides on which side of the kink an entry is."""
+    gap, rounding = (logits - targets).abs(), 1e-5 * (logits.abs() + targets.abs() + size)
+    return torch.where((gap - 1).abs() <= rounding, 1e30, (gap <= 1).double())
+
+
 def residual(features: Tensor, logits: Tensor | Head, targets: Tensor, loss: str) -> Tensor:
     f, size = logits_and_size(features, logits)
     y = as_probabilities(targets, f.shape[1], f.dtype).abs()
     if loss == "mse":
         return 2 * (f.abs() + size + y)
+    if loss == "huber":
+        return f.abs() + size + y
     if loss == "mse_tanh":
         return 2 * (f.tanh().abs() + size + y.tanh()) * tanh_slope(f, size)
     p = predictions(f, size, loss)
@@ -78,6 +86,8 @@ def label_gradient(features, logits, direction_weight, direction_bias=None, *, l
     if loss == "mse":
         return (abs(scale) * 2 * z,)
     f, size = logits_and_size(features, logits)
+    if loss == "huber":
+        return (abs(scale) * huber_slope(f, as_probabilities(targets, f.shape[1], f.dtype), size) * z,)
     if loss == "mse_tanh":
         y = as_probabilities(targets, f.shape[1], f.dtype)
         return (abs(scale) * 2 * tanh_slope(y, 0.0) * tanh_slope(f, size) * z,)
@@ -95,6 +105,8 @@ def hessian_vector_product(
     p = predictions(f, size, loss)
     if loss == "mse":
         c = 2 * z
+    elif loss == "huber":
+        c = huber_slope(f, as_probabilities(targets, f.shape[1], f.dtype), size) * z
     elif loss == "mse_tanh":
         c = 2 * tanh_slope(f, size).square() * z
     elif loss == "binary_cross_entropy":

@@ -7,6 +7,7 @@ import pytest
 import torch
 from brute_force import per_example as definition
 from torch import Tensor
+from torch.nn import functional
 
 from fastmeta import _extension, losses, ops
 from fastmeta.losses import BY_CODE, LOSSES
@@ -139,6 +140,28 @@ def test_targets_are_needed_where_they_are_read(draw, call, reads, loss):
     classes = draw.classes(4, 3)
     by_class, by_row = (call(h, v, loss=loss, targets=t)[0] for t in (classes, torch.eye(3).to(y)[classes]))
     torch.testing.assert_close(by_class, by_row)
+
+
+def test_huber_is_that_of_torch(draw):
+    f, y = (draw.normal(6, 4, scale=2.0).requires_grad_() for _ in range(2))
+    expected = functional.huber_loss(f, y, reduction="none").sum(-1)
+    torch.testing.assert_close(losses.loss_per_example(f, y, "huber"), expected)
+    torch.testing.assert_close(losses.residual(f, y, "huber"), torch.autograd.grad(expected.sum(), f)[0])
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton", "cuda"])
+def test_huber_at_its_kink(impl):
+    """A difference of exactly 1 belongs to the square: slope 1. Beyond it 0, and what is no number stays none."""
+    gaps = torch.tensor([[1.0, -1.0, 1.0 + 2**-20, -1.0 - 2**-20, 1.0 - 2**-20, float("inf"), float("nan")]])
+    slopes = torch.tensor([[1.0, 1.0, 0.0, 0.0, 1.0, 0.0, float("nan")]])
+    if impl not in ops.label_gradient.__globals__["OPERATOR"].implementations("cpu"):
+        pytest.skip(f"no {impl} kernel here")
+    h, y, v = torch.ones(1, 1), torch.zeros(1, 7), torch.ones(7, 1)
+    given = {"loss": "huber", "targets": y, "impl": impl}
+    torch.testing.assert_close(ops.label_gradient(h, gaps, v, **given), slopes, equal_nan=True)
+    torch.testing.assert_close(ops.hessian_vector_product(h, gaps, v, **given)[0], slopes.mT, equal_nan=True)
+    residual = ops.last_layer_gradient(h, gaps, y, loss="huber", impl=impl)[1]
+    torch.testing.assert_close(residual, gaps[0].clamp(-1, 1), equal_nan=True)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e-4, 0.1, 0.4999, 0.5, 0.5001, 1.0, 3.0, 9.0, 30.0, 1e4, float("inf")])

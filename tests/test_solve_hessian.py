@@ -128,7 +128,8 @@ def test_a_right_hand_side_outside_the_span_is_divided_by_the_damping(draw: Draw
 
 
 @pytest.mark.parametrize("solver", ITERATIVE)
-@pytest.mark.parametrize("loss", LOSSES)
+# The curvature of huber is 0 in some rows: refused, or solved, below.
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "huber"])
 def test_no_damping_leaves_what_cannot_be_solved_in_the_residual(draw: Draw, loss: str, solver: str) -> None:
     h, f, rhs, *_ = make(draw, 4, 9, 3)
     of_loss = {"loss": loss, "targets": targets_of(f)}

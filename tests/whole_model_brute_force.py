@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from whole_model_nets import Inputs
 
 Parameters = dict[str, Tensor]
-INNER_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "mse_probs", "mse_tanh")
+INNER_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "mse_probs", "mse_tanh", "huber")
 
 
 def trainable(model: nn.Module) -> Parameters:
@@ -57,6 +57,9 @@ def losses_of(logits: Tensor, targets: Tensor, loss: str) -> Tensor:
         return -(y * f.log_softmax(-1)).sum(-1)
     if loss == "binary_cross_entropy":
         return -(y * functional.logsigmoid(f) + (1 - y) * functional.logsigmoid(-f)).sum(-1)
+    if loss == "huber":
+        gap = (f - y).abs()  # functional.huber_loss has no forward mode
+        return torch.where(gap <= 1, gap.square() / 2, gap - 0.5).sum(-1)
     if loss == "mse_tanh":
         return (f.tanh() - y.tanh()).square().sum(-1)
     return ((f.softmax(-1) if loss == "mse_probs" else f) - y).square().sum(-1)

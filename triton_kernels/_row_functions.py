@@ -25,6 +25,7 @@ BINARY_CROSS_ENTROPY: tl.constexpr = tl.constexpr(LOSSES["binary_cross_entropy"]
 MSE: tl.constexpr = tl.constexpr(LOSSES["mse"])
 MSE_PROBS: tl.constexpr = tl.constexpr(LOSSES["mse_probs"])
 MSE_TANH: tl.constexpr = tl.constexpr(LOSSES["mse_tanh"])
+HUBER: tl.constexpr = tl.constexpr(LOSSES["huber"])
 # What a row becomes.
 DOT: tl.constexpr = tl.constexpr(0)  # <r, z>
 LABEL_TANGENT: tl.constexpr = tl.constexpr(1)
@@ -93,6 +94,19 @@ def tanh_slope(f):
 
 
 @triton.jit
+def huber_residual(gap):
+    """``clamp(gap, -1, 1)``; NaN stays."""
+    return tl.where(gap > 1.0, 1.0, tl.where(gap < -1.0, -1.0, gap))
+
+
+@triton.jit
+def huber_slope(gap):
+    """``1[|gap| <= 1]``; NaN stays."""
+    r = huber_residual(gap)
+    return tl.where(gap == r, 1.0, r - r)
+
+
+@triton.jit
 def pointwise_residual(f, y, loss: tl.constexpr):
     """``r`` of the losses without a softmax."""
     if loss == BINARY_CROSS_ENTROPY:
@@ -100,6 +114,8 @@ def pointwise_residual(f, y, loss: tl.constexpr):
     elif loss == MSE_TANH:
         t = tanh(f)
         return 2.0 * (t - tanh(y)) * (1.0 - t * t)
+    elif loss == HUBER:
+        return huber_residual(f - y)
     else:
         tl.static_assert(loss == MSE)
         return 2.0 * (f - y)
@@ -112,6 +128,8 @@ def pointwise_label_tangent(f, y, z, loss: tl.constexpr):
         return z
     elif loss == MSE_TANH:
         return 2.0 * tanh_slope(y) * tanh_slope(f) * z
+    elif loss == HUBER:
+        return huber_slope(f - y) * z
     else:
         tl.static_assert(loss == MSE)
         return 2.0 * z
@@ -127,6 +145,8 @@ def pointwise_curvature(f, y, z, loss: tl.constexpr):
     elif loss == MSE_TANH:
         slope = tanh_slope(f)
         return 2.0 * slope * slope * z
+    elif loss == HUBER:
+        return huber_slope(f - y) * z
     else:
         tl.static_assert(loss == MSE)
         return 2.0 * z
