@@ -2,11 +2,9 @@
 
 from fastmeta import _registration as _registration
 from fastmeta import ops
-from fastmeta.capture import FeatureTape, Outputs, capture_features
-from fastmeta.derivatives.of_model import example_weight_gradient, label_gradient
+from fastmeta.capture import FeatureTape, Head, Outputs, capture_features
 from fastmeta.dispatch import use_impl
 from fastmeta.graph import graph
-from fastmeta.head import Head
 from fastmeta.methods import (
     L2I,
     AlignedImputation,
@@ -18,6 +16,7 @@ from fastmeta.methods import (
     Method,
     Refined,
 )
+from fastmeta.problem.of_model import example_weight_gradient, label_gradient
 
 __version__ = "0.1.0"
 __all__ = [

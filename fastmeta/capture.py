@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parameter import is_lazy
+
+from fastmeta.dispatch import in_own_dtype
 
 
 class Outputs(NamedTuple):
@@ -22,6 +25,21 @@ class Outputs(NamedTuple):
     logits: Tensor  # [N, C], on the graph
     weight: Tensor  # [C, D], detached
     bias: Tensor | None  # [C], detached
+
+
+class Head(NamedTuple):
+    """Weight and bias of the last linear layer, given to an operator in place of ``logits``.
+
+    The logits ``f = h W^T + b`` are then computed inside: of a large head for some rows at a time.
+    """
+
+    weight: Tensor  # [C, D]
+    bias: Tensor | None = None  # [C]
+
+    @in_own_dtype
+    def logits(self, features: Tensor) -> Tensor:
+        """``h W^T + b``. ``[N, C]``."""
+        return functional.linear(features, self.weight, self.bias)
 
 
 class _Call(NamedTuple):

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NoReturn, TypeVar
 
@@ -90,6 +90,19 @@ def inner_loss(loss: object) -> str:
     if not isinstance(loss, str) or loss not in INNER_LOSSES:
         raise ValueError(f"loss must be one of {', '.join(INNER_LOSSES)}, got {loss!r}")
     return loss
+
+
+def choice(value: object, name: str, *allowed: str) -> None:
+    """One of the names."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def preset(presets: Mapping[str, Result], name: str, method: str) -> Result:
+    """The published settings of this name."""
+    if name not in presets:
+        raise ValueError(f"{method} has the presets {', '.join(presets)}, got {name!r}")
+    return presets[name]
 
 
 def number(value: object, name: str, *, low: float | None = None, high: float | None = None) -> float:

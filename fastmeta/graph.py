@@ -3,6 +3,7 @@
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Protocol, TypeVar
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastmeta.capture import Outputs
-from fastmeta.methods.arguments import as_outputs
-from fastmeta.methods.base import Batch, Method
-from fastmeta.problem import Refined
+from fastmeta.methods.base import Method
+from fastmeta.methods.batch import Batch, as_outputs
+from fastmeta.updates import Refined
 
 Computed = Refined | Tensor
 AnyMethod = TypeVar("AnyMethod", bound=Method)
@@ -103,14 +104,15 @@ class Graphs:
         """One step of the method."""
         if method.process_group is not None:
             raise ValueError("process_group must be None for fastmeta.graph: one process might capture, another replay")
-        if batch["model"] is not None:
+        if batch.model is not None:
             raise ValueError("model must be None for fastmeta.graph: a captured step works on tape.outputs(logits)")
-        device = as_outputs(batch["unlabeled"], "unlabeled").logits.device
+        device = as_outputs(batch.unlabeled, "unlabeled").logits.device
         if self._recorder is None and device.type != "cuda":
             raise RuntimeError(f"fastmeta.graph captures CUDA graphs, got tensors on {device}; leave it out there")
         tensors, settings = describe(method)
         key = _signature(batch), method.phase(), tuple(settings.items())
         if key not in self._steps:
+            method._check(batch)
             self._make_room(method)
             self._steps[key] = _Step(batch, device)
         self._steps.move_to_end(key)
@@ -120,7 +122,7 @@ class Graphs:
             if self._copy:
                 computed = _map(Tensor.clone, computed)
             if isinstance(computed, Tensor):
-                return method._finish(computed, method._impute(batch, True), batch)
+                return method._finish(computed, batch.imputed(method.inner_loss, on_graph=True), batch)
             return method._finish(computed, computed.labels, batch)
 
     def _make_room(self, method: Method) -> None:
@@ -141,7 +143,7 @@ class _Step:
     """Buffers for batches of one signature, and from the second call on the graph that works on them."""
 
     def __init__(self, batch: Batch, device: torch.device) -> None:
-        self._batch = {name: _buffers(value, device) for name, value in batch.items()}
+        self._batch = replace(batch, **{name: _buffers(value, device) for name, value in vars(batch).items()})
         self._device = device
         self._inputs = _by_dtype(self._batch)
         self._ran = False
@@ -166,7 +168,7 @@ class _Step:
         return self._result
 
     def _compute(self, method: Method) -> Computed:
-        return method._compute(method._impute(self._batch, False), self._batch)
+        return method._step(*method._problem(self._batch.imputed(method.inner_loss, on_graph=False), self._batch))
 
     def _record(self, method: Method, state: dict[str, Tensor], recorder: Recorder) -> None:
         name, settings = type(method).__name__, describe(method)[1]
@@ -234,7 +236,7 @@ def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def _signature(batch: Batch) -> Hashable:
     """What a graph of this batch depends on beside the numbers in its tensors."""
-    return tuple((name, _form(value)) for name, value in batch.items())
+    return tuple((name, _form(value)) for name, value in vars(batch).items())
 
 
 def _form(value: Any) -> Hashable:
@@ -259,7 +261,7 @@ def _buffers(value: Any, device: torch.device) -> Any:
 def _by_dtype(batch: Batch) -> list[list[Tensor]]:
     """The tensors that change from step to step, in one list for each dtype: each is copied by one launch."""
     found: dict[torch.dtype, list[Tensor]] = {}
-    for value in batch.values():
+    for value in vars(batch).values():
         changing = value[:2] if isinstance(value, Outputs) else (value,)
         for tensor in changing:
             if isinstance(tensor, Tensor):

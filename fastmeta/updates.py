@@ -1,22 +1,29 @@
 """Updates: what is done with the gradient of the outer loss?
 
 An update supplies the labels and example weights that the step starts from, and turns the gradient with respect to one
-of them into :class:`fastmeta.problem.Refined`.
+of them into :class:`Refined`.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmeta import checks, losses
-from fastmeta.masked_adam_table import MaskedAdamTable
 from fastmeta.ops.finite_difference_labels import project_to_simplex_rows
-from fastmeta.problem import Refined
-from fastmeta.process_group import Group, sum_over
+from fastmeta.ops.masked_adam_table import MaskedAdamTable
+from fastmeta.ops.process_group import Group, sum_over
 
 Takes = Literal["labels", "weights", "labels and weights"]
+
+
+class Refined(NamedTuple):
+    """What a method gives back to the training loop."""
+
+    labels: Tensor  # [N, C], detached
+    weights: Tensor  # [N], detached
+    loss: Tensor  # scalar, to be added to the loss of the step
 
 
 def _unchanged(labels: Tensor) -> tuple[Tensor, Tensor]:

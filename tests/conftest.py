@@ -8,6 +8,10 @@ from collections.abc import Iterator
 
 import cuda_emulation
 
+# Before torch is imported. Tests of threads set their own number; pytest-xdist runs a test on every core as it is.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# In the process itself: Inductor's pool of compilers would import torch once more for each of them.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Before anything imports fastmeta or Triton. FASTMETA_TEST_DEVICE=cuda runs the operators' tests on a GPU instead.
 if os.environ.get("FASTMETA_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")

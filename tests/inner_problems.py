@@ -7,9 +7,8 @@ from torch import Tensor
 from whole_model_brute_force import Bilevel, flatten, forward, loss_gradient, losses_of, trainable
 from whole_model_nets import NETS
 
-from fastmeta.model_function import ModelFunction
-from fastmeta.model_problem import ModelProblem
-from fastmeta.problem import Problem, Rows
+from fastmeta.problem import LastLayerProblem, Rows, WholeModelProblem
+from fastmeta.problem.model_function import ModelFunction
 
 MODELS = [(net, mode) for net in NETS for mode in ("train", "eval") if net in ("conv", "text") or mode == "train"]
 # Small, for their dense Hessians.
@@ -34,8 +33,8 @@ def make(generator: torch.Generator, net: str, mode: str = "train", loss: str = 
     )
 
 
-def problem_of(brute: Bilevel) -> ModelProblem:
-    return ModelProblem(
+def problem_of(brute: Bilevel) -> WholeModelProblem:
+    return WholeModelProblem(
         ModelFunction(brute.model),
         brute.unlabeled,
         brute.labels,
@@ -46,11 +45,11 @@ def problem_of(brute: Bilevel) -> ModelProblem:
     )
 
 
-def last_layer_of(brute: Bilevel) -> Problem:
+def last_layer_of(brute: Bilevel) -> LastLayerProblem:
     function = ModelFunction(brute.model)
     seen = [function.outputs(inputs) for inputs in (brute.unlabeled, brute.holdout)]
     rows_u, rows_h = (Rows(outputs.features.detach(), outputs.logits.detach()) for outputs in seen)
-    return Problem(rows_u, brute.labels, rows_h, brute.targets, brute.weights, brute.mask)
+    return LastLayerProblem(rows_u, brute.labels, rows_h, brute.targets, brute.weights, brute.mask)
 
 
 def names_of(brute: Bilevel, layers: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -13,14 +13,14 @@ from torch.nn import functional
 from fastmeta.derivatives import ExampleWeightGradient, FeatureSimilarity, FiniteDifference, LabelGradient
 from fastmeta.directions import HoldoutGradient
 from fastmeta.losses import LOSSES
-from fastmeta.problem import Direction, Problem, Rows
+from fastmeta.problem import Direction, LastLayerProblem, Rows
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(2, 7))
 
 
-def make_problem(draw: Draw, shape: tuple[int, int, int] = (6, 5, 4), **options) -> Problem:
+def make_problem(draw: Draw, shape: tuple[int, int, int] = (6, 5, 4), **options) -> LastLayerProblem:
     layer = make_layer(draw, shape)
-    return Problem(
+    return LastLayerProblem(
         unlabeled=Rows(layer.features_u, layer.unlabeled.logits.detach()),
         labels=draw.probabilities(shape[0], shape[2]),
         holdout=Rows(layer.features_h, layer.holdout.logits.detach()),
@@ -76,7 +76,7 @@ def test_example_weight_gradient(shape, loss, seed):
     weights = draw.uniform(n).requires_grad_()
     ahead = layer.inner_step(labels, rate=0.3, loss=loss, weights=weights)
     expected = torch.autograd.grad([p for p in ahead if p is not None], weights, list(v))[0]
-    problem = Problem(
+    problem = LastLayerProblem(
         Rows(layer.features_u, layer.unlabeled.logits.detach()),
         labels,
         Rows(layer.features_h, layer.holdout.logits.detach()),

@@ -12,15 +12,14 @@ import fastmeta
 from fastmeta.derivatives import ExampleWeightGradient, FeatureSimilarity, FiniteDifference, LabelGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, InverseHessian, LookAhead, NormalizedGap, UnitLength
 from fastmeta.losses import LOSSES
-from fastmeta.model_function import ModelFunction
-from fastmeta.model_problem import ModelProblem
-from fastmeta.problem import Direction, Factors, Problem, Rows
+from fastmeta.problem import Direction, Factors, LastLayerProblem, Rows, WholeModelProblem
+from fastmeta.problem.model_function import ModelFunction
 
 biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 
 
-def problem_of(layer: Layer, labels: Tensor, **options) -> Problem:
-    return Problem(
+def problem_of(layer: Layer, labels: Tensor, **options) -> LastLayerProblem:
+    return LastLayerProblem(
         unlabeled=Rows(layer.features_u, layer.unlabeled.logits.detach()),
         labels=labels,
         holdout=Rows(layer.features_h, layer.holdout.logits.detach()),
@@ -36,7 +35,7 @@ def layer(draw) -> Layer:
 
 
 @pytest.fixture
-def problem(draw, layer) -> Problem:
+def problem(draw, layer) -> LastLayerProblem:
     return problem_of(layer, draw.probabilities(6, 4))
 
 
@@ -171,7 +170,7 @@ def test_normalized_gap_of_one_layer_is_that_of_the_model(draw, layer, problem):
     """Both levels give one direction where only the last layer moves."""
     model = torch.nn.Linear(5, 4).double()
     model.weight.data, model.bias.data = layer.weight.detach(), layer.bias.detach()
-    whole = ModelProblem(ModelFunction(model), layer.features_u, problem.labels, layer.features_h, layer.classes)
+    whole = WholeModelProblem(ModelFunction(model), layer.features_u, problem.labels, layer.features_h, layer.classes)
     rules = [NormalizedGap(decay=0.9, decay_norm=0.8) for _ in range(2)]
     for _ in range(2):
         direction, named = rules[0](problem), rules[1](whole)
@@ -197,7 +196,7 @@ def test_examples_counted_on_a_device_are_not_waited_for(monkeypatch, problem, n
     def refuse(tensor: Tensor) -> float:
         raise AssertionError("the host waits")
 
-    counted = "fastmeta.problem.joined_count"
+    counted = "fastmeta.problem.base.joined_count"
     monkeypatch.setattr(counted, lambda count, group, device: torch.tensor(count, dtype=torch.int64))
     for reads in ("__float__", "__int__", "__bool__", "item", "tolist"):
         monkeypatch.setattr(Tensor, reads, refuse)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastmeta import ExampleWeights
-from fastmeta.presets.example_weights import preset
+from fastmeta.methods.example_weights import preset
 
 DOUBLE = {"dtype": torch.float64}
 

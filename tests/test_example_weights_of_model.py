@@ -23,7 +23,7 @@ from whole_model_nets import NETS, NetCase, net_cases
 
 import fastmeta
 from fastmeta import ExampleWeights
-from fastmeta.model_function import batch_size
+from fastmeta.problem.model_function import batch_size
 
 M = 12
 DOUBLE = {"dtype": torch.float64}

@@ -28,7 +28,7 @@ from fastmeta.derivatives import ExampleWeightGradient, LabelGradient
 from fastmeta.directions import HoldoutGradient, InverseHessian, LookAhead, NormalizedGap, UnitLength
 from fastmeta.graph import describe
 from fastmeta.ops.solve import conjugate_gradient as device
-from fastmeta.problem import Direction, Problem
+from fastmeta.problem import Direction, LastLayerProblem
 from fastmeta.updates import LabelLogitStep, LabelStep, LabelTable, PullBack, WeightTable
 
 M, C = 20, 4
@@ -259,7 +259,7 @@ class Replaces:
     def __init__(self) -> None:
         self.average = torch.zeros(C, 8)
 
-    def __call__(self, problem: Problem) -> Direction:
+    def __call__(self, problem: LastLayerProblem) -> Direction:
         direction = HoldoutGradient()(problem).dense()
         self.average = 0.9 * self.average + direction.weight
         return direction
@@ -271,7 +271,7 @@ class Counts:
     def __init__(self) -> None:
         self.steps = 0
 
-    def __call__(self, problem: Problem) -> Direction:
+    def __call__(self, problem: LastLayerProblem) -> Direction:
         self.steps = min(self.steps + 1, 2)
         return HoldoutGradient()(problem).dense()
 
@@ -279,7 +279,7 @@ class Counts:
 class Waits:
     """A direction that reads a number off the device."""
 
-    def __call__(self, problem: Problem) -> Direction:
+    def __call__(self, problem: LastLayerProblem) -> Direction:
         direction = HoldoutGradient()(problem).dense()
         return direction if float(direction.weight.sum()) != 0.5 else Direction(-direction.weight, None)
 
@@ -291,7 +291,7 @@ class Late(Counts):
         super().__init__()
         self._recording = lambda: tape.recording
 
-    def __call__(self, problem: Problem) -> Direction:
+    def __call__(self, problem: LastLayerProblem) -> Direction:
         self.steps += self._recording()
         return HoldoutGradient()(problem).dense()
 
@@ -340,7 +340,7 @@ def test_the_buffers_are_contiguous_and_detached(model: nn.Module, tape: Tape) -
         refined = method.refine(**(batch | {"unlabeled": strided}))
         torch.testing.assert_close(refined.labels, MetaGradient().refine(**(batch | {"unlabeled": strided})).labels)
     (step,) = method._graphs._steps.values()
-    buffers = step._batch["unlabeled"]
+    buffers = step._batch.unlabeled
     assert isinstance(buffers, Outputs)
     assert buffers.features.is_contiguous()
     assert not buffers.logits.requires_grad

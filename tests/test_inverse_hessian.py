@@ -30,16 +30,14 @@ from whole_model_brute_force import (
 from whole_model_nets import NETS, NetCase, net_cases
 
 import fastmeta
-from fastmeta import vectors
 from fastmeta.derivatives import ExampleWeightGradient, LabelGradient
 from fastmeta.directions import HoldoutGradient, InverseHessian, LookAhead
 from fastmeta.graph import describe
 from fastmeta.losses import LOSSES
 from fastmeta.methods import Method
-from fastmeta.model_function import ModelFunction, batch_size
-from fastmeta.model_problem import ModelProblem
 from fastmeta.ops import NotConvergedWarning
-from fastmeta.problem import Direction
+from fastmeta.problem import Direction, WholeModelProblem, vectors
+from fastmeta.problem.model_function import ModelFunction, batch_size
 from fastmeta.updates import LabelStep
 
 EXACT: dict[str, Any] = {"tol": 1e-13, "max_iter": 3000}
@@ -101,7 +99,7 @@ def test_any_shape(case: NetCase, loss: str, damping: float):
     n, holdout = batch_size(case.inputs), batch_size(case.holdout)
     labels = torch.rand(n, case.classes, generator=case.generator, dtype=torch.float64)
     targets = torch.randint(case.classes, (holdout,), generator=case.generator)
-    problem = ModelProblem(ModelFunction(case.model), case.inputs, labels, case.holdout, targets)
+    problem = WholeModelProblem(ModelFunction(case.model), case.inputs, labels, case.holdout, targets)
     rule = InverseHessian(damping=damping, loss=loss, **EXACT)
     x = rule(problem)
     image = vectors.combined(problem.hessian(rule.inner, "gauss_newton")(x), damping, x)

@@ -13,7 +13,7 @@ from hessian_problems import power_law
 from torch import Tensor
 
 import fastmeta
-from fastmeta import ExampleWeights, vectors
+from fastmeta import ExampleWeights
 from fastmeta.capture import Outputs
 from fastmeta.directions import HoldoutGradient, InverseHessian, NormalizedGap, UnitLength
 from fastmeta.losses import LOSSES
@@ -21,7 +21,7 @@ from fastmeta.methods import Method
 from fastmeta.ops import NotConvergedWarning, SolverState
 from fastmeta.ops.solve import conjugate_gradient as device
 from fastmeta.ops.solve import few_rows
-from fastmeta.problem import Direction, Problem, RowFactors, Rows
+from fastmeta.problem import Direction, Factors, LastLayerProblem, Rows, vectors
 
 pytestmark = pretends_a_gpu
 EXACT: dict[str, Any] = {"tol": 1e-12, "max_iter": 500}
@@ -37,10 +37,10 @@ def rows(draw: Draw, n: int) -> Rows:
     return Rows(draw.normal(n, 5), draw.normal(n, 3))
 
 
-def make_problem(draw: Draw, *, labeled: bool, has_bias: bool, n: int = 6) -> Problem:
+def make_problem(draw: Draw, *, labeled: bool, has_bias: bool, n: int = 6) -> LastLayerProblem:
     weights = 2 * draw.uniform(n)
     weights[1] = 0.0
-    return Problem(
+    return LastLayerProblem(
         rows(draw, n),
         2 * draw.probabilities(n, 3),
         rows(draw, 4),
@@ -63,7 +63,7 @@ def test_the_direction_is_that_of_the_dense_hessian(
     problem = make_problem(draw, labeled=labeled, has_bias=has_bias)
     rule = InverseHessian(HoldoutGradient(bias=bias), damping=0.3, loss=loss, solver="cg", **EXACT)
     got = rule(problem)
-    assert isinstance(got, RowFactors)
+    assert isinstance(got, Factors)
     exact = InverseHessian(HoldoutGradient(bias=bias), damping=0.3, loss=loss, solver="cholesky")(problem)
     assert isinstance(exact, Direction)
     assert (got.dense().bias is None) == (exact.bias is None) == (not (bias and has_bias))
@@ -107,7 +107,7 @@ def test_nothing_to_solve(draw: Draw, always: None) -> None:
     problem.holdout.logits.fill_(0.0)
     targets = torch.full((4, 3), 1 / 3, dtype=torch.float64)
     rule = InverseHessian(damping=0.3, solver="cg")
-    got = rule(Problem(problem.unlabeled, problem.labels, problem.holdout, targets.to(problem.labels)))
+    got = rule(LastLayerProblem(problem.unlabeled, problem.labels, problem.holdout, targets.to(problem.labels)))
     assert rule.last_solution is not None
     assert rule.last_solution.residual == 0
     assert float(vectors.flat(got).abs().max()) < 1e-12

@@ -11,7 +11,7 @@ from whole_model_brute_force import Bilevel, brute_force_label_gradient, forward
 from whole_model_nets import NETS
 
 from fastmeta import L2I
-from fastmeta.presets.l2i import preset, training
+from fastmeta.methods.l2i import preset, training
 
 NAMES = ("paper", "official_code")
 names = pytest.mark.parametrize("name", NAMES)

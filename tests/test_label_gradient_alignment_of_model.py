@@ -13,7 +13,7 @@ from whole_model_brute_force import brute_force_alignment_gradient, forward, los
 from whole_model_nets import NETS, NetCase, net_cases
 
 from fastmeta import LabelGradientAlignment
-from fastmeta.model_function import batch_size
+from fastmeta.problem.model_function import batch_size
 
 M = 9
 AVERAGES = {"decay": 0.8, "decay_norm": 0.6, "epsilon": 1e-3}

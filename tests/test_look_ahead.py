@@ -18,13 +18,11 @@ from whole_model_brute_force import (
 )
 from whole_model_nets import NETS, NetCase, mlp, net_cases, normal
 
-from fastmeta import vectors
 from fastmeta.derivatives import ExampleWeightGradient, LabelGradient
 from fastmeta.directions import HoldoutGradient, InverseHessian, LookAhead, UnitLength
 from fastmeta.losses import LOSSES
-from fastmeta.model_function import ModelFunction, batch_size
-from fastmeta.model_problem import ModelProblem, Trajectory
-from fastmeta.problem import Direction, Problem, Rows
+from fastmeta.problem import Direction, LastLayerProblem, Rows, Trajectory, WholeModelProblem, vectors
+from fastmeta.problem.model_function import ModelFunction, batch_size
 
 RATE = 0.05
 MODELS = [(net, mode) for net in NETS for mode in ("train", "eval") if net in ("conv", "text") or mode == "train"]
@@ -52,7 +50,7 @@ def examples(generator: Generator, classes: int, count: int, holdout: int) -> di
     }
 
 
-def net_and_problem(net: str, mode: str, generator: Generator) -> tuple[Bilevel, ModelProblem]:
+def net_and_problem(net: str, mode: str, generator: Generator) -> tuple[Bilevel, WholeModelProblem]:
     """One batch: as the brute force takes it, and as fastmeta does."""
     model, make_inputs = NETS[net](generator)
     model.train(mode == "train")
@@ -60,11 +58,11 @@ def net_and_problem(net: str, mode: str, generator: Generator) -> tuple[Bilevel,
     return both(model, {**inputs, **examples(generator, 3, 4, 3)})
 
 
-def both(model: nn.Module, batch: dict[str, Any]) -> tuple[Bilevel, ModelProblem]:
+def both(model: nn.Module, batch: dict[str, Any]) -> tuple[Bilevel, WholeModelProblem]:
     batch = dict(batch)
     brute = Bilevel(model, **batch)
     labels = batch.pop("labels")
-    return brute, ModelProblem(ModelFunction(model), impute=labels, **batch)
+    return brute, WholeModelProblem(ModelFunction(model), impute=labels, **batch)
 
 
 def look_ahead(brute: Bilevel, **options: Any) -> LookAhead:
@@ -145,7 +143,7 @@ def test_last_layer_in_closed_form_is_the_model_with_the_others_frozen(generator
     function = ModelFunction(model)
     seen = [function.outputs(inputs) for inputs in (brute.unlabeled, brute.holdout)]
     rows_u, rows_h = (Rows(outputs.features.detach(), outputs.logits.detach()) for outputs in seen)
-    last_layer = Problem(rows_u, brute.labels, rows_h, brute.targets, brute.weights, brute.mask)
+    last_layer = LastLayerProblem(rows_u, brute.labels, rows_h, brute.targets, brute.weights, brute.mask)
     problem = dataclasses.replace(problem, function=function, parameters={})
     for inner in INNER:
         brute = dataclasses.replace(brute, loss=loss, rate=RATE, **inner)
@@ -166,7 +164,7 @@ def test_last_layer_directions_are_those_of_the_model(generator, bias):
     function = ModelFunction(model)
     seen = [function.outputs(inputs) for inputs in (brute.unlabeled, brute.holdout)]
     rows_u, rows_h = (Rows(outputs.features.detach(), outputs.logits.detach()) for outputs in seen)
-    last_layer = Problem(rows_u, brute.labels, rows_h, brute.targets, has_bias=bias)
+    last_layer = LastLayerProblem(rows_u, brute.labels, rows_h, brute.targets, has_bias=bias)
     rule = LookAhead(rate=0.3, steps=3, momentum=0.5, labeled_weight=0.5)
     whole = rule(dataclasses.replace(problem, function=function, parameters={}, weights=None, mask=None))
     for (_, direction), (_, expected) in zip(rule(last_layer).steps, whole.steps, strict=True):
@@ -263,9 +261,9 @@ def test_bad_settings():
 def test_directions_of_the_other_level_are_refused(generator):
     model, make_inputs = mlp(generator)
     z, y = normal(generator, 2, 3), torch.zeros(2, dtype=torch.int64)
-    problem = ModelProblem(ModelFunction(model), make_inputs(2), z, make_inputs(2), y)
+    problem = WholeModelProblem(ModelFunction(model), make_inputs(2), z, make_inputs(2), y)
     with pytest.raises(TypeError, match="direction must be a whole model's dict by parameter name, got Direction"):
         problem.moved(Direction(torch.zeros(3, 6), None), 0.1)
     rows = Rows(normal(generator, 2, 6), z)
     with pytest.raises(TypeError, match="direction must be a last layer's Direction or Factors"):
-        Problem(rows, z, rows, y).moved({"fc.weight": torch.zeros(3, 6)}, 0.1)
+        LastLayerProblem(rows, z, rows, y).moved({"fc.weight": torch.zeros(3, 6)}, 0.1)

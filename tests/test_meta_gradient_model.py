@@ -10,7 +10,7 @@ from whole_model_brute_force import brute_force_directional, flatten, forward, l
 from whole_model_nets import NETS, Inputs, net_cases
 
 from fastmeta import MetaGradient
-from fastmeta.presets.meta_gradient import training
+from fastmeta.methods.meta_gradient import training
 
 NAMES = ("paper", "official_code")
 

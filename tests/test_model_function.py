@@ -10,8 +10,8 @@ from torch import nn
 from whole_model_nets import NETS, conv_net, mlp, normal
 
 import fastmeta
-from fastmeta.evaluation import RandomState
-from fastmeta.model_function import ModelFunction
+from fastmeta.problem.evaluation import RandomState
+from fastmeta.problem.model_function import ModelFunction
 
 
 @pytest.mark.parametrize("how", WAYS)

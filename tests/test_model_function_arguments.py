@@ -11,7 +11,7 @@ from torch import nn
 from whole_model_nets import mlp, normal, tied_net
 
 import fastmeta
-from fastmeta.model_function import ModelFunction, batch_size
+from fastmeta.problem.model_function import ModelFunction, batch_size
 
 RADIUS = 1e-7
 

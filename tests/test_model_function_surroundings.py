@@ -15,7 +15,7 @@ from torch import nn
 from whole_model_nets import conv_net, text_net, tied_net
 
 import fastmeta
-from fastmeta.model_function import ModelFunction
+from fastmeta.problem.model_function import ModelFunction
 
 ROOT = Path(__file__).parents[1]
 

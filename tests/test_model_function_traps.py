@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from whole_model_nets import conv_net, mlp, normal
 
 import fastmeta
-from fastmeta.model_function import ModelFunction, Term
+from fastmeta.problem.model_function import ModelFunction, Term
 
 
 class Images(nn.Module):

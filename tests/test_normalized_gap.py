@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from whole_model_brute_force import brute_force_alignment_gradient, flatten, loss_gradient, trainable
 from whole_model_nets import NETS, NetCase, net_cases
 
-from fastmeta import ops, vectors
+from fastmeta import ops
 from fastmeta.derivatives import LabelGradient
 from fastmeta.directions import NormalizedGap
-from fastmeta.model_function import ModelFunction, batch_size
-from fastmeta.model_problem import AnyProblem, ModelProblem
-from fastmeta.problem import Problem, Rows
+from fastmeta.problem import LastLayerProblem, Problem, Rows, WholeModelProblem, vectors
+from fastmeta.problem.model_function import ModelFunction, batch_size
 
 DECAY, DECAY_NORM, EPSILON = 0.8, 0.6, 1e-3
 MODELS = [(net, mode) for net in NETS for mode in ("train", "eval") if net in ("conv", "text") or mode == "train"]
@@ -60,18 +59,18 @@ def draw_batch(make_inputs: Any, generator: torch.Generator, classes: int = 3) -
     }
 
 
-def problem_of(model: nn.Module, batch: dict[str, Any], level: str = "whole model") -> AnyProblem:
+def problem_of(model: nn.Module, batch: dict[str, Any], level: str = "whole model") -> Problem:
     function, labels = ModelFunction(model), batch["label_logits"].softmax(-1)
     if level == "whole model":
-        return ModelProblem(function, batch["unlabeled"], labels, batch["labeled"], batch["targets"])
+        return WholeModelProblem(function, batch["unlabeled"], labels, batch["labeled"], batch["targets"])
     seen = [function.outputs(batch[name]) for name in ("unlabeled", "labeled")]
     rows = [Rows(outputs.features.detach(), outputs.logits.detach()) for outputs in seen]
-    return Problem(rows[0], labels, rows[1], batch["targets"])
+    return LastLayerProblem(rows[0], labels, rows[1], batch["targets"])
 
 
-def label_logits_gradient(problem: AnyProblem, rule: NormalizedGap) -> Tensor:
+def label_logits_gradient(problem: Problem, rule: NormalizedGap) -> Tensor:
     """What the method's Adam gets: the label gradient pulled through the softmax."""
-    how = "last_layer" if isinstance(problem, Problem) else "jvp"
+    how = "last_layer" if isinstance(problem, LastLayerProblem) else "jvp"
     gradient = LabelGradient("cross_entropy", how=how)(problem, rule(problem))
     p = problem.labels
     return p * (gradient - (p * gradient).sum(-1, keepdim=True))
@@ -166,7 +165,7 @@ def test_averages_of_16_bit_gradients(generator, dtype, include_current):
     """In float32: an average of decay 0.99 moves by less than bfloat16 resolves, and v^4 leaves float16 at v = 16."""
     batch = draw_batch(NETS["mlp"](generator).make_inputs, generator)
     rows = [Rows(torch.randn(n, 6, generator=generator), torch.randn(n, 3, generator=generator)) for n in (4, 3)]
-    wide = Problem(rows[0], batch["label_logits"].softmax(-1).float(), rows[1], batch["targets"])
+    wide = LastLayerProblem(rows[0], batch["label_logits"].softmax(-1).float(), rows[1], batch["targets"])
     narrow = dataclasses.replace(
         wide, unlabeled=Rows(*(t.to(dtype) for t in rows[0])), holdout=Rows(*(t.to(dtype) for t in rows[1])),
         labels=wide.labels.to(dtype),

@@ -14,9 +14,8 @@ from hessian_problems import ITERATIVE, SOLVERS, flat, make, power_law
 from torch import Tensor
 
 import fastmeta
-from fastmeta import process_group
 from fastmeta.losses import LOSSES
-from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState, solve_hessian
+from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState, process_group, solve_hessian
 from fastmeta.ops.solve import conjugate_gradient as device
 from fastmeta.ops.solve.conjugate_gradient import TorchUpdates
 

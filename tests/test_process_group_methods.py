@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 import fastmeta
 from fastmeta import derivatives, directions
-from fastmeta.model_function import ModelFunction
-from fastmeta.model_problem import AnyProblem, ModelProblem, Trajectory
-from fastmeta.problem import Problem, Rows
-from fastmeta.process_group import Group
+from fastmeta.ops.process_group import Group
+from fastmeta.problem import LastLayerProblem, Problem, Rows, Trajectory, WholeModelProblem
+from fastmeta.problem.model_function import ModelFunction
 
 # Examples of process 0, and of all.
 PARTS = {"unlabeled": (7, 11), "holdout": (1, 6), "labeled": (5, 5)}
@@ -74,7 +73,7 @@ def make_model(draw: Draw) -> nn.Sequential:
     return model
 
 
-def make_problem(model: nn.Sequential, batch: Batch, group: Group, whole: bool) -> AnyProblem:
+def make_problem(model: nn.Sequential, batch: Batch, group: Group, whole: bool) -> Problem:
     shared: dict[str, Any] = {
         "targets": batch["holdout_targets"],
         "weights": batch["unlabeled_weights"],
@@ -85,11 +84,11 @@ def make_problem(model: nn.Sequential, batch: Batch, group: Group, whole: bool) 
     views = ("unlabeled", "holdout", "labeled")
     if whole:
         inputs = {name: batch[name] for name in views}
-        return ModelProblem(ModelFunction(model), impute=batch["unlabeled_labels"], **inputs, **shared)
+        return WholeModelProblem(ModelFunction(model), impute=batch["unlabeled_labels"], **inputs, **shared)
     with torch.no_grad():
         features = {name: model[:3](batch[name]) for name in views}
         rows = {name: Rows(h, model[3](h)) for name, h in features.items()}
-    return Problem(labels=batch["unlabeled_labels"], **rows, **shared)
+    return LastLayerProblem(labels=batch["unlabeled_labels"], **rows, **shared)
 
 
 def solver(name: str, **options: Any) -> directions.InverseHessian:

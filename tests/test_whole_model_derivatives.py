@@ -26,9 +26,9 @@ from whole_model_brute_force import (
 from whole_model_nets import NETS, Inputs, Net, net_cases
 
 from fastmeta import example_weight_gradient, label_gradient
-from fastmeta.derivatives.derivative import HOWS
+from fastmeta.derivatives import HOWS
 from fastmeta.losses import LOSSES
-from fastmeta.model_function import ModelFunction
+from fastmeta.problem.model_function import ModelFunction
 
 EXACT = ("double_backward", "jvp")
 DIFFERENCES = {"finite_difference": 2, "forward_difference": 1}  # order of convergence in the radius

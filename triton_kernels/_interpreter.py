@@ -1,5 +1,10 @@
-"""Repairs of Triton 3.6's interpreter: loops whose bounds are arguments (NumPy 2.4 and later), and bfloat16."""
+"""Repairs of Triton 3.6's interpreter: loops whose bounds are arguments (NumPy 2.4 and later), bfloat16, and its time.
 
+Half of the time went into replacing the functions of ``triton.language`` by interpreted ones at every call of a device
+function (``@triton.jit`` called by ``@triton.jit``); once a launch is enough.
+"""
+
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -7,6 +12,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+_patch_language = interpreter._patch_lang
 _patch_tensor = interpreter._patch_lang_tensor
 _cast = InterpreterBuilder.cast_impl
 _dot = InterpreterBuilder.create_dot
@@ -16,6 +22,18 @@ def _with_index(tensor: type, scope: Any) -> None:
     _patch_tensor(tensor, scope)
     # It holds a scalar in an array of one element, from which NumPy 2.4 makes no index.
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+@cache
+def _modules(function: Any) -> tuple[Any, ...]:
+    """Under which names a kernel sees the language."""
+    return tuple(module for module in (tl, tl.core) if any(value is module for value in function.__globals__.values()))
+
+
+def _patch_once(function: Any) -> Any:
+    if all(not tl.core.is_builtin(module.load) for module in _modules(function)):
+        return interpreter._LangPatchScope()  # already replaced; nothing to put back
+    return _patch_language(function)
 
 
 def _widened(bits: np.ndarray) -> np.ndarray:
@@ -47,6 +65,7 @@ def _create_dot(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *
 
 def repair() -> None:
     """Have the interpreter compute what the GPU would."""
+    interpreter._patch_lang = _patch_once
     interpreter._patch_lang_tensor = _with_index
     InterpreterBuilder.cast_impl = _cast_impl
     InterpreterBuilder.create_dot = _create_dot

@@ -13,7 +13,7 @@ from bench.step.published import DECAY, EPSILON
 from bench.step.task import Batch, Network
 from fastmeta import losses, ops
 from fastmeta.derivatives import How
-from fastmeta.masked_adam_table import MaskedAdamTable
+from fastmeta.ops.masked_adam_table import MaskedAdamTable
 
 
 class AlignmentStep(TableLabels):

@@ -1,8 +1,7 @@
 """Directions: along what do the parameters move?
 
-A rule maps a :class:`fastmeta.problem.Problem` (the last layer) or a :class:`fastmeta.model_problem.ModelProblem` (the
-whole model) to a direction. Rules that refine another one take it as ``of``, so that they nest:
-``LookAhead(UnitLength(HoldoutGradient()), rate=0.1)``.
+A rule maps a problem of :mod:`fastmeta.problem`, at the last layer or of the whole model, to a direction. Rules that
+refine another one take it as ``of``, so that they nest: ``LookAhead(UnitLength(HoldoutGradient()), rate=0.1)``.
 """
 
 from fastmeta.directions.holdout_gradient import HoldoutGradient

@@ -2,11 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-
-from fastmeta import losses
-from fastmeta.model_problem import AnyProblem
-from fastmeta.problem import AnyDirection, Direction, Factors, Problem, Reduction
+from fastmeta.problem import AnyDirection, Problem, Reduction
 
 
 @dataclass(frozen=True)
@@ -26,34 +22,7 @@ class HoldoutGradient:
     factored: bool = False
     reduction: Reduction = "mean"
 
-    def __call__(self, problem: AnyProblem) -> AnyDirection:
+    def __call__(self, problem: Problem) -> AnyDirection:
         """The direction at the problem's parameters."""
-        if not isinstance(problem, Problem):
-            if self.factored or not self.bias:
-                raise ValueError("factored and bias=False are for the last layer alone, got a whole model")
-            return problem.gradient("holdout", loss=self.loss, reduction=self.reduction)
-        if not self.factored:
-            return problem.gradient("holdout", loss=self.loss, reduction=self.reduction, bias=self.bias)
-        if problem.process_group is not None:
-            bias = self.bias and problem.has_bias
-            return _factors(problem.gradient("holdout", loss=self.loss, reduction=self.reduction, bias=bias))
-        rows = problem.holdout
-        targets = losses.as_probabilities(problem.targets, rows.logits.shape[1], rows.logits.dtype)
-        residual = losses.residual(rows.logits, targets, self.loss)
-        scale = problem.mean_scale(len(residual)) if self.reduction == "mean" else 1.0
-        return Factors(rows.features, residual * scale, self.bias and problem.has_bias)
-
-
-def _factors(direction: Direction) -> Factors:
-    """A direction of examples on several processes, with C + 1 rows in place of theirs.
-
-    ``V = R^T h`` with R = s I and h = V / s; a last row h = 0 makes the sum of R the bias. Scale s: so large that no
-    V / s overflows, and no larger, so that ``s + (b - s)`` is b.
-    """
-    weight, bias = direction
-    identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-    if bias is None:
-        return Factors(weight, identity, False)
-    scale = torch.stack([weight.abs().amax(), bias.abs().amax()]).amax().clamp_min(torch.finfo(weight.dtype).tiny)
-    features = torch.cat([weight / scale, torch.zeros_like(weight[:1])])
-    return Factors(features, torch.cat([scale * identity, (bias - scale).unsqueeze(0)]), True)
+        gradient = problem.gradient_in_factors if self.factored else problem.gradient
+        return gradient("holdout", loss=self.loss, reduction=self.reduction, bias=self.bias)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from fastmeta.directions.rule import DirectionRule
-from fastmeta.model_problem import AnyProblem, Trajectory
-from fastmeta.problem import AnyDirection, Problem
+from fastmeta.problem import AnyDirection, Problem, Trajectory
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,6 @@ class InLayers:
         if isinstance(self.layers, str):
             raise TypeError(f"layers must be a tuple of names, got the string {self.layers!r}")
 
-    def __call__(self, problem: AnyProblem) -> AnyDirection | Trajectory:
+    def __call__(self, problem: Problem) -> AnyDirection | Trajectory:
         """The direction, a dict of those layers' parameters."""
-        if isinstance(problem, Problem):
-            raise ValueError(f"layers must be None where only the last layer moves, got {self.layers}")
         return self.of(problem.restricted(self.layers))

@@ -1,6 +1,5 @@
 """A direction times the inverse Hessian of the inner problem."""
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
@@ -10,15 +9,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastmeta import checks, losses, ops, vectors
+from fastmeta import checks, losses, ops
 from fastmeta.directions import linear_solvers
 from fastmeta.directions.holdout_gradient import HoldoutGradient
 from fastmeta.directions.rule import DirectionRule
-from fastmeta.model_problem import AnyProblem, Trajectory
 from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState
 from fastmeta.ops.solve import conjugate_gradient as cg
 from fastmeta.ops.solve import few_rows
-from fastmeta.problem import AnyDirection, Curvature, Dense, Direction, Factors, InnerLoss, Problem, RowFactors
+from fastmeta.problem import (
+    AnyDirection,
+    Curvature,
+    Dense,
+    Direction,
+    Factors,
+    InnerLoss,
+    LastLayerProblem,
+    Problem,
+    of_last_layer,
+    single,
+    vectors,
+)
 
 Solver = Literal["auto", "cholesky", "cg", "pcg", "neumann"]
 SOLVERS: tuple[Solver, ...] = ("auto", "cholesky", "cg", "pcg", "neumann")
@@ -59,7 +69,7 @@ class InverseHessian:
 
     At the last layer the system is solved by :func:`fastmeta.ops.solve_hessian`; with few examples (``cg``, or ``auto``
     on a GPU) and the gradient of the hold-out loss it is solved in the logit tangents of the examples, of which the
-    direction is then made (:class:`fastmeta.problem.RowFactors`). For the whole model H is known by its products
+    direction is then made (:class:`fastmeta.problem.Factors`). For the whole model H is known by its products
     alone; ``auto`` is ``cg``. Away from a minimum the Hessian of a model has negative eigenvalues, and neither
     iteration solves that system. ``curvature="gauss_newton"`` takes ``J^T C J`` in its place, with ``J = df/dtheta``,
     and C the curvature of the loss by the logits (itself Gauss-Newton for ``mse_probs`` and ``mse_tanh``): it has no
@@ -89,9 +99,9 @@ class InverseHessian:
 
     Half a step of Newton, as H is that of two losses and v that of one:
 
-    >>> from fastmeta.problem import Rows
+    >>> from fastmeta.problem import LastLayerProblem, Rows
     >>> rows = Rows(torch.ones(1, 1), torch.zeros(1, 1))
-    >>> problem = Problem(rows, torch.ones(1, 1), rows, torch.ones(1, 1), has_bias=False)
+    >>> problem = LastLayerProblem(rows, torch.ones(1, 1), rows, torch.ones(1, 1), has_bias=False)
     >>> rule = InverseHessian(HoldoutGradient("mse"), loss="mse", damping=0.0, solver="cholesky")
     >>> rule(problem).weight.item(), rule.last_solution.iterations
     (-0.5, 1)
@@ -140,33 +150,28 @@ class InverseHessian:
         if state["of"] is not None:
             self.of.load_state_dict(state["of"])  # type: ignore[attr-defined]
 
-    def __call__(self, problem: AnyProblem) -> AnyDirection:
+    def __call__(self, problem: Problem) -> AnyDirection:
         """Solve at the problem's own parameters."""
-        last_layer = isinstance(problem, Problem)
-        if last_layer and self.layers is not None:
-            raise ValueError(f"layers must be None where only the last layer moves, got {self.layers}")
-        if not last_layer and self.solver in ("cholesky", "pcg"):
+        layer = problem.last_layer
+        if layer is None and self.solver in ("cholesky", "pcg"):
             raise ValueError(f"solver must be cg or neumann for a whole model, got {self.solver!r}")
-        if not isinstance(problem, Problem) and self.layers is not None:
+        if self.layers is not None:
             problem = problem.restricted(self.layers)
-        if isinstance(problem, Problem) and self._in_rows(problem):
-            found = self._of_rows(problem)
+        if layer is not None and self._in_rows(layer):
+            found = self._of_rows(layer)
             if found is not None:
                 return found
-        direction = self.of(problem)
-        if isinstance(direction, Trajectory):
-            raise TypeError("of must give one direction, got those of several inner steps")
-        rhs = vectors.dense(direction)
-        if isinstance(problem, Problem) and isinstance(rhs, Direction) and self.solver != "neumann":
-            return self._closed_form(problem, rhs)
-        return self._by_products(problem, rhs)
+        rhs = single(self.of(problem))
+        if layer is not None and self.solver != "neumann":
+            return self._closed_form(layer, of_last_layer(rhs))
+        return self._by_products(problem, vectors.dense(rhs))
 
     @property
     def inner(self) -> InnerLoss:
         """What H is the second derivative of."""
         return InnerLoss(self.loss, labeled_weight=1.0, labeled_loss=self.loss)
 
-    def _in_rows(self, problem: Problem) -> bool:
+    def _in_rows(self, problem: LastLayerProblem) -> bool:
         """Whether the system is solved in the logit tangents of the examples."""
         if not isinstance(self.of, HoldoutGradient) or problem.process_group is not None or self.damping == 0:
             return False
@@ -178,11 +183,11 @@ class InverseHessian:
         others = len(problem.holdout.features) + (0 if problem.labeled is None else len(problem.labeled.features))
         return few_rows.pays(n + others, c, d + 1)
 
-    def _of_rows(self, problem: Problem) -> RowFactors | None:
+    def _of_rows(self, problem: LastLayerProblem) -> Factors | None:
         """The direction in factors; None: the input is not finite, of which the other way can say more."""
         assert isinstance(self.of, HoldoutGradient)
-        given = dataclasses.replace(self.of, factored=True)(problem)
-        assert isinstance(given, Factors)
+        of = self.of
+        given = problem.gradient_in_factors("holdout", loss=of.loss, reduction=of.reduction, bias=of.bias)
         parts = [(rows, weights) for rows, _, weights, _ in problem.inner_rows(self.inner)]
         if problem.labeled is not None:
             parts.append((problem.holdout, problem.holdout.logits.new_zeros(len(problem.holdout.logits))))
@@ -208,11 +213,9 @@ class InverseHessian:
                 return None
             self._judge(linear_solvers.Solution(answer.coefficients, solved, answer.indefinite))
         self._last.solution = solved
-        direction = RowFactors(features, answer.coefficients, given.bias)
-        direction.tangent = answer.tangent[: len(problem.unlabeled.logits)]
-        return direction
+        return Factors(features, answer.coefficients, given.bias, answer.tangent[: len(problem.unlabeled.logits)])
 
-    def _closed_form(self, problem: Problem, rhs: Direction) -> Direction:
+    def _closed_form(self, problem: LastLayerProblem, rhs: Direction) -> Direction:
         if self.curvature == "hessian" and self.loss == "mse_probs":
             raise ValueError("curvature must be gauss_newton for mse_probs at the last layer, or solver neumann")
         if self.loss not in losses.LOSSES:
@@ -236,7 +239,7 @@ class InverseHessian:
         self._last.solution = solution
         return Direction(solution.weight, solution.bias)
 
-    def _by_products(self, problem: AnyProblem, rhs: Dense) -> Dense:
+    def _by_products(self, problem: Problem, rhs: Dense) -> Dense:
         curved = problem.hessian(self.inner, self.curvature)
 
         def product(vector: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmeta.ops.process_group import Group, world_size
 from fastmeta.ops.solve import conjugate_gradient as cg
 from fastmeta.ops.solve.system import Joined
-from fastmeta.process_group import Group, world_size
 
 Product = Callable[[Tensor], Tensor]  # v [P] to B v [P]
 

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from fastmeta import checks, vectors
+from fastmeta import checks
 from fastmeta.directions.holdout_gradient import HoldoutGradient
 from fastmeta.directions.rule import DirectionRule
-from fastmeta.model_problem import AnyProblem, Trajectory
-from fastmeta.problem import AnyDirection, InnerLoss, Reduction
+from fastmeta.problem import AnyDirection, InnerLoss, Problem, Reduction, Trajectory, single, vectors
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class LookAhead:
     Regression to 1 by steps of half the way, judged by the distance to 0:
 
     >>> import torch
-    >>> from fastmeta.problem import Problem, Rows
+    >>> from fastmeta.problem import LastLayerProblem, Rows
     >>> rows = Rows(torch.ones(1, 1), torch.zeros(1, 1))
-    >>> problem = Problem(rows, torch.ones(1, 1), rows, torch.zeros(1, 1), has_bias=False)
+    >>> problem = LastLayerProblem(rows, torch.ones(1, 1), rows, torch.zeros(1, 1), has_bias=False)
     >>> rule = LookAhead(HoldoutGradient("mse"), rate=0.25, loss="mse", steps=2)
     >>> [v.weight.item() for _, v in rule(problem).steps]
     [0.75, 1.5]
@@ -71,20 +70,18 @@ class LookAhead:
         """What the steps descend."""
         return InnerLoss(self.loss, self.reduction, self.labeled_weight, self.labeled_loss)
 
-    def __call__(self, problem: AnyProblem) -> AnyDirection | Trajectory:
+    def __call__(self, problem: Problem) -> AnyDirection | Trajectory:
         """The direction of ``of`` at theta*; for K > 1 the K directions, each with the problem it belongs to.
 
         Raises:
             TypeError: ``of`` gives the directions of several inner steps itself.
         """
         points, ahead = self._forward(problem)
-        direction = self.of(ahead)
-        if isinstance(direction, Trajectory):
-            raise TypeError("of must give one direction, got those of several inner steps; use LookAhead(steps=K)")
+        direction = single(self.of(ahead), "; use LookAhead(steps=K)")
         if self.steps == 1:
             return direction
         adjoint, buffer = vectors.dense(direction), None
-        steps: list[tuple[AnyProblem, AnyDirection]] = []
+        steps: list[tuple[Problem, AnyDirection]] = []
         for point in reversed(points):
             buffer = adjoint if buffer is None else vectors.combined(adjoint, self.momentum, buffer)
             steps.append((point, buffer))
@@ -92,7 +89,7 @@ class LookAhead:
                 adjoint = vectors.combined(adjoint, -self.rate, point.hessian_vector_product(self.inner, buffer))
         return Trajectory(tuple(reversed(steps)))
 
-    def inner_gradient(self, problem: AnyProblem) -> AnyDirection:
+    def inner_gradient(self, problem: Problem) -> AnyDirection:
         """``grad (C^U + labeled_weight C^T)`` at theta."""
         total: AnyDirection | None = None
         for part, loss, factor in self.inner.terms():
@@ -101,8 +98,8 @@ class LookAhead:
         assert total is not None, "C^U is always there"
         return total
 
-    def _forward(self, problem: AnyProblem) -> tuple[list[AnyProblem], AnyProblem]:
-        points: list[AnyProblem] = []
+    def _forward(self, problem: Problem) -> tuple[list[Problem], Problem]:
+        points: list[Problem] = []
         here, buffer = problem, None
         for _ in range(self.steps):
             points.append(here)

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta import ops, vectors
-from fastmeta.model_problem import AnyProblem
-from fastmeta.problem import AnyDirection, Reduction
+from fastmeta import ops
+from fastmeta.problem import AnyDirection, Problem, Reduction, vectors
 
 
 class NormalizedGap:
@@ -45,7 +44,7 @@ class NormalizedGap:
         self.ema_labeled: list[Tensor] = []
         self.ema_fourth: list[Tensor] = []
 
-    def __call__(self, problem: AnyProblem) -> AnyDirection:
+    def __call__(self, problem: Problem) -> AnyDirection:
         """Update the averages with this batch and return the direction."""
         labeled = problem.gradient("labeled", loss=self.loss, reduction=self.reduction)
         unlabeled = problem.gradient("unlabeled", loss=self.loss, reduction=self.reduction)

@@ -2,13 +2,12 @@
 
 from typing import Protocol
 
-from fastmeta.model_problem import AnyProblem, Trajectory
-from fastmeta.problem import AnyDirection
+from fastmeta.problem import AnyDirection, Problem, Trajectory
 
 
 class DirectionRule(Protocol):
     """Maps a problem to a direction, or to the directions of several inner steps."""
 
-    def __call__(self, problem: AnyProblem, /) -> AnyDirection | Trajectory:
+    def __call__(self, problem: Problem, /) -> AnyDirection | Trajectory:
         """The direction at the problem's parameters."""
         ...

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-from fastmeta import vectors
 from fastmeta.directions.holdout_gradient import HoldoutGradient
 from fastmeta.directions.rule import DirectionRule
-from fastmeta.model_problem import AnyProblem, Trajectory
-from fastmeta.problem import AnyDirection
+from fastmeta.problem import AnyDirection, Problem, single, vectors
 
 
 @dataclass(frozen=True)
@@ -19,9 +17,7 @@ class UnitLength:
 
     of: DirectionRule = HoldoutGradient()
 
-    def __call__(self, problem: AnyProblem) -> AnyDirection:
+    def __call__(self, problem: Problem) -> AnyDirection:
         """The scaled direction; its length never leaves the device."""
-        direction = self.of(problem)
-        if isinstance(direction, Trajectory):
-            raise TypeError("of must give one direction, got those of several inner steps; use LookAhead(UnitLength())")
+        direction = single(self.of(problem), "; use LookAhead(UnitLength())")
         return vectors.scaled(direction, 1 / vectors.norm(direction))

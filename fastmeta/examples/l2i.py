@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from fastmeta import L2I
 from fastmeta.data import load_digits, make_split, weak_augment
+from fastmeta.methods.l2i import training
 from fastmeta.models import ConvNet
-from fastmeta.presets.l2i import training
 
 LOOP = training("official_code", "V2")
 BATCH, SEEDS = 48, (0, 1)

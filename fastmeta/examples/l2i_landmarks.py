@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastmeta import L2I
 from fastmeta.data import load_digits
+from fastmeta.methods.l2i import training
 from fastmeta.models import ConvNet
-from fastmeta.presets.l2i import training
 
 OUTPUTS, SIZE, BATCH, LR, SEEDS = 2, 14, 24, 0.01, (0, 1, 2)
 LOOP = training("paper", "V2", "landmarks", OUTPUTS)

@@ -5,8 +5,8 @@ from torch.nn import functional
 
 from fastmeta import MetaGradient
 from fastmeta.data import load_digits, make_split, weak_augment
+from fastmeta.methods.meta_gradient import training
 from fastmeta.models import ConvNet
-from fastmeta.presets.meta_gradient import training
 from fastmeta.ssl import kl_divergence, mix_up
 
 LOOP = training("official_code")

@@ -8,7 +8,7 @@ from fastmeta.methods.impute_and_weight import ImputeAndWeight
 from fastmeta.methods.l2i import L2I
 from fastmeta.methods.label_gradient_alignment import LabelGradientAlignment
 from fastmeta.methods.meta_gradient import MetaGradient
-from fastmeta.problem import Refined
+from fastmeta.updates import Refined
 
 __all__ = [
     "L2I",

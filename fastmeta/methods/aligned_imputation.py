@@ -5,10 +5,9 @@ from typing import Literal
 from fastmeta import checks
 from fastmeta.derivatives import How, LabelGradient
 from fastmeta.directions import DirectionRule, NormalizedGap, UnitLength
-from fastmeta.methods.arguments import choice
 from fastmeta.methods.base import Method
-from fastmeta.process_group import Group, world_size
-from fastmeta.process_group import check as check_group
+from fastmeta.ops.process_group import Group, world_size
+from fastmeta.ops.process_group import check as check_group
 from fastmeta.updates import PullBack
 
 
@@ -66,7 +65,7 @@ class AlignedImputation(Method):
     ) -> None:
         check_group(process_group)
         if mode is not None:
-            choice(mode, "mode", "train", "eval")
+            checks.choice(mode, "mode", "train", "eval")
         direction: DirectionRule = NormalizedGap(
             decay=checks.number(decay, "decay", low=0.0, high=1.0),
             decay_norm=checks.number(decay_norm, "decay_norm", low=0.0, high=1.0),

@@ -1,6 +1,7 @@
 """A method is a direction, a derivative and an update; this is what all of them share."""
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -10,25 +11,13 @@ from fastmeta import losses
 from fastmeta.capture import Outputs
 from fastmeta.derivatives import Derivative
 from fastmeta.directions import DirectionRule
-from fastmeta.evaluation import TRACELESS
-from fastmeta.methods.arguments import (
-    as_outputs,
-    check_index,
-    check_model_batch,
-    check_on_graph,
-    example_mask,
-    holdout_targets,
-    impute,
-    rows,
-)
-from fastmeta.model_function import Inputs, ModelFunction, batch_size
-from fastmeta.model_problem import AnyProblem, ModelProblem
-from fastmeta.problem import Problem, Refined
-from fastmeta.process_group import Group
-from fastmeta.process_group import check as check_group
-from fastmeta.updates import Update
-
-Batch = dict[str, Any]  # the arguments of refine by name
+from fastmeta.methods.batch import Batch, as_outputs, check_on_graph, like_parameters
+from fastmeta.ops.process_group import Group
+from fastmeta.ops.process_group import check as check_group
+from fastmeta.problem import LastLayerProblem, Problem, WholeModelProblem, full_precision
+from fastmeta.problem.evaluation import TRACELESS
+from fastmeta.problem.model_function import Inputs, ModelFunction, batch_size
+from fastmeta.updates import Refined, Update
 
 
 class _Graphs(Protocol):
@@ -64,11 +53,10 @@ class Method:
 
     # Labels are imputed as this loss's prediction: softmax(f), or f itself for regression.
     inner_loss = "cross_entropy"
-    # Attributes that change with every step; a step's tensors depend on them through phase() alone.
+    # Attributes that count the steps; a step's tensors depend on them through phase() alone.
     counters: tuple[str, ...] = ()
-    # Arguments of refine that are examples.
-    views: tuple[str, ...] = ("unlabeled", "holdout", "labeled")
-
+    # Whether the labels that refine is given are used; else those that the model predicts.
+    uses_labels = True
     # Mode of the model in the method's own passes; None: as it stands.
     mode: Literal["train", "eval"] | None = None
 
@@ -126,125 +114,105 @@ class Method:
             IndexError: an index is outside the unlabeled set (checked on the CPU only).
         """
         return self._refine(
-            {
-                "unlabeled": unlabeled,
-                "holdout": holdout,
-                "targets": targets,
-                "index": index,
-                "labels": labels,
-                "mask": mask,
-                "labeled": labeled,
-                "labeled_targets": labeled_targets,
-                "model": model,
-                "holdout_gradient": holdout_gradient,
-            }
+            Batch(
+                unlabeled=unlabeled,
+                holdout=holdout,
+                targets=targets,
+                index=index,
+                labels=labels,
+                mask=mask,
+                labeled=labeled,
+                labeled_targets=labeled_targets,
+                model=model,
+                holdout_gradient=holdout_gradient,
+            )
         )
 
     def _refine(self, batch: Batch) -> Refined:
+        batch = batch if self.uses_labels else replace(batch, labels=None)
         if self._graphs is not None:
             return self._graphs.refine(self, batch)
-        if batch["model"] is not None:
+        self._check(batch)
+        if batch.model is not None:
             return self._refine_model(batch)
-        if batch["holdout_gradient"] is not None:
-            raise ValueError("holdout_gradient must be None without model")
-        if self.derivative.how != "last_layer":
-            raise ValueError(
-                f"model is needed by how={self.derivative.how!r}: refine(model=model, unlabeled=inputs, ...), got None"
-            )
         # A GEMM of float32 must not become one of bfloat16 because the caller trains under autocast.
-        with torch.autocast(as_outputs(batch["unlabeled"], "unlabeled").logits.device.type, enabled=False):
-            imputed = self._impute(batch, self.update.needs_graph)
-            return self._finish(self._compute(imputed.detach(), batch), imputed, batch)
+        with torch.autocast(as_outputs(batch.unlabeled, "unlabeled").logits.device.type, enabled=False):
+            imputed = batch.imputed(self.inner_loss, self.update.needs_graph)
+            with torch.no_grad():
+                computed = self._step(*self._problem(imputed.detach(), batch))
+            return self._finish(computed, imputed, batch)
 
-    def _impute(self, batch: Batch, on_graph: bool) -> Tensor:
-        return impute(batch["unlabeled"], batch["labels"], on_graph, self.inner_loss)
+    def _check(self, batch: Batch) -> None:
+        batch.check(self.derivative.how, self.update.needs_index, self.learns(), type(self).__name__)
 
-    @torch.no_grad()
-    def _compute(self, imputed: Tensor, batch: Batch) -> Refined | Tensor:
-        """The part of a step that works on tensors alone: what :func:`fastmeta.graph` captures.
-
-        It counts nothing and needs no graph of autograd. An update that does gets the gradient in :meth:`_finish`.
-        """
-        index = check_index(batch["index"], imputed, self.update.needs_index, type(self).__name__)
+    def _problem(self, imputed: Tensor, batch: Batch) -> tuple[LastLayerProblem | None, Tensor | None, Tensor]:
+        """The arguments of :meth:`_step` at the last layer."""
+        index = batch.index_on(imputed.device)
         labels = self.update.labels(imputed, index)
-        problem = self._problem(
-            batch["unlabeled"],
-            batch["holdout"],
-            batch["targets"],
-            labels,
-            index,
-            batch["mask"],
-            batch["labeled"],
-            batch["labeled_targets"],
-        )
-        return self._step(problem, index)
-
-    def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
-        """The rest of the step: counters, and what hangs on the caller's graph of autograd."""
-        if isinstance(computed, Refined):
-            return computed
-        with torch.no_grad():
-            index = check_index(batch["index"], imputed, self.update.needs_index, type(self).__name__)
-            return self.update.apply(computed, self.update.labels(imputed, index), index)
-
-    def phase(self) -> Hashable:
-        """Whatever of its counters decides what the next step computes; steps of one phase share a CUDA graph."""
-        return None
+        if not self.learns():
+            return None, index, labels
+        inner, weights = batch.inner_labels(labels), self.update.weights(labels, index)
+        return batch.learned().last_layer_problem(inner, weights, self.process_group), index, labels
 
     @torch.compiler.disable(reason=TRACELESS)
     def _refine_model(self, batch: Batch) -> Refined:
         """One step with the model's inputs."""
-        function = ModelFunction(batch["model"], mode=self.mode)
-        on_graph = self.update.needs_graph and batch["labels"] is None
-        if batch["holdout_gradient"] is not None:
-            if self.derivative.how == "last_layer":
-                raise ValueError("holdout_gradient must be None for how='last_layer', which takes it in closed form")
-            batch = {**batch, "holdout_gradient": function.check(batch["holdout_gradient"], "holdout_gradient")}
-        if self.update.needs_graph and not on_graph:
-            check_on_graph(batch["labels"], "labels")
-        if self.derivative.how == "last_layer":
-            outputs = {
-                name: function.outputs(batch[name], on_graph=on_graph and name == "unlabeled")
-                for name in self.views
-                if batch.get(name) is not None
-            }
-            return self._refine({**batch, **outputs, "model": None})
+        assert batch.model is not None
+        function = ModelFunction(batch.model, mode=self.mode)
+        if self.update.needs_graph and batch.labels is not None:
+            check_on_graph(batch.labels, "labels")
+        if batch.labels is None and (batch.learned() is not batch or not self.learns()):
+            with torch.no_grad():
+                logits = full_precision(function.logits(batch.unlabeled))
+                batch = replace(batch, labels=losses.prediction(logits, self.inner_loss))
+        batch = batch.learned()  # the labels are all that matters of the other view
+        if self.learns() and self.derivative.how == "last_layer":
+            on_graph = self.update.needs_graph and batch.labels is None
+            return self._refine(batch.outputs_of(function, on_graph))
         with torch.no_grad():
-            problem, index = self._model_problem(function, batch)
-            computed = self._step(problem, index)
+            like = like_parameters(function)
+            index = batch.index_on(like.device)
+            labels = None if batch.labels is None else self.update.labels(batch.labels.detach().to(like), index)
+            problem = self._model_problem(function, batch, index, labels) if self.learns() else None
+            computed = self._step(problem, index, labels)
+        imputed = batch.labels
         if isinstance(computed, Refined):
-            return self._finish(computed, computed.labels, batch)
-        imputed = batch["labels"]
-        if imputed is None:
+            imputed = computed.labels
+        elif imputed is None:
+            assert problem is not None, "of a gradient"
             imputed = losses.prediction(problem.logits_on_graph, self.inner_loss)
         return self._finish(computed, imputed, batch)
 
-    def _model_problem(self, function: ModelFunction, batch: Batch) -> tuple[ModelProblem, Tensor | None]:
-        """The step's problem, and the checked index."""
-        like = next(iter(function.parameters.values()))
-        like = torch.empty(0, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32, device=like.device)
-        index = check_model_batch(batch, like, self.update.needs_index, type(self).__name__)
-        given = None if batch["labels"] is None else batch["labels"].detach().to(like)
-
+    def _model_problem(
+        self, function: ModelFunction, batch: Batch, index: Tensor | None = None, labels: Tensor | None = None
+    ) -> WholeModelProblem:
         def impute(logits: Tensor) -> Tensor:
-            return self.update.labels(losses.prediction(logits, self.inner_loss), index)
+            return batch.inner_labels(self.update.labels(losses.prediction(logits, self.inner_loss), index))
 
-        return ModelProblem(
+        like = like_parameters(function)
+        return batch.whole_model_problem(
             function,
-            unlabeled=batch["unlabeled"],
-            impute=impute if given is None else self.update.labels(given, index),
-            holdout=batch["holdout"],
-            targets=batch["targets"],
-            weights=self.update.weights(like.new_empty(batch_size(batch["unlabeled"]), 0), index),
-            mask=None if batch["mask"] is None else batch["mask"].to(like),
-            labeled=batch["labeled"],
-            labeled_targets=batch["labeled_targets"],
-            process_group=self.process_group,
-            holdout_gradient=batch["holdout_gradient"],
-            keep_graph=self.update.needs_graph and given is None,
-        ), index
+            impute if labels is None else batch.inner_labels(labels),
+            self.update.weights(like.new_empty(batch_size(batch.unlabeled), 0), index),
+            self.process_group,
+            keep_graph=self.update.needs_graph and batch.labels is None,
+        )
 
-    def _step(self, problem: AnyProblem, index: Tensor | None) -> Refined | Tensor:
+    def _step(self, problem: Problem | None, index: Tensor | None, labels: Tensor | None) -> Refined | Tensor:
+        """The part of a step that works on tensors alone: what :func:`fastmeta.graph` captures.
+
+        It counts nothing and needs no graph of autograd. An update that does gets the gradient in :meth:`_finish`.
+
+        Args:
+            problem: of the step; None: the call moves nothing and only reads the weights.
+            index: places of the examples in the unlabeled set ``[N]``.
+            labels: that the update starts from ``[N, C]``; None: those that a pass of the step imputes.
+        """
+        if problem is None:
+            assert labels is not None, "imputed for a call that only reads"
+            weights = self.update.weights(labels, index)
+            weights = labels.new_ones(len(labels)) if weights is None else weights
+            return Refined(labels, weights, labels.new_zeros(()))
         gradient = self.derivative(problem, self.direction(problem))
         # Broadcasting would hide the mistake where N happens to be C.
         if gradient.dim() != (1 if self.update.takes == "weights" else 2):
@@ -252,42 +220,29 @@ class Method:
                 f"{type(self.update).__name__} takes the gradient of {self.update.takes}, but "
                 f"{type(self.derivative).__name__} gives {list(gradient.shape)}"
             )
-        return gradient if self.update.needs_graph else self.update.apply(gradient, problem.labels, index)
+        if self.update.needs_graph:
+            return gradient
+        if labels is None:
+            labels = self.update.labels(losses.prediction(problem.logits, self.inner_loss), index)
+        return self.update.apply(gradient, labels, index)
 
-    def _problem(
-        self,
-        unlabeled: Outputs,
-        holdout: Outputs,
-        targets: Tensor,
-        labels: Tensor,
-        index: Tensor | None,
-        mask: Tensor | None,
-        labeled: Outputs | None,
-        labeled_targets: Tensor | None,
-    ) -> Problem:
-        """The step's problem, everything detached, checked and in one dtype."""
-        dtype = labels.dtype
-        rows_u = rows(unlabeled, "unlabeled", dtype)
-        rows_h = rows(holdout, "holdout", dtype, like=rows_u)
-        rows_l = None
-        if labeled is None or labeled_targets is None:
-            if labeled is not labeled_targets:
-                raise ValueError("labeled and labeled_targets must be given together")
-        else:
-            rows_l = rows(labeled, "labeled", dtype, like=rows_u)
-            labeled_targets = holdout_targets(labeled_targets, rows_l, "labeled_targets")
-        return Problem(
-            unlabeled=rows_u,
-            labels=labels,
-            holdout=rows_h,
-            targets=holdout_targets(targets, rows_h, "targets"),
-            weights=self.update.weights(labels, index),
-            mask=None if mask is None else example_mask(mask, labels),
-            labeled=rows_l,
-            labeled_targets=labeled_targets,
-            has_bias=unlabeled.bias is not None,
-            process_group=self.process_group,
-        )
+    def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
+        """The rest of the step: what hangs on the caller's graph of autograd, and counters."""
+        if not isinstance(computed, Refined):
+            with torch.no_grad():
+                index = batch.index_on(imputed.device)
+                computed = self.update.apply(computed, self.update.labels(imputed, index), index)
+        for name in self.counters:
+            setattr(self, name, getattr(self, name) + 1)
+        return computed
+
+    def learns(self) -> bool:
+        """Whether the next call moves anything; else it only reads labels and weights."""
+        return True
+
+    def phase(self) -> Hashable:
+        """Whatever of its counters decides what the next step computes; steps of one phase share a CUDA graph."""
+        return self.learns()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that refining changes: tables, moments, averages, counters."""
@@ -295,7 +250,7 @@ class Method:
         rule = _stateful(self.direction)
         if rule is not None:
             state["direction"] = rule.state_dict()
-        return state
+        return {**state, **{name: getattr(self, name) for name in self.counters}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`; refining then goes on bit for bit.
@@ -310,6 +265,8 @@ class Method:
         self.update.load_state_dict(state["update"])
         if rule is not None:
             rule.load_state_dict(state["direction"])
+        for name in self.counters:
+            setattr(self, name, state[name])
 
 
 def _stateful(rule: Any) -> Any:

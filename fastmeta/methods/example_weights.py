@@ -1,24 +1,96 @@
 """Not All Unlabeled Data Are Equal: Learning to Weight Data in Semi-Supervised Learning (Ren, Yeh, Schwing)."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastmeta import checks, losses
+from fastmeta import checks
 from fastmeta.capture import Outputs
 from fastmeta.derivatives import ExampleWeightGradient, How
 from fastmeta.directions import DirectionRule, HoldoutGradient, InLayers, InverseHessian, Solver
-from fastmeta.methods.arguments import check_index, check_model_batch, choice, impute
-from fastmeta.methods.base import Batch, Method
-from fastmeta.model_function import Inputs, ModelFunction, batch_size
-from fastmeta.model_problem import AnyProblem, ModelProblem, full_precision
-from fastmeta.presets import example_weights as presets
-from fastmeta.problem import Curvature, Refined
-from fastmeta.process_group import Group
-from fastmeta.updates import SharedWeight, WeightTable
+from fastmeta.methods.base import Method
+from fastmeta.methods.batch import Batch, as_outputs, check_rows, count_of
+from fastmeta.ops.process_group import Group
+from fastmeta.problem import Curvature
+from fastmeta.problem.model_function import Inputs
+from fastmeta.updates import Refined, SharedWeight, WeightTable
+
+
+@dataclass(frozen=True)
+class ExampleWeightsPreset:
+    """Arguments of :class:`fastmeta.ExampleWeights`."""
+
+    damping: float
+    bias: bool
+    masked: bool
+    read: Literal["before", "after"]
+    duplicates: Literal["sum", "last"]
+    inverse_hessian: Solver = "cholesky"
+    interval: int = 100
+    lr: float = 0.01
+    low: float = 0.0
+    high: float = 2.0
+
+
+# N: the paper's text and Table 3, and the default of the code's flag, say 100; the README of the code gives 512 among
+# "the hyper-parameters used in the paper". The clip to [0, 2] and the initial weight of 1 are the code's alone.
+PRESETS = {
+    # Eq. (6): H of the training loss, whose weight decay is 5e-4; the unlabeled loss of an example includes its mask;
+    # "the last layer"; an example that was drawn twice has the gradient of both; Algorithm 1 trains on the weights
+    # after their update.
+    "paper": ExampleWeightsPreset(damping=5e-4, bias=True, masked=True, read="after", duplicates="sum"),
+    # main.py: weight decay enters the Hessian with coefficient 1, the kernel alone, no mask in an example's gradient;
+    # NumPy's assignment by index keeps the last of an example drawn twice; the step uses the weights read before the
+    # update.
+    "official_code": ExampleWeightsPreset(damping=1.0, bias=False, masked=False, read="before", duplicates="last"),
+}
+
+
+def preset(name: str) -> ExampleWeightsPreset:
+    """Settings of the ``paper`` or of the ``official_code``.
+
+    >>> preset("paper").damping, preset("official_code").damping
+    (0.0005, 1.0)
+    """
+    return checks.preset(PRESETS, name, "ExampleWeights")
+
+
+@dataclass(frozen=True, eq=False)
+class TwoViews(Batch):
+    """A batch whose labels are imputed from one view, and whose unlabeled loss is taken on another."""
+
+    strong: Outputs | Inputs | None = None
+    pseudo_labels: Tensor | None = None
+
+    def check(self, how: str, needs_index: bool, learns: bool, method: str) -> None:
+        """See :meth:`Batch.check`."""
+        super().check(how, needs_index, learns, method)
+        for name in ("strong", "pseudo_labels"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if name == "strong" and self.model is None:
+                check_rows(value, name, as_outputs(self.unlabeled, "unlabeled"))
+            elif isinstance(value, Outputs):
+                raise TypeError(f"{name} must be inputs of the model where model is given, got Outputs")
+            if count_of(value, name) != self.count:
+                raise ValueError(f"{name} must have N = {self.count} like unlabeled, got {count_of(value, name)}")
+
+    def learned(self) -> "TwoViews":
+        """The strong view, where there is one."""
+        return self if self.strong is None else replace(self, unlabeled=self.strong, strong=None)
+
+    def inner_labels(self, labels: Tensor) -> Tensor:
+        """The pseudo-labels that are given, or the likeliest class of the labels. ``[N, C]``."""
+        classes = labels.argmax(-1) if self.pseudo_labels is None else self.pseudo_labels
+        if classes.is_floating_point():
+            return checks.shaped(classes, "pseudo_labels", "[N, C]", labels.shape).to(labels)
+        if classes.dtype != torch.int64 or classes.dim() != 1:
+            got = f"{classes.dtype} {list(classes.shape)}"
+            raise ValueError(f"pseudo_labels must be int64 classes [N] or probabilities [N, C], got {got}")
+        return torch.nn.functional.one_hot(classes, labels.shape[1]).to(labels.dtype)
 
 
 class ExampleWeights(Method):
@@ -94,10 +166,10 @@ class ExampleWeights(Method):
         process_group: Group = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        choice(inverse_hessian, "inverse_hessian", *get_args(Solver), "identity")
+        checks.choice(inverse_hessian, "inverse_hessian", *get_args(Solver), "identity")
         checks.number(damping, "damping", low=0.0)
         if mode is not None:
-            choice(mode, "mode", "train", "eval")
+            checks.choice(mode, "mode", "train", "eval")
         if interval < 1:
             raise ValueError(f"interval must be >= 1, got {interval}")
         if how == "last_layer" and layers is not None:
@@ -148,141 +220,28 @@ class ExampleWeights(Method):
         >>> ExampleWeights.from_preset("paper", 1000, interval=10).weights.shape
         torch.Size([1000])
         """
-        return cls(num_examples, **{**asdict(presets.preset(name)), **overrides})
+        return cls(num_examples, **{**asdict(preset(name)), **overrides})
 
     def refine(
-        self,
-        *,
-        unlabeled: Outputs | Inputs,
-        holdout: Outputs | Inputs | None = None,
-        targets: Tensor | None = None,
-        index: Tensor | None = None,
-        labels: Tensor | None = None,
-        mask: Tensor | None = None,
-        labeled: Outputs | Inputs | None = None,
-        labeled_targets: Tensor | None = None,
-        model: nn.Module | None = None,
-        holdout_gradient: Mapping[str, Tensor] | None = None,
-        strong: Outputs | Inputs | None = None,
-        pseudo_labels: Tensor | None = None,
+        self, *, strong: Outputs | Inputs | None = None, pseudo_labels: Tensor | None = None, **batch: Any
     ) -> Refined:
         """See :meth:`fastmeta.Method.refine`; ``index`` is needed, ``holdout`` are validation examples.
 
         With ``model`` and no ``labels``, a call makes one pass over ``unlabeled`` for the labels alone where ``strong``
         is given, or where it only reads the weights.
 
+        The caller draws the validation examples (the published code with replacement). Labels come back as they are
+        imputed from ``unlabeled`` or given, ``labeled`` are examples of the Hessian, and ``holdout_gradient`` is that
+        of the mean validation loss.
+
         Args:
-            unlabeled: the view that the labels are imputed from.
-            holdout: validation examples, drawn by the caller (the published code draws them with replacement).
-            targets: their labels.
-            index: places of the unlabeled examples in the unlabeled set ``[N]``.
-            labels: imputed labels ``[N, C]``, returned as they are; None: ``softmax`` of the unlabeled logits.
-            mask: 0 for an unlabeled example that the training loss leaves out, else 1, ``[N]``.
-            labeled: labeled examples of the Hessian; None: the hold-out examples.
-            labeled_targets: their labels.
-            model: takes the examples as inputs.
-            holdout_gradient: gradient of the mean validation loss by parameter name, where the loop has it already.
             strong: the view that the unlabeled loss is taken on; None: ``unlabeled``.
             pseudo_labels: labels of the unlabeled loss, classes ``[N]`` or probabilities ``[N, C]``; None: the
-                likeliest class of ``labels``.
+                likeliest class of the imputed ones.
+            batch: the arguments of :meth:`fastmeta.Method.refine`.
         """
-        return self._refine(
-            {
-                "unlabeled": unlabeled,
-                "holdout": holdout,
-                "targets": targets,
-                "index": index,
-                "labels": labels,
-                "mask": mask,
-                "labeled": labeled,
-                "labeled_targets": labeled_targets,
-                "model": model,
-                "holdout_gradient": holdout_gradient,
-                "strong": strong,
-                "pseudo_labels": pseudo_labels,
-            }
-        )
+        return self._refine(TwoViews(strong=strong, pseudo_labels=pseudo_labels, **batch))
 
-    @torch.no_grad()
-    def _compute(self, imputed: Tensor, batch: Batch) -> Refined | Tensor:
-        if not self.phase():
-            index = check_index(batch["index"], imputed, self.update.needs_index, type(self).__name__)
-            return Refined(imputed, self._weights.weights(imputed, index), imputed.new_zeros(()))
-        view = batch["unlabeled"] if batch["strong"] is None else batch["strong"]
-        labels = impute(view, _pseudo(imputed, batch["pseudo_labels"]), needs_graph=False)
-        refined = super()._compute(labels, batch | {"unlabeled": view})
-        assert isinstance(refined, Refined), "a table needs no graph"
-        return refined._replace(labels=imputed)
-
-    def _refine_model(self, batch: Batch) -> Refined:
-        function = ModelFunction(batch["model"], mode=self.mode)
-        like = next(iter(function.parameters.values()))
-        index = check_model_batch(batch, like, self.update.needs_index, type(self).__name__)
-        _check_views(batch)
-        labels = batch["labels"]
-        if labels is None and (batch["strong"] is not None or not self.phase()):
-            with torch.no_grad():
-                labels = losses.prediction(full_precision(function.logits(batch["unlabeled"])), self.inner_loss)
-        if not self.phase():
-            labels = full_precision(labels.detach())
-            weights = self._weights.weights(labels, index)
-            return self._finish(Refined(labels, weights, labels.new_zeros(())), labels, batch)
-        # From here on the labels are what matters of the weak view.
-        view = batch["unlabeled"] if batch["strong"] is None else batch["strong"]
-        return super()._refine_model({**batch, "unlabeled": view, "strong": None, "labels": labels})
-
-    def _model_problem(self, function: ModelFunction, batch: Batch) -> tuple[ModelProblem, Tensor | None]:
-        problem, index = super()._model_problem(function, batch)
-        given, pseudo_labels = problem.impute, batch["pseudo_labels"]
-        if isinstance(given, Tensor):
-            return replace(problem, impute=_pseudo(given, pseudo_labels)), index
-        return replace(problem, impute=lambda logits: _pseudo(given(logits), pseudo_labels)), index
-
-    def _step(self, problem: AnyProblem, index: Tensor | None) -> Refined | Tensor:
-        refined = super()._step(problem, index)
-        assert isinstance(refined, Refined), "a table needs no graph"
-        if isinstance(problem, ModelProblem) and not isinstance(problem.impute, Tensor):
-            return refined._replace(labels=losses.prediction(problem.logits, self.inner_loss))
-        return refined
-
-    def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
-        self.calls += 1
-        refined = super()._finish(computed, imputed, batch)
-        if batch["model"] is not None and batch["labels"] is not None:
-            return refined._replace(labels=full_precision(batch["labels"].detach()))
-        return refined
-
-    def phase(self) -> bool:
+    def learns(self) -> bool:
         """Whether the next call updates the weights."""
         return (self.calls + 1) % self.interval == 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Table, moments and the number of calls."""
-        return {**super().state_dict(), "calls": self.calls}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`; refining then goes on bit for bit.
-
-        Raises:
-            ValueError: a tensor is missing or of another shape.
-        """
-        super().load_state_dict(state)
-        self.calls = state["calls"]
-
-
-def _pseudo(imputed: Tensor, pseudo_labels: Tensor | None) -> Tensor:
-    """Labels of the unlabeled loss ``[N, C]``: those given, or the likeliest class of the imputed ones ``[N, C]``."""
-    classes = imputed.argmax(-1) if pseudo_labels is None else pseudo_labels
-    if classes.is_floating_point():
-        return checks.shaped(classes, "pseudo_labels", "[N, C]", imputed.shape).to(imputed)
-    if classes.dtype != torch.int64 or classes.dim() != 1:
-        got = f"{classes.dtype} {list(classes.shape)}"
-        raise ValueError(f"pseudo_labels must be int64 classes [N] or probabilities [N, C], got {got}")
-    return torch.nn.functional.one_hot(classes, imputed.shape[1]).to(imputed.dtype)
-
-
-def _check_views(batch: Batch) -> None:
-    count = batch_size(batch["unlabeled"], "unlabeled")
-    for name in ("strong", "pseudo_labels"):
-        if batch[name] is not None and batch_size(batch[name], name) != count:
-            raise ValueError(f"{name} must have N = {count} like unlabeled, got {batch_size(batch[name], name)}")

@@ -5,11 +5,10 @@ from typing import Literal
 from fastmeta import checks
 from fastmeta.derivatives import How, LabelGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, InverseHessian, Solver, UnitLength
-from fastmeta.methods.arguments import choice
 from fastmeta.methods.base import Method
+from fastmeta.ops.process_group import Group, world_size
+from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import Curvature
-from fastmeta.process_group import Group, world_size
-from fastmeta.process_group import check as check_group
 from fastmeta.updates import LabelLogitStep, PullBack, Update
 
 
@@ -79,12 +78,12 @@ class ImplicitImputation(Method):
         process_group: Group = None,
     ) -> None:
         check_group(process_group)
-        choice(variant, "variant", "V1", "V2")
+        checks.choice(variant, "variant", "V1", "V2")
         if mode is not None:
-            choice(mode, "mode", "train", "eval")
+            checks.choice(mode, "mode", "train", "eval")
         checks.loss_code(loss)
         if variant == "V1":
-            choice(loss, "loss", "cross_entropy", "mse_probs")
+            checks.choice(loss, "loss", "cross_entropy", "mse_probs")
         checks.loss_code(outer_loss)
         if how == "last_layer" and layers is not None:
             raise ValueError(f"layers must be None for how='last_layer', got {layers}")

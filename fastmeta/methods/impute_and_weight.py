@@ -8,10 +8,9 @@ from torch import Tensor
 from fastmeta import checks
 from fastmeta.derivatives import How, LabelAndWeightGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, LookAhead, UnitLength
-from fastmeta.methods.arguments import choice
 from fastmeta.methods.base import Method
-from fastmeta.process_group import Group, world_size
-from fastmeta.process_group import check as check_group
+from fastmeta.ops.process_group import Group, world_size
+from fastmeta.ops.process_group import check as check_group
 from fastmeta.updates import PullBackAndWeights
 
 
@@ -86,7 +85,7 @@ class ImputeAndWeight(Method):
     ) -> None:
         check_group(process_group)
         if mode is not None:
-            choice(mode, "mode", "train", "eval")
+            checks.choice(mode, "mode", "train", "eval")
         checks.loss_code(outer_loss)
         checks.number(rate, "rate", low=0.0)
         direction: DirectionRule = HoldoutGradient(loss=outer_loss)

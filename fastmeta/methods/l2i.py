@@ -1,6 +1,6 @@
 """Learning to Impute (Li, Foo, Bilen; NeurIPS-workshop and journal version)."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -8,13 +8,173 @@ from torch import Tensor
 from fastmeta import checks, losses
 from fastmeta.derivatives import HOWS, FeatureSimilarity, How, LabelGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, LookAhead, UnitLength
-from fastmeta.methods.arguments import choice
-from fastmeta.methods.base import Batch, Method
-from fastmeta.presets import l2i as presets
-from fastmeta.problem import Reduction, Refined
-from fastmeta.process_group import Group, world_size
-from fastmeta.process_group import check as check_group
+from fastmeta.methods.base import Method
+from fastmeta.ops.process_group import Group, world_size
+from fastmeta.ops.process_group import check as check_group
+from fastmeta.problem import Reduction
 from fastmeta.updates import LabelLogitStep, LabelStep, PullBack, Update
+
+Task = Literal["classification", "landmarks"]
+SecondReduction = Literal["sum", "mean", "mean_entries"]
+
+
+@dataclass(frozen=True)
+class L2IPreset:
+    """Arguments of :class:`fastmeta.L2I`."""
+
+    variant: Literal["V1", "V2"]
+    rate: float
+    labeled_weight: float
+    label_space: Literal["probabilities", "logits"]
+    project: bool
+    imputer: Literal["base", "student"]
+    outer_reduction: Reduction
+    second_reduction: SecondReduction
+    second_weight: float = 1.0
+    label_step: float = 1.0
+    weight: float = 1.0
+    how: How = "jvp"
+    inner_loss: str = "mse_probs"
+    outer_loss: str = "cross_entropy"
+    reduction: Reduction = "sum"
+    look_ahead: bool = True
+    unit_length: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingPreset:
+    """Settings of the loop around the method.
+
+    Args:
+        lr: learning rate of the model's optimizer, at the start.
+        inner_rate: eta of the inner step for an ``lr`` of 1, in the published units (L2I's ``rate`` are those of
+            :meth:`rate_at`).
+        unlabeled_weight: lambda of the base's update, after its ramp.
+        ramp: fraction of training over which lambda rises from 0, linearly.
+        teacher_decay: of the averaged model.
+        outputs: over which the published means run too, 1 where they do not; it divides the inner rate.
+    """
+
+    lr: float
+    inner_rate: float
+    unlabeled_weight: float
+    ramp: float = 0.4
+    teacher_decay: float = 0.999
+    outputs: int = 1
+
+    def rate_at(self, lr: float | None = None) -> float:
+        """L2I's ``rate`` at a learning rate; None: the first one.
+
+        >>> training("official_code", "V2", "landmarks").rate_at(0.003)  # after the learning rate's drop
+        0.003
+        """
+        return self.inner_rate * (self.lr if lr is None else lr) / self.outputs
+
+    def unlabeled_weight_at(self, progress: float) -> float:
+        """Lambda when a fraction ``progress`` of the training steps is done.
+
+        >>> training("official_code").unlabeled_weight_at(0.2)
+        25.0
+        """
+        return self.unlabeled_weight * min(1.0, checks.number(progress, "progress", low=0.0, high=1.0) / self.ramp)
+
+
+_PAPER = L2IPreset(
+    variant="V2",
+    rate=0.1,
+    labeled_weight=1.0,
+    label_space="probabilities",
+    project=False,
+    imputer="base",
+    outer_reduction="sum",
+    second_reduction="sum",
+)
+# train-L2I-O.py and train-L2I-L.py.
+_CODE = L2IPreset(
+    variant="V2",
+    rate=0.1,
+    labeled_weight=0.0,
+    label_space="logits",
+    project=True,
+    imputer="student",
+    outer_reduction="mean",
+    second_reduction="mean_entries",
+)
+
+
+def preset(name: str, variant: str, task: str = "classification", outputs: int | None = None) -> L2IPreset:
+    """Settings of the ``paper`` or of the ``official_code`` for ``V1`` (there "L") or ``V2`` ("O").
+
+    Algorithm 1 has an inner step on C^T + C^U and sums everywhere (Eq. (1), (2)), imputes with the base's imputer, and
+    V1 steps on z itself with no projection. The published code has C^U alone, a mean hold-out loss, imputes with the
+    student again whatever imputes in the base's update, and V1 steps on the logits of the labels. Neither paper prints
+    the inner rate or the label step ("tuned"): they are the code's. ``landmarks`` are the settings of the regression
+    of AFLW; there the code's means run over examples and coordinates, and the paper's sums, with no rate printed, are
+    taken as such means too.
+
+    Args:
+        name: ``paper`` or ``official_code``.
+        variant: ``V1`` or ``V2``.
+        task: ``classification`` or ``landmarks``.
+        outputs: of the model, for the landmarks: 10 coordinates of 5 points if None.
+
+    >>> preset("paper", "V2").labeled_weight, preset("official_code", "V2").labeled_weight
+    (1.0, 0.0)
+    >>> preset("official_code", "V2", "landmarks").inner_loss, preset("official_code", "V1", "landmarks").inner_loss
+    ('mse_tanh', 'mse')
+    """
+    chosen = checks.preset({"paper": _PAPER, "official_code": _CODE}, name, "L2I")
+    loop = training(name, variant, task, outputs)
+    chosen = replace(chosen, variant="V1" if variant == "V1" else "V2", rate=loop.rate_at())
+    if task == "classification":
+        return chosen
+    return replace(
+        chosen,
+        inner_loss="mse_tanh" if name == "official_code" and variant == "V2" else "mse",
+        outer_loss="mse",
+        reduction="mean",
+        outer_reduction="mean",
+        second_reduction="mean_entries",
+        label_space="probabilities",
+        project=False,
+        # The hold-out loss is a mean over the coordinates too.
+        label_step=1.0 / loop.outputs,
+        weight=1.0 / loop.outputs,
+    )
+
+
+def training(
+    name: str, variant: str = "V2", task: str = "classification", outputs: int | None = None
+) -> TrainingPreset:
+    """The loop around the method; see :func:`preset`.
+
+    The inner rate is 50 times the outer one in V2 and 100 times in V1; for the landmarks 10 times and once.
+
+    >>> [training(name, "V2", "landmarks").unlabeled_weight for name in ("paper", "official_code")]
+    [3.0, 75.0]
+    """
+    published = checks.preset({"paper": True, "official_code": False}, name, "L2I")
+    if variant not in ("V1", "V2"):
+        raise ValueError(f"variant must be one of V1, V2, got {variant!r}")
+    if task == "classification":
+        if outputs is not None:
+            raise ValueError(f"outputs must be None for classification, got {outputs}")
+        return TrainingPreset(lr=0.002, inner_rate=50.0 if variant == "V2" else 100.0, unlabeled_weight=50.0)
+    if task != "landmarks":
+        raise ValueError(f"task must be one of classification, landmarks, got {task!r}")
+    return TrainingPreset(
+        lr=0.03,
+        inner_rate=10.0 if variant == "V2" else 1.0,
+        # 1 in the workshop version, 3 in the journal's; the code's default, which its commands leave as it is.
+        unlabeled_weight=3.0 if published else 75.0,
+        outputs=_outputs(outputs),
+    )
+
+
+def _outputs(outputs: int | None) -> int:
+    if outputs is not None and (isinstance(outputs, bool) or not isinstance(outputs, int) or outputs < 1):
+        raise ValueError(f"outputs must be an int >= 1, got {outputs!r}")
+    return 10 if outputs is None else outputs
 
 
 class L2I(Method):
@@ -93,17 +253,17 @@ class L2I(Method):
         imputer: Literal["base", "student"] = "base",
         radius: float = 0.01,
         second_weight: float = 1.0,
-        second_reduction: presets.SecondReduction = "mean",
+        second_reduction: SecondReduction = "mean",
         process_group: Group = None,
     ) -> None:
-        choice(variant, "variant", "V1", "V2")
-        choice(how, "how", *HOWS)
-        choice(derivative, "derivative", "exact", "eq6")
-        choice(reduction, "reduction", "mean", "sum")
-        choice(outer_reduction, "outer_reduction", "mean", "sum")
-        choice(label_space, "label_space", "probabilities", "logits")
-        choice(imputer, "imputer", "base", "student")
-        choice(second_reduction, "second_reduction", "sum", "mean", "mean_entries")
+        checks.choice(variant, "variant", "V1", "V2")
+        checks.choice(how, "how", *HOWS)
+        checks.choice(derivative, "derivative", "exact", "eq6")
+        checks.choice(reduction, "reduction", "mean", "sum")
+        checks.choice(outer_reduction, "outer_reduction", "mean", "sum")
+        checks.choice(label_space, "label_space", "probabilities", "logits")
+        checks.choice(imputer, "imputer", "base", "student")
+        checks.choice(second_reduction, "second_reduction", "sum", "mean", "mean_entries")
         checks.inner_loss(inner_loss)
         checks.loss_code(outer_loss)
         checks.number(rate, "rate", low=0.0)
@@ -150,6 +310,7 @@ class L2I(Method):
             update = LabelStep(step=checks.number(label_step, "label_step"), project=project)
         self.inner_loss = inner_loss
         self.imputer = imputer
+        self.uses_labels = imputer == "base"
         self.second_weight = checks.number(second_weight, "second_weight", low=0.0)
         self.second_reduction = second_reduction
         self._gradient = gradient
@@ -192,14 +353,14 @@ class L2I(Method):
         cls,
         name: Literal["paper", "official_code"],
         variant: Literal["V1", "V2"] = "V2",
-        task: presets.Task = "classification",
+        task: Task = "classification",
         outputs: int | None = None,
         **overrides: Any,
     ) -> "L2I":
         """The settings of the papers or of the published code; ``overrides`` are arguments of the constructor.
 
         They are of the whole model with the exact derivative; ``how="last_layer"`` gives the form in which only the
-        last layer moves. See :func:`fastmeta.presets.l2i.preset`.
+        last layer moves. See :func:`fastmeta.methods.l2i.preset`.
 
         Raises:
             ValueError: unknown preset, variant or task.
@@ -209,7 +370,4 @@ class L2I(Method):
         >>> L2I.from_preset("official_code", task="landmarks").inner_loss
         'mse_tanh'
         """
-        return cls(**{**asdict(presets.preset(name, variant, task, outputs)), **overrides})
-
-    def _refine(self, batch: Batch) -> Refined:
-        return super()._refine(batch if self.imputer == "base" else {**batch, "labels": None})
+        return cls(**{**asdict(preset(name, variant, task, outputs)), **overrides})

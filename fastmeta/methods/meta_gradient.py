@@ -1,25 +1,94 @@
 """Semi-Supervised Learning with Meta-Gradient (Zhang, Xiao, Jia, Cheng, Yang)."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from fastmeta import checks, ops
 from fastmeta.derivatives import FiniteDifference, LabelGradient
-from fastmeta.derivatives.derivative import check_how
 from fastmeta.directions import HoldoutGradient
-from fastmeta.methods.arguments import choice
-from fastmeta.methods.base import Batch, Method
+from fastmeta.methods.base import Method
+from fastmeta.methods.batch import Batch
 from fastmeta.methods.step_condition import StepCondition, step_condition
-from fastmeta.model_function import Inputs, ModelFunction, batch_size
-from fastmeta.model_problem import AnyProblem, Trajectory
-from fastmeta.presets import meta_gradient as presets
-from fastmeta.presets.meta_gradient import How
-from fastmeta.problem import Refined
-from fastmeta.process_group import Group
-from fastmeta.process_group import check as check_group
-from fastmeta.updates import LabelStep
+from fastmeta.ops.process_group import Group
+from fastmeta.ops.process_group import check as check_group
+from fastmeta.problem import Problem, check_how, single
+from fastmeta.problem.model_function import Inputs, ModelFunction, batch_size
+from fastmeta.updates import LabelStep, Refined
+
+How = Literal[
+    "last_layer", "last_layer_difference", "jvp", "double_backward", "finite_difference", "forward_difference"
+]
+
+
+@dataclass(frozen=True)
+class MetaGradientPreset:
+    """Arguments of :class:`fastmeta.MetaGradient`."""
+
+    step: float
+    rate: float | None
+    project: bool
+    synchronize: bool
+    how: How = "finite_difference"
+    radius: float = 0.01
+    statistics: Literal["batch", "running"] = "running"
+
+
+@dataclass(frozen=True)
+class TrainingPreset:
+    """Settings of the loop around the method.
+
+    Args:
+        scheduled: which of the method's ``rate`` (alpha_t) and ``step`` (beta_t) is the learning rate of each step.
+        ramp: fraction of training over which the weight of the consistency loss rises from 0 to 1, linearly.
+        lr: learning rate of the model's SGD after its warm-up.
+        mix_up: both parameters of the Beta distribution of mix-up (1.0 for CIFAR and ImageNet, 0.1 for SVHN).
+    """
+
+    scheduled: Literal["rate", "step"]
+    ramp: float
+    lr: float = 0.1
+    mix_up: float = 1.0
+
+    def consistency_weight_at(self, progress: float) -> float:
+        """The weight of the consistency loss when a fraction ``progress`` of the training steps is done.
+
+        >>> [training(name).consistency_weight_at(0.005) for name in ("paper", "official_code")]
+        [1.0, 0.5]
+        """
+        checks.number(progress, "progress", low=0.0, high=1.0)
+        return 1.0 if self.ramp == 0 else min(1.0, progress / self.ramp)
+
+
+# Eq. (16) has alpha / B before the difference; alpha is the learning rate, 0.1. The slides print no beta: with 128 the
+# step is that of the code, 0.1, at its batch size of 128. Nothing is projected; the labeled gradient is the batch's.
+_PAPER = MetaGradientPreset(step=128.0, rate=0.1, project=False, synchronize=True)
+# train_meta.py: beta is the learning rate, no alpha / B, then relu and division by the row sum. On several GPUs each
+# process steps along the gradient of its own labeled examples.
+_CODE = MetaGradientPreset(step=0.1, rate=None, project=True, synchronize=False)
+
+
+def preset(name: str) -> MetaGradientPreset:
+    """Settings of the ``paper`` (slides) or of the ``official_code``.
+
+    >>> preset("official_code").project
+    True
+    """
+    return checks.preset({"paper": _PAPER, "official_code": _CODE}, name, "MetaGradient")
+
+
+def training(name: str) -> TrainingPreset:
+    """The loop of the ``paper`` (slides, no ramp) or of the ``official_code`` (a ramp of 4,000 of 400,000 steps).
+
+    >>> training("official_code").scheduled
+    'step'
+    """
+    presets = {
+        "paper": TrainingPreset(scheduled="rate", ramp=0.0),
+        "official_code": TrainingPreset(scheduled="step", ramp=0.01),
+    }
+    return checks.preset(presets, name, "MetaGradient")
 
 
 class MetaGradient(Method):
@@ -66,8 +135,8 @@ class MetaGradient(Method):
         synchronize: bool = True,
         process_group: Group = None,
     ) -> None:
-        choice(how, "how", *get_args(How))
-        choice(statistics, "statistics", "batch", "running")
+        checks.choice(how, "how", *get_args(How))
+        checks.choice(statistics, "statistics", "batch", "running")
         check_how("finite_difference", radius)
         check_group(process_group)
         alpha = 1.0 if rate is None else checks.number(rate, "rate", low=0.0)
@@ -119,7 +188,7 @@ class MetaGradient(Method):
         >>> MetaGradient.from_preset("official_code", step=0.03).step
         0.03
         """
-        return cls(**{**asdict(presets.preset(name)), **overrides})
+        return cls(**{**asdict(preset(name)), **overrides})
 
     def step_condition(
         self,
@@ -153,20 +222,19 @@ class MetaGradient(Method):
             lr = rate
         # Without alpha / B the step on the labels is that of alpha = B.
         alpha = float(batch_size(unlabeled, "unlabeled")) if rate is None else rate
-        batch: Batch = dict.fromkeys(("labels", "index", "mask", "labeled", "labeled_targets", "holdout_gradient"))
-        batch |= {"unlabeled": unlabeled, "holdout": holdout, "targets": targets}
-        problem, _ = self._model_problem(ModelFunction(model, mode=self.mode), batch)
+        batch = Batch(unlabeled, holdout, targets, model=model)
+        self._check(batch)
+        problem = self._model_problem(ModelFunction(model, mode=self.mode), batch)
         return step_condition(problem, alphas=(alpha, lr), step=self.step, iterations=iterations)
 
-    def _step(self, problem: AnyProblem, index: Tensor | None) -> Refined | Tensor:
+    def _step(self, problem: Problem | None, index: Tensor | None, labels: Tensor | None) -> Refined | Tensor:
         probe = self.derivative
-        if not isinstance(probe, FiniteDifference) or problem.inner_weights is not None:
-            return super()._step(problem, index)
-        direction = self.direction(problem)
-        assert not isinstance(direction, Trajectory), "of one inner step"
+        if problem is None or not isinstance(probe, FiniteDifference) or problem.inner_weights is not None:
+            return super()._step(problem, index, labels)
+        direction = single(self.direction(problem))
         # The same step in one kernel.
         plus, minus, epsilon = probe.probes(problem, direction)
-        labels = problem.labels
+        labels = problem.labels if labels is None else labels
         step, epsilon = probe.step_over(epsilon, problem, self.step)
         moved = ops.finite_difference_labels(plus, minus, labels, epsilon, step=step, project=self._labels.project)
         return Refined(moved, moved.new_ones(len(moved)), moved.new_zeros(()))

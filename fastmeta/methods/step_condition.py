@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta import checks, losses, vectors
-from fastmeta.model_function import LossOfLogits, Vector, batch_size
-from fastmeta.model_problem import ModelProblem, full_precision
+from fastmeta import checks, losses
+from fastmeta.problem import WholeModelProblem, full_precision, vectors
+from fastmeta.problem.model_function import LossOfLogits, Vector, batch_size
 
 Apply = Callable[[Vector], Vector]
 
@@ -27,7 +27,7 @@ class StepCondition(NamedTuple):
 
 
 def step_condition(
-    problem: ModelProblem, *, alphas: tuple[float, float], step: float, iterations: int = 20
+    problem: WholeModelProblem, *, alphas: tuple[float, float], step: float, iterations: int = 20
 ) -> StepCondition:
     r"""Estimate :math:`\alpha^2 \beta < 1 / (4 M^2 L_0)`, under which a step of Algorithm 1 lowers the labeled loss G.
 

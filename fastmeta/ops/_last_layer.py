@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastmeta import checks
-from fastmeta.head import Head
+from fastmeta.capture import Head
 
 
 def split(logits: Tensor | Head) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

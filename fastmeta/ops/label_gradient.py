@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from fastmeta import checks, losses
+from fastmeta.capture import Head
 from fastmeta.dispatch import Operator, in_own_dtype, unnamed
-from fastmeta.head import Head
 from fastmeta.losses import LOSSES
 from fastmeta.ops import _last_layer
 

@@ -14,11 +14,11 @@ from fastmeta import checks
 from fastmeta.dispatch import in_own_dtype
 from fastmeta.ops import _last_layer
 from fastmeta.ops.hvp import hessian_vector_product_reference
+from fastmeta.ops.process_group import Group
+from fastmeta.ops.process_group import check as check_group
 from fastmeta.ops.solve import conjugate_gradient, system
 from fastmeta.ops.solve.kronecker import SolverState
 from fastmeta.ops.solve.solve import Answer, Solve, indefinite_error, refuse_capture
-from fastmeta.process_group import Group
-from fastmeta.process_group import check as check_group
 
 SOLVERS = ("auto", "cholesky", "cg", "pcg")
 

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta import process_group
 from fastmeta.losses import LOSSES
-from fastmeta.ops import hvp
+from fastmeta.ops import hvp, process_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -15,11 +15,11 @@ from torch.nn.parameter import is_lazy
 
 from fastmeta import checks
 from fastmeta.capture import Outputs, capture_features, last_linear
-from fastmeta.evaluation import Evaluator, Mode
-from fastmeta.forward_mode import ForwardMode
+from fastmeta.problem.direction import Vector
+from fastmeta.problem.evaluation import Evaluator, Mode
+from fastmeta.problem.forward_mode import ForwardMode
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
-Vector = dict[str, Tensor]
 LossOfLogits = Callable[[Tensor], Tensor]  # [N, C] to a scalar
 
 

@@ -1,18 +1,13 @@
 """How the predictions of a whole model move along a direction of its parameters, in four ways with one result."""
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor, nn
 
 from fastmeta import checks, losses, ops
-from fastmeta.derivatives.derivative import How, check_how
-from fastmeta.evaluation import eager
-from fastmeta.model_function import Inputs, ModelFunction, Vector
-from fastmeta.model_problem import full_precision, probabilities
-from fastmeta.ops.perturbed import perturbed
-
-RowFunction = Callable[[Tensor], Tensor]  # logits [N, C] to [N, C] or [N]
+from fastmeta.problem.base import How, check_how, full_precision, probabilities
+from fastmeta.problem.direction import Vector
+from fastmeta.problem.evaluation import eager
+from fastmeta.problem.model_function import Inputs, ModelFunction
+from fastmeta.problem.whole_model import WholeModelProblem
 
 
 @eager
@@ -80,11 +75,16 @@ def label_gradient(
     tensor([[1., 2.]])
     """
     checks.loss_code(loss)
-    function, direction = _function(model, direction, how, radius)
+    check_how(how, radius)
+    function = ModelFunction(model)
+    direction = function.check(direction)
     if how == "last_layer":
         features, logits, weight, bias = _last_layer(function, inputs, direction)
         return ops.label_gradient(features, logits, weight, bias, loss=loss, scale=scale)
-    return scale * label_tangent(function, inputs, direction, loss=loss, how=how, radius=radius)
+    problem = WholeModelProblem(
+        function, inputs, lambda logits: losses.prediction(logits, loss), how=how, radius=radius
+    )
+    return problem.label_tangent(direction, loss=loss, rate=scale)
 
 
 @eager
@@ -133,154 +133,14 @@ def example_weight_gradient(
     tensor([-18.])
     """
     checks.loss_code(loss)
-    function, direction = _function(model, direction, how, radius)
+    check_how(how, radius)
+    function = ModelFunction(model)
+    direction = function.check(direction)
     if how == "last_layer":
         features, logits, weight, bias = _last_layer(function, inputs, direction)
         return -scale * ops.per_example_dot(features, logits, probabilities(targets, logits), weight, bias, loss=loss)
-    return -scale * loss_tangent(function, inputs, lambda: targets, direction, loss=loss, how=how, radius=radius)
-
-
-def label_tangent(
-    function: ModelFunction,
-    inputs: Inputs,
-    direction: Vector,
-    parameters: Vector | None = None,
-    *,
-    loss: str,
-    how: How,
-    radius: float,
-    labels: Callable[[], Tensor] | None = None,
-    see: RowFunction = full_precision,
-    keep: Callable[[Tensor], None] | None = None,
-) -> Tensor:
-    """``T_i(v)``. ``[N, C]``.
-
-    Args:
-        function: the model.
-        inputs: of N examples.
-        direction: v by name.
-        parameters: theta; None: the model's own.
-        loss: also ``mse_tanh``, which needs the labels.
-        how: which way, not ``last_layer``.
-        radius: of a difference.
-        labels: asked for the labels ``[N, C]`` where the loss needs them, after ``see``.
-        see: is shown the logits ``[N, C]`` of a pass at theta, if there is one, and returns them in full precision.
-        keep: is given those of a plain pass at theta or one of forward mode, then made at the model's own parameters
-            and on their graph; None: no graph is recorded.
-    """
-    needs_labels = loss == "mse_tanh"
-    if how == "double_backward":
-        theta = leaves(function, parameters)
-        with torch.enable_grad():
-            logits = see(function.logits(inputs, theta, twice=True))
-            targets = labels() if labels is not None else losses.prediction(logits, loss)
-            targets = targets.detach().clone().requires_grad_()
-            total = losses.loss_per_example(logits, targets, loss).sum()
-        return -mixed(function, total, theta, direction, [targets])[0]
-    if how == "jvp":
-        logits, tangent = function.jvp(inputs, direction, parameters, on_graph=keep is not None)
-        if keep is not None:
-            keep(logits)
-        logits = see(logits.detach())
-        given = labels() if labels is not None and needs_labels else None
-        return losses.label_tangent(logits, full_precision(tangent), loss, given)
-    known = labels() if labels is not None and needs_labels else None
-
-    def pull(logits: Tensor) -> Tensor:
-        return losses.label_pull(full_precision(logits), loss, known)
-
-    def at_theta(logits: Tensor) -> Tensor:
-        if keep is not None:
-            keep(logits)
-        return see(logits.detach())
-
-    return difference(function, inputs, direction, parameters, pull, how, radius, at_theta, keep is not None)
-
-
-def loss_tangent(
-    function: ModelFunction,
-    inputs: Inputs,
-    targets: Callable[[], Tensor],
-    direction: Vector,
-    parameters: Vector | None = None,
-    *,
-    loss: str,
-    how: How,
-    radius: float,
-    see: RowFunction = full_precision,
-) -> Tensor:
-    """``D_v l_i``. ``[N]``; see :func:`label_tangent`."""
-    if how == "double_backward":
-        theta = leaves(function, parameters)
-        with torch.enable_grad():
-            logits = see(function.logits(inputs, theta, twice=True))
-            weights = logits.new_ones(len(logits)).requires_grad_()
-            total = (weights * losses.loss_per_example(logits, probabilities(targets(), logits), loss)).sum()
-        return mixed(function, total, theta, direction, [weights])[0]
-    if how == "jvp":
-        logits, tangent = function.jvp(inputs, direction, parameters)
-        logits = see(logits)
-        return (losses.residual(logits, probabilities(targets(), logits), loss) * full_precision(tangent)).sum(-1)
-
-    if how == "finite_difference":
-        targets()  # imputed at theta, which the passes below are not
-
-    def loss_of(logits: Tensor) -> Tensor:
-        logits = full_precision(logits)
-        return losses.loss_per_example(logits, probabilities(targets(), logits), loss)
-
-    return difference(function, inputs, direction, parameters, loss_of, how, radius, see)
-
-
-def leaves(function: ModelFunction, parameters: Vector | None) -> Vector:
-    """The parameters, theta or else the model's own, as leaves that require grad."""
-    theta = function.parameters if parameters is None else parameters
-    return {name: value.detach().requires_grad_() for name, value in theta.items()}
-
-
-def mixed(
-    function: ModelFunction, total: Tensor, theta: Vector, direction: Vector, of: list[Tensor]
-) -> tuple[Tensor, ...]:
-    """``d/d of <grad_theta total, v>``: the definition, by differentiating twice."""
-    moving = {name: theta[name] for name in direction}
-    gradient = function.differentiated([total], theta, moving, create_graph=True)
-    by = {str(place): tensor for place, tensor in enumerate(of)}
-    along = list(direction.values())
-    return tuple(function.differentiated(list(gradient.values()), theta, by, along).values())
-
-
-def difference(
-    function: ModelFunction,
-    inputs: Inputs,
-    direction: Vector,
-    parameters: Vector | None,
-    of: RowFunction,
-    how: How,
-    radius: float,
-    see: RowFunction,
-    on_graph: bool = False,
-) -> Tensor:
-    """``(of(theta + epsilon v) - of(theta - epsilon v)) / 2 epsilon``, or one-sided from theta, in place."""
-    theta = function.parameters if parameters is None else parameters
-    moving = {name: theta[name] for name in direction}
-    with torch.no_grad():
-        other = None
-        if how == "forward_difference":
-            other = of(see(function.logits(inputs, None if on_graph else theta, on_graph=on_graph)))
-        with perturbed(moving, direction, radius) as perturbation:
-            plus = of(function.logits(inputs, theta))
-            if other is None:
-                perturbation.flip()
-                minus = of(function.logits(inputs, theta))
-                return (plus - minus) / (2 * perturbation.epsilon)
-        return (plus - other) / perturbation.epsilon
-
-
-def _function(model: nn.Module, direction: Vector, how: How, radius: float) -> tuple[ModelFunction, Vector]:
-    """The model, and the direction by the names of its parameters."""
-    check_how(how, radius)
-    function = ModelFunction(model)
-    return function, function.check(direction)
+    problem = WholeModelProblem(function, inputs, targets, how=how, radius=radius)
+    return -scale * problem.loss_tangent(direction, loss=loss)
 
 
 def _last_layer(

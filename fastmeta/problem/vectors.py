@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmeta.problem import AnyDirection, Dense, Direction, Factors
+from fastmeta.problem.direction import AnyDirection, Dense, Direction, Factors
 
 
 def dense(direction: AnyDirection) -> Dense:
@@ -46,7 +46,7 @@ def unflat(like: Dense, values: Tensor) -> Dense:
 def scaled(direction: AnyDirection, factor: Tensor | float) -> AnyDirection:
     """``factor v``."""
     if isinstance(direction, Factors):
-        return direction._replace(residual=direction.residual * factor)
+        return direction._replace(residual=direction.residual * factor, tangent=None)
     return rebuilt(direction, torch._foreach_mul(tensors(direction), factor))
 
 

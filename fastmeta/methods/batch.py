@@ -1,0 +1,260 @@
+"""One call of ``refine``: checked once, then made into the problem of a step."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta import checks, losses
+from fastmeta.capture import Outputs
+from fastmeta.ops.process_group import Group
+from fastmeta.problem import LastLayerProblem, Rows, WholeModelProblem
+from fastmeta.problem.model_function import Inputs, ModelFunction, batch_size
+
+Examples = Outputs | Inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The arguments of :meth:`fastmeta.Method.refine`, where they are documented, as they were given.
+
+    Examples are :class:`fastmeta.Outputs` of the last layer, or with ``model`` its inputs.
+    """
+
+    unlabeled: Examples
+    holdout: Examples | None = None
+    targets: Tensor | None = None
+    index: Tensor | None = None
+    labels: Tensor | None = None
+    mask: Tensor | None = None
+    labeled: Examples | None = None
+    labeled_targets: Tensor | None = None
+    model: nn.Module | None = None
+    holdout_gradient: Mapping[str, Tensor] | None = None
+
+    @property
+    def count(self) -> int:
+        """N, the number of unlabeled examples."""
+        return count_of(self.unlabeled, "unlabeled")
+
+    def check(self, how: str, needs_index: bool, learns: bool, method: str) -> None:
+        """Raise unless everything fits.
+
+        Args:
+            how: of the method's derivative.
+            needs_index: whether it has a table.
+            learns: whether the step looks at more than the unlabeled examples.
+            method: its name.
+
+        Raises:
+            ValueError: a shape does not fit, or something that the method needs is missing.
+            TypeError: a dtype or the kind of an argument does not fit.
+        """
+        if self.model is not None:
+            self._check_inputs(how)
+        else:
+            self._check_outputs(how, learns)
+        count = self.count
+        if self.index is None:
+            if needs_index:
+                raise ValueError(f"index is needed by {method}: the examples' places in the unlabeled set, int64 [N]")
+        elif not isinstance(self.index, Tensor) or self.index.dtype != torch.int64:
+            raise TypeError(f"index must be an int64 tensor, got {_kind(self.index)}")
+        elif tuple(self.index.shape) != (count,):
+            raise ValueError(f"index must be [N] = [{count}] like unlabeled, got {list(self.index.shape)}")
+        if self.mask is not None and (not isinstance(self.mask, Tensor) or tuple(self.mask.shape) != (count,)):
+            got = list(self.mask.shape) if isinstance(self.mask, Tensor) else type(self.mask).__name__
+            raise ValueError(f"mask must be [N] = [{count}], got {got}")
+
+    def _check_outputs(self, how: str, learns: bool) -> None:
+        """Outputs of the last layer."""
+        if self.holdout_gradient is not None:
+            raise ValueError("holdout_gradient must be None without model")
+        if how != "last_layer":
+            raise ValueError(f"model is needed by how={how!r}: refine(model=model, unlabeled=inputs, ...), got None")
+        logits = as_outputs(self.unlabeled, "unlabeled").logits
+        if self.labels is not None:
+            checks.shaped(self.labels, "labels", "[N, C]", logits.shape)
+        if not learns:
+            return
+        unlabeled = check_rows(self.unlabeled, "unlabeled")
+        holdout = check_rows(self.holdout, "holdout", unlabeled)
+        if (self.labeled is None) != (self.labeled_targets is None):
+            raise ValueError("labeled and labeled_targets must be given together")
+        if self.labeled is not None:
+            _check_targets(self.labeled_targets, "labeled_targets", check_rows(self.labeled, "labeled", unlabeled))
+        _check_targets(self.targets, "targets", holdout)
+
+    def _check_inputs(self, how: str) -> None:
+        """Inputs of a model, before the model runs."""
+        if how == "last_layer" and self.holdout_gradient is not None:
+            raise ValueError("holdout_gradient must be None for how='last_layer', which takes it in closed form")
+        for name in ("unlabeled", "holdout", "labeled"):
+            if isinstance(getattr(self, name), Outputs):
+                raise TypeError(f"{name} must be inputs of the model where model is given, got Outputs")
+        if (self.labeled is None) != (self.labeled_targets is None):
+            raise ValueError("labeled and labeled_targets must be given together")
+        if (self.holdout is None) != (self.targets is None):
+            raise ValueError("holdout and targets must be given together")
+        if self.holdout is None and self.holdout_gradient is None:
+            raise ValueError("holdout must be inputs of the model, or holdout_gradient given, got None")
+        for name, inputs in (("targets", "holdout"), ("labeled_targets", "labeled")):
+            targets = getattr(self, name)
+            if targets is None:
+                continue
+            if not isinstance(targets, Tensor) or not (targets.is_floating_point() or targets.dtype == torch.int64):
+                raise TypeError(f"{name} must be int64 classes [N] or probabilities [N, C], got {_kind(targets)}")
+            count = batch_size(getattr(self, inputs), inputs)
+            if len(targets) != count or targets.dim() != (2 if targets.is_floating_point() else 1):
+                raise ValueError(f"{name} must have N = {count} like {inputs}, got {list(targets.shape)}")
+        count = self.count
+        if self.labels is not None and (self.labels.dim() != 2 or len(self.labels) != count):
+            raise ValueError(f"labels must be [N, C] with N = {count} like unlabeled, got {list(self.labels.shape)}")
+
+    def imputed(self, loss: str, on_graph: bool) -> Tensor:
+        """Imputed labels ``[N, C]`` in float32 or float64: those given, or what the last layer predicts."""
+        logits = as_outputs(self.unlabeled, "unlabeled").logits
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        if self.labels is None:
+            name, imputed = "unlabeled.logits", losses.prediction(logits.to(dtype), loss)
+        else:
+            name, imputed = "labels", self.labels.to(dtype)
+        return check_on_graph(imputed, name) if on_graph else imputed.detach()
+
+    def index_on(self, device: torch.device) -> Tensor | None:
+        """The examples' places in the unlabeled set ``[N]``."""
+        return None if self.index is None else self.index.to(device, non_blocking=True)
+
+    def learned(self) -> "Batch":
+        """The batch in the view that the unlabeled loss is taken on."""
+        return self
+
+    def inner_labels(self, labels: Tensor) -> Tensor:
+        """Labels of the unlabeled loss ``[N, C]``, of those that the update starts from."""
+        return labels
+
+    def outputs_of(self, function: ModelFunction, on_graph: bool) -> "Batch":
+        """The batch at the last layer, by a pass of the model over each of its views.
+
+        Args:
+            function: the model.
+            on_graph: whether the unlabeled outputs are on the graph of its parameters.
+        """
+
+        def outputs(inputs: Examples | None) -> Outputs | None:
+            return None if inputs is None else function.outputs(inputs)
+
+        unlabeled = function.outputs(self.unlabeled, on_graph=on_graph)
+        return replace(
+            self, unlabeled=unlabeled, holdout=outputs(self.holdout), labeled=outputs(self.labeled), model=None
+        )
+
+    def last_layer_problem(self, labels: Tensor, weights: Tensor | None, group: Group) -> LastLayerProblem:
+        """The step's problem, everything detached and in the dtype of the labels ``[N, C]`` of the inner loss."""
+        unlabeled = as_outputs(self.unlabeled, "unlabeled")
+        dtype = labels.dtype
+        return LastLayerProblem(
+            unlabeled=_rows(unlabeled, dtype),
+            labels=labels,
+            holdout=_rows(as_outputs(self.holdout, "holdout"), dtype),
+            targets=_detached(self.targets, dtype),
+            weights=weights,
+            mask=None if self.mask is None else self.mask.detach().to(labels),
+            labeled=None if self.labeled is None else _rows(as_outputs(self.labeled, "labeled"), dtype),
+            labeled_targets=None if self.labeled_targets is None else _detached(self.labeled_targets, dtype),
+            has_bias=unlabeled.bias is not None,
+            process_group=group,
+        )
+
+    def whole_model_problem(
+        self,
+        function: ModelFunction,
+        impute: Tensor | Callable[[Tensor], Tensor],
+        weights: Tensor | None,
+        group: Group,
+        *,
+        keep_graph: bool,
+    ) -> WholeModelProblem:
+        """The step's problem; for ``impute`` and ``keep_graph`` see there."""
+        gradient = self.holdout_gradient
+        return WholeModelProblem(
+            function,
+            unlabeled=self.unlabeled,
+            impute=impute,
+            holdout=self.holdout,
+            targets=self.targets,
+            weights=weights,
+            mask=None if self.mask is None else self.mask.to(like_parameters(function)),
+            labeled=self.labeled,
+            labeled_targets=self.labeled_targets,
+            process_group=group,
+            holdout_gradient=None if gradient is None else function.check(gradient, "holdout_gradient"),
+            keep_graph=keep_graph,
+        )
+
+
+def like_parameters(function: ModelFunction) -> Tensor:
+    """An empty tensor of the dtype, float32 or float64, and device that a step with this model works in."""
+    first = next(iter(function.parameters.values()))
+    return torch.empty(0, dtype=torch.float64 if first.dtype == torch.float64 else torch.float32, device=first.device)
+
+
+def check_on_graph(imputed: Tensor, name: str) -> Tensor:
+    """Raise unless the imputed labels are on the graph of autograd."""
+    if not imputed.requires_grad:
+        raise ValueError(f"{name} must be on the graph: this method pulls the gradient back through the imputer")
+    return imputed
+
+
+def as_outputs(outputs: object, name: str) -> Outputs:
+    """Raise unless it is :class:`fastmeta.Outputs`."""
+    if not isinstance(outputs, Outputs):
+        raise TypeError(f"{name} must be Outputs, from tape.outputs(logits), got {type(outputs).__name__}")
+    return outputs
+
+
+def check_rows(given: object, name: str, like: Outputs | None = None) -> Outputs:
+    """Features ``[N, D]`` and logits ``[N, C]`` that fit each other and those of ``like``."""
+    outputs = as_outputs(given, name)
+    features = checks.matrix(outputs.features, f"{name}.features", "[N, D]")
+    logits = checks.matrix(outputs.logits, f"{name}.logits", "[N, C]")
+    if len(features) != len(logits):
+        raise ValueError(
+            f"{name}.features must be [N, D] with N = {len(logits)} like its logits, got {list(features.shape)}"
+        )
+    if like is not None:
+        expected = like.features.shape[1], like.logits.shape[1]
+        got = features.shape[1], logits.shape[1]
+        if got != expected:
+            raise ValueError(f"{name} must have D, C = {expected} like unlabeled, got {got}")
+        if features.device != like.features.device:
+            raise ValueError(f"{name} must be on {like.features.device} like unlabeled, got {features.device}")
+    return outputs
+
+
+def _check_targets(targets: object, name: str, of: Outputs) -> None:
+    try:
+        checks.targets(_detached(targets, of.logits.dtype), of.logits, of.logits.shape[1])
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("targets", name, 1)) from None
+
+
+def count_of(examples: Examples, name: str) -> int:
+    """N."""
+    return len(examples.logits) if isinstance(examples, Outputs) else batch_size(examples, name)
+
+
+def _rows(outputs: Outputs, dtype: torch.dtype) -> Rows:
+    return Rows(outputs.features.detach().to(dtype), outputs.logits.detach().to(dtype))
+
+
+def _detached(targets: object, dtype: torch.dtype) -> Tensor:
+    """Probabilities in this dtype; classes, and what is no tensor, as they are."""
+    if isinstance(targets, Tensor) and targets.is_floating_point():
+        return targets.detach().to(dtype)
+    return targets  # type: ignore[return-value]
+
+
+def _kind(value: object) -> object:
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
