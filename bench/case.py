@@ -167,12 +167,6 @@ def distance_to(truth: Any, rows: Tensor | None = None, prefix: bool = False) ->
     return error
 
 
-def lazily(make: Callable[[], Error]) -> Error:
-    """An error whose truth is computed when the first result is held to it."""
-    made = functools.cache(make)
-    return lambda result: made()(result)
-
-
 def checked_rows(num_rows: int, num_columns: int, device: str) -> Tensor:
     """Rows at both ends: all of them, unless their float64 copies would take gigabytes."""
     most = max(2, 2**27 // max(num_columns, 1))
@@ -267,4 +261,5 @@ def problem_on_sets(
     found += [on_sets(name, compiled(eager[0][1], mode), "compile") for name, mode in modes.items()]
     moved = read + result_bytes
     cost = Cost(sum(gemm.flops for gemm in products), moved, len(sets) * moved, products, row_bytes)
-    return Problem(found, lazily(lambda: error(first)), cost, TOLERANCE[dtype], len(first[0]))
+    truth = functools.cache(partial(error, first))  # computed when the first result is held to it
+    return Problem(found, lambda result: truth()(result), cost, TOLERANCE[dtype], len(first[0]))

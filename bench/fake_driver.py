@@ -24,10 +24,10 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 from triton.runtime.build import compile_module_from_src
 
+from bench.compiled import SHARED_MEMORY
 from fastmeta import _extension
 
 LIBRARY = "libfastmeta_no_cuda.so"
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may take
 _SOURCE = r"""
 #include <cuda.h>
 #include <string.h>

@@ -22,10 +22,8 @@ SMALLEST = {case.operator: case for case in reversed(CASES)}
 
 
 def assert_right(problem: Problem, variant: Variant) -> None:
-    if variant.prepare is not None:
-        variant.prepare()
-    with torch.set_grad_enabled(variant.grad):
-        error = problem.error((variant.check or variant.call)())
+    with variant.entered():
+        error = problem.error(variant.result())
     assert error <= problem.tolerance, f"{variant.name}: error {error:.1e}, tolerance {problem.tolerance:.1e}"
 
 

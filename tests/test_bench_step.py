@@ -9,7 +9,7 @@ from bench import goals
 from bench.__main__ import main
 from bench.clock import Clock
 from bench.step import alignment, command, gate, measure, published, report, task
-from bench.step.variants import EVERY, PLAIN, Variant, for_gpu, variants
+from bench.step.variants import EVERY, PLAIN, StepVariant, for_gpu, variants
 from fastmeta.models import WideResNet
 
 TINY = task.Network("tiny", lambda: WideResNet(10, depth=10, width=1), pixels=12, labeled=4, unlabeled=4)
@@ -110,8 +110,8 @@ def test_a_wrong_step_is_not_timed_and_one_that_fails_does_not_end_the_run(monke
         raise NotImplementedError("no such thing\nand more")
 
     chosen = [
-        Variant("wrong", "jvp", "fused", "table labels", published.PublishedMetaGradient, "right"),
-        Variant("failing", "jvp", "fused", "table labels", broken),
+        StepVariant("wrong", "jvp", "fused", "table labels", published.PublishedMetaGradient, "right"),
+        StepVariant("failing", "jvp", "fused", "table labels", broken),
     ]
     monkeypatch.setattr(measure.gate, "errors", lambda network, variants, device: {chosen[0].name: 2e-3})
     monkeypatch.setattr(measure, "derivatives", lambda *arguments: [])

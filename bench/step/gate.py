@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.step.task import Network, Step, random_batch
-from bench.step.variants import Make, Variant, variants
+from bench.step.variants import Make, StepVariant, variants
 
 TOLERANCE = 1e-9  # relative, over all parameters together
 BATCH, PIXELS = 4, 16
 STEPS = 3
 
 
-def errors(network: Network, chosen: Sequence[Variant], device: str = "cpu") -> dict[str, float]:
+def errors(network: Network, chosen: Sequence[StepVariant], device: str = "cpu") -> dict[str, float]:
     """By name, each variant's relative error against the published form that it must agree with."""
     wanted = {variant.same_as for variant in chosen}
     published = {v.name: gradients(network, v.make, device) for v in variants() if v.name in wanted}

@@ -16,14 +16,14 @@ from bench.step.published import L2I_RATE
 from bench.step.task import Batch, Network, squared_error
 from fastmeta.derivatives import How
 
-Variant = Literal["V1", "V2"]
+Version = Literal["V1", "V2"]
 
 
 class L2IStep(MeanTeacher):
     """With the settings of the published code, on the labels that it is given."""
 
     def __init__(
-        self, network: Network, batch: Batch, variant: Variant, how: How = "last_layer", *, look_ahead: bool = False
+        self, network: Network, batch: Batch, variant: Version, how: How = "last_layer", *, look_ahead: bool = False
     ) -> None:
         super().__init__(network, batch)
         self.variant = variant
@@ -69,7 +69,7 @@ class Alternating(L2IStep):
     is then 0, so that looking ahead would change nothing, and fewer passes do.
     """
 
-    def __init__(self, network: Network, batch: Batch, variant: Variant, how: How, *, two_views: bool = False) -> None:
+    def __init__(self, network: Network, batch: Batch, variant: Version, how: How, *, two_views: bool = False) -> None:
         super().__init__(network, batch, variant, how, look_ahead=two_views)
         self.two_views = two_views
 

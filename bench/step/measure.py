@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmeta
-from bench.case import Variant as Timed
+from bench.case import Variant
 from bench.clock import Clock, Timing, clock_for, ensure_healthy, interleave, reason_of
 from bench.rows import Row
 from bench.step import gate
 from bench.step.task import Batch, Network, Step, on_device, random_batch
-from bench.step.variants import EVERY, PLAIN, Variant
+from bench.step.variants import EVERY, PLAIN, StepVariant
 from fastmeta.derivatives import HOWS, How
 
 
@@ -34,7 +34,7 @@ class Settings:
 
 
 def measure_network(
-    network: Network, variants: Sequence[Variant], settings: Settings, clock: Clock | None = None
+    network: Network, variants: Sequence[StepVariant], settings: Settings, clock: Clock | None = None
 ) -> Row:
     """All rows of one network; a variant that is wrong or cannot run has a reason and no figure."""
     clock = clock or clock_for("cpu")
@@ -60,7 +60,7 @@ def measure_network(
             except Exception as error:  # one variant must not end the run
                 ensure_healthy(clock.device)
                 row |= {"status": "failed", "reason": reason_of(error)}
-    timed = [Timed(row["name"], partial(run, step), grad=True) for row, step in running]
+    timed = [Variant(row["name"], partial(run, step), grad=True) for row, step in running]
     budget = min(settings.budget_s, settings.seconds / 3 / len(timed))
     timings = interleave(timed, rounds=settings.rounds, min_sample_s=0.0, budget_s=budget, sampler=clock.sampler)
     samples: dict[str, list[float]] = {}
@@ -85,7 +85,7 @@ def measure_network(
     }
 
 
-def _row(variant: Variant, errors: dict[str, float]) -> Row:
+def _row(variant: StepVariant, errors: dict[str, float]) -> Row:
     row = {key: getattr(variant, key) for key in ("name", "method", "how", "schedule", "plain")}
     row["status"] = "measured"
     if variant.name in errors:
@@ -144,7 +144,7 @@ def _refine_alone(row: Row, step: Step, clock: Clock) -> None:
     step.method = method
     call = partial(method.refine, **spy.given)
     call()
-    timed = [Timed("refine", call, grad=True)]
+    timed = [Variant("refine", call, grad=True)]
     timing = interleave(timed, rounds=15, budget_s=0.15, sampler=clock.sampler)[0]
     row |= {"refine_us": timing.median_us, "refine_host_syncs": clock.host_syncs(call)}
 
@@ -203,7 +203,7 @@ def derivatives(network: Network, batch: Batch, rounds: int, clock: Clock) -> li
         model.train(mode == "train")
         exact = gradient("double_backward")
         forward = torch.no_grad()(partial(model, batch.weak))
-        timed = [Timed("forward", forward), *(Timed(how, partial(gradient, how)) for how in HOWS)]
+        timed = [Variant("forward", forward), *(Variant(how, partial(gradient, how)) for how in HOWS)]
         timings = interleave(timed, rounds=rounds, min_sample_s=0.0, budget_s=60.0, sampler=clock.sampler)
         for one, timing in zip(timed, timings, strict=True):
             row: Row = {"name": one.name, "mode": mode, "median_us": timing.median_us}

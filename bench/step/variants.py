@@ -24,7 +24,7 @@ PLAIN: dict[str, Make] = {
 
 
 @dataclass(frozen=True)
-class Variant:
+class StepVariant:
     """One step with a method."""
 
     method: str  # with what distinguishes it
@@ -40,11 +40,11 @@ class Variant:
         return f"{self.method}, {self.how}, {self.schedule}{', graph' * self.graph}"
 
 
-def variants() -> list[Variant]:
+def variants() -> list[StepVariant]:
     return [*_l2i("V2", WHOLE_MODEL), *_l2i("V1", ("jvp",)), *_meta_gradient(), *_example_weights(), *_alignment()]
 
 
-def for_gpu(network: Network, *, quick: bool = False) -> list[Variant]:
+def for_gpu(network: Network, *, quick: bool = False) -> list[StepVariant]:
     """Last layers, also in graphs; then the whole model: in every way where time allows, else fused by jvp."""
     last = [v for v in variants() if v.how == "last_layer" and v.schedule == "fused"]
     small = network.pixels <= 32 and not quick
@@ -60,56 +60,56 @@ def _in_graph(make: Make, network: Network, batch: Batch) -> Step:
     return step
 
 
-def _l2i(variant: l2i.Variant, hows: tuple[How, ...]) -> Iterator[Variant]:
+def _l2i(variant: l2i.Version, hows: tuple[How, ...]) -> Iterator[StepVariant]:
     name, plain = f"L2I {variant}", "Mean Teacher"
-    yield Variant(name, "last_layer", "fused", plain, partial(l2i.FusedLastLayer, variant=variant))
+    yield StepVariant(name, "last_layer", "fused", plain, partial(l2i.FusedLastLayer, variant=variant))
     ahead = partial(l2i.FusedLastLayer, variant=variant, look_ahead=True)
-    yield Variant(f"{name}, look-ahead", "last_layer", "fused", plain, ahead)
+    yield StepVariant(f"{name}, look-ahead", "last_layer", "fused", plain, ahead)
     for how in hows:
-        yield Variant(name, how, "fused", plain, partial(l2i.FusedWholeModel, variant=variant, how=how))
+        yield StepVariant(name, how, "fused", plain, partial(l2i.FusedWholeModel, variant=variant, how=how))
     form = published.PublishedL2I if variant == "V2" else published.PublishedL2IV1
     for two_views in (False, True):
         name = f"L2I {variant}" + ", two views" * two_views
-        original = Variant(name, "double_backward", "published", plain, partial(form, two_views=two_views))
+        original = StepVariant(name, "double_backward", "published", plain, partial(form, two_views=two_views))
         yield original
         for how in ("last_layer", *hows):
             cls = l2i.AlternatingLastLayer if how == "last_layer" else l2i.AlternatingWholeModel
             make = partial(cls, variant=variant, how=how, two_views=two_views)
             same = original.name if how in EXACT else None
-            yield Variant(name, how, "alternating", plain, make, same)
+            yield StepVariant(name, how, "alternating", plain, make, same)
     if variant == "V2":
-        yield Variant("L2I V2 on FixMatch", "last_layer", "fused", "FixMatch", l2i.FixMatchLastLayer)
+        yield StepVariant("L2I V2 on FixMatch", "last_layer", "fused", "FixMatch", l2i.FixMatchLastLayer)
 
 
-def _meta_gradient() -> Iterator[Variant]:
+def _meta_gradient() -> Iterator[StepVariant]:
     name, plain = "MetaGradient", "pseudo-labels"
-    probe = Variant(name, "finite_difference", "published", plain, published.PublishedMetaGradient)
-    exact = Variant(name, "double_backward", "published", plain, published.DoubleBackwardMetaGradient)
+    probe = StepVariant(name, "finite_difference", "published", plain, published.PublishedMetaGradient)
+    exact = StepVariant(name, "double_backward", "published", plain, published.DoubleBackwardMetaGradient)
     yield from (probe, exact)
-    yield Variant(name, "last_layer", "fused", plain, meta_gradient.FusedLastLayer)
-    yield Variant(name, "last_layer", "alternating", plain, partial(meta_gradient.Alternating, how="last_layer"))
+    yield StepVariant(name, "last_layer", "fused", plain, meta_gradient.FusedLastLayer)
+    yield StepVariant(name, "last_layer", "alternating", plain, partial(meta_gradient.Alternating, how="last_layer"))
     for how in WHOLE_MODEL:
         same = probe if how == "finite_difference" else exact
         if how != "double_backward":
-            yield Variant(name, how, "fused", plain, partial(meta_gradient.FusedWholeModel, how=how))
-        yield Variant(name, how, "alternating", plain, partial(meta_gradient.Alternating, how=how), same.name)
+            yield StepVariant(name, how, "fused", plain, partial(meta_gradient.FusedWholeModel, how=how))
+        yield StepVariant(name, how, "alternating", plain, partial(meta_gradient.Alternating, how=how), same.name)
 
 
-def _example_weights() -> Iterator[Variant]:
+def _example_weights() -> Iterator[StepVariant]:
     name, plain, separate = "ExampleWeights", "FixMatch", "FixMatch, separate passes"
     between = partial(example_weights.FusedLastLayer, update=False)
-    yield Variant(name, "last_layer", "fused", plain, example_weights.FusedLastLayer)
-    yield Variant(f"{name}, between updates", "last_layer", "fused", plain, between)
-    yield Variant(name, "last_layer", "alternating", plain, example_weights.AlternatingLastLayer)
-    identity = f"{name}, identity"
-    yield Variant(identity, "jvp", "fused", separate, partial(example_weights.FusedWholeModel, how="jvp"))
-    yield Variant(identity, "jvp", "alternating", separate, partial(example_weights.AlternatingWholeModel, how="jvp"))
+    yield StepVariant(name, "last_layer", "fused", plain, example_weights.FusedLastLayer)
+    yield StepVariant(f"{name}, between updates", "last_layer", "fused", plain, between)
+    yield StepVariant(name, "last_layer", "alternating", plain, example_weights.AlternatingLastLayer)
+    identity, alternating = f"{name}, identity", partial(example_weights.AlternatingWholeModel, how="jvp")
+    yield StepVariant(identity, "jvp", "fused", separate, partial(example_weights.FusedWholeModel, how="jvp"))
+    yield StepVariant(identity, "jvp", "alternating", separate, alternating)
 
 
-def _alignment() -> Iterator[Variant]:
+def _alignment() -> Iterator[StepVariant]:
     name, plain = "LabelGradientAlignment", "table labels"
-    exact = Variant(name, "double_backward", "published", plain, published.PublishedLabelGradientAlignment)
+    exact = StepVariant(name, "double_backward", "published", plain, published.PublishedLabelGradientAlignment)
     yield exact
-    yield Variant(name, "last_layer", "fused", plain, alignment.FusedLastLayer)
-    yield Variant(name, "jvp", "fused", plain, partial(alignment.FusedWholeModel, how="jvp"), exact.name)
-    yield Variant(name, "jvp", "alternating", plain, partial(alignment.AlternatingWholeModel, how="jvp"), exact.name)
+    yield StepVariant(name, "last_layer", "fused", plain, alignment.FusedLastLayer)
+    for schedule, cls in (("fused", alignment.FusedWholeModel), ("alternating", alignment.AlternatingWholeModel)):
+        yield StepVariant(name, "jvp", schedule, plain, partial(cls, how="jvp"), exact.name)
