@@ -15,8 +15,15 @@ namespace fastmeta {
 // stream is null on the CPU.
 // Returns false for "not mine" (needs torch's GEMM, a copy, an unusual dtype): nothing was written. Throws a
 // std::exception on bad arguments, before memory is touched.
-using NativeFunction = bool (*)(const DLTensor* const* tensors, const double* numbers, DLTensor* const* out,
-                                void* stream);
+using Native = bool(const DLTensor* const* tensors, const double* numbers, DLTensor* const* out, void* stream);
+using NativeFunction = Native*;
+
+Native per_example_dot, label_gradient, last_layer_gradient, hessian_vector_product, feature_similarity,
+    finite_difference_labels, masked_adam_;
+// The first four are for at most 32 outputs and no float64.
+namespace cuda {
+Native per_example_dot, label_gradient, last_layer_gradient, hessian_vector_product, masked_adam_;
+}
 
 struct NativeOperator {
   const char* name;

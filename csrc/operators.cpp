@@ -1,7 +1,9 @@
-// Every operator's schema. Argument `loss` is the enum of loss.h; a head (head_weight [C, D], head_bias [C]) stands in
-// for logits [N, C] where both are offered; optional targets are read where the loss's row function reads them.
-// fastmeta/ops/ documents the arguments.
+// Every operator: its schema, and its function of memory on the CPU. Argument `loss` is the enum of loss.h; a head
+// (head_weight [C, D], head_bias [C]) stands in for logits [N, C] where both are offered; optional targets are read
+// where the loss's row function reads them. fastmeta/ops/ documents the arguments.
 #include <torch/csrc/stable/library.h>
+
+#include "native.h"
 
 #ifndef FASTMETA_NAMESPACE
 #define FASTMETA_NAMESPACE fastmeta
@@ -40,3 +42,25 @@ FASTMETA_LIBRARY(FASTMETA_NAMESPACE, m) {
       "masked_adam_(Tensor(a!) table, Tensor index, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor(d!) steps, float lr, float beta1, float beta2, float eps, float? low, float? high) -> ()");
 }
+
+#ifndef FASTMETA_EMULATE
+
+namespace fastmeta {
+
+const NativeOperator* native_operators(int* count) {
+  static constexpr NativeOperator operators[] = {
+      {"per_example_dot", "cpu", 7, 1, 1, per_example_dot},
+      {"label_gradient", "cpu", 7, 2, 1, label_gradient},
+      {"last_layer_gradient", "cpu", 6, 1, 2, last_layer_gradient},
+      {"hessian_vector_product", "cpu", 6, 2, 2, hessian_vector_product},
+      {"feature_similarity", "cpu", 3, 2, 1, feature_similarity},
+      {"finite_difference_labels", "cpu", 4, 2, 1, finite_difference_labels},
+      {"masked_adam_", "cpu", 6, 6, 0, masked_adam_},
+  };
+  *count = static_cast<int>(sizeof(operators) / sizeof(operators[0]));
+  return operators;
+}
+
+}  // namespace fastmeta
+
+#endif

@@ -1,46 +1,18 @@
 // alignment_direction: both running averages and the direction in one pass.
+#ifndef FASTMETA_TARGET
+
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 
-#include "cpu/convert.h"
 #include "cpu/stream.h"
 #include "cpu/tensor_list.h"
+#include "element_types.h"
+
+#define FASTMETA_KERNELS "cpu/alignment_direction.cpp"
+#include "cpu/targets.h"
 
 namespace fastmeta {
-namespace {
-
-// G: type of the gradients and the direction, E: of the averages.
-template <class G, class E>
-struct Align {
-  using W = typename Wide<G>::type;
-  static FASTMETA_INLINE void run(const G* __restrict grad_labeled, const G* __restrict grad_unlabeled,
-                                  E* __restrict ema_labeled, E* __restrict ema_fourth, G* __restrict out,
-                                  const AlignmentNumbers* constants, int64_t count, bool stream) {
-    const W decay = constants->decay, decay_norm = constants->decay_norm, epsilon = constants->epsilon;
-    const W fresh = 1 - constants->decay, fresh_norm = 1 - constants->decay_norm;
-    alignas(64) G direction[kTile];
-    for (int64_t i = 0; i < count; ++i) {
-      const W mean = decay * widen(ema_labeled[i]) + fresh * widen(grad_labeled[i]);
-      const W v = mean - widen(grad_unlabeled[i]);
-      const W square = v * v;
-      const W fourth = decay_norm * widen(ema_fourth[i]) + fresh_norm * (square * square);
-      ema_labeled[i] = narrow<E>(mean);
-      ema_fourth[i] = narrow<E>(fourth);
-      direction[i] = narrow<G>(2 * v / (epsilon + std::sqrt(fourth)));
-    }
-    store(out, direction, count * static_cast<int64_t>(sizeof(G)), stream);
-  }
-};
-
-template <class G, class E>
-void align_tile(char* const (&run)[5], const AlignmentNumbers& constants, int64_t count, bool stream) {
-  run_best<Align<G, E>>(reinterpret_cast<const G*>(run[0]), reinterpret_cast<const G*>(run[1]),
-                        reinterpret_cast<E*>(run[2]), reinterpret_cast<E*>(run[3]), reinterpret_cast<G*>(run[4]),
-                        &constants, count, stream);
-}
-
-}  // namespace
 
 void align(const ListTensor* tensors, size_t count, const AlignmentNumbers& numbers) {
   std::vector<Group<5>> groups;
@@ -54,19 +26,13 @@ void align(const ListTensor* tensors, size_t count, const AlignmentNumbers& numb
   for_each_tile<5>(
       Units<5>(groups), {0b01111, 0b11100},
       [&](size_t g, char* const(&run)[5], int64_t, int64_t count, int64_t) {
-        const bool wide = groups[g].type[2] == ScalarType::Float;
-        switch (groups[g].type[0]) {
-          case ScalarType::Float:
-            return align_tile<float, float>(run, numbers, count, stream);
-          case ScalarType::Double:
-            return align_tile<double, double>(run, numbers, count, stream);
-          case ScalarType::BFloat16:
-            return wide ? align_tile<Bfloat16, float>(run, numbers, count, stream)
-                        : align_tile<Bfloat16, Bfloat16>(run, numbers, count, stream);
-          default:
-            return wide ? align_tile<Float16, float>(run, numbers, count, stream)
-                        : align_tile<Float16, Float16>(run, numbers, count, stream);
-        }
+        with_averages(groups[g].type[0], groups[g].type[2] == ScalarType::Float, [&](auto gradient, auto average) {
+          using G = decltype(gradient);
+          using E = decltype(average);
+          FASTMETA_BEST(align_tile<G, E>)
+          (reinterpret_cast<const G*>(run[0]), reinterpret_cast<const G*>(run[1]), reinterpret_cast<E*>(run[2]),
+           reinterpret_cast<E*>(run[3]), reinterpret_cast<G*>(run[4]), &numbers, count, stream);
+        });
       },
       [stream] { store_fence(stream); });
 }
@@ -89,3 +55,34 @@ void alignment_direction_(const std::vector<Tensor>& grads_labeled, const std::v
 STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) {
   m.impl("alignment_direction_", TORCH_BOX(&fastmeta::alignment_direction_));
 }
+
+#else
+
+#include "cpu/convert.h"
+
+namespace fastmeta::FASTMETA_TARGET {
+
+// G: type of the gradients and the direction, E: of the averages.
+template <class G, class E>
+void align_tile(const G* __restrict grad_labeled, const G* __restrict grad_unlabeled, E* __restrict ema_labeled,
+                E* __restrict ema_fourth, G* __restrict out, const AlignmentNumbers* constants, int64_t count,
+                bool stream) {
+  using W = typename Wide<G>::type;
+  const W decay = constants->decay, decay_norm = constants->decay_norm, epsilon = constants->epsilon;
+  const W fresh = 1 - constants->decay, fresh_norm = 1 - constants->decay_norm;
+  alignas(64) G direction[kTile];
+  for (int64_t i = 0; i < count; ++i) {
+    const W mean = decay * widen(ema_labeled[i]) + fresh * widen(grad_labeled[i]);
+    const W v = mean - widen(grad_unlabeled[i]);
+    const W square = v * v;
+    const W fourth = decay_norm * widen(ema_fourth[i]) + fresh_norm * (square * square);
+    ema_labeled[i] = narrow<E>(mean);
+    ema_fourth[i] = narrow<E>(fourth);
+    direction[i] = narrow<G>(2 * v / (epsilon + std::sqrt(fourth)));
+  }
+  store(out, direction, count * static_cast<int64_t>(sizeof(G)), stream);
+}
+
+}  // namespace fastmeta::FASTMETA_TARGET
+
+#endif

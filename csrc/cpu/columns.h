@@ -1,6 +1,6 @@
 // The row engine for few outputs: the lanes of a vector are rows, an output is a vector. Nothing is padded, softmax and
 // dot products need no sums over lanes, and a weight [C, D] is read as it lies in memory.
-// Included once for each instruction set (kernels.h).
+// Included once for each instruction set (kernels.cpp).
 namespace fastmeta::FASTMETA_TARGET {
 
 constexpr int most_rows = 32;    // of a block, whose results meet its features at once

@@ -1,9 +1,8 @@
 // scale (h_u h_H^T + 1) r_H, in the association order that takes fewer multiplications.
 #include <torch/csrc/stable/library.h>
 
-#include "gemm.h"
-#include "last_layer_tensors.h"
-#include "operators.h"
+#include "buffer.h"
+#include "last_layer.h"
 
 namespace fastmeta {
 

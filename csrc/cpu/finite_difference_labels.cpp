@@ -2,8 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../checks.h"
-#include "last_layer_tensors.h"
-#include "operators.h"
+#include "last_layer.h"
 
 namespace fastmeta {
 
@@ -33,9 +32,10 @@ void run(const View (&logits)[2], const View& labels, double step, bool project,
                                 .outputs = outputs,
                                 .step = static_cast<A>(step),
                                 .project = project};
+  const auto kernel = outputs <= few_outputs ? kernels.step_columns : kernels.step_rows;
   const double operations = static_cast<double>(rows) * (64.0 + 48.0 * static_cast<double>(outputs / kernels.lanes));
   for_chunks(rows, parallel_chunks(rows, operations),
-             [&](int64_t begin, int64_t end, int64_t) { kernels.label_step(label_step, begin, end); });
+             [&](int64_t begin, int64_t end, int64_t) { kernel(label_step, begin, end); });
 }
 
 void check(const View& logits_plus, const View& logits_minus, const View& labels, const View& epsilon, double step) {

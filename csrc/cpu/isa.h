@@ -10,6 +10,7 @@
 #else
 #define FASTMETA_X86 0
 #endif
+#define FASTMETA_INLINE inline __attribute__((always_inline))
 
 namespace fastmeta {
 

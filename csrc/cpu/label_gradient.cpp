@@ -1,8 +1,7 @@
 // scale * t(z_i) with z = h V^T + b.
 #include <torch/csrc/stable/library.h>
 
-#include "last_layer_tensors.h"
-#include "operators.h"
+#include "last_layer.h"
 
 namespace fastmeta {
 

@@ -1,9 +1,11 @@
-// One call of a last-layer operator on memory: a single pass over the rows that multiplies as it goes. What needs
-// torch's GEMM, or a copy first, is in last_layer_tensors.h.
+// A call of a last-layer operator on the CPU: one pass over the rows that multiplies as it goes, or torch's GEMM before
+// or after it.
 #pragma once
 
+#include <array>
+#include <optional>
+
 #include "../last_layer_call.h"
-#include "buffer.h"
 #include "tensors.h"
 
 namespace fastmeta {
@@ -24,26 +26,17 @@ struct OwnProducts {
 // False: a product is torch's GEMM's, or the rows of an operand are not dense; nothing has been written.
 bool run_last_layer(const LastLayerCall& call, DLTensor* const* out);
 
-// The program of a call, and what it points to beside the operands: packed factors and biases.
-template <class A>
-class PackedRows {
- public:
-  RowProgram<A> program;
+using OptionalTensor = std::optional<Tensor>;
 
-  // Throws where a class is out of range. Rows of operands are dense, but for example weights and, without
-  // `multiplies`, features.
-  PackedRows(const LastLayerCall& call, bool multiplies);
-  // Rows [0, rows) of a program, this one or one like it.
-  void run(const RowProgram<A>& program, int64_t rows, int64_t chunks) const;
-  int64_t chunks_of(int64_t rows, int gradients = 0) const;
+// The whole call as torch makes it: tensors in, new tensors out, with any strides and of any size. Of the one or two
+// results the second is an empty vector where a direction without bias leaves none.
+std::array<OptionalTensor, 2> call_last_layer(LastLayerOperands<OptionalTensor> operands, LastLayerCall call);
 
- private:
-  static int64_t packed_size(const LastLayerCall& call, bool multiplies);
-  void pack(const View& weight, Outputs<A>& outputs, A*& place) const;
-  void pack_bias(const View& bias, Outputs<A>& outputs, A*& place) const;
-
-  const RowKernels<A>& kernels_;
-  const Buffer<A> packed_;
-};
+// The tensor itself if the elements of a row lie side by side, else a contiguous copy.
+inline OptionalTensor dense_rows(const OptionalTensor& tensor) {
+  if (!tensor.has_value()) return tensor;
+  const int64_t last = tensor->dim() - 1;
+  return tensor->size(last) <= 1 || tensor->stride(last) == 1 ? tensor : torch::stable::contiguous(*tensor);
+}
 
 }  // namespace fastmeta

@@ -3,8 +3,7 @@
 
 #include <tuple>
 
-#include "last_layer_tensors.h"
-#include "operators.h"
+#include "last_layer.h"
 
 namespace fastmeta {
 

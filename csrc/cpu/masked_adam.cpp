@@ -1,4 +1,6 @@
 // masked_adam_: an Adam step on the rows that `index` names, each once, with the sum of its gradients.
+#ifndef FASTMETA_TARGET
+
 #include "masked_adam.h"
 
 #include <torch/csrc/stable/library.h>
@@ -12,8 +14,8 @@
 #include <type_traits>
 
 #include "cpu/buffer.h"
-#include "cpu/convert.h"
-#include "cpu/operators.h"
+#include "cpu/isa.h"
+#include "element_types.h"
 
 namespace fastmeta {
 namespace {
@@ -149,6 +151,69 @@ struct Task {
   const Settings& settings;
 };
 
+}  // namespace
+}  // namespace fastmeta
+
+#define FASTMETA_KERNELS "cpu/masked_adam.cpp"
+#include "cpu/targets.h"
+
+namespace fastmeta {
+namespace {
+
+void check_rows(const char* index, int64_t stride, int64_t n, int64_t rows) {
+  bool inside = true;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto row = *reinterpret_cast<const uint64_t*>(index + i * stride);  // a negative one is very large
+    inside &= row < static_cast<uint64_t>(rows);
+  }
+  STD_TORCH_CHECK(inside, "index must be rows in [0, ", rows, ")");
+}
+
+template <class T, class S>
+void run_step(const Task& task) {
+  const auto step = FASTMETA_BEST(Step<T, S>::run);
+  const int64_t grain = std::max<int64_t>(1, 8192 / task.columns);
+  if (task.unique.count <= grain) return step(&task, 0, task.unique.count);
+  torch::stable::parallel_for(0, task.unique.count, grain,
+                              [&](int64_t begin, int64_t end) { step(&task, begin, end); });
+}
+
+}  // namespace
+
+bool masked_adam_(const DLTensor* const* tensors, const double* numbers, DLTensor* const*, void*) {
+  const MaskedAdam x(tensors, numbers);
+  const int64_t n = x.index.size(0), columns = x.table.dim() > 1 ? x.table.size(1) : 1;
+  const auto* rows = static_cast<const char*>(x.index.data());
+  const int64_t stride = x.index.stride(0) * static_cast<int64_t>(sizeof(int64_t));
+  check_rows(rows, stride, n, x.table.size(0));
+  if (n == 0 || columns == 0) return true;
+  const Settings settings = {x.lr, x.beta1, x.beta2, x.eps, x.low, x.high, Powers(x.beta1), Powers(x.beta2)};
+  const Rows all = {Matrix(x.table), Matrix(x.exp_avg), Matrix(x.exp_avg_sq), Matrix(x.steps)};
+  const Unique unique(rows, stride, n);
+  const Task task = {all, Matrix(x.grad), columns, unique, settings};
+  const bool wide = x.exp_avg.scalar_type() == ScalarType::Float;
+  with_averages(x.table.scalar_type(), wide,
+                [&](auto entry, auto statistic) { run_step<decltype(entry), decltype(statistic)>(task); });
+  return true;
+}
+
+static void masked_adam_tensors(const Tensor& table, const Tensor& index, const Tensor& grad, const Tensor& exp_avg,
+                                const Tensor& exp_avg_sq, const Tensor& steps, double lr, double beta1, double beta2,
+                                double eps, std::optional<double> low, std::optional<double> high) {
+  MaskedAdamTensors(table, index, grad, exp_avg, exp_avg_sq, steps, lr, beta1, beta2, eps, low, high)
+      .run(masked_adam_, nullptr);
+}
+
+}  // namespace fastmeta
+
+STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) { m.impl("masked_adam_", TORCH_BOX(&fastmeta::masked_adam_tensors)); }
+
+#else
+
+#include "cpu/convert.h"
+
+namespace fastmeta::FASTMETA_TARGET {
+
 template <class T, class W>
 FASTMETA_INLINE void load(const char* from, int64_t stride, auto count, W* __restrict to) {
   if (stride == static_cast<int64_t>(sizeof(T))) {
@@ -191,7 +256,7 @@ struct Step {
     }
   }
 
-  static FASTMETA_INLINE void run(const Task* task, int64_t begin, int64_t end) {
+  static void run(const Task* task, int64_t begin, int64_t end) {
     Lanes lanes;
     for (int64_t u = begin; u < std::min(begin + kAhead, end); ++u) task->rows.prefetch(task->unique.row(u));
     if (task->columns == 1 && is_packed(*task)) {
@@ -257,60 +322,6 @@ struct Step {
   }
 };
 
-void check_rows(const char* index, int64_t stride, int64_t n, int64_t rows) {
-  bool inside = true;
-  for (int64_t i = 0; i < n; ++i) {
-    const auto row = *reinterpret_cast<const uint64_t*>(index + i * stride);  // a negative one is very large
-    inside &= row < static_cast<uint64_t>(rows);
-  }
-  STD_TORCH_CHECK(inside, "index must be rows in [0, ", rows, ")");
-}
+}  // namespace fastmeta::FASTMETA_TARGET
 
-template <class T, class S>
-void run_step(const Task& task) {
-  const int64_t grain = std::max<int64_t>(1, 8192 / task.columns);
-  if (task.unique.count <= grain) return run_best<Step<T, S>>(&task, int64_t{0}, task.unique.count);
-  torch::stable::parallel_for(0, task.unique.count, grain,
-                              [&](int64_t begin, int64_t end) { run_best<Step<T, S>>(&task, begin, end); });
-}
-
-}  // namespace
-
-bool masked_adam_(const DLTensor* const* tensors, const double* numbers, DLTensor* const*, void*) {
-  const MaskedAdam x(tensors, numbers);
-  const int64_t n = x.index.size(0), columns = x.table.dim() > 1 ? x.table.size(1) : 1;
-  const auto* rows = static_cast<const char*>(x.index.data());
-  const int64_t stride = x.index.stride(0) * static_cast<int64_t>(sizeof(int64_t));
-  check_rows(rows, stride, n, x.table.size(0));
-  if (n == 0 || columns == 0) return true;
-  const Settings settings = {x.lr, x.beta1, x.beta2, x.eps, x.low, x.high, Powers(x.beta1), Powers(x.beta2)};
-  const Rows all = {Matrix(x.table), Matrix(x.exp_avg), Matrix(x.exp_avg_sq), Matrix(x.steps)};
-  const Unique unique(rows, stride, n);
-  const Task task = {all, Matrix(x.grad), columns, unique, settings};
-  const bool wide = x.exp_avg.scalar_type() == ScalarType::Float;
-  switch (x.table.scalar_type()) {
-    case ScalarType::Float:
-      run_step<float, float>(task);
-      break;
-    case ScalarType::Double:
-      run_step<double, double>(task);
-      break;
-    case ScalarType::BFloat16:
-      wide ? run_step<Bfloat16, float>(task) : run_step<Bfloat16, Bfloat16>(task);
-      break;
-    default:
-      wide ? run_step<Float16, float>(task) : run_step<Float16, Float16>(task);
-  }
-  return true;
-}
-
-static void masked_adam_tensors(const Tensor& table, const Tensor& index, const Tensor& grad, const Tensor& exp_avg,
-                                const Tensor& exp_avg_sq, const Tensor& steps, double lr, double beta1, double beta2,
-                                double eps, std::optional<double> low, std::optional<double> high) {
-  MaskedAdamTensors(table, index, grad, exp_avg, exp_avg_sq, steps, lr, beta1, beta2, eps, low, high)
-      .run(masked_adam_, nullptr);
-}
-
-}  // namespace fastmeta
-
-STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) { m.impl("masked_adam_", TORCH_BOX(&fastmeta::masked_adam_tensors)); }
+#endif

@@ -1,67 +1,21 @@
 // perturbed: the norm of a direction, theta = saved +- epsilon v in one pass, and the way back.
+#ifndef FASTMETA_TARGET
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "cpu/convert.h"
 #include "cpu/stream.h"
 #include "cpu/tensor_list.h"
+#include "element_types.h"
+
+#define FASTMETA_KERNELS "cpu/perturbed.cpp"
+#include "cpu/targets.h"
 
 namespace fastmeta {
 namespace {
-
-template <class T>
-struct SumOfSquares {
-  static FASTMETA_INLINE void run(const T* __restrict v, int64_t count, double* __restrict sum) {
-    constexpr int lanes = 32;
-    double partial[lanes] = {};
-    int64_t i = 0;
-    for (; i + lanes <= count; i += lanes) {
-      for (int j = 0; j < lanes; ++j) {
-        const double x = widen(v[i + j]);
-        partial[j] += x * x;
-      }
-    }
-    for (int j = 0; i + j < count; ++j) {
-      const double x = widen(v[i + j]);
-      partial[j] += x * x;
-    }
-    double total = 0;
-    for (int j = 0; j < lanes; ++j) total += partial[j];
-    *sum += total;
-  }
-};
-
-// saved <- theta, theta <- theta + factor v.
-template <class T>
-struct SaveAndMove {
-  using W = typename Wide<T>::type;
-  static FASTMETA_INLINE void run(T* __restrict theta, const T* __restrict v, T* __restrict saved, W factor,
-                                  int64_t count, bool stream) {
-    store(saved, theta, count * static_cast<int64_t>(sizeof(T)), stream);
-    for (int64_t i = 0; i < count; ++i) theta[i] = narrow<T>(widen(theta[i]) + factor * widen(v[i]));
-  }
-};
-
-// theta <- saved + factor v.
-template <class T>
-struct Move {
-  using W = typename Wide<T>::type;
-  static FASTMETA_INLINE void run(T* __restrict theta, const T* __restrict v, T* __restrict saved, W factor,
-                                  int64_t count, bool stream) {
-    alignas(backup_align) T moved[kTile];
-    for (int64_t i = 0; i < count; ++i) moved[i] = narrow<T>(widen(saved[i]) + factor * widen(v[i]));
-    store(theta, moved, count * static_cast<int64_t>(sizeof(T)), stream);
-  }
-};
-
-struct Copy {
-  static FASTMETA_INLINE void run(char* to, const char* from, int64_t bytes, bool stream) {
-    store(to, from, bytes, stream);
-  }
-};
 
 // Each group of K tensors, the first of which is the parameter, with its copy in the backup as the last operand.
 template <int K>
@@ -100,16 +54,10 @@ double size_epsilon(const Units<K>& units, double radius) {
       units, {1 << V, 0},
       [&](size_t g, char* const(&run)[K], int64_t, int64_t count, int64_t unit) {
         double* sum = &sums[unit];
-        switch (units.groups[g].type[V]) {
-          case ScalarType::Float:
-            return run_best<SumOfSquares<float>>(reinterpret_cast<const float*>(run[V]), count, sum);
-          case ScalarType::Double:
-            return run_best<SumOfSquares<double>>(reinterpret_cast<const double*>(run[V]), count, sum);
-          case ScalarType::BFloat16:
-            return run_best<SumOfSquares<Bfloat16>>(reinterpret_cast<const Bfloat16*>(run[V]), count, sum);
-          default:
-            return run_best<SumOfSquares<Float16>>(reinterpret_cast<const Float16*>(run[V]), count, sum);
-        }
+        with_element(units.groups[g].type[V], [&](auto zero) {
+          using T = decltype(zero);
+          FASTMETA_BEST(sum_of_squares<T>)(reinterpret_cast<const T*>(run[V]), count, sum);
+        });
       },
       [] {});
   double square = 0;
@@ -117,31 +65,17 @@ double size_epsilon(const Units<K>& units, double radius) {
   return radius / (square == 0 ? 1.0 : std::sqrt(square));
 }
 
-template <class T>
-void move_tile(char* const (&run)[3], double factor, int64_t count, bool save, bool stream) {
-  auto* theta = reinterpret_cast<T*>(run[0]);
-  const auto* v = reinterpret_cast<const T*>(run[1]);
-  auto* saved = reinterpret_cast<T*>(run[2]);
-  const auto wide = static_cast<typename Wide<T>::type>(factor);
-  if (save) return run_best<SaveAndMove<T>>(theta, v, saved, wide, count, stream);
-  run_best<Move<T>>(theta, v, saved, wide, count, stream);
-}
-
 // Of theta, v, saved.
 void move_all(const Units<3>& units, double factor, bool save, bool stream) {
   for_each_tile<3>(
       units, save ? Access{0b011, 0b101} : Access{0b110, 0b001},
       [&](size_t g, char* const(&run)[3], int64_t, int64_t count, int64_t) {
-        switch (units.groups[g].type[0]) {
-          case ScalarType::Float:
-            return move_tile<float>(run, factor, count, save, stream);
-          case ScalarType::Double:
-            return move_tile<double>(run, factor, count, save, stream);
-          case ScalarType::BFloat16:
-            return move_tile<Bfloat16>(run, factor, count, save, stream);
-          default:
-            return move_tile<Float16>(run, factor, count, save, stream);
-        }
+        with_element(units.groups[g].type[0], [&](auto zero) {
+          using T = decltype(zero);
+          const auto kernel = save ? FASTMETA_BEST(save_and_move<T>) : FASTMETA_BEST(move<T>);
+          kernel(reinterpret_cast<T*>(run[0]), reinterpret_cast<const T*>(run[1]), reinterpret_cast<T*>(run[2]),
+                 static_cast<typename Wide<T>::type>(factor), count, stream);
+        });
       },
       [stream] { store_fence(stream); });
 }
@@ -152,7 +86,7 @@ void restore_all(const Units<K>& units, bool stream) {
   for_each_tile<K>(
       units, {1 << (K - 1), 1},
       [&](size_t g, char* const(&run)[K], int64_t, int64_t count, int64_t) {
-        run_best<Copy>(run[0], run[K - 1], count * units.groups[g].element_size[0], stream);
+        store(run[0], run[K - 1], count * units.groups[g].element_size[0], stream);
       },
       [stream] { store_fence(stream); });
 }
@@ -260,3 +194,50 @@ STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) {
   m.impl("perturb_", TORCH_BOX(&fastmeta::perturb_));
   m.impl("perturb_restore_", TORCH_BOX(&fastmeta::perturb_restore_));
 }
+
+#else
+
+#include "cpu/convert.h"
+
+namespace fastmeta::FASTMETA_TARGET {
+
+template <class T>
+void sum_of_squares(const T* __restrict v, int64_t count, double* __restrict sum) {
+  constexpr int lanes = 32;
+  double partial[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    for (int j = 0; j < lanes; ++j) {
+      const double x = widen(v[i + j]);
+      partial[j] += x * x;
+    }
+  }
+  for (int j = 0; i + j < count; ++j) {
+    const double x = widen(v[i + j]);
+    partial[j] += x * x;
+  }
+  double total = 0;
+  for (int j = 0; j < lanes; ++j) total += partial[j];
+  *sum += total;
+}
+
+// saved <- theta, theta <- theta + factor v.
+template <class T>
+void save_and_move(T* __restrict theta, const T* __restrict v, T* __restrict saved, typename Wide<T>::type factor,
+                   int64_t count, bool stream) {
+  store(saved, theta, count * static_cast<int64_t>(sizeof(T)), stream);
+  for (int64_t i = 0; i < count; ++i) theta[i] = narrow<T>(widen(theta[i]) + factor * widen(v[i]));
+}
+
+// theta <- saved + factor v.
+template <class T>
+void move(T* __restrict theta, const T* __restrict v, T* __restrict saved, typename Wide<T>::type factor, int64_t count,
+          bool stream) {
+  alignas(backup_align) T moved[kTile];
+  for (int64_t i = 0; i < count; ++i) moved[i] = narrow<T>(widen(saved[i]) + factor * widen(v[i]));
+  store(theta, moved, count * static_cast<int64_t>(sizeof(T)), stream);
+}
+
+}  // namespace fastmeta::FASTMETA_TARGET
+
+#endif

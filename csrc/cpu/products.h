@@ -1,5 +1,5 @@
 // The two small matrix products of a block of rows: features times a packed factor, and rows^T times features.
-// Included once for each instruction set (kernels.h).
+// Included once for each instruction set (kernels.cpp).
 namespace fastmeta::FASTMETA_TARGET {
 
 // 32 vector registers hold 16 accumulators and their operands, 16 registers hold 8.

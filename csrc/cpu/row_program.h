@@ -92,10 +92,13 @@ struct RowKernels {
                A* packed);
   // dst [n rounded up to whole vectors] = row 0 of src [1, n], 0 beyond n.
   void (*widen)(const Matrix& src, int64_t n, A* dst);
-  // Runs rows [begin, end) as chunk `chunk`, which owns a slice of the gradient and of the column sums.
-  void (*run)(const RowProgram<A>& program, int64_t begin, int64_t end, int64_t chunk);
+  // Each runs rows [begin, end) as chunk `chunk`, which owns a slice of the gradient and of the column sums. The second
+  // is for at most `few_outputs`.
+  void (*run_rows)(const RowProgram<A>& program, int64_t begin, int64_t end, int64_t chunk);
+  void (*run_columns)(const RowProgram<A>& program, int64_t begin, int64_t end, int64_t chunk);
   void (*combine)(const Combination<A>& combination, int64_t begin, int64_t end);
-  void (*label_step)(const LabelStep<A>& step, int64_t begin, int64_t end);
+  void (*step_rows)(const LabelStep<A>& step, int64_t begin, int64_t end);
+  void (*step_columns)(const LabelStep<A>& step, int64_t begin, int64_t end);
 };
 
 // The kernels of this processor's best instruction set.

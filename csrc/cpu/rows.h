@@ -1,5 +1,5 @@
 // The row engine for more than a few outputs: a block of rows at a time, operands in, a row function, results out;
-// nothing [N, C] in between. Included once for each instruction set (kernels.h).
+// nothing [N, C] in between. Included once for each instruction set (kernels.cpp).
 namespace fastmeta::FASTMETA_TARGET {
 
 // Scratch memory of a block of rows, all [block, padded] unless said otherwise.

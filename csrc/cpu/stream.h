@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/multiversion.h"
+#include "cpu/isa.h"
 
 #if FASTMETA_X86
 #include <emmintrin.h>

@@ -1,9 +1,11 @@
-// From tensors to the matrices the kernels read, and torch's thread pool.
+// From tensors to the matrices the kernels read, torch's thread pool, and torch's GEMM for what the row engine does not
+// multiply itself.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 
 #include "../view.h"
 #include "isa.h"
@@ -70,6 +72,27 @@ void run_combination(const Combination<A>& combination) {
       2.0 * static_cast<double>(combination.chunks * combination.rows * combination.columns / kernels.lanes);
   for_chunks(combination.rows, parallel_chunks(combination.rows, operations),
              [&](int64_t begin, int64_t end, int64_t) { kernels.combine(combination, begin, end); });
+}
+
+// a [n, k] b [k, m] by torch's GEMM.
+inline Tensor gemm(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+// What torch's GEMM gets. Its float16 product is slow on CPUs, and so is its bfloat16 one without the instruction.
+inline Tensor gemm_operand(const Tensor& matrix) {
+  const ScalarType type = matrix.scalar_type();
+  const bool widen = type == ScalarType::Half || (type == ScalarType::BFloat16 && !has_bfloat16_products());
+  return widen ? torch::stable::to(matrix, ScalarType::Float) : matrix;
+}
+
+// Rows [first, first + n).
+inline Tensor rows_of(Tensor matrix, int64_t first, int64_t n) {
+  return n == matrix.size(0) ? matrix : torch::stable::narrow(matrix, 0, first, n);
 }
 
 }  // namespace fastmeta

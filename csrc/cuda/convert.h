@@ -2,31 +2,23 @@
 #pragma once
 
 #include "cuda/launch.h"
+#include "element_types.h"
 
 #ifdef FASTMETA_EMULATE
+#define FASTMETA_TARGET scalar
 #include "cpu/convert.h"
+#undef FASTMETA_TARGET
+
+namespace fastmeta {
+using scalar::narrow;
+using scalar::widen;
+}  // namespace fastmeta
+
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 namespace fastmeta {
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-// What a type is computed in.
-template <class T>
-struct Wide {
-  using type = float;
-};
-template <>
-struct Wide<double> {
-  using type = double;
-};
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }

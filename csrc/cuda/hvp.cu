@@ -1,6 +1,5 @@
 // (w c(z))^T h + damping V and sum_i w_i c(z_i) + damping b with z = h V^T + b, for at most 32 outputs.
 #include "cuda/narrow_gradient.h"
-#include "cuda/operators.h"
 
 namespace fastmeta {
 

@@ -1,6 +1,5 @@
 // scale * t(z_i) with z = h V^T + b, for at most 32 outputs.
 #include "cuda/narrow_rows.h"
-#include "cuda/operators.h"
 
 namespace fastmeta {
 

@@ -1,6 +1,5 @@
 // (w r)^T h and the sum of w r, for at most 32 outputs.
 #include "cuda/narrow_gradient.h"
-#include "cuda/operators.h"
 
 namespace fastmeta {
 

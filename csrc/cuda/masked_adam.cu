@@ -9,7 +9,6 @@
 #include <limits>
 
 #include "cuda/convert.h"
-#include "cuda/operators.h"
 
 namespace fastmeta {
 namespace {

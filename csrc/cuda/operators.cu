@@ -1,4 +1,4 @@
-#include "cuda/operators.h"
+#include "native.h"
 
 extern "C" __attribute__((visibility("default"))) const fastmeta::NativeOperator* fastmeta_cuda_operators(int* count) {
   using namespace fastmeta::cuda;

@@ -1,12 +1,41 @@
-// All kernels of one instruction set and the table of them. Included by kernels_<set>.cpp after the target is switched
-// on; the ordinary headers come before it (kernel_headers.h), so nothing they define is compiled for that set.
+// The row kernels, for each instruction set, and the table of those of this processor.
+#ifndef FASTMETA_TARGET
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/buffer.h"
+#include "cpu/row_program.h"
+#include "element_types.h"
+#include "loss.h"
+
+#define FASTMETA_KERNELS "cpu/kernels.cpp"
+#include "cpu/targets.h"
+
+namespace fastmeta {
+
+template <class A>
+const RowKernels<A>& row_kernels() {
+  return FASTMETA_BEST(kernels<A>)();
+}
+
+template const RowKernels<float>& row_kernels<float>();
+template const RowKernels<double>& row_kernels<double>();
+
+}  // namespace fastmeta
+
+#else
+
 // clang-format off
-#include "vec.h"
-#include "../losses.h"
-#include "elements.h"
-#include "products.h"
-#include "rows.h"
-#include "columns.h"
+#include "cpu/convert.h"
+#include "cpu/vec.h"
+#include "losses.h"
+#include "cpu/products.h"
+#include "cpu/rows.h"
+#include "cpu/columns.h"
 // clang-format on
 
 namespace fastmeta::FASTMETA_TARGET {
@@ -16,12 +45,13 @@ int64_t whole_vectors(int64_t n) {
   return (n + lanes<A> - 1) / lanes<A> * lanes<A>;
 }
 
+// A number of any type; of float16 the instruction is faster than the integer arithmetic.
 template <class A, class T>
-FASTMETA_INLINE A scalar_at(const T* p) {
-  if constexpr (std::is_floating_point_v<T>) {
-    return *p;
-  } else {
+FASTMETA_INLINE A number_at(const T* p) {
+  if constexpr (std::is_same_v<T, Float16>) {
     return widen(Bits16{} + p->bits, T{})[0];
+  } else {
+    return widen(*p);
   }
 }
 
@@ -37,7 +67,7 @@ void pack_of(const T* source, int64_t stride, int64_t rows, int64_t padded, int6
     const int64_t count = rows - k * lanes<A> < lanes<A> ? rows - k * lanes<A> : lanes<A>;
     for (int64_t column = begin; column < end; ++column) {
       A* out = panel + column * width;
-      for (int64_t r = 0; r < count; ++r) out[r] = scalar_at<A>(row + r * stride + column);
+      for (int64_t r = 0; r < count; ++r) out[r] = number_at<A>(row + r * stride + column);
       for (int64_t r = count; r < lanes<A>; ++r) out[r] = 0;
     }
   }
@@ -50,7 +80,7 @@ void pack(const Matrix& source, int64_t rows, int64_t padded, int64_t columns, i
   } else if (source.element == Element::float32) {
     pack_of<A>(static_cast<const float*>(source.data), source.stride, rows, padded, columns, begin, end, packed);
   } else if (source.element == Element::bfloat16) {
-    pack_of<A>(static_cast<const BFloat16*>(source.data), source.stride, rows, padded, columns, begin, end, packed);
+    pack_of<A>(static_cast<const Bfloat16*>(source.data), source.stride, rows, padded, columns, begin, end, packed);
   } else {
     pack_of<A>(static_cast<const Float16*>(source.data), source.stride, rows, padded, columns, begin, end, packed);
   }
@@ -83,18 +113,9 @@ void combine(const Combination<A>& c, int64_t begin, int64_t end) {
 }
 
 template <class A>
-void label_step(const LabelStep<A>& s, int64_t begin, int64_t end) {
-  s.outputs <= few_outputs ? step_columns(s, begin, end) : step_rows(s, begin, end);
-}
-
-template <class A>
-void run(const RowProgram<A>& p, int64_t begin, int64_t end, int64_t chunk) {
-  p.outputs <= few_outputs ? run_columns(p, begin, end, chunk) : run_rows(p, begin, end, chunk);
-}
-
-template <class A>
 const RowKernels<A>& kernels() {
-  static constexpr RowKernels<A> table{lanes<A>, pack<A>, widen_row<A>, run<A>, combine<A>, label_step<A>};
+  static constexpr RowKernels<A> table{lanes<A>,       pack<A>,    widen_row<A>, run_rows<A>,
+                                       run_columns<A>, combine<A>, step_rows<A>, step_columns<A>};
   return table;
 }
 
@@ -102,3 +123,5 @@ template const RowKernels<float>& kernels<float>();
 template const RowKernels<double>& kernels<double>();
 
 }  // namespace fastmeta::FASTMETA_TARGET
+
+#endif
