@@ -30,6 +30,7 @@ LAYERS = (
 )
 EXCEPTIONS = {
     "fastmeta._extension imports fastmeta": "for its __path__ alone, where the Triton kernels are added",
+    "fastmeta.dispatch imports fastmeta.triton_kernels._launch": "once Triton is chosen",
     "fastmeta.ops.solve.conjugate_gradient imports fastmeta.triton_kernels.conjugate_gradient": "once Triton is chosen",
 }
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
