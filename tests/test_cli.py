@@ -32,7 +32,7 @@ COMPARED = ("none", "l2i", "example-weights", "label-gradient-alignment", "imput
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     out = tmp_path_factory.mktemp("compare")
-    arguments = ("compare", "--steps", 12, "--seeds", 2, "--workers", 2, "--out", out, "--methods", *COMPARED)
+    arguments = ("compare", "--steps", 4, "--seeds", 2, "--workers", 2, "--out", out, "--methods", *COMPARED)
     return arguments, out, run(*arguments)
 
 
@@ -87,9 +87,9 @@ def test_the_same_command_trains_nothing_again(comparison):
 
 def test_other_settings_in_the_same_folder_are_refused(comparison):
     _, out, _ = comparison
-    refused = run("compare", "--steps", 13, "--seeds", 1, "--out", out)
+    refused = run("compare", "--steps", 5, "--seeds", 1, "--out", out)
     assert refused.returncode == 2
-    assert "steps=12 (now 13); give another --out" in refused.stderr
+    assert "steps=4 (now 5); give another --out" in refused.stderr
 
 
 def wait_for(condition, process, seconds=60):
@@ -129,7 +129,7 @@ def test_ctrl_c_leaves_a_readable_partial_result_and_the_same_command_goes_on(tm
 
 
 def test_a_killed_process_resumes_bit_for_bit(tmp_path):
-    settings = ("train", "--method", "l2i", "--steps", 40, "--checkpoint-every", 2, "--evaluate-every", 7)
+    settings = ("train", "--method", "l2i", "--steps", 16, "--checkpoint-every", 2, "--evaluate-every", 7)
     whole = run(*settings, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     killed = tmp_path / "killed" / "runs" / "fixmatch" / "l2i" / "seed-0"

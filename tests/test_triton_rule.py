@@ -1,9 +1,7 @@
 """The stated rule of the forms: what it picks, how it is overruled, and what it picks of what was measured."""
 
 import json
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -36,13 +34,13 @@ def test_force():
         pass
 
 
-def test_the_limit_of_slabs_is_read_from_the_environment():
-    script = "from fastmeta.triton_kernels import _rule; print(_rule.slab_rows(10**6, 1 << 20))"
-    for given, rows in ((None, 256), ("3", 3)):
-        environment = {name: value for name, value in os.environ.items() if name != "FASTMETA_SLAB_MB"}
-        environment |= {"FASTMETA_SLAB_MB": given} if given else {}
-        found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-        assert found.stdout.split() == [str(rows)], found.stderr
+@pytest.mark.parametrize(("given", "rows"), [(None, 256), ("3", 3)])
+def test_the_limit_of_slabs_is_read_from_the_environment(monkeypatch, given, rows):
+    monkeypatch.delenv("FASTMETA_SLAB_MB", raising=False)
+    if given is not None:
+        monkeypatch.setenv("FASTMETA_SLAB_MB", given)
+    again = runpy.run_path(_rule.__file__)  # a module of its own: the variable is read when it is imported
+    assert again["slab_rows"](10**6, 1 << 20) == rows
 
 
 def test_the_choice_among_what_was_measured():
