@@ -142,7 +142,7 @@ def test_implicit_imputation_is_the_implicit_function_theorem(generator, net, ho
     v = torch.linalg.solve(hessian + damping * torch.eye(len(g), dtype=g.dtype), g)
     z = step.labels.detach().requires_grad_()
     theta = {name: value.requires_grad_() for name, value in trainable(step.model).items()}
-    value = problem.base(theta, z)
+    value = problem.inner_loss(theta, z)
     inner = torch.autograd.grad(value, [theta[name] for name in names], create_graph=True, materialize_grads=True)
     dz = torch.autograd.grad(-(torch.cat([part.flatten() for part in inner]) @ v), z)[0]
     assert_close(step.of_loss(refined.loss), step.pulled_back(dz))

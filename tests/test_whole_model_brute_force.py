@@ -204,7 +204,7 @@ def test_dense_hessian_and_influence_weights(draw, name):
     def gradient(t: float) -> Tensor:
         moved = {n: theta[n] + t * v[n] if n in v else p for n, p in theta.items()}
         moved = {n: p.clone().requires_grad_() for n, p in moved.items()}
-        grads = torch.autograd.grad(problem.base(moved), [moved[n] for n in names])
+        grads = torch.autograd.grad(problem.inner_loss(moved), [moved[n] for n in names])
         return torch.cat([g.flatten() for g in grads])
 
     assert_close(hessian @ flatten(v), richardson(gradient), 1e-7)

@@ -254,7 +254,7 @@ def dense_hessian(problem: Bilevel, names: tuple[str, ...] | None = None) -> Ten
     """Hessian of the inner loss at theta over the named parameters (None: all), ordered as ``flatten``. ``[P, P]``."""
     theta = _leaves(trainable(problem.model))
     moving = theta if names is None else {name: theta[name] for name in names}
-    gradient = flatten(_gradient(problem.base(theta), moving, create_graph=True))
+    gradient = flatten(_gradient(problem.inner_loss(theta), moving, create_graph=True))
     return torch.stack([flatten(_gradient(entry, moving)) for entry in gradient])
 
 

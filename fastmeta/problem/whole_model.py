@@ -100,7 +100,7 @@ class WholeModelProblem(ProblemBase):
         """Imputed labels ``z [N, C]``, those of the start of the inner steps."""
         if self.start is not None:
             return self.start.labels
-        if isinstance(self.impute, Tensor):
+        if not callable(self.impute):
             return self.impute
         if self.seen.labels is None:
             self.seen.labels = self.impute(self.logits)
