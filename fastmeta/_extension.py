@@ -1,4 +1,4 @@
-"""Loads the compiled kernels, or says once how to build them."""
+"""Loads the compiled kernels, or says once how to build them; and where the plans of their calls are kept."""
 
 import contextlib
 import ctypes
@@ -122,7 +122,7 @@ _MOST_PLANS = 4096
 _every_entry: list[Any] = []
 
 
-def plans(name: str, programs_on: str = "cuda") -> Any:
+def new_entry(name: str, programs_on: str = "cuda") -> Any:
     """An entry: called with an operator's arguments, it runs the native function or the plan that serves them.
 
     It answers NotImplemented where there is none.

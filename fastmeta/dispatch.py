@@ -125,7 +125,7 @@ class Operator:
         self.name = name
         self.triton = triton
         self.numbers = numbers
-        self.entry: Any = _extension.plans(name) if numbers else None
+        self.entry: Any = _extension.new_entry(name) if numbers else None
         self._kernels: dict[tuple[str, str | None], Kernel] = {}
         self._dispatched: Kernel | None = None
         # What the dispatcher takes for a device; other names cannot be seen by it.
@@ -226,7 +226,7 @@ class Operator:
         if self.entry.native[1]:
             found["cpu" if _extension.EMULATED else "cuda", "cuda"] = self._narrow
         if _extension.TRITON_REASON is None:
-            found["cpu" if _extension.INTERPRETED else "cuda", "triton"] = self.planned(_extension.plans(self.name))
+            found["cpu" if _extension.INTERPRETED else "cuda", "triton"] = self.planned(_extension.new_entry(self.name))
         if not _extension.INTERPRETED and found.keys() & {("cuda", "cuda"), ("cuda", "triton")}:
             found["cuda", None] = self._automatic(found)
         return found

@@ -110,7 +110,7 @@ def hooks() -> None:
 
 def entries() -> None:
     """A kept program is run for its layout and for no other."""
-    entry = _extension.plans("finite_difference_labels", "cpu")
+    entry = _extension.new_entry("finite_difference_labels", "cpu")
     f, epsilon = torch.rand(16, 8), torch.ones(())
     arguments = (f, f, f, epsilon, 0.5, True)
     expect(entry(*arguments) is NotImplemented, "nothing is kept yet")

@@ -37,7 +37,7 @@ def listener(*, src, metadata, metadata_group, times, cache_hit):
 triton.knobs.compilation.listener = listener
 x = torch.rand(64, 100)
 name = "finite_difference_labels"
-OPERATORS[name].planned(_extension.plans(name, "cpu"))(x, x, x, torch.tensor(0.5), 0.5, True)
+OPERATORS[name].planned(_extension.new_entry(name, "cpu"))(x, x, x, torch.tensor(0.5), 0.5, True)
 print(json.dumps(hits))
 """
 
