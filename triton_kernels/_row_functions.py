@@ -26,6 +26,10 @@ MSE: tl.constexpr = tl.constexpr(LOSSES["mse"])
 MSE_PROBS: tl.constexpr = tl.constexpr(LOSSES["mse_probs"])
 MSE_TANH: tl.constexpr = tl.constexpr(LOSSES["mse_tanh"])
 HUBER: tl.constexpr = tl.constexpr(LOSSES["huber"])
+# Triton compares the globals of a kernel with copies of them at every call: plain values, no objects.
+_HAS_SOFTMAX = tuple(loss.has_softmax for loss in BY_CODE)
+_LABEL_TANGENT_READS_TARGETS = tuple(loss.label_tangent_reads_targets for loss in BY_CODE)
+_CURVATURE_READS_TARGETS = tuple(loss.curvature_reads_targets for loss in BY_CODE)
 # What a row becomes.
 DOT: tl.constexpr = tl.constexpr(0)  # <r, z>
 LABEL_TANGENT: tl.constexpr = tl.constexpr(1)
@@ -36,15 +40,15 @@ CURVATURE: tl.constexpr = tl.constexpr(3)
 @triton.constexpr_function
 def has_softmax(loss):
     """Whether a row's entries depend on each other."""
-    return BY_CODE[loss].has_softmax
+    return _HAS_SOFTMAX[loss]
 
 
 @triton.constexpr_function
 def reads_targets(loss, function):
     """Whether what a row becomes depends on its targets."""
     if function == LABEL_TANGENT:
-        return BY_CODE[loss].label_tangent_reads_targets
-    return function != CURVATURE or BY_CODE[loss].curvature_reads_targets
+        return _LABEL_TANGENT_READS_TARGETS[loss]
+    return function != CURVATURE or _CURVATURE_READS_TARGETS[loss]
 
 
 @triton.jit
