@@ -179,7 +179,7 @@ def test_normalized_gap_of_one_layer_is_that_of_the_model(draw, layer, problem):
 
 COUNTED = {
     "label gradient": lambda: LabelGradient("cross_entropy", rate=0.3),
-    "label gradient without a kernel": lambda: LabelGradient("mse_tanh", rate=0.3),
+    "label gradient that reads the labels": lambda: LabelGradient("mse_tanh", rate=0.3),
     "feature similarity": lambda: FeatureSimilarity(rate=0.3, reduction="mean"),
     "finite difference": lambda: FiniteDifference(rate=0.3),
     "example weights": lambda: ExampleWeightGradient(rate=0.3, reduction="mean"),
