@@ -4,34 +4,25 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import tyro
 
 from fastmeta.training.compare import CompareConfig, compare, grid
 from fastmeta.training.config import RunConfig
 from fastmeta.training.doctor import doctor
+from fastmeta.training.recipes import BASE_RECIPES, METHODS
 from fastmeta.training.train import ConfigMismatch
 from fastmeta.training.workers import WorkerError
 
-Base = Literal["supervised", "pseudo-label", "mean-teacher", "fixmatch", "vat"]
-Method = Literal[
-    "none",
-    "l2i",
-    "meta-gradient",
-    "example-weights",
-    "label-gradient-alignment",
-    "aligned-imputation",
-    "implicit-imputation",
-    "impute-and-weight",
-    "l2i-alternating",
-    "l2i-jvp",
-    "l2i-jvp-alternating",
-    "meta-gradient-jvp",
-    "meta-gradient-finite-difference",
-]
-BASES: tuple[Base, ...] = get_args(Base)
-METHODS: tuple[Method, ...] = get_args(Method)[:8]  # with the features of the base's own forward, last layer alone
+if TYPE_CHECKING:
+    Base: TypeAlias = str
+    Method: TypeAlias = str
+else:
+    Base = tyro.extras.literal_type_from_choices(list(BASE_RECIPES))
+    Method = tyro.extras.literal_type_from_choices(list(METHODS))
+# With the features of the base's own forward and the last layer alone.
+DEFAULT_METHODS = tuple(name for name, recipe in METHODS.items() if recipe.passes == "shared")
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class Compare:
 
     base: Base = "fixmatch"
     """Base algorithm."""
-    methods: tuple[Method, ...] = METHODS
+    methods: tuple[Method, ...] = DEFAULT_METHODS
     """Methods on top of it; the base alone ("none") is always among them."""
     labels: int = 1
     """Labeled images per class."""
@@ -67,13 +58,13 @@ class Compare:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         bases: tuple[Base, ...] = (self.base,)
-        methods: list[Method] = [method for method in get_args(Method) if method == "none" or method in self.methods]
+        methods: list[Method] = [method for method in METHODS if method == "none" or method in self.methods]
         if self.full:
-            if self.base != "fixmatch" or self.methods != METHODS:
+            if self.base != "fixmatch" or self.methods != DEFAULT_METHODS:
                 raise ValueError("full must be given without base and methods: it compares all of them")
-            bases = BASES
+            bases = tuple(BASE_RECIPES)
         elif self.base == "supervised":
-            if self.methods not in (METHODS, ("none",)):
+            if self.methods not in (DEFAULT_METHODS, ("none",)):
                 chosen = " ".join(self.methods)
                 raise ValueError(f"methods must be none for base supervised (it imputes no labels), got {chosen}")
             methods = ["none"]

@@ -18,9 +18,9 @@ class RunConfig:
     """
 
     base: str = "fixmatch"
-    """Base algorithm: supervised, pseudo-label, mean-teacher, fixmatch or vat (virtual adversarial training)."""
+    """Base algorithm; vat is virtual adversarial training."""
     method: str = "none"
-    """Method on top of it: none, l2i, meta-gradient, example-weights or label-gradient-alignment."""
+    """Method on top of it."""
     labels: int = 1
     """Labeled images per class."""
     seed: int = 0
