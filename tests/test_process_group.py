@@ -267,7 +267,7 @@ def problems(draw: Draw) -> Iterator[Case]:
     # bound: only the first two iterates can be compared digit for digit, and pcg's, with the inverse of a singular
     # preconditioner, not even they.
     problem = make(draw, 4, 9, 3)
-    for loss in LOSSES:
+    for loss in [loss for loss in LOSSES if loss != "huber"]:  # whose curvature is 0 in some rows: refused
         for on_gpu in (False, True):
             options = {"loss": loss, "damping": 0.0, "solver": "cg", "tol": 1e-3, "max_iter": 2}
             flags = {"bias": True, "weighted": True, "on_gpu": on_gpu}
