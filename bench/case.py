@@ -1,4 +1,4 @@
-"""What is measured, as data: a case makes a problem in a dtype on a device, a problem has variants that solve it."""
+"""What is measured, as data: a case makes a workload in a dtype on a device, a workload has variants that solve it."""
 
 import contextlib
 import functools
@@ -39,7 +39,7 @@ class Variant:
     check: Callable[[], Any] | None = None  # a call that returns the result, where `call` does not
     graph: bool = True  # whether a CUDA graph can hold the call: it reads nothing back to the host
     around: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered around its calls
-    examples: int | None = None  # how many of the problem's examples it handles, when not all of them
+    examples: int | None = None  # how many of the workload's examples it handles, when not all of them
     describe: Callable[[Any], dict[str, Any]] | None = None  # what to record of the result, e.g. iterations
     note: str = ""
 
@@ -94,7 +94,7 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Problem:
+class Workload:
     """Variants of one computation, the truth they are held to, and what it costs at least."""
 
     variants: list[Variant]
@@ -110,7 +110,7 @@ class Case:
 
     operator: str
     label: str  # the shape, and what else tells it apart
-    build: Callable[[torch.dtype, str], Problem]  # in a dtype on a device
+    build: Callable[[torch.dtype, str], Workload]  # in a dtype on a device
     dtypes: tuple[torch.dtype, ...] = BOTH
     main: str = "fastmeta"  # the variant that the others are compared with
     note: str = ""
@@ -225,7 +225,7 @@ def compiled(function: Function, mode: str | None = None) -> Function:
     return torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
 
 
-def problem_on_sets(
+def workload_on_sets(
     ours: Function,
     forms: Sequence[Form],
     eager: Sequence[tuple[str, Function]],
@@ -236,7 +236,7 @@ def problem_on_sets(
     dtype: torch.dtype,
     device: str,
     row_bytes: float = 0.0,
-) -> Problem:
+) -> Workload:
     """Ours in each form, each eager formula, and the first of those in each mode of ``torch.compile``.
 
     All take the ``arguments`` of a seed, ours also ``impl``; calls rotate over sets of them where the device has a
@@ -262,4 +262,4 @@ def problem_on_sets(
     moved = read + result_bytes
     cost = Cost(sum(gemm.flops for gemm in products), moved, len(sets) * moved, products, row_bytes)
     truth = functools.cache(partial(error, first))  # computed when the first result is held to it
-    return Problem(found, lambda result: truth()(result), cost, TOLERANCE[dtype], len(first[0]))
+    return Workload(found, lambda result: truth()(result), cost, TOLERANCE[dtype], len(first[0]))

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from bench.case import Case, Problem, Variant, dtype_name, l2_bytes
+from bench.case import Case, Variant, Workload, dtype_name, l2_bytes
 from bench.clock import Clock, Timing, ensure_healthy, interleave, reason_of
 from bench.floors import Products
 from bench.rows import GRAPH_BELOW_US, Row
@@ -60,18 +60,18 @@ def measure_case(
     running: Running = []
     for dtype in dtypes:
         announce("inputs")
-        problem = case.build(dtype, clock.device)
+        workload = case.build(dtype, clock.device)
         record = new_record(case, dtype) | {"note": case.note, "variants": []}
-        for variant in problem.variants:
+        for variant in workload.variants:
             announce(variant.name)
             reason = (left_out or {}).get(variant.name)
             entry: Row = {"name": variant.name, "role": variant.role, "note": variant.note}
-            entry |= {"status": "left out", "reason": reason} if reason else _checked(problem, variant, clock)
+            entry |= {"status": "left out", "reason": reason} if reason else _checked(workload, variant, clock)
             record["variants"].append(entry)
             if entry["status"] == "measured":
                 running.append((entry, variant))
         announce("products alone")
-        record["cost"] = _cost(problem, dtype, clock, products)
+        record["cost"] = _cost(workload, dtype, clock, products)
         records.append(record)
     announce("timing")
     for (entry, variant), timing in zip(running, _interleave(running, clock, settings), strict=True):
@@ -99,12 +99,12 @@ def _interleave(running: Running, clock: Clock, settings: Settings) -> list[Timi
     return interleave([variant for _, variant in running], sampler=clock.sampler, **asdict(settings))
 
 
-def _checked(problem: Problem, variant: Variant, clock: Clock) -> Row:
+def _checked(workload: Workload, variant: Variant, clock: Clock) -> Row:
     """The first call: its error against float64, and why the variant is left out, if it is."""
     try:
         with variant.entered():
             result = variant.result()
-            found: Row = {"error": problem.error(result), "tolerance": problem.tolerance}
+            found: Row = {"error": workload.error(result), "tolerance": workload.tolerance}
             found |= variant.describe(result) if variant.describe else {}
             if variant.role == "fastmeta":
                 found["host_syncs"] = clock.host_syncs(variant.call)
@@ -112,9 +112,9 @@ def _checked(problem: Problem, variant: Variant, clock: Clock) -> Row:
         ensure_healthy(clock.device)
         return {"status": "failed", "reason": reason_of(error)}
     if variant.examples is not None:
-        found["extrapolated"] = {"measured_examples": variant.examples, "all_examples": problem.num_examples}
-    if not found["error"] <= problem.tolerance:
-        reason = f"error {found['error']:.1e} against float64, over {problem.tolerance:.1e}"
+        found["extrapolated"] = {"measured_examples": variant.examples, "all_examples": workload.num_examples}
+    if not found["error"] <= workload.tolerance:
+        reason = f"error {found['error']:.1e} against float64, over {workload.tolerance:.1e}"
         return found | {"status": "wrong", "reason": reason}
     return found | {"status": "measured"}
 
@@ -154,8 +154,8 @@ def _graphs(running: Running, clock: Clock, settings: Settings, announce: Announ
         entry["graph_p20_p80_us"] = [q / calls for q in timing.quantiles_us(5)]
 
 
-def _cost(problem: Problem, dtype: torch.dtype, clock: Clock, products: Products) -> Row:
-    cost = problem.cost
+def _cost(workload: Workload, dtype: torch.dtype, clock: Clock, products: Products) -> Row:
+    cost = workload.cost
     spread = cost.bytes if cost.working_set is None else cost.working_set
     return {
         **{name: getattr(cost, name) for name in ("flops", "bytes", "working_set", "row_bytes")},

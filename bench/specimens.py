@@ -20,7 +20,7 @@ CLASSES = (10, 20, 50, 100, 200, 400, 1000, 2000, 4000, 8000, 30522)
 LARGE = (10, 1000, 30522)
 
 
-class Variant(NamedTuple):
+class Specimen(NamedTuple):
     """What a call has beside its shape."""
 
     loss: str = "mse_probs"  # the most to hold: the others have parts of its row functions
@@ -47,7 +47,7 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor
     return torch.empty(math.prod(shape[:-1]) * columns + 1, dtype=dtype, device="meta").as_strided(shape, strides, 1)
 
 
-def arguments(operator: str, shape: tuple[int, int, int], dtype: torch.dtype, variant: Variant) -> tuple[Any, ...]:
+def arguments(operator: str, shape: tuple[int, int, int], dtype: torch.dtype, variant: Specimen) -> tuple[Any, ...]:
     """The arguments of the registered schema (csrc/operators.cpp)."""
     n, d, c = shape
 
@@ -86,24 +86,24 @@ def _arithmetic(name: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def calls(operator: str, quick: bool) -> Iterator[tuple[str, tuple[int, int, int], Variant]]:
+def calls(operator: str, quick: bool) -> Iterator[tuple[str, tuple[int, int, int], Specimen]]:
     """Arithmetic, shape and variant: the heaviest in every tile; the other losses and layouts; what is measured."""
     losses = operator not in ("feature_similarity", "finite_difference_labels")
     heads = (False, True) if losses and operator != "hessian_vector_product" else (False,)
-    heavy = [Variant(head=head, aligned=aligned) for head in heads for aligned in (True, False)]
+    heavy = [Specimen(head=head, aligned=aligned) for head in heads for aligned in (True, False)]
     shapes = [(256, 128, c) for c in (CLASSES[::3] if quick else CLASSES)] + [(8192, 2048, c) for c in LARGE]
     for arithmetic in ("float32", "bfloat16") if quick else DTYPES:
         yield from ((arithmetic, *one) for one in itertools.product(shapes, heavy))
     if quick:
         return
-    light = [Variant(extras=False), Variant(extras=False, aligned=False)]
+    light = [Specimen(extras=False), Specimen(extras=False, aligned=False)]
     if losses:
         light += [
-            Variant(loss, head, not classes, classes, aligned)
+            Specimen(loss, head, not classes, classes, aligned)
             for loss, head, classes, aligned in itertools.product(LOSSES, heads, (False, True), (True, False))
         ]
     yield from (("bfloat16", *one) for one in itertools.product([(256, 128, 20), (256, 128, 4000)], light))
-    measured = [Variant("cross_entropy", head, classes=head) for head in heads]
+    measured = [Specimen("cross_entropy", head, classes=head) for head in heads]
     for arithmetic in ("float32", "bfloat16"):
         yield from ((arithmetic, *one) for one in itertools.product(SHAPES["cuda"], measured))
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.case import Case, Problem, Variant, dtype_name
+from bench.case import Case, Variant, Workload, dtype_name
 from bench.ops import cases
 
 
@@ -21,17 +21,17 @@ RUNS = [pytest.param(case, dtype, id=name(case, dtype)) for case in CASES for dt
 SMALLEST = {case.operator: case for case in reversed(CASES)}
 
 
-def assert_right(problem: Problem, variant: Variant) -> None:
+def assert_right(workload: Workload, variant: Variant) -> None:
     with variant.entered():
-        error = problem.error(variant.result())
-    assert error <= problem.tolerance, f"{variant.name}: error {error:.1e}, tolerance {problem.tolerance:.1e}"
+        error = workload.error(variant.result())
+    assert error <= workload.tolerance, f"{variant.name}: error {error:.1e}, tolerance {workload.tolerance:.1e}"
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS)
 def test_fastmeta(benchmark: Any, case: Case, dtype: torch.dtype) -> None:
-    problem = case.build(dtype, "cpu")
-    variant = next(variant for variant in problem.variants if variant.name == case.main)
-    assert_right(problem, variant)
+    workload = case.build(dtype, "cpu")
+    variant = next(variant for variant in workload.variants if variant.name == case.main)
+    assert_right(workload, variant)
     benchmark.group = f"{case.operator} ({case.label})"
     with torch.no_grad():
         benchmark(variant.call)
@@ -40,7 +40,7 @@ def test_fastmeta(benchmark: Any, case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", SMALLEST.values(), ids=SMALLEST.keys())
 def test_every_variant_computes_the_same(case: Case) -> None:
     for dtype in case.dtypes:
-        problem = case.build(dtype, "cpu")
-        for variant in problem.variants:
-            assert_right(problem, variant)
+        workload = case.build(dtype, "cpu")
+        for variant in workload.variants:
+            assert_right(workload, variant)
     torch.compiler.reset()

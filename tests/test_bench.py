@@ -10,7 +10,7 @@ import torch
 
 from bench import choices, clock, files, floors, gate, inputs, measure, operators, plot, report, rows
 from bench.__main__ import main
-from bench.case import Case, Cost, Problem, Variant, distance_to
+from bench.case import Case, Cost, Variant, Workload, distance_to
 from bench.clock import Timing, clock_for
 from bench.ops import cases
 from fastmeta import ops
@@ -179,7 +179,7 @@ def tiny_case(wrong: bool = False) -> Case:
             Variant("broken", lambda: y * (3 if wrong else 2)),
             Variant("missing", lambda: y.no_such_method()),
         ]
-        return Problem(variants, distance_to(2 * y.double(), prefix=True), Cost(64, 512), 1e-2, 64)
+        return Workload(variants, distance_to(2 * y.double(), prefix=True), Cost(64, 512), 1e-2, 64)
 
     return Case("label_gradient", "64", build, note="A note.")
 

@@ -19,7 +19,7 @@ COMPILE = """
 import torch
 from bench import kernels, specimens
 from bench.__main__ import main
-given = specimens.arguments("finite_difference_labels", (64, 8, 100), torch.float32, specimens.Variant())
+given = specimens.arguments("finite_difference_labels", (64, 8, 100), torch.float32, specimens.Specimen())
 launches = kernels.launches_of("finite_difference_labels", 100, given)
 specimens.launches = lambda quick: [specimens.Found("finite_difference_labels", "float32", one) for one in launches]
 raise SystemExit(main(["compile", "--quick", "--processes", "1", *{options!r}]))

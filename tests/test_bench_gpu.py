@@ -12,7 +12,7 @@ from cases import DEVICE
 from bench import case as cases
 from bench import clock as clocks
 from bench import files, floors, kernels, measure, operators, rows
-from bench.case import Case, Cost, Gemm, Problem, Variant, distance_to
+from bench.case import Case, Cost, Gemm, Variant, Workload, distance_to
 from bench.files import Progress
 from bench.floors import Ceilings
 from bench.inputs import Shape
@@ -77,11 +77,11 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
-def errors(problem: Problem) -> dict[str, float]:
+def errors(workload: Workload) -> dict[str, float]:
     found = {}
-    for variant in problem.variants:
+    for variant in workload.variants:
         with variant.entered():
-            found[variant.name] = problem.error(variant.result())
+            found[variant.name] = workload.error(variant.result())
     return found
 
 
@@ -90,14 +90,14 @@ def test_every_variant_computes_the_same(operator, uncompiled, monkeypatch):
     for module in (cases, last_layer):  # as on a GPU
         monkeypatch.setattr(module, "compile_modes", lambda dtype, device: cases.COMPILE_MODES)
     for dtype in (F32, BF16):
-        problem = last_layer.build(operator, TINY, dtype, "cpu")
-        found = errors(problem)
+        workload = last_layer.build(operator, TINY, dtype, "cpu")
+        found = errors(workload)
         assert {"fastmeta", "eager", "torch.compile", rows.MAX_AUTOTUNE} <= found.keys()
-        assert all(error <= problem.tolerance for error in found.values()), found
+        assert all(error <= workload.tolerance for error in found.values()), found
     flops = 2 * TINY.n * TINY.d * TINY.c
-    assert problem.cost.flops == sum(gemm.flops for gemm in operator.products(TINY))
-    assert problem.cost.flops % flops == 0
-    assert problem.cost.row_bytes >= 2 * 2 * TINY.n * TINY.c
+    assert workload.cost.flops == sum(gemm.flops for gemm in operator.products(TINY))
+    assert workload.cost.flops % flops == 0
+    assert workload.cost.row_bytes >= 2 * 2 * TINY.n * TINY.c
 
 
 def test_forms_that_can_be_named():
@@ -113,26 +113,26 @@ def test_forms_that_can_be_named():
 def test_a_wrong_result_is_seen_in_any_row(uncompiled, monkeypatch):
     monkeypatch.setattr(last_layer, "_CHUNK", 40)  # the truth of sums comes in blocks of rows
     dot, gradient = LAST_LAYER[0], LAST_LAYER[2]
-    problem = last_layer.build(dot, TINY, F32, "cpu")
-    right = problem.variants[0].call()
+    workload = last_layer.build(dot, TINY, F32, "cpu")
+    right = workload.variants[0].call()
     for row in range(TINY.n):
         wrong = right.clone()
         wrong[row] += 1
-        assert problem.error(wrong) > problem.tolerance
-    problem = last_layer.build(gradient, TINY, F32, "cpu")
-    weight, bias = problem.variants[0].call()
-    assert problem.error((weight, bias)) <= problem.tolerance
-    assert problem.error((weight, bias + 0.1)) > problem.tolerance
+        assert workload.error(wrong) > workload.tolerance
+    workload = last_layer.build(gradient, TINY, F32, "cpu")
+    weight, bias = workload.variants[0].call()
+    assert workload.error((weight, bias)) <= workload.tolerance
+    assert workload.error((weight, bias + 0.1)) > workload.tolerance
 
 
 @pytest.mark.parametrize("shape", [TINY, Shape(40, 6, 9)], ids=str)
 def test_the_other_operators_cases(shape, uncompiled):
     for dtype in (F32, BF16):
-        for problem in (
+        for workload in (
             feature_similarity.build(shape, dtype, "cpu"),
             finite_difference_labels.build(shape.n, shape.c, dtype, "cpu"),
         ):
-            assert all(error <= problem.tolerance for error in errors(problem).values())
+            assert all(error <= workload.tolerance for error in errors(workload).values())
 
 
 def test_the_rows_that_are_checked_are_at_both_ends():
@@ -189,7 +189,7 @@ class Call:
 def problem_of(*variants: Variant) -> Case:
     def build(dtype, device):
         gemm = Gemm(3, 4, 5, "nt")
-        return Problem(list(variants), distance_to(torch.ones(3)), Cost(0, 100, 5000, (gemm, gemm), 3000), 1e-3)
+        return Workload(list(variants), distance_to(torch.ones(3)), Cost(0, 100, 5000, (gemm, gemm), 3000), 1e-3)
 
     return Case("label_gradient", "3, 4, 5", build, shape=(3, 4, 5))
 

@@ -27,15 +27,17 @@ HOWS = (*EXACT, "finite_difference", "forward_difference")
 SOLVE = {"damping": 1.0, "tol": 1e-12}
 
 
-class Batch(dict[str, Tensor]):
+class JoinedBatch(dict[str, Tensor]):
     """All examples, and those of one process."""
 
-    def of(self, rank: int | None) -> "Batch":
+    def of(self, rank: int | None) -> "JoinedBatch":
         """``None``: all."""
         if rank is None:
             return self
         cut = {name: PARTS[name.split("_")[0]][0] for name in self}
-        return Batch({name: tensor[: cut[name]] if rank == 0 else tensor[cut[name] :] for name, tensor in self.items()})
+        return JoinedBatch(
+            {name: tensor[: cut[name]] if rank == 0 else tensor[cut[name] :] for name, tensor in self.items()}
+        )
 
 
 def shards(draw: Draw, n: int) -> Tensor:
@@ -45,9 +47,9 @@ def shards(draw: Draw, n: int) -> Tensor:
     return torch.cat([halves[0][:first], EXAMPLES // 2 + halves[1][: n - first]])
 
 
-def make_batch(draw: Draw) -> Batch:
+def make_batch(draw: Draw) -> JoinedBatch:
     n, nh, nl = (total for _, total in PARTS.values())
-    return Batch(
+    return JoinedBatch(
         unlabeled=draw.normal(n, INPUTS),
         unlabeled_labels=draw.probabilities(n, CLASSES),
         unlabeled_weights=2 * draw.uniform(n),
@@ -73,7 +75,7 @@ def make_model(draw: Draw) -> nn.Sequential:
     return model
 
 
-def make_problem(model: nn.Sequential, batch: Batch, group: Group, whole: bool) -> Problem:
+def make_problem(model: nn.Sequential, batch: JoinedBatch, group: Group, whole: bool) -> Problem:
     shared: dict[str, Any] = {
         "targets": batch["holdout_targets"],
         "weights": batch["unlabeled_weights"],
@@ -219,7 +221,7 @@ def methods() -> dict[str, Maker]:
     return found
 
 
-def refine(method: fastmeta.Method, model: nn.Sequential, batch: Batch) -> fastmeta.Refined:
+def refine(method: fastmeta.Method, model: nn.Sequential, batch: JoinedBatch) -> fastmeta.Refined:
     given: dict[str, Any] = {
         "targets": batch["holdout_targets"],
         "labeled_targets": batch["labeled_targets"],

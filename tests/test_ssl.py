@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastmeta import Refined
-from fastmeta.ssl import BASES, Batch, FixMatch, MeanTeacher, PseudoLabel, Refiner, Supervised
+from fastmeta.ssl import BASES, FixMatch, MeanTeacher, PseudoLabel, Refiner, Supervised, TrainingBatch
 from fastmeta.ssl.base import frozen_statistics, harden, ramp_up
 
 CLASSES = 3
@@ -27,7 +27,7 @@ def batch():
     def images(count):
         return 2 * torch.randn(count, 1, 2, 2, generator=generator, dtype=torch.float64)
 
-    return Batch(
+    return TrainingBatch(
         labeled=images(4),
         targets=torch.tensor([0, 1, 2, 1]),
         weak=images(6),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient, Method
-from fastmeta.ssl import Batch, FixMatch, MeanTeacher, PseudoLabel, Refiner
+from fastmeta.ssl import FixMatch, MeanTeacher, PseudoLabel, Refiner, TrainingBatch
 
 CLASSES = 3
 BASES = [FixMatch(threshold=0.5), PseudoLabel(threshold=0.5, ramp=0.1), MeanTeacher(ramp=0.1)]
@@ -27,11 +27,11 @@ def net() -> nn.Module:
 
 
 @pytest.fixture
-def batch(generator) -> Batch:
+def batch(generator) -> TrainingBatch:
     def images(count: int) -> Tensor:
         return 2 * torch.randn(count, 1, 2, 2, generator=generator, dtype=torch.float64)
 
-    return Batch(
+    return TrainingBatch(
         labeled=images(4),
         targets=torch.tensor([0, 1, 2, 1]),
         weak=images(6),

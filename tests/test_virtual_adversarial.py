@@ -10,7 +10,7 @@ from torch.nn import functional
 from fastmeta import LabelGradientAlignment, Refined
 from fastmeta.data import load_digits
 from fastmeta.models import ConvNet
-from fastmeta.ssl import Batch, Refiner, VirtualAdversarial, virtual_adversarial_loss
+from fastmeta.ssl import Refiner, TrainingBatch, VirtualAdversarial, virtual_adversarial_loss
 from fastmeta.ssl.virtual_adversarial import conditional_entropy, virtual_adversarial_direction
 
 PIXELS, CLASSES = 6, 4
@@ -243,7 +243,9 @@ def batch(generator):
         return torch.randn(count, 1, 2, 3, generator=generator, dtype=torch.float64)
 
     targets = torch.tensor([0, 2, 1])
-    return Batch(labeled=draw(3), targets=targets, weak=draw(5), second=None, index=torch.tensor([7, 0, 3, 9, 1]))
+    return TrainingBatch(
+        labeled=draw(3), targets=targets, weak=draw(5), second=None, index=torch.tensor([7, 0, 3, 9, 1])
+    )
 
 
 class Spy:

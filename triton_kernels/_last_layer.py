@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastmeta.losses import BY_CODE, LOSSES, Loss
+from fastmeta.losses import BY_CODE, LOSSES
 from fastmeta.triton_kernels import _fused, _rule
 from fastmeta.triton_kernels._affine import affine_step
 from fastmeta.triton_kernels._program import (
@@ -39,12 +39,10 @@ from fastmeta.triton_kernels._rows import rows
 _ENTRIES = 512  # of a warp that holds whole rows: sixteen a thread, two operands and their sums in 64 registers
 _MOST_CLASSES = 8192  # of a row that a program holds
 _SWEPT = 2048  # classes of a step over a longer row, two groups a thread
-_IN_PASSING = (
-    1 << 24
-)  # entries of R: the sums of its columns cost the product a fifth, and from here on more than apart
+_IN_PASSING = 1 << 24  # entries of R up to which its columns are summed by the product, whose time that costs a fifth
 
 
-class Problem(NamedTuple):
+class LastLayerCall(NamedTuple):
     """One operator's tensors of one layout.
 
     Args:
@@ -71,14 +69,9 @@ class Problem(NamedTuple):
         return self.tensors.get(name)
 
     @property
-    def of_loss(self) -> Loss:
-        """The loss's properties."""
-        return BY_CODE[self.loss]
-
-    @property
     def label_slope(self) -> float | None:
         """Of a label tangent that is the logit tangent times a number, whatever the logits."""
-        return self.of_loss.label_slope if self.function == LABEL_TANGENT.value else None
+        return BY_CODE[self.loss].label_slope if self.function == LABEL_TANGENT.value else None
 
     def ref(self, name: str, row: int = 0) -> Ref | None:
         """Where an argument is from a row on."""
@@ -140,69 +133,69 @@ class Problem(NamedTuple):
         return _rule.form(n, d, c, aligned=self.aligned or self.dtype.itemsize == 2, multiplies=multiplies)
 
 
-def problem(function: int, loss: int, tensors: dict[str, Tensor | None], *, damped: bool = False) -> Problem:
-    """The problem of tensors that fit each other."""
+def call_of(function: int, loss: int, tensors: dict[str, Tensor | None], *, damped: bool = False) -> LastLayerCall:
+    """The call of tensors that fit each other."""
     if not 0 <= loss < len(LOSSES):
         raise ValueError(f"loss must be in [0, {len(LOSSES)}), got {loss}")
     features = tensors["features"]
     assert features is not None
     check_dtype(features)
-    return Problem(function, loss, tensors, precision_of(features), damped)
+    return LastLayerCall(function, loss, tensors, precision_of(features), damped)
 
 
-def plan(problem: Problem, *, sums_apart: bool = False) -> Program:
-    """The program of a problem.
+def plan(call: LastLayerCall, *, sums_apart: bool = False) -> Program:
+    """The program of a call.
 
     Args:
-        problem: the operator's tensors, checked.
+        call: the operator's tensors, checked.
         sums_apart: R's columns are summed by a product of their own, whatever its size.
     """
-    return _results_of_rows(problem) if problem.per_row else _sums(problem, sums_apart)
+    return _results_of_rows(call) if call.per_row else _sums(call, sums_apart)
 
 
-def _results_of_rows(problem: Problem) -> Program:
-    n, d, c = problem.sizes
-    dots = problem.function == DOT.value
-    out = Buffer((n,) if dots else (n, c), problem.dtype)
+def _results_of_rows(call: LastLayerCall) -> Program:
+    n, d, c = call.sizes
+    dots = call.function == DOT.value
+    out = Buffer((n,) if dots else (n, c), call.dtype)
     if n == 0 or c == 0:
         return Program((out,), (), tuple(affine_step(Ref("output", 0), (1, n if dots else 0))))
-    memory = _Scratch(problem)
+    memory = _Scratch(call)
     steps: list[Launch | Product] = memory.copies()
-    slope = problem.label_slope
-    if slope is not None and problem.tensor("direction_bias") is None and d > 0 and not memory.fused:
+    slope = call.label_slope
+    if slope is not None and call.tensor("direction_bias") is None and d > 0 and not memory.fused:
         scale = Number(1, slope)
         product = memory.product(Ref("output", 0), c, "direction", 0, n)
         return Program((out,), memory.buffers(), (*steps, *(step._replace(alpha=scale) for step in product)))
     for first, count in memory.slabs():
         at = Ref("output", 0, first * (1 if dots else c))
-        steps += _rows(problem, memory, at, 0 if dots else c, first, count)
+        steps += _rows(call, memory, at, 0 if dots else c, first, count)
     return Program((out,), memory.buffers(), tuple(steps))
 
 
-def _sums(problem: Problem, apart: bool) -> Program:
-    n, d, c = problem.sizes
-    dtype = problem.dtype
-    with_bias = problem.function == RESIDUAL.value or problem.tensor("direction_bias") is not None
+def _sums(call: LastLayerCall, apart: bool) -> Program:
+    n, d, c = call.sizes
+    dtype = call.dtype
+    with_bias = call.function == RESIDUAL.value or call.tensor("direction_bias") is not None
     weight, bias = Ref("output", 0), Ref("output", 1)
     outputs = Buffer((c, d), dtype), Buffer((c if with_bias else 0,), dtype)
     if n == 0 or c == 0:
-        return Program(outputs, (), tuple(_only_damped(problem, with_bias)))
-    memory = _Scratch(problem, least=4 * d)
+        return Program(outputs, (), tuple(_only_damped(call, with_bias)))
+    memory = _Scratch(call, least=4 * d)
     slabs = list(memory.slabs())
-    apart = with_bias and (apart or problem.damped or len(slabs) > 1 or d == 0 or n * c > _IN_PASSING)
+    apart = with_bias and (apart or call.damped or len(slabs) > 1 or d == 0 or n * c > _IN_PASSING)
     # Several slabs of 16-bit results add up in float32.
     wide = len(slabs) > 1 and dtype.itemsize == 2
     if wide:
         weight, bias = memory.new((c, d), torch.float32), memory.new((c,), torch.float32)
     ones = memory.new((memory.rows,), dtype) if apart else None
-    steps: list[Launch | Product] = memory.copies("direction" if problem.damped and not wide else "")
+    steps: list[Launch | Product] = memory.copies("direction" if call.damped and not wide else "")
     into, sums = Matrix(weight, (c, d), (d, 1)), Matrix(bias, (1, c), (c, 1))
-    damped = problem.damped and not wide
+    damped = call.damped and not wide
     for turn, (first, count) in enumerate(slabs):
-        steps += _rows(problem, memory, memory.result, memory.pitch, first, count, ones)
+        steps += _rows(call, memory, memory.result, memory.pitch, first, count, ones)
         r, h = Matrix(memory.result, (count, c), (memory.pitch, 1)), memory.operand("features", first, count)
-        product = Product(into, r.transposed, h, precision=problem.precision)
-        of_ones = Product(sums, Matrix(ones or bias, (1, count), (count, 1)), r, precision=problem.precision)
+        product = Product(into, r.transposed, h, precision=call.precision)
+        of_ones = Product(sums, Matrix(ones or bias, (1, count), (count, 1)), r, precision=call.precision)
         if turn > 0:
             product, of_ones = (one._replace(beta=1.0, addend=one.out) for one in (product, of_ones))
         elif damped:
@@ -213,23 +206,23 @@ def _sums(problem: Problem, apart: bool) -> Program:
             product = product._replace(column_sums=bias)
         steps += ([product] if d > 0 else []) + ([of_ones] if apart else [])
     if wide:
-        steps += _rounded(problem, with_bias, weight, bias)
+        steps += _rounded(call, with_bias, weight, bias)
     return Program(outputs, memory.buffers(), tuple(steps))
 
 
-def _only_damped(problem: Problem, with_bias: bool) -> list[Launch]:
+def _only_damped(call: LastLayerCall, with_bias: bool) -> list[Launch]:
     """No examples: the direction times the damping, or zeros."""
-    return _rounded(problem, with_bias, None, None)
+    return _rounded(call, with_bias, None, None)
 
 
-def _rounded(problem: Problem, with_bias: bool, weight: Ref | None, bias: Ref | None) -> list[Launch]:
+def _rounded(call: LastLayerCall, with_bias: bool, weight: Ref | None, bias: Ref | None) -> list[Launch]:
     """Sums in float32, or none, and the damped direction, into the results."""
-    _, d, c = problem.sizes
+    _, d, c = call.sizes
     parts = [("weight", weight, (c, d))] + ([("bias", bias, (1, c))] if with_bias else [])
     steps: list[Launch] = []
     for index, (name, total, shape) in enumerate(parts):
-        addend = problem.matrix(f"direction_{name}") if problem.damped else None
-        factor = Number(1) if problem.damped else 0.0
+        addend = call.matrix(f"direction_{name}") if call.damped else None
+        factor = Number(1) if call.damped else 0.0
         steps += affine_step(Ref("output", index), shape, total=total, matrix=addend, factor=factor)
     return steps
 
@@ -237,17 +230,17 @@ def _rounded(problem: Problem, with_bias: bool, weight: Ref | None, bias: Ref | 
 class _Scratch:
     """Scratch memory of a call, its slabs of rows, and what products read."""
 
-    def __init__(self, problem: Problem, least: int = 1) -> None:
-        self.problem = problem
-        self.n, self.d, c = problem.sizes
-        dtype = problem.dtype
+    def __init__(self, call: LastLayerCall, least: int = 1) -> None:
+        self.call = call
+        self.n, self.d, c = call.sizes
+        dtype = call.dtype
         self.pitch = triton.cdiv(c, 16) * 16  # entries from row to row: rows begin at multiples of 16 bytes
-        self.fused = problem.form() == "fused"
-        head, direction = problem.tensor("head_weight") is not None, problem.tensor("direction_weight") is not None
+        self.fused = call.form() == "fused"
+        head, direction = call.tensor("head_weight") is not None, call.tensor("direction_weight") is not None
         # Products that are not made in the kernel, and R where there is no product that it may overwrite.
         needs_f = head and not self.fused
-        needs_z = direction and not self.fused and problem.function != LABEL_TANGENT.value
-        needs_r = not problem.per_row and not (needs_f or needs_z)
+        needs_z = direction and not self.fused and call.function != LABEL_TANGENT.value
+        needs_r = not call.per_row and not (needs_f or needs_z)
         matrices = needs_f + needs_z + needs_r
         self.rows = _rule.slab_rows(self.n, matrices * self.pitch * dtype.itemsize, least) if matrices else self.n
         self._buffers: list[Buffer] = []
@@ -273,71 +266,71 @@ class _Scratch:
 
     def copies(self, added: str = "") -> list[Launch | Product]:
         """Launches that copy operands of products whose strides the library does not take; ``added`` names one more."""
-        problem = self.problem
-        multiplied = {"features"} if not (self.fused and problem.per_row) else set()
+        call = self.call
+        multiplied = {"features"} if not (self.fused and call.per_row) else set()
         for name in ("head", "direction"):
             if name == added or not self.fused:
                 multiplied |= {f"{name}_weight", f"{name}_bias"}
         steps: list[Launch | Product] = []
-        for name in problem.tensors:
-            if name in multiplied and problem.tensor(name) is not None and self.d > 0:
-                matrix = problem.matrix(name)
+        for name in call.tensors:
+            if name in multiplied and call.tensor(name) is not None and self.d > 0:
+                matrix = call.matrix(name)
                 # What is added lies as the result does; the library reads a bias 16 bytes at a time.
                 across = name == f"{added}_weight" and matrix.strides[1] != 1
-                if not is_dense(matrix) or across or (name.endswith("_bias") and not problem.begins_aligned(name)):
-                    at = self.new(matrix.shape, problem.dtype)
+                if not is_dense(matrix) or across or (name.endswith("_bias") and not call.begins_aligned(name)):
+                    at = self.new(matrix.shape, call.dtype)
                     steps += affine_step(at, matrix.shape, matrix=matrix)
                     self._copied[name] = Matrix(at, matrix.shape, (matrix.shape[1], 1))
         return steps
 
     def operand(self, name: str, first: int = 0, count: int | None = None) -> Matrix:
         """Rows of an argument, or of its copy; a vector is a matrix of one row."""
-        matrix = self._copied.get(name) or self.problem.matrix(name)
+        matrix = self._copied.get(name) or self.call.matrix(name)
         rows = matrix.shape[0] if count is None else count
         return Matrix(matrix.at.shifted(first * matrix.strides[0]), (rows, matrix.shape[1]), matrix.strides)
 
     def product(self, out: Ref, pitch: int, of: str, first: int, count: int) -> list[Launch | Product]:
         """``h W^T + b`` of some rows, for ``of`` a head or a direction."""
-        bias = self.operand(f"{of}_bias") if self.problem.tensor(f"{of}_bias") is not None else None
-        into = Matrix(out, (count, self.problem.sizes[2]), (pitch, 1))
+        bias = self.operand(f"{of}_bias") if self.call.tensor(f"{of}_bias") is not None else None
+        into = Matrix(out, (count, self.call.sizes[2]), (pitch, 1))
         if self.d == 0:
-            whole = Matrix(out, (count, self.problem.sizes[2]), (pitch, 1))
+            whole = Matrix(out, (count, self.call.sizes[2]), (pitch, 1))
             rows = bias and Matrix(bias.at, whole.shape, (0, bias.strides[1]))
             return [*affine_step(out, whole.shape, pitch=pitch, matrix=rows)]
         h, factor = self.operand("features", first, count), self.operand(f"{of}_weight").transposed
-        return [Product(into, h, factor, bias=bias and bias.at, precision=self.problem.precision)]
+        return [Product(into, h, factor, bias=bias and bias.at, precision=self.call.precision)]
 
 
 def _rows(
-    problem: Problem, memory: _Scratch, out: Ref, out_row: int, first: int, count: int, ones: Ref | None = None
+    call: LastLayerCall, memory: _Scratch, out: Ref, out_row: int, first: int, count: int, ones: Ref | None = None
 ) -> Iterator[Launch | Product]:
     """The row function of some rows, into ``out``."""
     if memory.fused:
-        yield _fused_rows(problem, out, out_row, first, count, ones)
+        yield _fused_rows(call, out, out_row, first, count, ones)
         return
-    c = problem.sizes[2]
-    f, (f_row, f_column) = problem.ref("logits", first), problem.strides("logits")
+    c = call.sizes[2]
+    f, (f_row, f_column) = call.ref("logits", first), call.strides("logits")
     if memory.f is not None:
         f, f_row, f_column = memory.f, memory.pitch, 1
         yield from memory.product(f, f_row, "head", first, count)
     z, z_row = memory.z, memory.pitch
-    if problem.tensor("direction_weight") is not None:
+    if call.tensor("direction_weight") is not None:
         if z is None:
             z, z_row = out, out_row
         yield from memory.product(z, z_row, "direction", first, count)
-    y, (y_row, y_column) = problem.ref("targets", first), problem.strides("targets")
-    weights, (weights_step, _) = problem.ref("weights", first), problem.strides("weights")
-    by = multiple(c, f_row, z_row, 0 if problem.classes else y_row, out_row)
-    tile = row_tile(c, problem.dtype)
-    strides = f_row // by, f_column, z_row // by, y_row if problem.classes else y_row // by, y_column
+    y, (y_row, y_column) = call.ref("targets", first), call.strides("targets")
+    weights, (weights_step, _) = call.ref("weights", first), call.strides("weights")
+    by = multiple(c, f_row, z_row, 0 if call.classes else y_row, out_row)
+    tile = row_tile(c, call.dtype)
+    strides = f_row // by, f_column, z_row // by, y_row if call.classes else y_row // by, y_column
     constants = {
-        "loss": problem.loss,
-        "function": problem.function,
-        "classes": problem.classes,
+        "loss": call.loss,
+        "function": call.function,
+        "classes": call.classes,
         "multiple": by,
         **tile.constants(c),
     }
-    scale = Number(1) if problem.function == LABEL_TANGENT.value else 1.0
+    scale = Number(1) if call.function == LABEL_TANGENT.value else 1.0
     arguments = (f, z, y, weights, out, ones, count, c // by, scale, *strides, weights_step, out_row // by)
     yield launch(rows, (triton.cdiv(count, tile.rows),), arguments, constants, num_warps=tile.warps)
 
@@ -364,38 +357,38 @@ def row_tile(c: int, dtype: torch.dtype) -> RowTile:
     return RowTile(max(1, _ENTRIES // classes), classes, group, max(1, classes // _ENTRIES))
 
 
-def _fused_rows(problem: Problem, out: Ref, out_row: int, first: int, count: int, ones: Ref | None) -> Launch:
-    _, d, c = problem.sizes
-    tile = _fused.tile(c, problem.dtype, problem.aligned)
-    f_row, f_column = problem.strides("logits")
-    y_row, y_column = problem.strides("targets")
-    features_row, features_column = problem.strides("features")
-    head_row, head_column = problem.strides("head_weight")
-    direction_row, direction_column = problem.strides("direction_weight")
-    by = multiple(c, f_row, 0 if problem.classes else y_row, out_row)
+def _fused_rows(call: LastLayerCall, out: Ref, out_row: int, first: int, count: int, ones: Ref | None) -> Launch:
+    _, d, c = call.sizes
+    tile = _fused.tile(c, call.dtype, call.aligned)
+    f_row, f_column = call.strides("logits")
+    y_row, y_column = call.strides("targets")
+    features_row, features_column = call.strides("features")
+    head_row, head_column = call.strides("head_weight")
+    direction_row, direction_column = call.strides("direction_weight")
+    by = multiple(c, f_row, 0 if call.classes else y_row, out_row)
     depth = multiple(d, features_row, head_row, direction_row)
     constants = {
-        "loss": problem.loss,
-        "function": problem.function,
-        "classes": problem.classes,
+        "loss": call.loss,
+        "function": call.function,
+        "classes": call.classes,
         "multiple": by,
         "feature_multiple": depth,
         "even": d % tile.features == 0,
-        "precision": _fused.arithmetic(problem.precision),
+        "precision": _fused.arithmetic(call.precision),
         "block_rows": tile.rows,
         "block_classes": tile.classes,
         "block_features": tile.features,
     }
     names = ("head_weight", "head_bias", "targets", "weights", "direction_weight", "direction_bias")
     per_row = {"targets", "weights"}
-    tensors = [problem.ref("features", first), problem.ref("logits", first)]
-    tensors += [problem.ref(name, first if name in per_row else 0) for name in names]
-    scale = Number(1) if problem.function == LABEL_TANGENT.value else 1.0
+    tensors = [call.ref("features", first), call.ref("logits", first)]
+    tensors += [call.ref(name, first if name in per_row else 0) for name in names]
+    scale = Number(1) if call.function == LABEL_TANGENT.value else 1.0
     numbers = (
         *(count, d // depth, c // by, scale, features_row // depth, features_column, f_row // by, f_column),
-        *(head_row // depth, head_column, vector_step(problem.tensor("head_bias"))),
-        *(y_row if problem.classes else y_row // by, y_column, problem.strides("weights")[0]),
-        *(direction_row // depth, direction_column, vector_step(problem.tensor("direction_bias")), out_row // by),
+        *(head_row // depth, head_column, vector_step(call.tensor("head_bias"))),
+        *(y_row if call.classes else y_row // by, y_column, call.strides("weights")[0]),
+        *(direction_row // depth, direction_column, vector_step(call.tensor("direction_bias")), out_row // by),
     )
     return launch(
         _fused.fused,

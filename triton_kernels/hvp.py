@@ -37,5 +37,5 @@ def plan(
         "direction_bias": direction_bias,
         "weights": weights,
     }
-    problem = _last_layer.problem(CURVATURE.value, loss, tensors, damped=damping != 0)
-    return _last_layer.plan(problem, sums_apart=sums_apart)
+    call = _last_layer.call_of(CURVATURE.value, loss, tensors, damped=damping != 0)
+    return _last_layer.plan(call, sums_apart=sums_apart)

@@ -41,5 +41,5 @@ def plan(
         "direction_weight": direction_weight,
         "direction_bias": direction_bias,
     }
-    problem = _last_layer.problem(LABEL_TANGENT.value, loss, tensors)
-    return _last_layer.plan(problem)
+    call = _last_layer.call_of(LABEL_TANGENT.value, loss, tensors)
+    return _last_layer.plan(call)

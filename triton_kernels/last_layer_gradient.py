@@ -32,5 +32,5 @@ def plan(
         "targets": targets,
         "weights": weights,
     }
-    problem = _last_layer.problem(RESIDUAL.value, loss, tensors)
-    return _last_layer.plan(problem, sums_apart=sums_apart)
+    call = _last_layer.call_of(RESIDUAL.value, loss, tensors)
+    return _last_layer.plan(call, sums_apart=sums_apart)

@@ -32,4 +32,4 @@ def plan(
         "direction_weight": direction_weight,
         "direction_bias": direction_bias,
     }
-    return _last_layer.plan(_last_layer.problem(DOT.value, loss, tensors))
+    return _last_layer.plan(_last_layer.call_of(DOT.value, loss, tensors))

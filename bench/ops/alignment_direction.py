@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastmeta
-from bench.case import TOLERANCE, Case, Cost, Problem, Variant, bytes_of, compiled, distance_to
+from bench.case import TOLERANCE, Case, Cost, Variant, Workload, bytes_of, compiled, distance_to
 from bench.inputs import NETWORKS, random_lists
 
 OPERATOR = "alignment_direction"
@@ -47,7 +47,7 @@ def foreach(g_l: Lists, g_u: Lists, m: Lists, q: Lists) -> Lists:
     return list(v)
 
 
-def build(network: str, dtype: torch.dtype, device: str) -> Problem:
+def build(network: str, dtype: torch.dtype, device: str) -> Workload:
     g_l, g_u, m0, q0 = ([t.to(dtype) for t in tensors] for tensors in random_lists(network, 4, device))
     q0 = [t.abs() for t in q0]
     flat_l, flat_u, flat_m0, flat_q0 = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (g_l, g_u, m0, q0))
@@ -75,7 +75,7 @@ def build(network: str, dtype: torch.dtype, device: str) -> Problem:
         ]
     # The truth in float64, from the same rounded inputs.
     exact = one(*(t.double() for t in (flat_l, flat_u, flat_m0, flat_q0)))
-    return Problem(variants, distance_to(exact), Cost(0, 7 * bytes_of(*m0)), TOLERANCE[dtype])
+    return Workload(variants, distance_to(exact), Cost(0, 7 * bytes_of(*m0)), TOLERANCE[dtype])
 
 
 def cases(device: str) -> list[Case]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import fastmeta
 from bench import kernels
-from bench.case import Case, Error, Gemm, Problem, checked_rows, distance_to, problem_on_sets
+from bench.case import Case, Error, Gemm, Workload, checked_rows, distance_to, workload_on_sets
 from bench.inputs import SHAPES, Shape
 
 OPERATOR = "feature_similarity"
@@ -35,7 +35,7 @@ def arguments(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> tuple
     return h_u, h_h, residual.to(dtype)
 
 
-def build(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
+def build(shape: Shape, dtype: torch.dtype, device: str) -> Workload:
     n, d, c = shape
     orders = [("eager h (h' r)", product_order), ("eager (h h') r", gram_order)]
     products = Gemm(d, n, c, "tn"), Gemm(n, d, c, "nn")
@@ -47,7 +47,7 @@ def build(shape: Shape, dtype: torch.dtype, device: str) -> Problem:
         rows = checked_rows(n, max(c, d), device)
         return distance_to(product_order(first[0][rows].double(), first[1].double(), first[2].double()), rows)
 
-    return problem_on_sets(
+    return workload_on_sets(
         fastmeta.ops.feature_similarity,
         kernels.offered(OPERATOR, c, device, dtype),
         [*orders, ("eager multi_dot", multi_dot)],

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import fastmeta
 from bench import kernels
-from bench.case import Case, Error, Problem, checked_rows, distance_to, problem_on_sets
+from bench.case import Case, Error, Workload, checked_rows, distance_to, workload_on_sets
 from bench.inputs import SHAPES
 
 OPERATOR = "finite_difference_labels"
@@ -33,14 +33,14 @@ def arguments(n: int, c: int, dtype: torch.dtype, device: str, seed: int) -> tup
     return plus.to(dtype), minus.to(dtype), labels.softmax(-1).to(dtype), torch.tensor(EPSILON, device=device)
 
 
-def build(n: int, c: int, dtype: torch.dtype, device: str) -> Problem:
+def build(n: int, c: int, dtype: torch.dtype, device: str) -> Workload:
     def error(first: tuple[Tensor, ...]) -> Error:
         rows = checked_rows(n, c, device)
         plus, minus, labels = (t[rows].double() for t in first[:3])
         return distance_to(eager(plus, minus, labels, first[3]), rows)
 
     forms, make = kernels.offered(OPERATOR, c, device), partial(arguments, n, c, dtype, device)
-    return problem_on_sets(ours, forms, [("eager", eager)], make, error, n * c * dtype.itemsize, (), dtype, device)
+    return workload_on_sets(ours, forms, [("eager", eager)], make, error, n * c * dtype.itemsize, (), dtype, device)
 
 
 def cases(device: str) -> list[Case]:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import fastmeta
 from bench import kernels
-from bench.case import Case, Error, Gemm, Problem, Variant, checked_rows, compile_modes, distance_to, problem_on_sets
+from bench.case import Case, Error, Gemm, Variant, Workload, checked_rows, compile_modes, distance_to, workload_on_sets
 from bench.inputs import SHAPES, LastLayer, Shape, last_layer
 
 FORWARD = "with the head's forward"
@@ -96,9 +96,9 @@ def error_of(operator: Operator, x: LastLayer) -> Error:
     return distance_to(sums)
 
 
-def build(operator: Operator, shape: Shape, dtype: torch.dtype, device: str) -> Problem:
+def build(operator: Operator, shape: Shape, dtype: torch.dtype, device: str) -> Workload:
     x, size = last_layer(shape, dtype, device), dtype.itemsize
-    problem = problem_on_sets(
+    workload = workload_on_sets(
         operator.call,
         kernels.offered(operator.name, shape.c, device),
         operator.eager,
@@ -113,8 +113,8 @@ def build(operator: Operator, shape: Shape, dtype: torch.dtype, device: str) -> 
     if operator.from_head or x.logits.numel() <= _LARGE:
         # On the CPU autograd and libraries are measured in float32 alone.
         every = bool(compile_modes(dtype, device))
-        problem.variants.extend(peer for peer in operator.peers(x) if every or peer.role == "eager")
-    return problem
+        workload.variants.extend(peer for peer in operator.peers(x) if every or peer.role == "eager")
+    return workload
 
 
 def cases(operator: Operator, device: str) -> list[Case]:

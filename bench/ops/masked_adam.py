@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastmeta
-from bench.case import TOLERANCE, Case, Cost, Error, Problem, Role, Variant, compiled, distance_to
+from bench.case import TOLERANCE, Case, Cost, Error, Role, Variant, Workload, compiled, distance_to
 
 OPERATOR = "masked_adam_"
 LR, BETAS, EPS, LOW, HIGH = 0.05, (0.9, 0.999), 1e-8, 0.0, 2.0
@@ -131,7 +131,7 @@ def error_of_step(state: State) -> Error:
     return lambda table: distance(table.double() - before)
 
 
-def build(entries: int, rows: int, dtype: torch.dtype, device: str) -> Problem:
+def build(entries: int, rows: int, dtype: torch.dtype, device: str) -> Workload:
     start = State(entries, rows, device)
 
     def on_rows(name: str, function: Callable[..., Tensor], role: Role, note: str = "") -> Variant:
@@ -156,7 +156,7 @@ def build(entries: int, rows: int, dtype: torch.dtype, device: str) -> Problem:
     ]
     # Four tables, a line of each row read and written; the index and the gradient read.
     cost = Cost(0, rows * (4 * 2 * CACHE_LINE + 8 + 4), working_set=4 * 4 * entries)
-    return Problem(variants, error_of_step(start), cost, TOLERANCE[dtype])
+    return Workload(variants, error_of_step(start), cost, TOLERANCE[dtype])
 
 
 # An entry for each image of ImageNet's training set, 768 of them in a batch.

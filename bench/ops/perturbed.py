@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastmeta
-from bench.case import Case, Cost, Problem, Variant, bytes_of, distance_to, flat
+from bench.case import Case, Cost, Variant, Workload, bytes_of, distance_to, flat
 from bench.inputs import NETWORKS, random_lists
 
 OPERATOR = "perturbed"
@@ -68,7 +68,7 @@ def foreach_bitwise(params: Lists, v: Lists, look: Look) -> None:
     look()
 
 
-def build(network: str, dtype: torch.dtype, device: str) -> Problem:
+def build(network: str, dtype: torch.dtype, device: str) -> Workload:
     weights, v = random_lists(network, 2, device)
     start = [(WEIGHT_SIZE * t).to(dtype) for t in weights]
     v = [t.to(dtype) for t in v]
@@ -93,7 +93,7 @@ def build(network: str, dtype: torch.dtype, device: str) -> Problem:
     ]
     moved = RADIUS / flat(v).norm() * flat(v)
     rounding = float(torch.finfo(dtype).eps * flat(start).norm() / moved.norm())
-    return Problem(
+    return Workload(
         variants,
         distance_to((moved, -moved, torch.zeros_like(moved))),
         # The norm reads v; in: v and theta read, theta and a copy written; across: 2 reads, 1 write; back: 1 and 1.

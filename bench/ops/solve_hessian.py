@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastmeta
-from bench.case import Case, Cost, Error, Gemm, Problem, Variant, bytes_of
+from bench.case import Case, Cost, Error, Gemm, Variant, Workload, bytes_of
 from bench.inputs import SHAPES, Shape, power_law_features
 from bench.ops import hvp
 
@@ -124,7 +124,7 @@ def _curvlinops(s: System, weight: Tensor, targets: Tensor, tol: float) -> Varia
     return Variant("curvlinops CG", call, grad=True)
 
 
-def build(shape: Shape, tol: float, dtype: torch.dtype, device: str) -> Problem:
+def build(shape: Shape, tol: float, dtype: torch.dtype, device: str) -> Workload:
     n, d, c = shape
     features, holdout = power_law_features(shape)
     generator = torch.Generator().manual_seed(1)
@@ -150,7 +150,7 @@ def build(shape: Shape, tol: float, dtype: torch.dtype, device: str) -> Problem:
     # One product and nothing else: no solver needs less.
     moved = bytes_of(s.features, s.logits, *2 * (s.rhs_weight, s.rhs_bias))
     cost = Cost(4 * n * d * c, moved, products=(Gemm(n, d, c, "nt"), Gemm(c, n, d, "tn")))
-    return Problem(variants, relative_residual(s), cost, SLACK * tol)
+    return Workload(variants, relative_residual(s), cost, SLACK * tol)
 
 
 def cases(device: str) -> list[Case]:

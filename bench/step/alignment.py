@@ -10,14 +10,14 @@ from torch.nn import functional
 import fastmeta
 from bench.step.bases import TableLabels, TwoGradients
 from bench.step.published import DECAY, EPSILON
-from bench.step.task import Batch, Network
+from bench.step.task import Images, Network
 from fastmeta import losses, ops
 from fastmeta.derivatives import How
 from fastmeta.ops.masked_adam_table import MaskedAdamTable
 
 
 class AlignmentStep(TableLabels):
-    def __init__(self, network: Network, batch: Batch, how: How = "last_layer") -> None:
+    def __init__(self, network: Network, batch: Images, how: How = "last_layer") -> None:
         super().__init__(network, batch)
         self.how = how
         self.method = fastmeta.LabelGradientAlignment(*self.table.shape, how=how, dtype=self.table.dtype)
@@ -40,7 +40,7 @@ class AlternatingWholeModel(AlignmentStep):
 class FusedWholeModel(TwoGradients):
     """From fastmeta's parts: the base's two backwards give both gradients, one more pass the derivative."""
 
-    def __init__(self, network: Network, batch: Batch, how: How) -> None:
+    def __init__(self, network: Network, batch: Images, how: How) -> None:
         super().__init__(network, batch)
         self.how = how
         self.logits = MaskedAdamTable(self.table, lr=0.01)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.step.task import UNLABELED, Batch, Network, Step, squared_error
+from bench.step.task import UNLABELED, Images, Network, Step, squared_error
 from fastmeta.training.ema import ExponentialMovingAverage
 
 
@@ -16,7 +16,7 @@ class MeanTeacher(Step):
 
     weight = 5.0
 
-    def __init__(self, network: Network, batch: Batch) -> None:
+    def __init__(self, network: Network, batch: Images) -> None:
         super().__init__(network, batch)
         self.average = ExponentialMovingAverage(self.model, 0.999)
 
@@ -94,7 +94,7 @@ class PseudoLabel(Step):
 class TableLabels(Step):
     """The step that Label Gradient Alignment extends: cross-entropies on labels given and labels from a table, 6 F."""
 
-    def __init__(self, network: Network, batch: Batch) -> None:
+    def __init__(self, network: Network, batch: Images) -> None:
         super().__init__(network, batch)
         self.table = torch.zeros(UNLABELED, self.num_classes, dtype=batch.labeled.dtype, device=self.device)
 
@@ -111,7 +111,7 @@ class TableLabels(Step):
 class TwoGradients(TableLabels):
     """The same step by its two gradients, from which the labels move as well."""
 
-    def __init__(self, network: Network, batch: Batch) -> None:
+    def __init__(self, network: Network, batch: Images) -> None:
         super().__init__(network, batch)
         self.parameters: list[Tensor] = list(self.model.parameters())
         self.ema_labeled: list[Tensor] = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastmeta
 from bench.step.bases import FixMatch, SeparateFixMatch
-from bench.step.task import UNLABELED, Batch, Network
+from bench.step.task import UNLABELED, Images, Network
 from fastmeta.derivatives import How
 
 NEVER = 10**9
@@ -19,7 +19,7 @@ NEVER = 10**9
 class FusedLastLayer(FixMatch):
     """``update=False``: a step between two updates, which only reads the weights."""
 
-    def __init__(self, network: Network, batch: Batch, *, update: bool = True) -> None:
+    def __init__(self, network: Network, batch: Images, *, update: bool = True) -> None:
         super().__init__(network, batch)
         dtype = batch.labeled.dtype
         self.method = fastmeta.ExampleWeights(UNLABELED, interval=1 if update else NEVER, dtype=dtype)
@@ -43,7 +43,7 @@ class AlternatingLastLayer(FusedLastLayer):
 class WholeModel(SeparateFixMatch):
     """Identity in place of the inverse Hessian, the whole model; each pass on its own, so that the labeled can lead."""
 
-    def __init__(self, network: Network, batch: Batch, how: How) -> None:
+    def __init__(self, network: Network, batch: Images, how: How) -> None:
         super().__init__(network, batch)
         dtype = batch.labeled.dtype
         self.method = fastmeta.ExampleWeights(UNLABELED, inverse_hessian="identity", how=how, dtype=dtype)

@@ -13,7 +13,7 @@ from torch.nn import functional
 import fastmeta
 from bench.step.bases import FixMatch, MeanTeacher
 from bench.step.published import L2I_RATE
-from bench.step.task import Batch, Network, squared_error
+from bench.step.task import Images, Network, squared_error
 from fastmeta.derivatives import How
 
 Version = Literal["V1", "V2"]
@@ -23,7 +23,7 @@ class L2IStep(MeanTeacher):
     """With the settings of the published code, on the labels that it is given."""
 
     def __init__(
-        self, network: Network, batch: Batch, variant: Version, how: How = "last_layer", *, look_ahead: bool = False
+        self, network: Network, batch: Images, variant: Version, how: How = "last_layer", *, look_ahead: bool = False
     ) -> None:
         super().__init__(network, batch)
         self.variant = variant
@@ -69,7 +69,7 @@ class Alternating(L2IStep):
     is then 0, so that looking ahead would change nothing, and fewer passes do.
     """
 
-    def __init__(self, network: Network, batch: Batch, variant: Version, how: How, *, two_views: bool = False) -> None:
+    def __init__(self, network: Network, batch: Images, variant: Version, how: How, *, two_views: bool = False) -> None:
         super().__init__(network, batch, variant, how, look_ahead=two_views)
         self.two_views = two_views
 
@@ -109,7 +109,7 @@ class AlternatingWholeModel(Alternating):
 class FixMatchLastLayer(FixMatch):
     """V2, fused, on the weak view of FixMatch's one forward."""
 
-    def __init__(self, network: Network, batch: Batch) -> None:
+    def __init__(self, network: Network, batch: Images) -> None:
         super().__init__(network, batch)
         self.method = fastmeta.L2I.from_preset("official_code", "V2", how="last_layer", imputer="base", rate=L2I_RATE)
 

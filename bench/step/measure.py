@@ -16,7 +16,7 @@ from bench.case import Variant
 from bench.clock import Clock, Timing, clock_for, ensure_healthy, interleave, reason_of
 from bench.rows import Row
 from bench.step import gate
-from bench.step.task import Batch, Network, Step, on_device, random_batch
+from bench.step.task import Images, Network, Step, on_device, random_batch
 from bench.step.variants import EVERY, PLAIN, StepVariant
 from fastmeta.derivatives import HOWS, How
 
@@ -184,7 +184,7 @@ def _amortized(rows: list[Row]) -> list[Row]:
     return amortized
 
 
-def derivatives(network: Network, batch: Batch, rounds: int, clock: Clock) -> list[Row]:
+def derivatives(network: Network, batch: Images, rounds: int, clock: Clock) -> list[Row]:
     """The derivative alone, :func:`fastmeta.label_gradient` in each way, and one forward of the same images.
 
     In both modes of the model.

@@ -10,12 +10,12 @@ from torch.nn import functional
 import fastmeta
 from bench.step.bases import PseudoLabel
 from bench.step.published import META_RATE
-from bench.step.task import Batch, Network, squared_error
+from bench.step.task import Images, Network, squared_error
 from fastmeta.derivatives import How
 
 
 class MetaGradientStep(PseudoLabel):
-    def __init__(self, network: Network, batch: Batch, how: How = "last_layer") -> None:
+    def __init__(self, network: Network, batch: Images, how: How = "last_layer") -> None:
         super().__init__(network, batch)
         self.method = fastmeta.MetaGradient.from_preset("official_code", step=META_RATE, how=how)
 

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from bench.step.bases import MeanTeacher, PseudoLabel, TwoGradients
-from bench.step.task import Batch, Network, squared_error
+from bench.step.task import Images, Network, squared_error
 
 L2I_RATE = 0.1  # eta of the inner step, on a sum over the batch (V1: 0.2, as in the published code)
 LABEL_STEP = 1.0
@@ -26,7 +26,7 @@ class PublishedL2I(MeanTeacher):
     from the images that learn from them.
     """
 
-    def __init__(self, network: Network, batch: Batch, *, two_views: bool = False) -> None:
+    def __init__(self, network: Network, batch: Images, *, two_views: bool = False) -> None:
         super().__init__(network, batch)
         self.imputed_images = batch.strong if two_views else batch.weak
 
@@ -64,7 +64,7 @@ class PublishedL2IV1(PublishedL2I):
 class PublishedMetaGradient(PseudoLabel):
     """Meta-Gradient, Algorithm 2: central differences along the labeled gradient, the parameters perturbed in place."""
 
-    def __init__(self, network: Network, batch: Batch) -> None:
+    def __init__(self, network: Network, batch: Images) -> None:
         super().__init__(network, batch)
         self.parameters: list[Tensor] = list(self.model.parameters())
 
@@ -122,7 +122,7 @@ class PublishedLabelGradientAlignment(TwoGradients):
     Only the sampled rows move, each with its own Adam (the paper does not say which).
     """
 
-    def __init__(self, network: Network, batch: Batch) -> None:
+    def __init__(self, network: Network, batch: Images) -> None:
         super().__init__(network, batch)
         self.rows = torch.zeros_like(self.table[: len(batch.index)]).requires_grad_()
         self.label_optimizer = torch.optim.Adam([self.rows], lr=0.01)

@@ -45,7 +45,7 @@ NETWORKS = {
 
 
 @dataclass(frozen=True)
-class Batch:
+class Images:
     """One step's images: labeled ones, and two views of unlabeled ones."""
 
     labeled: Tensor  # [B_l, 3, height, width]
@@ -55,7 +55,7 @@ class Batch:
     index: Tensor  # [B_u], places of the unlabeled images in their set
 
 
-def random_batch(network: Network, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Batch:
+def random_batch(network: Network, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Images:
     """Noise; on a GPU in the memory format that its convolutions want."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -65,7 +65,7 @@ def random_batch(network: Network, dtype: torch.dtype = torch.float32, device: s
 
     targets = torch.randint(network.num_classes, (network.labeled,), generator=generator, device=device)
     index = torch.randperm(UNLABELED, generator=generator, device=device)[: network.unlabeled]
-    return Batch(images(network.labeled), targets, images(network.unlabeled), images(network.unlabeled), index)
+    return Images(images(network.labeled), targets, images(network.unlabeled), images(network.unlabeled), index)
 
 
 def on_device(what: Any, device: str) -> Any:
@@ -82,7 +82,7 @@ class Step:
 
     method: Any = None  # of fastmeta, where the step has one
 
-    def __init__(self, network: Network, batch: Batch) -> None:
+    def __init__(self, network: Network, batch: Images) -> None:
         torch.manual_seed(0)
         self.device = batch.labeled.device.type
         self.model: nn.Module = on_device(network.make().to(batch.labeled.dtype), self.device)

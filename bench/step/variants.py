@@ -6,10 +6,10 @@ from functools import partial
 
 import fastmeta
 from bench.step import alignment, bases, example_weights, l2i, meta_gradient, published
-from bench.step.task import Batch, Network, Step
+from bench.step.task import Images, Network, Step
 from fastmeta.derivatives import How
 
-Make = Callable[[Network, Batch], Step]
+Make = Callable[[Network, Images], Step]
 
 EXACT = ("jvp", "double_backward")
 WHOLE_MODEL: tuple[How, ...] = ("jvp", "finite_difference", "double_backward")
@@ -54,7 +54,7 @@ def for_gpu(network: Network, *, quick: bool = False) -> list[StepVariant]:
     return [*last, *graphs, *whole]
 
 
-def _in_graph(make: Make, network: Network, batch: Batch) -> Step:
+def _in_graph(make: Make, network: Network, batch: Images) -> Step:
     step = make(network, batch)
     step.method = fastmeta.graph(step.method)
     return step

@@ -76,9 +76,9 @@ void align_tile(const G* __restrict grad_labeled, const G* __restrict grad_unlab
     const W v = mean - widen(grad_unlabeled[i]);
     const W square = v * v;
     const W fourth = decay_norm * widen(ema_fourth[i]) + fresh_norm * (square * square);
-    ema_labeled[i] = narrow<E>(mean);
-    ema_fourth[i] = narrow<E>(fourth);
-    direction[i] = narrow<G>(2 * v / (epsilon + std::sqrt(fourth)));
+    ema_labeled[i] = round_to<E>(mean);
+    ema_fourth[i] = round_to<E>(fourth);
+    direction[i] = round_to<G>(2 * v / (epsilon + std::sqrt(fourth)));
   }
   store(out, direction, count * static_cast<int64_t>(sizeof(G)), stream);
 }

@@ -251,7 +251,7 @@ struct ColumnBlock {
 
 // The outputs of rows [first, first + n), whose features begin at h.
 template <class A>
-void output_columns(const Outputs<A>& outputs, const RowProgram<A>& p, const A* h, int64_t h_stride, int64_t first,
+void output_columns(const OutputRows<A>& outputs, const RowProgram<A>& p, const A* h, int64_t h_stride, int64_t first,
                     int n, A* sums, A* out) {
   const int count = static_cast<int>(p.outputs);
   if (outputs.factor == nullptr) {
@@ -305,9 +305,9 @@ void store_dots(const RowProgram<A>& p, const A* results, const A* tangent, int6
   store_row<A>(dots, n, 1, p.dots, first);  // stride 1
 }
 
-// LabelStep for rows [begin, end).
+// FiniteDifferenceStep for rows [begin, end).
 template <class A>
-void step_columns(const LabelStep<A>& s, int64_t begin, int64_t end) {
+void step_columns(const FiniteDifferenceStep<A>& s, int64_t begin, int64_t end) {
   using V = Vec<A>;
   const int count = static_cast<int>(s.outputs);
   alignas(64) A plus[few_outputs * lanes<A>], minus[few_outputs * lanes<A>], labels[few_outputs * lanes<A>];

@@ -38,21 +38,21 @@ FASTMETA_INLINE float widen(Float16 x) {
 }
 
 template <class T>
-FASTMETA_INLINE T narrow(typename Wide<T>::type x);
+FASTMETA_INLINE T round_to(typename Wide<T>::type x);
 template <>
-FASTMETA_INLINE float narrow<float>(float x) {
+FASTMETA_INLINE float round_to<float>(float x) {
   return x;
 }
 template <>
-FASTMETA_INLINE double narrow<double>(double x) {
+FASTMETA_INLINE double round_to<double>(double x) {
   return x;
 }
 template <>
-FASTMETA_INLINE Bfloat16 narrow<Bfloat16>(float x) {
+FASTMETA_INLINE Bfloat16 round_to<Bfloat16>(float x) {
   return {static_cast<uint16_t>(bfloat16_bits<uint32_t>(x))};
 }
 template <>
-FASTMETA_INLINE Float16 narrow<Float16>(float x) {
+FASTMETA_INLINE Float16 round_to<Float16>(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x), magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
   // Adding 0.5, whose last place is 2^-24, rounds to a multiple of the smallest subnormal.

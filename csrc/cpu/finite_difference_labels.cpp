@@ -25,13 +25,13 @@ template <class A>
 void run(const View (&logits)[2], const View& labels, double step, bool project, const View& out) {
   const RowKernels<A>& kernels = row_kernels<A>();
   const int64_t rows = out.size(0), outputs = out.size(1);
-  const LabelStep<A> label_step{.plus = matrix_of(logits[0]),
-                                .minus = matrix_of(logits[1]),
-                                .labels = matrix_of(labels),
-                                .out = matrix_of(out),
-                                .outputs = outputs,
-                                .step = static_cast<A>(step),
-                                .project = project};
+  const FiniteDifferenceStep<A> label_step{.plus = matrix_of(logits[0]),
+                                           .minus = matrix_of(logits[1]),
+                                           .labels = matrix_of(labels),
+                                           .out = matrix_of(out),
+                                           .outputs = outputs,
+                                           .step = static_cast<A>(step),
+                                           .project = project};
   const auto kernel = outputs <= few_outputs ? kernels.step_columns : kernels.step_rows;
   const double operations = static_cast<double>(rows) * (64.0 + 48.0 * static_cast<double>(outputs / kernels.lanes));
   for_chunks(rows, parallel_chunks(rows, operations),

@@ -53,9 +53,9 @@ class PackedRows {
 
  private:
   static int64_t packed_size(const LastLayerCall& call, bool multiplies);
-  void pack(const View& weight, Outputs<A>& outputs, A*& place) const;
+  void pack(const View& weight, OutputRows<A>& outputs, A*& place) const;
   // [C] -> [padded]
-  void pack_bias(const View& bias, Outputs<A>& outputs, A*& place) const {
+  void pack_bias(const View& bias, OutputRows<A>& outputs, A*& place) const {
     if (!bias.has_value()) return;
     kernels_.widen(matrix_of(bias), program.outputs, place);
     outputs.bias = place;
@@ -117,7 +117,7 @@ PackedRows<A>::PackedRows(const LastLayerCall& call, bool multiplies)
 }
 
 template <class A>
-void PackedRows<A>::pack(const View& weight, Outputs<A>& outputs, A*& place) const {
+void PackedRows<A>::pack(const View& weight, OutputRows<A>& outputs, A*& place) const {
   if (!weight.has_value()) return;
   const RowProgram<A>& p = program;
   const Matrix matrix = matrix_of(weight);
@@ -267,7 +267,7 @@ typename GemmLastLayer<A>::Slice GemmLastLayer<A>::slice(int64_t first, int64_t 
   p.weights = p.weights.from(first);
   p.dots = p.dots.from(first);
   p.rows = p.rows.from(first);
-  const auto product = [&](const Tensor& weight, Outputs<A>& outputs) {
+  const auto product = [&](const Tensor& weight, OutputRows<A>& outputs) {
     Tensor result = gemm(slice.features, transposed(gemm_operand(weight)));
     outputs.rows = matrix_of(TensorView(result));
     return result;

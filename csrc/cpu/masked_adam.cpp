@@ -48,17 +48,17 @@ class Powers {
   std::array<std::array<double, 16>, 4> digits_;
 };
 
-struct Settings {
+struct AdamSettings {
   double lr, beta1, beta2, eps, low, high;
   Powers power1, power2;
 };
 
 // Rows and columns of a table, in bytes.
-struct Matrix {
+struct TableView {
   char* data;
   int64_t row, column;
 
-  explicit Matrix(const View& tensor)
+  explicit TableView(const View& tensor)
       : data(static_cast<char*>(tensor.data())),
         row(tensor.stride(0) * tensor.element_size()),
         column(tensor.dim() > 1 ? tensor.stride(1) * tensor.element_size() : 0) {}
@@ -70,17 +70,17 @@ struct Matrix {
 using One = std::integral_constant<int, 1>;
 
 template <class T>
-FASTMETA_INLINE char* at(const Matrix& matrix, int64_t r, int64_t, One) {
+FASTMETA_INLINE char* at(const TableView& matrix, int64_t r, int64_t, One) {
   return matrix.data + r * static_cast<int64_t>(sizeof(T));
 }
 template <class T>
-FASTMETA_INLINE char* at(const Matrix& matrix, int64_t r, int64_t c, int) {
+FASTMETA_INLINE char* at(const TableView& matrix, int64_t r, int64_t c, int) {
   return matrix.at(r, c);
 }
 
 // What a step reads and writes by row.
-struct Rows {
-  Matrix table, exp_avg, exp_avg_sq, steps;
+struct TableRows {
+  TableView table, exp_avg, exp_avg_sq, steps;
 
   FASTMETA_INLINE void prefetch(int64_t row) const {
     __builtin_prefetch(table.at(row, 0), 1);
@@ -144,11 +144,11 @@ class Unique {
 };
 
 struct Task {
-  Rows rows;
-  Matrix grad;
+  TableRows rows;
+  TableView grad;
   int64_t columns;
   const Unique& unique;
-  const Settings& settings;
+  const AdamSettings& settings;
 };
 
 }  // namespace
@@ -171,7 +171,7 @@ void check_rows(const char* index, int64_t stride, int64_t n, int64_t rows) {
 
 template <class T, class S>
 void run_step(const Task& task) {
-  const auto step = FASTMETA_BEST(Step<T, S>::run);
+  const auto step = FASTMETA_BEST(AdamStep<T, S>::run);
   const int64_t grain = std::max<int64_t>(1, 8192 / task.columns);
   if (task.unique.count <= grain) return step(&task, 0, task.unique.count);
   torch::stable::parallel_for(0, task.unique.count, grain,
@@ -187,10 +187,10 @@ bool masked_adam_(const DLTensor* const* tensors, const double* numbers, DLTenso
   const int64_t stride = x.index.stride(0) * static_cast<int64_t>(sizeof(int64_t));
   check_rows(rows, stride, n, x.table.size(0));
   if (n == 0 || columns == 0) return true;
-  const Settings settings = {x.lr, x.beta1, x.beta2, x.eps, x.low, x.high, Powers(x.beta1), Powers(x.beta2)};
-  const Rows all = {Matrix(x.table), Matrix(x.exp_avg), Matrix(x.exp_avg_sq), Matrix(x.steps)};
+  const AdamSettings settings = {x.lr, x.beta1, x.beta2, x.eps, x.low, x.high, Powers(x.beta1), Powers(x.beta2)};
+  const TableRows all = {TableView(x.table), TableView(x.exp_avg), TableView(x.exp_avg_sq), TableView(x.steps)};
   const Unique unique(rows, stride, n);
-  const Task task = {all, Matrix(x.grad), columns, unique, settings};
+  const Task task = {all, TableView(x.grad), columns, unique, settings};
   const bool wide = x.exp_avg.scalar_type() == ScalarType::Float;
   with_averages(x.table.scalar_type(), wide,
                 [&](auto entry, auto statistic) { run_step<decltype(entry), decltype(statistic)>(task); });
@@ -226,21 +226,21 @@ FASTMETA_INLINE void load(const char* from, int64_t stride, auto count, W* __res
 template <class T, class W>
 FASTMETA_INLINE void save(char* to, int64_t stride, auto count, const W* __restrict from) {
   if (stride == static_cast<int64_t>(sizeof(T))) {
-    for (int i = 0; i < count; ++i) reinterpret_cast<T*>(to)[i] = narrow<T>(from[i]);
+    for (int i = 0; i < count; ++i) reinterpret_cast<T*>(to)[i] = round_to<T>(from[i]);
   } else {
-    for (int i = 0; i < count; ++i) *reinterpret_cast<T*>(to + i * stride) = narrow<T>(from[i]);
+    for (int i = 0; i < count; ++i) *reinterpret_cast<T*>(to + i * stride) = round_to<T>(from[i]);
   }
 }
 
 // T: type of the table and the gradients, S: of the statistics.
 template <class T, class S>
-struct Step {
+struct AdamStep {
   using W = typename Wide<T>::type;
   struct Lanes {
     alignas(64) W w[kLanes], m[kLanes], v[kLanes], g[kLanes], unbias1[kLanes], unbias2[kLanes];
   };
 
-  static FASTMETA_INLINE void update(Lanes& lanes, int count, const Settings& settings) {
+  static FASTMETA_INLINE void update(Lanes& lanes, int count, const AdamSettings& settings) {
     const W beta1 = settings.beta1, beta2 = settings.beta2, fresh1 = 1 - settings.beta1, fresh2 = 1 - settings.beta2;
     const W lr = settings.lr, eps = settings.eps, low = settings.low, high = settings.high;
     for (int i = 0; i < count; ++i) {
@@ -275,7 +275,7 @@ struct Step {
   }
 
   static bool is_packed(const Task& task) {
-    const Rows& rows = task.rows;
+    const TableRows& rows = task.rows;
     return rows.table.row == sizeof(T) && task.grad.row == sizeof(T) && rows.exp_avg.row == sizeof(S) &&
            rows.exp_avg_sq.row == sizeof(S) && rows.steps.row == sizeof(int32_t);
   }

@@ -226,7 +226,7 @@ template <class T>
 void save_and_move(T* __restrict theta, const T* __restrict v, T* __restrict saved, typename Wide<T>::type factor,
                    int64_t count, bool stream) {
   store(saved, theta, count * static_cast<int64_t>(sizeof(T)), stream);
-  for (int64_t i = 0; i < count; ++i) theta[i] = narrow<T>(widen(theta[i]) + factor * widen(v[i]));
+  for (int64_t i = 0; i < count; ++i) theta[i] = round_to<T>(widen(theta[i]) + factor * widen(v[i]));
 }
 
 // theta <- saved + factor v.
@@ -234,7 +234,7 @@ template <class T>
 void move(T* __restrict theta, const T* __restrict v, T* __restrict saved, typename Wide<T>::type factor, int64_t count,
           bool stream) {
   alignas(backup_align) T moved[kTile];
-  for (int64_t i = 0; i < count; ++i) moved[i] = narrow<T>(widen(saved[i]) + factor * widen(v[i]));
+  for (int64_t i = 0; i < count; ++i) moved[i] = round_to<T>(widen(saved[i]) + factor * widen(v[i]));
   store(theta, moved, count * static_cast<int64_t>(sizeof(T)), stream);
 }
 

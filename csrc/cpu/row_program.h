@@ -28,7 +28,7 @@ struct Matrix {
 
 // Rows of C outputs, logits or their tangent: read from memory, or features times a factor as they are needed.
 template <class A>
-struct Outputs {
+struct OutputRows {
   Matrix rows;                // [N, C], or null
   const A* factor = nullptr;  // [D, padded] in panels of vectors (products.h), or for few outputs [C, D]; or null
   int64_t factor_stride = 0;  // elements from row to row of [C, D]
@@ -46,8 +46,8 @@ struct RowProgram {
   int64_t padded_features = 0;  // D rounded up to whole vectors
   Matrix features;              // [N, D], read if there is a factor or a gradient
 
-  Outputs<A> logits;                 // [N, C]
-  Outputs<A> tangent;                // [N, C]; not read by last_layer_gradient
+  OutputRows<A> logits;              // [N, C]
+  OutputRows<A> tangent;             // [N, C]; not read by last_layer_gradient
   Matrix targets;                    // [N, C], or
   const int64_t* classes = nullptr;  // [N]
   Matrix weights;                    // [N], or null
@@ -76,7 +76,7 @@ struct Combination {
 
 // out [N, C] = labels - step * (softmax(plus) - softmax(minus)), projected to the simplex if asked.
 template <class A>
-struct LabelStep {
+struct FiniteDifferenceStep {
   Matrix plus, minus, labels, out;  // [N, C]
   int64_t outputs = 0;              // C
   A step = 0;
@@ -87,7 +87,7 @@ struct LabelStep {
 template <class A>
 struct RowKernels {
   int lanes;
-  // A factor of Outputs from source [rows, columns], for columns [begin, end); 0 beyond the rows.
+  // A factor of OutputRows from source [rows, columns], for columns [begin, end); 0 beyond the rows.
   void (*pack)(const Matrix& source, int64_t rows, int64_t padded, int64_t columns, int64_t begin, int64_t end,
                A* packed);
   // dst [n rounded up to whole vectors] = row 0 of src [1, n], 0 beyond n.
@@ -97,8 +97,8 @@ struct RowKernels {
   void (*run_rows)(const RowProgram<A>& program, int64_t begin, int64_t end, int64_t chunk);
   void (*run_columns)(const RowProgram<A>& program, int64_t begin, int64_t end, int64_t chunk);
   void (*combine)(const Combination<A>& combination, int64_t begin, int64_t end);
-  void (*step_rows)(const LabelStep<A>& step, int64_t begin, int64_t end);
-  void (*step_columns)(const LabelStep<A>& step, int64_t begin, int64_t end);
+  void (*step_rows)(const FiniteDifferenceStep<A>& step, int64_t begin, int64_t end);
+  void (*step_columns)(const FiniteDifferenceStep<A>& step, int64_t begin, int64_t end);
 };
 
 // The kernels of this processor's best instruction set.

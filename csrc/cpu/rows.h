@@ -40,7 +40,7 @@ FeatureRows<A> features_of(const RowProgram<A>& p, A* copies, int64_t first, int
 
 // out [n, padded] = the outputs' rows [first, first + n), the lanes beyond C set to `padding`.
 template <class A>
-void outputs_of(const Outputs<A>& outputs, const RowProgram<A>& p, const FeatureRows<A>& h, int64_t first, int64_t n,
+void outputs_of(const OutputRows<A>& outputs, const RowProgram<A>& p, const FeatureRows<A>& h, int64_t first, int64_t n,
                 double padding, A* out) {
   if (outputs.factor != nullptr) {
     multiply<A>(h.data, h.stride, outputs.factor, p.num_features, n, out, p.padded);
@@ -191,7 +191,7 @@ void run_rows(const RowProgram<A>& p, int64_t begin, int64_t end, int64_t chunk)
 
 // y = y - step (softmax(p) - softmax(m)), projected if asked, for a row in `count` vectors. Overwrites p and m.
 template <class A, class Reduce>
-FASTMETA_INLINE void step_labels(const LabelStep<A>& s, int count, Vec<A>* p, Vec<A>* m, Vec<A>* y,
+FASTMETA_INLINE void step_labels(const FiniteDifferenceStep<A>& s, int count, Vec<A>* p, Vec<A>* m, Vec<A>* y,
                                  const Reduce& reduce) {
   using V = Vec<A>;
   const V zero = splat<V>(0);
@@ -210,7 +210,7 @@ FASTMETA_INLINE void step_labels(const LabelStep<A>& s, int count, Vec<A>* p, Ve
 }
 
 template <class A>
-void step_rows(const LabelStep<A>& s, int64_t begin, int64_t end) {
+void step_rows(const FiniteDifferenceStep<A>& s, int64_t begin, int64_t end) {
   using V = Vec<A>;
   const int64_t padded = (s.outputs + lanes<A> - 1) / lanes<A> * lanes<A>;
   const double padding = softmax_padding;

@@ -149,7 +149,7 @@ using Bits32 = VectorTypes<float>::Bits;
 
 FASTMETA_INLINE VecF widen(Bits16 v, Bfloat16) { return floats_of_bfloat16<VecF>(__builtin_convertvector(v, Bits32)); }
 
-FASTMETA_INLINE Bits16 narrow(VecF v, Bfloat16) { return __builtin_convertvector(bfloat16_bits<Bits32>(v), Bits16); }
+FASTMETA_INLINE Bits16 round_to(VecF v, Bfloat16) { return __builtin_convertvector(bfloat16_bits<Bits32>(v), Bits16); }
 
 FASTMETA_INLINE VecF widen(Bits16 v, Float16) {
 #if FASTMETA_AVX512
@@ -163,7 +163,7 @@ FASTMETA_INLINE VecF widen(Bits16 v, Float16) {
 #endif
 }
 
-FASTMETA_INLINE Bits16 narrow(VecF v, Float16) {
+FASTMETA_INLINE Bits16 round_to(VecF v, Float16) {
 #if FASTMETA_AVX512
   return reinterpret_cast<Bits16>(
       _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
@@ -171,7 +171,7 @@ FASTMETA_INLINE Bits16 narrow(VecF v, Float16) {
   return reinterpret_cast<Bits16>(_mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
   Bits16 bits{};
-  for (int i = 0; i < lanes<float>; ++i) bits[i] = narrow<Float16>(v[i]).bits;
+  for (int i = 0; i < lanes<float>; ++i) bits[i] = round_to<Float16>(v[i]).bits;
   return bits;
 #endif
 }
@@ -266,14 +266,14 @@ FASTMETA_INLINE void store_row_of(const A* src, int64_t n, A scale, T* dst) {
     if constexpr (std::is_same_v<A, T>) {
       store<A>(dst + i, load<A>(src + i) * scale);
     } else {
-      *reinterpret_cast<Bits16Unaligned*>(dst + i) = narrow(load<A>(src + i) * scale, T{});
+      *reinterpret_cast<Bits16Unaligned*>(dst + i) = round_to(load<A>(src + i) * scale, T{});
     }
   }
   if (i < n) {
     if constexpr (std::is_same_v<A, T>) {
       store_first<A>(dst + i, load<A>(src + i) * scale, n - i);
     } else {
-      store_first_bits(&dst[i].bits, narrow(load<A>(src + i) * scale, T{}), n - i);
+      store_first_bits(&dst[i].bits, round_to(load<A>(src + i) * scale, T{}), n - i);
     }
   }
 }

@@ -40,9 +40,9 @@ struct Align {
       const W v = mean - widen(loaded.unlabeled.value[i]);
       const W square = v * v;
       const W fourth = fma(decay_norm, widen(loaded.fourth.value[i]), fresh_norm * (square * square));
-      means.value[i] = narrow<E>(mean);
-      fourths.value[i] = narrow<E>(fourth);
-      direction.value[i] = narrow<G>(2 * v / (epsilon + sqrt(fourth)));
+      means.value[i] = round_to<E>(mean);
+      fourths.value[i] = round_to<E>(fourth);
+      direction.value[i] = round_to<G>(2 * v / (epsilon + sqrt(fourth)));
     }
     fastmeta::store(reinterpret_cast<E*>(at[2]), means);
     fastmeta::store(reinterpret_cast<E*>(at[3]), fourths);

@@ -10,7 +10,7 @@
 #undef FASTMETA_TARGET
 
 namespace fastmeta {
-using scalar::narrow;
+using scalar::round_to;
 using scalar::widen;
 }  // namespace fastmeta
 
@@ -26,7 +26,7 @@ __device__ __forceinline__ float widen(Bfloat16 x) { return __uint_as_float(stat
 __device__ __forceinline__ float widen(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
 template <class T>
-__device__ __forceinline__ T narrow(typename Wide<T>::type x) {
+__device__ __forceinline__ T round_to(typename Wide<T>::type x) {
   if constexpr (std::is_same_v<T, Bfloat16>) {
     return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
   } else if constexpr (std::is_same_v<T, Float16>) {

@@ -19,7 +19,7 @@ constexpr int block_threads = 256;
 
 // Element (i, j) lies at data + i * row + j * column.
 template <class T>
-struct Matrix {
+struct TableView {
   T* data;
   int64_t row, column;
 
@@ -28,15 +28,15 @@ struct Matrix {
 
 // T: type of the table and the gradients, S: of the statistics.
 template <class T, class S>
-struct Step {
+struct AdamStep {
   using W = typename Wide<T>::type;
 
   int64_t count, rows, columns;  // n, M, C
-  Matrix<T> table;
-  Matrix<S> exp_avg, exp_avg_sq;
-  Matrix<int32_t> steps;
-  Matrix<const T> grad;
-  Matrix<const int64_t> index;
+  TableView<T> table;
+  TableView<S> exp_avg, exp_avg_sq;
+  TableView<int32_t> steps;
+  TableView<const T> grad;
+  TableView<const int64_t> index;
   const int64_t* order;  // positions whose rows ascend, as `index` then does; or null
   W lr, beta1, beta2, fresh1, fresh2, eps, low, high;
   double log_beta1, log_beta2;
@@ -51,28 +51,30 @@ struct Unbias {
 
   // t: updates the row has had, this one included. In float64: 1 - beta^t has few digits while t is small.
   template <class T, class S>
-  __device__ Unbias(const Step<T, S>& a, int32_t t)
+  __device__ Unbias(const AdamStep<T, S>& a, int32_t t)
       : first(static_cast<W>(-::expm1(t * a.log_beta1))), second(static_cast<W>(-::expm1(t * a.log_beta2))) {}
 };
 
 __device__ __forceinline__ int32_t next_count(int32_t t) { return t < INT32_MAX ? t + 1 : t; }
 
 template <class T, class S, class W>
-__device__ __forceinline__ void step_entry(const Step<T, S>& a, int64_t row, int64_t c, W g, const Unbias<W>& unbias) {
+__device__ __forceinline__ void step_entry(const AdamStep<T, S>& a, int64_t row, int64_t c, W g,
+                                           const Unbias<W>& unbias) {
   const W m = a.beta1 * widen(a.exp_avg.at(row, c)) + a.fresh1 * g;
   const W v = a.beta2 * widen(a.exp_avg_sq.at(row, c)) + a.fresh2 * g * g;
   W w = widen(a.table.at(row, c)) - a.lr * (m / unbias.first) / (std::sqrt(v / unbias.second) + a.eps);
   w = w < a.low ? a.low : w;  // NaN stays NaN
   w = w > a.high ? a.high : w;
-  a.table.at(row, c) = narrow<T>(w);
-  a.exp_avg.at(row, c) = narrow<S>(m);
-  a.exp_avg_sq.at(row, c) = narrow<S>(v);
+  a.table.at(row, c) = round_to<T>(w);
+  a.exp_avg.at(row, c) = round_to<S>(m);
+  a.exp_avg_sq.at(row, c) = round_to<S>(v);
 }
 
 // The first of 128 positions from `begin` on, below `end`, whose chunk of 128 names `row`; `end` if none does. For all
 // lanes of a warp.
 template <class T, class S>
-__device__ __forceinline__ int64_t find_chunk(const Step<T, S>& a, int64_t row, int64_t begin, int64_t end, int lane) {
+__device__ __forceinline__ int64_t find_chunk(const AdamStep<T, S>& a, int64_t row, int64_t begin, int64_t end,
+                                              int lane) {
   for (; begin < end; begin += 128) {
     bool found = false;
 #pragma unroll
@@ -87,8 +89,8 @@ __device__ __forceinline__ int64_t find_chunk(const Step<T, S>& a, int64_t row, 
 
 // A warp for each position; the first of a row steps, the others leave.
 template <class T, class S>
-__global__ void __launch_bounds__(block_threads, 4) step_searching(FASTMETA_STRUCTURE(Step<T, S>) a) {
-  using W = typename Step<T, S>::W;
+__global__ void __launch_bounds__(block_threads, 4) step_searching(FASTMETA_STRUCTURE(AdamStep<T, S>) a) {
+  using W = typename AdamStep<T, S>::W;
   const int64_t position = (blockIdx.x * int64_t{block_threads} + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   if (position >= a.count) return;
@@ -115,8 +117,8 @@ __global__ void __launch_bounds__(block_threads, 4) step_searching(FASTMETA_STRU
 
 // `width` lanes for each position in the order of rows; the first of a row steps, with those that follow.
 template <class T, class S>
-__global__ void __launch_bounds__(block_threads, 4) step_sorted(FASTMETA_STRUCTURE(Step<T, S>) a, int width) {
-  using W = typename Step<T, S>::W;
+__global__ void __launch_bounds__(block_threads, 4) step_sorted(FASTMETA_STRUCTURE(AdamStep<T, S>) a, int width) {
+  using W = typename AdamStep<T, S>::W;
   const int64_t thread = blockIdx.x * int64_t{block_threads} + threadIdx.x;
   const int64_t place = thread / width;
   const int64_t row = place < a.count ? a.index.at(place, 0) : -1;
@@ -145,16 +147,16 @@ std::array<Tensor, 2> sorted(const Tensor& index) {
 }
 
 template <class T>
-Matrix<T> matrix(const View& tensor) {
+TableView<T> matrix(const View& tensor) {
   return {static_cast<T*>(tensor.data()), tensor.stride(0), tensor.dim() > 1 ? tensor.stride(1) : 0};
 }
 
 dim3 blocks_for(int64_t threads) { return dim3(static_cast<unsigned>((threads + block_threads - 1) / block_threads)); }
 
 template <class T, class S>
-Step<T, S> step_of(const MaskedAdam& x) {
+AdamStep<T, S> step_of(const MaskedAdam& x) {
   using W = typename Wide<T>::type;
-  Step<T, S> step{};
+  AdamStep<T, S> step{};
   step.count = x.index.size(0);
   step.rows = x.table.size(0);
   step.columns = x.table.dim() > 1 ? x.table.size(1) : 1;
@@ -195,12 +197,12 @@ void with_step(const MaskedAdam& x, const F& f) {
 }
 
 template <class T, class S>
-void run_searching(const Launcher& launch, const Step<T, S>& step) {
+void run_searching(const Launcher& launch, const AdamStep<T, S>& step) {
   launch(step_searching<T, S>, {.blocks = blocks_for(step.count * 32), .threads = dim3(block_threads)}, step);
 }
 
 template <class T, class S>
-void run_sorted(const Launcher& launch, Step<T, S> step, const std::array<Tensor, 2>& ascending) {
+void run_sorted(const Launcher& launch, AdamStep<T, S> step, const std::array<Tensor, 2>& ascending) {
   step.index = matrix<const int64_t>(TensorView(ascending[0]));
   step.order = static_cast<const int64_t*>(ascending[1].data_ptr());
   const auto width = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(step.columns < 32 ? step.columns : 32)));

@@ -26,10 +26,10 @@ __device__ __forceinline__ void write_entry(const NarrowArguments<T>& a, int64_t
   const int64_t in_weight = a.outputs * a.num_features;
   if (entry < in_weight) {
     if (a.damping != 0) sum += a.damping * a.tangent.weight(entry / a.num_features, entry % a.num_features);
-    a.out[entry] = narrow<T>(sum);
+    a.out[entry] = round_to<T>(sum);
   } else if (a.has_bias) {
     if (a.damping != 0) sum += a.damping * a.tangent.bias(entry - in_weight, 0);
-    a.out_bias[entry - in_weight] = narrow<T>(sum);
+    a.out_bias[entry - in_weight] = round_to<T>(sum);
   }
 }
 

@@ -17,9 +17,9 @@ __global__ void __launch_bounds__(32 * narrow_warps, lanes == 32 ? 4 : 3)
   for (int64_t first = begin; first < end; first += Tile::block_rows) {
     tile.run(first + tile.warp * Tile::tile_rows, end, [&](int64_t row, int c, float value) {
       if constexpr (result == RowResult::dot) {
-        a.out[row] = narrow<T>(value);
+        a.out[row] = round_to<T>(value);
       } else if (c < a.outputs) {
-        a.out[row * a.outputs + c] = narrow<T>(a.scale * value);
+        a.out[row * a.outputs + c] = round_to<T>(a.scale * value);
       }
     });
   }

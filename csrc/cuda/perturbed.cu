@@ -130,7 +130,7 @@ struct Move {
   __device__ __forceinline__ void store(const Loaded<V>& loaded, char* const (&at)[3]) const {
     Pack<T, V> moved;
     for (int i = 0; i < V; ++i) {
-      moved.value[i] = narrow<T>(fma(factor, widen(loaded.v.value[i]), widen(loaded.start.value[i])));
+      moved.value[i] = round_to<T>(fma(factor, widen(loaded.v.value[i]), widen(loaded.start.value[i])));
     }
     if (save) fastmeta::store(reinterpret_cast<T*>(at[2]), loaded.start);
     fastmeta::store(reinterpret_cast<T*>(at[0]), moved);

@@ -1,6 +1,6 @@
 """Base semi-supervised algorithms, one file each."""
 
-from fastmeta.ssl.base import Algorithm, Batch, Loss, Refiner, kl_divergence
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, kl_divergence
 from fastmeta.ssl.fixmatch import FixMatch
 from fastmeta.ssl.mean_teacher import MeanTeacher
 from fastmeta.ssl.mix_up import Mixed, mix_up
@@ -22,14 +22,14 @@ __all__ = [
     "BASES",
     "Algorithm",
     "Base",
-    "Batch",
     "FixMatch",
-    "Loss",
     "MeanTeacher",
     "Mixed",
     "PseudoLabel",
     "Refiner",
+    "StepLoss",
     "Supervised",
+    "TrainingBatch",
     "VirtualAdversarial",
     "kl_divergence",
     "mix_up",

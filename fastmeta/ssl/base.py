@@ -15,7 +15,7 @@ from fastmeta.methods import Method
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """One step's data.
 
     Args:
@@ -57,7 +57,7 @@ class Used:
 
 
 @dataclass(frozen=True)
-class Loss:
+class StepLoss:
     """What one step minimizes, and the labels behind it.
 
     Args:
@@ -101,8 +101,14 @@ class Algorithm(Protocol):
     second_view: ClassVar[Literal["weak", "strong"] | None]
 
     def loss(
-        self, model: nn.Module, batch: Batch, *, teacher: nn.Module, progress: float, refiner: Refiner | None = None
-    ) -> Loss:
+        self,
+        model: nn.Module,
+        batch: TrainingBatch,
+        *,
+        teacher: nn.Module,
+        progress: float,
+        refiner: Refiner | None = None,
+    ) -> StepLoss:
         """The loss of ``model`` on ``batch``.
 
         Args:
@@ -127,7 +133,7 @@ def features_for(refiner: Refiner | None, model: nn.Module) -> Iterator[FeatureT
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch normalization uses the batch's statistics in the block and leaves its buffers alone."""
+    """TrainingBatch normalization uses the batch's statistics in the block and leaves its buffers alone."""
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     tracking = [layer.track_running_stats for layer in layers]
     for layer in layers:
@@ -178,7 +184,7 @@ def refine(
     refiner: Refiner | None,
     tape: FeatureTape | None,
     model: nn.Module,
-    batch: Batch,
+    batch: TrainingBatch,
     *,
     imputed: Tensor,
     views: dict[str, Tensor],
@@ -231,7 +237,7 @@ def refine(
     return Used(refined.labels, labels, mask * refined.weights, mask, refined.loss)
 
 
-def _examples(batch: Batch, labeled: Any, holdout: Any) -> dict[str, Any]:
+def _examples(batch: TrainingBatch, labeled: Any, holdout: Any) -> dict[str, Any]:
     """A method's examples with labels: the labeled batch is the hold-out batch where there is no other."""
     if holdout is None:
         return {"holdout": labeled, "targets": batch.targets, "labeled": None, "labeled_targets": None}

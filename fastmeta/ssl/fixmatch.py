@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import Batch, Loss, Refiner, features_for, refine
+from fastmeta.ssl.base import Refiner, StepLoss, TrainingBatch, features_for, refine
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,14 @@ class FixMatch:
     second_view: ClassVar[Literal["weak", "strong"] | None] = "strong"
 
     def loss(
-        self, model: nn.Module, batch: Batch, *, teacher: nn.Module, progress: float, refiner: Refiner | None = None
-    ) -> Loss:
+        self,
+        model: nn.Module,
+        batch: TrainingBatch,
+        *,
+        teacher: nn.Module,
+        progress: float,
+        refiner: Refiner | None = None,
+    ) -> StepLoss:
         """One forward of all three parts, as the published code does; see :class:`fastmeta.ssl.Algorithm`."""
         assert batch.second is not None
         sizes = [len(batch.labeled), len(batch.weak), len(batch.second)]
@@ -53,4 +59,4 @@ class FixMatch:
         labeled = functional.cross_entropy(labeled_logits, batch.targets)
         unlabeled = (used.weights * per_example).mean()
         total = labeled + self.weight * unlabeled + used.loss
-        return Loss(total, labeled.detach(), unlabeled.detach(), weak_logits.detach().softmax(dim=1), used)
+        return StepLoss(total, labeled.detach(), unlabeled.detach(), weak_logits.detach().softmax(dim=1), used)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import Batch, Loss, Refiner, features_for, frozen_statistics, ramp_up, refine
+from fastmeta.ssl.base import Refiner, StepLoss, TrainingBatch, features_for, frozen_statistics, ramp_up, refine
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,14 @@ class MeanTeacher:
     second_view: ClassVar[Literal["weak", "strong"] | None] = "weak"
 
     def loss(
-        self, model: nn.Module, batch: Batch, *, teacher: nn.Module, progress: float, refiner: Refiner | None = None
-    ) -> Loss:
+        self,
+        model: nn.Module,
+        batch: TrainingBatch,
+        *,
+        teacher: nn.Module,
+        progress: float,
+        refiner: Refiner | None = None,
+    ) -> StepLoss:
         """See :class:`fastmeta.ssl.Algorithm`. A method takes the student's derivative and the teacher's labels."""
         assert batch.second is not None
         teacher.train()  # batch statistics for teacher and student alike
@@ -56,4 +62,4 @@ class MeanTeacher:
         labeled = functional.cross_entropy(labeled_logits, batch.targets)
         unlabeled = (used.weights * per_example).mean()
         total = labeled + self.weight * ramp_up(progress, self.ramp) * unlabeled + used.loss
-        return Loss(total, labeled.detach(), unlabeled.detach(), imputed, used)
+        return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed, used)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import Batch, Loss, Refiner, features_for, ramp_up, refine
+from fastmeta.ssl.base import Refiner, StepLoss, TrainingBatch, features_for, ramp_up, refine
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,14 @@ class PseudoLabel:
     second_view: ClassVar[Literal["weak", "strong"] | None] = None
 
     def loss(
-        self, model: nn.Module, batch: Batch, *, teacher: nn.Module, progress: float, refiner: Refiner | None = None
-    ) -> Loss:
+        self,
+        model: nn.Module,
+        batch: TrainingBatch,
+        *,
+        teacher: nn.Module,
+        progress: float,
+        refiner: Refiner | None = None,
+    ) -> StepLoss:
         """See :class:`fastmeta.ssl.Algorithm`."""
         with features_for(refiner, model) as tape:
             logits = model(torch.cat([batch.labeled, batch.weak]))
@@ -53,4 +59,4 @@ class PseudoLabel:
         labeled = functional.cross_entropy(labeled_logits, batch.targets)
         unlabeled = (used.weights * per_example).mean()
         total = labeled + self.weight * ramp_up(progress, self.ramp) * unlabeled + used.loss
-        return Loss(total, labeled.detach(), unlabeled.detach(), logits_u.detach().softmax(dim=1), used)
+        return StepLoss(total, labeled.detach(), unlabeled.detach(), logits_u.detach().softmax(dim=1), used)

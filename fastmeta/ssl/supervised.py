@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from torch import nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import Batch, Loss, Refiner
+from fastmeta.ssl.base import Refiner, StepLoss, TrainingBatch
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,14 @@ class Supervised:
     second_view: ClassVar[Literal["weak", "strong"] | None] = None
 
     def loss(
-        self, model: nn.Module, batch: Batch, *, teacher: nn.Module, progress: float, refiner: Refiner | None = None
-    ) -> Loss:
+        self,
+        model: nn.Module,
+        batch: TrainingBatch,
+        *,
+        teacher: nn.Module,
+        progress: float,
+        refiner: Refiner | None = None,
+    ) -> StepLoss:
         """Mean cross-entropy of the labeled batch; see :class:`fastmeta.ssl.Algorithm`.
 
         Raises:
@@ -27,4 +33,4 @@ class Supervised:
         if refiner is not None:
             raise ValueError("the supervised base imputes no labels, so refiner must be None")
         labeled = functional.cross_entropy(model(batch.labeled), batch.targets)
-        return Loss(total=labeled, labeled=labeled.detach(), unlabeled=labeled.new_zeros(()))
+        return StepLoss(total=labeled, labeled=labeled.detach(), unlabeled=labeled.new_zeros(()))

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from fastmeta import checks
 from fastmeta.problem.evaluation import RandomState
-from fastmeta.ssl.base import Batch, Loss, Refiner, features_for, frozen_statistics, kl_divergence, refine
+from fastmeta.ssl.base import Refiner, StepLoss, TrainingBatch, features_for, frozen_statistics, kl_divergence, refine
 
 
 def virtual_adversarial_direction(
@@ -159,9 +159,15 @@ class VirtualAdversarial:
     second_view: ClassVar[Literal["weak", "strong"] | None] = None
 
     def loss(
-        self, model: nn.Module, batch: Batch, *, teacher: nn.Module, progress: float, refiner: Refiner | None = None
-    ) -> Loss:
-        """See :class:`fastmeta.ssl.Algorithm`. ``Loss.unlabeled`` is the sum of its parts, each with its weight."""
+        self,
+        model: nn.Module,
+        batch: TrainingBatch,
+        *,
+        teacher: nn.Module,
+        progress: float,
+        refiner: Refiner | None = None,
+    ) -> StepLoss:
+        """See :class:`fastmeta.ssl.Algorithm`. ``StepLoss.unlabeled`` is the sum of its parts, each with its weight."""
         images = torch.cat([batch.labeled, batch.weak])
         with features_for(refiner, model) as tape:
             logits = model(images)
@@ -195,7 +201,7 @@ class VirtualAdversarial:
 
         labeled = functional.cross_entropy(labeled_logits, batch.targets)
         total = labeled + unlabeled + used.loss
-        return Loss(total, labeled.detach(), unlabeled.detach(), weak_logits.detach().softmax(dim=1), used)
+        return StepLoss(total, labeled.detach(), unlabeled.detach(), weak_logits.detach().softmax(dim=1), used)
 
 
 def _unit(rows: Tensor, *, otherwise: Tensor) -> Tensor:

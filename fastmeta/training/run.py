@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmeta.data import ImageDataset, StatelessSampler, StrongAugment, generator_for, make_split, weak_augment
 from fastmeta.models import ConvNet
-from fastmeta.ssl import Batch, Loss, Refiner
+from fastmeta.ssl import Refiner, StepLoss, TrainingBatch
 from fastmeta.training.config import RunConfig
 from fastmeta.training.ema import ExponentialMovingAverage
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
@@ -70,7 +70,7 @@ class Run:
         self._sums = torch.zeros(len(AVERAGES), device=config.device)
         self._summed = 0
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> TrainingBatch:
         """The data of step ``step``, whatever happened before it."""
         device, dataset = self.config.device, self.dataset
         generator = generator_for(self.config.seed, "augment", step)
@@ -80,7 +80,7 @@ class Run:
         labeled_images = self._views[self.config.labeled_view](dataset.images[labeled], generator)
         weak = weak_augment(images, generator)
         second = None if self.base.second_view is None else self._views[self.base.second_view](images, generator)
-        batch = Batch(labeled_images, dataset.targets[labeled], weak, second, index.to(device))
+        batch = TrainingBatch(labeled_images, dataset.targets[labeled], weak, second, index.to(device))
         if not self.uses_holdout:
             return batch
         holdout = self.split.holdout.to(device)
@@ -111,7 +111,7 @@ class Run:
         loss.backward()
         self.optimizer.step()
 
-    def _method_loss(self, refiner: Refiner, batch: Batch) -> Tensor:
+    def _method_loss(self, refiner: Refiner, batch: TrainingBatch) -> Tensor:
         """The method's loss at the parameters that the base's update left, from passes of its own."""
         unlabeled = batch.weak if refiner.view == "imputed" or batch.second is None else batch.second
         refined = refiner.method.refine(
@@ -120,7 +120,7 @@ class Run:
         return refined.loss
 
     @torch.no_grad()
-    def _watch(self, batch: Batch, loss: Loss) -> None:
+    def _watch(self, batch: TrainingBatch, loss: StepLoss) -> None:
         zero = loss.total.new_zeros(())
         values = [loss.total.detach(), loss.labeled, loss.unlabeled, zero, zero, zero]
         if loss.imputed is not None and loss.used is not None:
