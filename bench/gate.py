@@ -59,7 +59,7 @@ def _verdict(passed: int, failed: list[str]) -> Row:
 def files_for(operators: Sequence[str], stems: Mapping[str, str], folder: Path = ROOT / "tests") -> list[str]:
     """``test_ops*.py``, which hold what all operators have in common, and ``test_<stem>*.py``."""
     patterns = ["test_ops*.py", *(f"test_{stems[operator]}*.py" for operator in operators)]
-    return [str(file) for pattern in patterns for file in sorted(folder.glob(pattern))]
+    return [str(file) for pattern in patterns for file in sorted(folder.rglob(pattern))]
 
 
 def command(files: Sequence[str], *options: str) -> list[str]:

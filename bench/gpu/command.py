@@ -45,13 +45,16 @@ TEST_FILES = (
     *("test_ops*.py", "test_gpu_*.py", *(f"test_{stem}*.py" for stem in choices.STEMS.values())),
     *("test_triton_*.py", "test_cuda_*.py", "test_lists*.py", "test_inverse_hessian*.py"),
 )
-LARGE = "test_gpu_large.py"  # fills the card: last, and alone
+LARGE = "ops/test_gpu_large.py"  # fills the card: last, and alone
 # Tests that need no GPU, or stub one.
 HOST_TESTS = {
     *("test_cuda_chunk_table.py", "test_cuda_emulator.py", "test_cuda_narrow_plan.py", "test_cuda_tracing.py"),
     *("test_triton_rule.py", "test_triton_sass.py"),
 }
-ON_A_GPU = ("test_graph.py::test_on_a_gpu", "test_solve_on_gpu.py::test_on_a_gpu")  # in files that otherwise stub one
+ON_A_GPU = (
+    "test_graph.py::test_on_a_gpu",
+    "ops/test_solve_on_gpu.py::test_on_a_gpu",
+)  # in files that otherwise stub one
 PROCESSES = 6
 LOG = 200_000  # characters of each phase's output that are kept
 _START_S = 10.0  # a process's imports and last writes, inside its limit
@@ -130,8 +133,8 @@ def _compile(plan: Plan, seconds: float) -> list[Phase]:
 
 def files_of_tests(folder: Path) -> list[str]:
     """The operators' tests, and those of what only a GPU has."""
-    found = [path for pattern in TEST_FILES for path in sorted(folder.glob(pattern))]
-    chosen = [str(path) for path in found if path.name not in HOST_TESTS | {LARGE}]
+    found = [path for pattern in TEST_FILES for path in sorted(folder.rglob(pattern))]
+    chosen = [str(path) for path in found if path.name not in HOST_TESTS | {Path(LARGE).name}]
     return [*dict.fromkeys(chosen), *(str(folder / name) for name in ON_A_GPU)]
 
 

@@ -13,7 +13,7 @@ from bench import compile as command
 from bench.gpu import cache
 
 triton = pytest.importorskip("triton")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # The command, for one kernel.
 COMPILE = """
 import torch

@@ -17,7 +17,7 @@ from fastmeta import ops
 
 FUNCTIONS = {name for name in ops.__all__ if name.islower()} - {"free_workspace"}
 CEILINGS = floors.Ceilings({"float32": 2e11, "bfloat16": 4e11}, {10**6: 1e11, 10**8: 4e10})
-RECORD = Path(__file__).parents[1] / "bench/results/amd-epyc-2-threads"
+RECORD = Path(__file__).parents[2] / "bench/results/amd-epyc-2-threads"
 
 
 class Clock:

@@ -10,7 +10,7 @@ import pytest
 from fastmeta import _extension
 
 LEVELS = ["baseline", "avx2", "avx512"]
-FILES = [f"tests/test_{name}.py" for name in ("perturbed", "alignment_direction", "masked_adam")]
+FILES = [f"tests/ops/test_{name}.py" for name in ("perturbed", "alignment_direction", "masked_adam")]
 # Refuses to test anything but the wanted instruction set.
 SCRIPT = """
 import sys, pytest
@@ -40,7 +40,7 @@ def test_errors_against_float64(level):
             "no:cacheprovider",
         ],
         env=os.environ | {"FASTMETA_ISA": level, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=300,

@@ -28,11 +28,11 @@ def test_kernels(level):
     used = str(info["instruction_set_in_use"])
     if LEVELS.index(used) < LEVELS.index(level):
         pytest.skip(f"there is {used} at most")
-    arguments = ["tests/test_ops_kernels.py", "-k", TESTS, "--tb=short", "-p", "no:cacheprovider"]
+    arguments = ["tests/ops/test_ops_kernels.py", "-k", TESTS, "--tb=short", "-p", "no:cacheprovider"]
     got = subprocess.run(
         [sys.executable, "-c", SCRIPT, level, *arguments],
         env=os.environ | {"FASTMETA_ISA": level, "FASTMETA_CHILD": "cpp", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=300,

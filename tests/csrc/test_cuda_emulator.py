@@ -9,7 +9,7 @@ import build_cuda
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 THREADS = 96
 ORDERS = ["forward", "reverse", "random"]
 pytestmark = pytest.mark.skipif(shutil.which(build_cuda.compiler()) is None, reason="no C++ compiler")

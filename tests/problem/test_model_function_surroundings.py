@@ -17,7 +17,7 @@ from whole_model_nets import conv_net, text_net, tied_net
 import fastmeta
 from fastmeta.problem.model_function import ModelFunction
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_autocast_last_layer(generator):
 
 def test_compiled():
     """In a process of its own: torch.compile keeps state between calls."""
-    tests = str(Path(__file__).parent)
+    tests = str(ROOT / "tests")
     names = "around_refine around compiled_model compiled_part compiled_in_place"
     code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {tests!r}]; sys.argv[1:] = [{names!r}, '{SEED}']\n"
     code += f"import runpy; runpy.run_path({tests + '/compiled_models.py'!r}, run_name='__main__')"

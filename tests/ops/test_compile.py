@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import SEED
 
-SCRIPT = Path(__file__).parent / "compiled_scripts.py"
-ROOT = Path(__file__).parents[1]
+SCRIPT = Path(__file__).parents[1] / "compiled_scripts.py"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-SOURCE = Path(__file__).with_name("narrow_plan.cpp")
+SOURCE = Path(__file__).parents[1] / "narrow_plan.cpp"
 pytestmark = pytest.mark.skipif(shutil.which(build_cuda.compiler()) is None, reason="no C++ compiler")
 LIMITS = ("outputs", "warps", "chunk", "shared", "partials")
 PLAN = (

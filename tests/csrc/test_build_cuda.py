@@ -13,7 +13,7 @@ import torch
 
 from fastmeta import _extension
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REQUIRED = os.environ.get("FASTMETA_REQUIRE_NVCC") == "1"
 LIST_OPERATORS = ["perturb_epsilon", "perturb_", "perturb_restore_", "alignment_direction_", "masked_adam_"]
 needs_nvcc = pytest.mark.skipif(build_cuda.find_nvcc() is None and not REQUIRED, reason="no nvcc")

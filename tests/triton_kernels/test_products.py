@@ -13,7 +13,7 @@ from fastmeta import _extension
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not hasattr(_extension._C, "use_cublaslt"), reason="needs the C++ extension")
-SOURCE = Path(__file__).with_name("cublaslt_of_tests.c")
+SOURCE = Path(__file__).parents[1] / "cublaslt_of_tests.c"
 
 
 @pytest.fixture(scope="module")

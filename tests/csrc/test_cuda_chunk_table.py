@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-SOURCE = Path(__file__).with_name("chunk_table.cpp")
+SOURCE = Path(__file__).parents[1] / "chunk_table.cpp"
 CHUNK, LISTS, ITEM = 4096, 3, 4
 pytestmark = pytest.mark.skipif(shutil.which(build_cuda.compiler()) is None, reason="no C++ compiler")
 

@@ -123,25 +123,25 @@ def test_the_entry_takes_what_the_dispatcher_has_dealt_with():
     """Below autograd no state of a tensor is asked for, and results are the schema's; errors are the function's own."""
     h, f, v = torch.ones(3, 4), torch.zeros(3, 2), torch.ones(2, 4)
     entry = next(case.operator.entry for case in CASES if case.name == "hessian_vector_product")
-    expected = entry.cuda(h, f, v, None, None, 0, 0.5)
+    expected = entry.cuda(h, f, None, v, None, None, 0, 0.5)
     assert [result.shape for result in expected] == [(2, 4), (0,)]
     for got in (
-        entry.cuda(h.clone().requires_grad_(), f, v, None, None, 0, 0.5),
-        entry.cuda(h, f, v, None, None, 0, 1),
+        entry.cuda(h.clone().requires_grad_(), f, None, v, None, None, 0, 0.5),
+        entry.cuda(h, f, None, v, None, None, 0, 1),
     ):
         assert not any(result.requires_grad for result in got)
-    assert torch.equal(entry.cuda(h, f, v, None, None, 0, 0.5)[0], expected[0])
-    assert entry.cuda(h.double(), f.double(), v.double(), None, None, 0, 0.5) is NotImplemented
-    assert entry.cuda(h, torch.zeros(3, 40), torch.ones(40, 4), None, None, 0, 0.5) is NotImplemented
+    assert torch.equal(entry.cuda(h, f, None, v, None, None, 0, 0.5)[0], expected[0])
+    assert entry.cuda(h.double(), f.double(), None, v.double(), None, None, 0, 0.5) is NotImplemented
+    assert entry.cuda(h, torch.zeros(3, 40), None, torch.ones(40, 4), None, None, 0, 0.5) is NotImplemented
     for arguments, message in (
-        ((h, f, v, None, None, 0, -1.0), "damping must be finite and >= 0, got -1"),
+        ((h, f, None, v, None, None, 0, -1.0), "damping must be finite and >= 0, got -1"),
         ((h, f, v, None, None, 9, 0.5), "loss must be in"),
-        ((h[0], f, v, None, None, 0, 0.5), r"features must be 2-D \[N, D\], got 1-D \[4\]"),
-        ((h.int(), f, v, None, None, 0, 0.5), "features must be float32, bfloat16, float16 or float64, got Int"),
+        ((h[0], f, None, v, None, None, 0, 0.5), r"features must be 2-D \[N, D\], got 1-D \[4\]"),
+        ((h.int(), f, None, v, None, None, 0, 0.5), "features must be float32, bfloat16, float16 or float64, got Int"),
         ((h, f, v[:, 1:], None, None, 0, 0.5), r"direction_weight must be \[C, D\] = \[2, 4\], got \[2, 3\]"),
     ):
         with pytest.raises(RuntimeError, match=message):
             entry.cuda(*arguments)
-    for arguments in ((h.tolist(), f, v, None, None, 0, 0.5), (h.to("meta"), f, v, None, None, 0, 0.5), (h, f)):
+    for arguments in ((h.tolist(), f, None, v, None, None, 0, 0.5), (h.to("meta"), f, None, v, None, None, 0, 0.5), (h, f)):
         with pytest.raises(TypeError, match="hessian_vector_product takes 5 plain tensors, all on one device"):
             entry.cuda(*arguments)
