@@ -135,13 +135,17 @@ def test_the_entry_takes_what_the_dispatcher_has_dealt_with():
     assert entry.cuda(h, torch.zeros(3, 40), None, torch.ones(40, 4), None, None, 0, 0.5) is NotImplemented
     for arguments, message in (
         ((h, f, None, v, None, None, 0, -1.0), "damping must be finite and >= 0, got -1"),
-        ((h, f, v, None, None, 9, 0.5), "loss must be in"),
+        ((h, f, None, v, None, None, 9, 0.5), "loss must be in"),
         ((h[0], f, None, v, None, None, 0, 0.5), r"features must be 2-D \[N, D\], got 1-D \[4\]"),
         ((h.int(), f, None, v, None, None, 0, 0.5), "features must be float32, bfloat16, float16 or float64, got Int"),
-        ((h, f, v[:, 1:], None, None, 0, 0.5), r"direction_weight must be \[C, D\] = \[2, 4\], got \[2, 3\]"),
+        ((h, f, None, v[:, 1:], None, None, 0, 0.5), r"direction_weight must be \[C, D\] = \[2, 4\], got \[2, 3\]"),
     ):
         with pytest.raises(RuntimeError, match=message):
             entry.cuda(*arguments)
-    for arguments in ((h.tolist(), f, None, v, None, None, 0, 0.5), (h.to("meta"), f, None, v, None, None, 0, 0.5), (h, f)):
-        with pytest.raises(TypeError, match="hessian_vector_product takes 5 plain tensors, all on one device"):
+    for arguments in (
+        (h.tolist(), f, None, v, None, None, 0, 0.5),
+        (h.to("meta"), f, None, v, None, None, 0, 0.5),
+        (h, f),
+    ):
+        with pytest.raises(TypeError, match="hessian_vector_product takes 6 plain tensors, all on one device"):
             entry.cuda(*arguments)
