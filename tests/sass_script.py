@@ -54,9 +54,9 @@ def arguments(name: str, classes: int, dtype: torch.dtype, loss: int) -> tuple[A
     h, f, v, b, w = tensor(4096, 64), tensor(4096, classes), tensor(classes, 64), tensor(classes), tensor(4096)
     return {
         "per_example_dot": (h, f, None, None, f, v, b, loss),
-        "label_gradient": (h, f, None, None, v, b, loss, 0.5),
+        "label_gradient": (h, f, None, None, f, v, b, loss, 0.5),
         "last_layer_gradient": (h, f, None, None, f, w, loss),
-        "hessian_vector_product": (h, f, v, b, w, loss, 0.5),
+        "hessian_vector_product": (h, f, f, v, b, w, loss, 0.5),
         "finite_difference_labels": (f, f, f, tensor(), 0.5, True),
     }[name]
 

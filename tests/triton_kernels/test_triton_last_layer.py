@@ -380,4 +380,4 @@ def test_the_bias_of_the_raw_product(shape, with_bias, damping):
 def test_damping_is_checked(damping):
     one = torch.ones(1, 1, device=DEVICE)
     with pytest.raises(ValueError, match="damping must be finite and >= 0"):
-        hvp.plan(one, one, one, None, None, 0, damping)
+        hvp.plan(one, one, None, one, None, None, 0, damping)
