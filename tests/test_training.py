@@ -20,9 +20,9 @@ from fastmeta.training import (
     train,
 )
 from fastmeta.training.files import read_json, read_jsonl, write_checkpoint, write_json
+from fastmeta.training.intervals import mean_and_deviation, t_interval
 from fastmeta.training.recipes import METHODS
 from fastmeta.training.refinements import LargestRefinements
-from fastmeta.training.statistics import mean_and_deviation, t_interval
 from fastmeta.training.summary import summarize, table
 from fastmeta.training.timing import interleaved_seconds
 from fastmeta.training.workers import Job, WorkerError

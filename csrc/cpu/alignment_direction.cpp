@@ -23,7 +23,7 @@ void align(const ListTensor* tensors, size_t count, const AlignmentNumbers& numb
     bytes += groups[i].numel * (3 * groups[i].element_size[0] + 2 * groups[i].element_size[2]);
   }
   const bool stream = exceeds_cache(bytes);
-  for_each_tile<5>(
+  for_each_block<5>(
       Units<5>(groups), {0b01111, 0b11100},
       [&](size_t g, char* const(&run)[5], int64_t, int64_t count, int64_t) {
         with_averages(groups[g].type[0], groups[g].type[2] == ScalarType::Float, [&](auto gradient, auto average) {
@@ -70,7 +70,7 @@ void align_tile(const G* __restrict grad_labeled, const G* __restrict grad_unlab
   using W = typename Wide<G>::type;
   const W decay = constants->decay, decay_norm = constants->decay_norm, epsilon = constants->epsilon;
   const W fresh = 1 - constants->decay, fresh_norm = 1 - constants->decay_norm;
-  alignas(64) G direction[kTile];
+  alignas(64) G direction[block_elements];
   for (int64_t i = 0; i < count; ++i) {
     const W mean = decay * widen(ema_labeled[i]) + fresh * widen(grad_labeled[i]);
     const W v = mean - widen(grad_unlabeled[i]);

@@ -50,7 +50,7 @@ double read_epsilon(const ListTensor& epsilon) {
 template <int V, int K>
 double size_epsilon(const Units<K>& units, double radius) {
   std::vector<double> sums(units.count, 0.0);  // one for each unit: the same on any number of threads
-  for_each_tile<K>(
+  for_each_block<K>(
       units, {1 << V, 0},
       [&](size_t g, char* const(&run)[K], int64_t, int64_t count, int64_t unit) {
         double* sum = &sums[unit];
@@ -67,7 +67,7 @@ double size_epsilon(const Units<K>& units, double radius) {
 
 // Of theta, v, saved.
 void move_all(const Units<3>& units, double factor, bool save, bool stream) {
-  for_each_tile<3>(
+  for_each_block<3>(
       units, save ? Access{0b011, 0b101} : Access{0b110, 0b001},
       [&](size_t g, char* const(&run)[3], int64_t, int64_t count, int64_t) {
         with_element(units.groups[g].type[0], [&](auto zero) {
@@ -83,7 +83,7 @@ void move_all(const Units<3>& units, double factor, bool save, bool stream) {
 // theta <- saved, the first and the last operand.
 template <int K>
 void restore_all(const Units<K>& units, bool stream) {
-  for_each_tile<K>(
+  for_each_block<K>(
       units, {1 << (K - 1), 1},
       [&](size_t g, char* const(&run)[K], int64_t, int64_t count, int64_t) {
         store(run[0], run[K - 1], count * units.groups[g].element_size[0], stream);
@@ -233,7 +233,7 @@ void save_and_move(T* __restrict theta, const T* __restrict v, T* __restrict sav
 template <class T>
 void move(T* __restrict theta, const T* __restrict v, T* __restrict saved, typename Wide<T>::type factor, int64_t count,
           bool stream) {
-  alignas(backup_align) T moved[kTile];
+  alignas(backup_align) T moved[block_elements];
   for (int64_t i = 0; i < count; ++i) moved[i] = round_to<T>(widen(saved[i]) + factor * widen(v[i]));
   store(theta, moved, count * static_cast<int64_t>(sizeof(T)), stream);
 }

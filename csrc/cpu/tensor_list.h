@@ -12,8 +12,8 @@
 
 namespace fastmeta {
 
-constexpr int64_t kUnit = 16384;  // elements a thread takes at a time
-constexpr int64_t kTile = 1024;   // elements that a kernel sees at a time: all operands fit the first cache
+constexpr int64_t unit_elements = 16384;  // elements a thread takes at a time
+constexpr int64_t block_elements = 1024;  // elements that a kernel sees at a time: all operands fit the first cache
 
 // The i-th tensors of K lists. Flat: all of them lie in memory in one order and without gaps.
 template <int K>
@@ -129,26 +129,26 @@ struct Units {
       end += (group.numel + 63) / 64 * 64;
     }
     begin.push_back(end);
-    count = (end + kUnit - 1) / kUnit;
+    count = (end + unit_elements - 1) / unit_elements;
   }
 };
 
-template <int K, class Tile>
-void run_tile(const Group<K>& group, size_t g, int64_t first, int64_t count, int64_t unit, Access access,
-              std::vector<char>& buffers, const Tile& tile) {
+template <int K, class Block>
+void run_block(const Group<K>& group, size_t g, int64_t first, int64_t count, int64_t unit, Access access,
+               std::vector<char>& buffers, const Block& block) {
   char* run[K];
   if (group.flat) {
     for (int k = 0; k < K; ++k) run[k] = group.data[k] + first * group.element_size[k];
-    return tile(g, run, first, count, unit);
+    return block(g, run, first, count, unit);
   }
-  buffers.resize(K * kTile * sizeof(double));
+  buffers.resize(K * block_elements * sizeof(double));
   for (int k = 0; k < K; ++k) {
-    run[k] = buffers.data() + k * kTile * sizeof(double);
+    run[k] = buffers.data() + k * block_elements * sizeof(double);
     if (access.reads >> k & 1) {
       move_strided<true>(group.data[k], run[k], group.element_size[k], group.sizes, group.strides[k], first, count);
     }
   }
-  tile(g, run, first, count, unit);
+  block(g, run, first, count, unit);
   for (int k = 0; k < K; ++k) {
     if (access.writes >> k & 1) {
       move_strided<false>(group.data[k], run[k], group.element_size[k], group.sizes, group.strides[k], first, count);
@@ -156,21 +156,21 @@ void run_tile(const Group<K>& group, size_t g, int64_t first, int64_t count, int
   }
 }
 
-// Calls tile(group index, pointers to K runs of `count` elements, first element, count, unit) over everything, and
+// Calls block(group index, pointers to K runs of `count` elements, first element, count, unit) over everything, and
 // at_thread_end() once on each thread.
-template <int K, class Tile>
-void for_each_tile(const Units<K>& units, Access access, const Tile& tile, const auto& at_thread_end) {
+template <int K, class Block>
+void for_each_block(const Units<K>& units, Access access, const Block& block, const auto& at_thread_end) {
   torch::stable::parallel_for(0, units.count, 2, [&](int64_t begin_unit, int64_t end_unit) {
     std::vector<char> buffers;
     const auto& begin = units.begin;
-    size_t g = std::upper_bound(begin.begin(), begin.end(), begin_unit * kUnit) - begin.begin() - 1;
+    size_t g = std::upper_bound(begin.begin(), begin.end(), begin_unit * unit_elements) - begin.begin() - 1;
     for (int64_t unit = begin_unit; unit < end_unit; ++unit) {
-      const int64_t from = unit * kUnit, to = from + kUnit;
+      const int64_t from = unit * unit_elements, to = from + unit_elements;
       for (; g < units.groups.size() && begin[g] < to; ++g) {
         const Group<K>& group = units.groups[g];
         const int64_t last = std::min(to - begin[g], group.numel);
-        for (int64_t first = std::max<int64_t>(from - begin[g], 0); first < last; first += kTile) {
-          run_tile(group, g, first, std::min(kTile, last - first), unit, access, buffers, tile);
+        for (int64_t first = std::max<int64_t>(from - begin[g], 0); first < last; first += block_elements) {
+          run_block(group, g, first, std::min(block_elements, last - first), unit, access, buffers, block);
         }
         if (begin[g + 1] > to) break;  // its rest is the next unit's
       }

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmeta.data import load_digits
 from fastmeta.training.files import read_json, read_jsonl
-from fastmeta.training.statistics import t_interval
+from fastmeta.training.intervals import t_interval
 
 # Color-blind safe (Okabe and Ito); the base is black, a variant has its method's color and a line of its own.
 _STYLES = {
