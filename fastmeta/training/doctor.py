@@ -60,5 +60,14 @@ def doctor() -> str:
     lines.append(f"torch {torch.__version__}, {devices}")
     info = _extension.build_info()
     if info is not None:
-        lines.append("extension: " + ", ".join(f"{key} {value}" for key, value in info.items()))
+        lines.append(
+            "extension: " + ", ".join(f"{key.replace('_', ' ')} {_words(value)}" for key, value in info.items())
+        )
     return "\n".join(lines)
+
+
+def _words(value: object) -> str:
+    """A list as its items, those that are rows of a table by their names."""
+    if not isinstance(value, list):
+        return str(value)
+    return " ".join(item[0] if isinstance(item, tuple) else str(item) for item in value) or "-"
