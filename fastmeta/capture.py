@@ -57,12 +57,12 @@ class _Recording:
     def forward(self, input: Tensor) -> Tensor:
         output = super().forward(input)  # type: ignore[misc]
         version = None if torch.compiler.is_compiling() or output.is_inference() else output._version
-        # A linked list: unlike a list, whose length torch.compile guards, it does not recompile with every call.
+        # A linked list: torch.compile guards the length of a Python list and would recompile at every call.
         self._fastmeta_calls = (input.detach(), output, version, self._fastmeta_calls)  # type: ignore[has-type]
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A copy made inside the block, by deepcopy or pickle, is of the plain layer.
+        # A copy made in the block, by deepcopy or pickle, has the plain layer's class.
         state = {name: value for name, value in self.__dict__.items() if name != "_fastmeta_calls"}
         return copyreg._reconstructor, (_plain_class(self), object, None), state  # type: ignore[attr-defined]
 
@@ -83,7 +83,7 @@ def _recording_class(cls: type) -> type:
 class FeatureTape:
     """The calls of one linear layer in a :func:`capture_features` block, in order.
 
-    It keeps their features and outputs until it is itself dropped.
+    The tape keeps their features and outputs alive as long as it lives.
     """
 
     def __init__(self, layer: nn.Linear, description: str) -> None:
@@ -184,7 +184,7 @@ def capture_features(module: nn.Module) -> Iterator[FeatureTape]:
     layer, description = last_linear(module)
     outermost = not isinstance(layer, _Recording)
     if outermost:
-        # Past nn.Module's own attribute handling: the model's state must not change.
+        # Not by nn.Module.__setattr__: the model's state must not change.
         layer.__dict__["_fastmeta_calls"] = None
         layer.__class__ = _recording_class(type(layer))
     tape = FeatureTape(layer, description)
@@ -238,7 +238,7 @@ def _rows(logits: Tensor, output: Tensor) -> slice | None:
 
 
 def _rows_of_view(view: Tensor, whole: Tensor) -> slice | None:
-    """By storage, offset and stride, so that it costs no read of the data."""
+    """Compares storage, offset and stride; no data is read."""
     num_rows, num_columns = view.shape
     if view.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or view.device != whole.device:
         return None

@@ -2,7 +2,7 @@
 
 A derivative maps a problem and a direction to the gradient of the outer loss G after an inner step of SGD at ``rate``,
 with respect to the labels ``[N, C]`` or to the example weights ``[N]``. Where only the last layer moves it has a closed
-form: no double backward, no gradient for each example. Where the whole model moves, ``how`` says which way it is taken.
+form: no double backward, no gradient for each example. Where the whole model moves, ``how`` says how it is computed.
 """
 
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ class ExampleWeightGradient(Derivative):
         loss: the inner loss.
         rate: factor of the inner step.
         reduction: of the inner loss over its examples.
-        masked: whether the mask belongs to the example's loss; the official code leaves it out here.
+        masked: whether the mask multiplies the example's loss; the official code leaves it out here.
         how: ``last_layer``: in closed form, where only the last layer moves; else how the whole model's derivative is
             taken, see :func:`fastmeta.example_weight_gradient`.
         radius: length of the perturbation of a difference.
@@ -152,8 +152,8 @@ class FeatureSimilarity(Derivative):
     """Residuals of the hold-out examples, weighted by feature similarity: ``rate sum_h (h_u^T h_h) r_h``.
 
     Learning to Impute (journal version), Eq. (6), as printed: without the bias's ``+ 1``, without the softmax Jacobian
-    of the inner loss. With ``bias=True`` and cross-entropy inside it is :class:`LabelGradient` up to a constant in
-    each row, to which a softmax imputer is blind.
+    of the inner loss. With ``bias=True`` and cross-entropy as inner loss it is :class:`LabelGradient` up to a constant
+    in each row, which a softmax imputer cancels.
 
     Args:
         rate: eta.
@@ -215,7 +215,7 @@ class FiniteDifference(Derivative):
     def step_over(self, epsilon: Tensor, problem: Problem, step: float) -> tuple[float, Tensor]:
         """``step rate / B`` (``step rate`` for a sum) and epsilon, as :func:`ops.finite_difference_labels` takes them.
 
-        Where ``rate / B`` is on the device it divides epsilon.
+        Where ``rate / B`` is a tensor on the device, epsilon is divided by it instead.
         """
         scale = problem.step_scale(self.rate, self.reduction, len(problem.labels))
         return (step, epsilon / scale.to(epsilon)) if isinstance(scale, Tensor) else (step * scale, epsilon)

@@ -110,15 +110,16 @@ OPERATORS: dict[str, "Operator"] = {}
 class Operator:
     """One operator's kernels, registered with torch's dispatcher when this is made.
 
-    ``entry``, for a call that is :func:`unnamed`, takes the arguments of the schema straight to the kernel, or answers
-    NotImplemented: a derivative is recorded, something watches the call, the arguments are of an unusual kind, or there
-    is no plan for them yet. Then ``select`` picks a kernel; None means the reference.
+    ``entry``, for a call that is :func:`unnamed`, takes the arguments of the schema straight to the kernel. It returns
+    NotImplemented where a derivative is recorded, a mode or trace sees the call, an argument is of an unusual kind, or
+    there is no plan for the layout yet. Then ``select`` picks a kernel; None means the reference.
 
     Args:
         name: the name in the dispatcher, ``fastmeta::<name>``.
         fake: the results' shapes, dtypes and device, as empty tensors, from the arguments of the schema.
         numbers: how many numbers follow the tensors of the schema; 0 for lists of tensors, which have no entry.
-        triton: its file in triton_kernels/, which has a function ``plan``. CUDA C++ then takes few outputs only.
+        triton: its file in triton_kernels/, which has a function ``plan``; CUDA C++ then takes at most 32 outputs.
+            None: no Triton kernel, and CUDA C++ takes any size.
     """
 
     def __init__(self, name: str, *, fake: Kernel, numbers: int = 0, triton: str | None = None) -> None:
@@ -128,7 +129,7 @@ class Operator:
         self.entry: Any = _extension.new_entry(name) if numbers else None
         self._kernels: dict[tuple[str, str | None], Kernel] = {}
         self._dispatched: Kernel | None = None
-        # What the dispatcher takes for a device; other names cannot be seen by it.
+        # (device, implementation) that torch's dispatcher calls; a compiled or traced call can name no other.
         self._registered = {("cpu", "cpp")} | ({("cuda", "cuda")} if triton is None else set())
         if _extension.defines(name):  # a build older than this source may lack it
             OPERATORS[name] = self
@@ -153,7 +154,7 @@ class Operator:
         if (name is not None and not self._is_kernel(name)) or not self._kernels:
             return None
         given = [tensor for tensor in tensors if tensor is not None]
-        # Most calls: C++ on plain CPU tensors, and nothing else to ask.
+        # The fast path: plain CPU tensors, no derivative, no mode.
         cpp = self._kernels.get(("cpu", "cpp")) if name in (None, "cpp") else None
         if (
             cpp is not None
@@ -163,7 +164,7 @@ class Operator:
             return cpp
         plain = all([type(tensor) in _PLAIN for tensor in given])
         if not (plain or all([isinstance(tensor, Tensor) for tensor in given])):
-            return None  # the reference's check words the error
+            return None  # the reference raises the error
         tracked = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given])
         device = given[0].device.type if given else "cpu"
         why_not = self._why_not(name, given)
@@ -196,7 +197,7 @@ class Operator:
                 return f"needs {needed} tensors, got one on {tensor.device}"
             if name is None and tensor.device != given[0].device:
                 return "of more than one device"
-        # The first tensor has the dtype of the products; epsilon, say, may be float64.
+        # The first tensor has the dtype of the products; others, such as epsilon, may be float64.
         if given and given[0].is_cuda and given[0].dtype == torch.float64 and self.triton is not None:
             return f"of {self.name} has no float64 on a GPU; use the reference"
         return None
@@ -212,7 +213,7 @@ class Operator:
         return True
 
     def _find_kernels(self) -> dict[tuple[str, str | None], Kernel]:
-        """``(device type, implementation) -> kernel``; the implementation None is the one that is used unnamed."""
+        """``(device type, implementation) -> kernel``; implementation None serves calls that name none."""
         found: dict[tuple[str, str | None], Kernel] = {}
         if _extension.has_kernel(self.name, "CPU"):
             found["cpu", "cpp"] = found["cpu", None] = direct(self.name, "CPU")
@@ -255,7 +256,7 @@ class Operator:
         return choose
 
     def _narrow(self, *arguments: Any) -> Any:
-        """The CUDA C++ kernel for at most 32 outputs, which the dispatcher does not know by itself."""
+        """The CUDA C++ kernel for at most 32 outputs, not registered with the dispatcher on its own."""
         plain = [a.as_subclass(Tensor) if isinstance(a, Tensor) and type(a) is not Tensor else a for a in arguments]
         with _device_of(plain[0]):
             result = self.entry.cuda(*plain)
@@ -277,7 +278,7 @@ class Operator:
             from fastmeta.triton_kernels import _launch
 
             tensors, numbers = arguments[: -self.numbers], arguments[-self.numbers :]
-            if _extension.INTERPRETED:  # anew each time, so that the classes of every call are checked
+            if _extension.INTERPRETED:  # planned at every call, so that its classes are checked
                 return _one_or_all(plan_of(*arguments).run(tensors, numbers))
             with _device_of(arguments[0]):
                 plan = entry.find(*arguments)
@@ -290,9 +291,9 @@ class Operator:
 
 
 def direct(name: str, key: str, namespace: str = "fastmeta") -> Kernel:
-    """The registered kernel past autograd and dispatch modes.
+    """The registered kernel, called below autograd and dispatch modes.
 
-    The other two keys resolve lazy negation and zero tensors on the way: without them a kernel would read the memory
+    The keys Negative and ZeroTensor resolve lazy negation and zero tensors: without them a kernel would read the memory
     behind ``x.conj().imag`` with the wrong sign.
     """
     keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, one)) for one in (key, "Negative", "ZeroTensor"))
@@ -301,7 +302,7 @@ def direct(name: str, key: str, namespace: str = "fastmeta") -> Kernel:
 
 
 def _resolved(kernel: Kernel) -> Kernel:
-    """For arguments among which there are views that say "negate me": a function that reads memory itself."""
+    """The kernel for arguments with the negative bit: they are resolved first, as the kernel reads memory itself."""
     return lambda *arguments: kernel(*(a.resolve_neg() if isinstance(a, Tensor) else a for a in arguments))
 
 
@@ -319,11 +320,11 @@ def _one_or_all(results: tuple[Tensor, ...]) -> Any:
     return results[0] if len(results) == 1 else results
 
 
-# What torch's dispatcher knows of an operator. It lets forward-mode tangents pass through a registered operator as
-# zeros, without an error: the guard, on the Autograd key, raises instead; a backward raises when it is reached.
+# Registration with torch's dispatcher, which gives an operator zero tangents in forward mode, without an error. The
+# guard, on the Autograd key, raises instead: at once in forward mode, in the backward pass in reverse mode.
 
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
-_LIBRARY = torch.library.Library("fastmeta", "IMPL")  # the registrations go when it is collected
+_LIBRARY = torch.library.Library("fastmeta", "IMPL")  # kept: its registrations end when it is collected
 
 
 def _register(name: str, fake: Kernel, on_cuda: Kernel | None) -> None:
@@ -364,7 +365,7 @@ def _guard(name: str) -> Kernel:
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             if name.endswith("_"):
                 raise RuntimeError(f"fastmeta::{name} works in place and is not differentiable; use torch.no_grad()")
-            if _functorch_active():  # torch.func.grad and its kin differentiate at once
+            if _functorch_active():  # torch.func transforms differentiate at once
                 raise RuntimeError(no_backward)
             return NotDifferentiable.apply(below, arguments, *tensors)
         return below(*arguments)

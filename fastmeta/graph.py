@@ -26,16 +26,16 @@ class Recorder(Protocol):
     """Records what a function does to the device."""
 
     def record(self, function: Callable[[], Computed], device: torch.device) -> tuple[Computed, Callable[[], None]]:
-        """The tensors that hold the function's result after each call of the second, which repeats its work."""
+        """The tensors of the function's result, and a replay: each call repeats the work and overwrites them."""
 
 
 class CudaRecorder:
-    """A CUDA graph. Nothing runs while it is recorded."""
+    """A CUDA graph. Recording it runs nothing on the device."""
 
     def record(self, function: Callable[[], Computed], device: torch.device) -> tuple[Computed, Callable[[], None]]:
         """See :class:`Recorder`."""
         graph = torch.cuda.CUDAGraph()
-        # Threads of a data loader may go on to use CUDA meanwhile.
+        # Other threads, such as a data loader's, may use CUDA meanwhile.
         with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = function()
         return result, graph.replay
@@ -44,21 +44,22 @@ class CudaRecorder:
 def graph(method: AnyMethod, *, copy: bool = True, keep: int = 8, recorder: Recorder | None = None) -> AnyMethod:
     """Have a method's steps on a GPU captured in CUDA graphs and replayed.
 
-    ``method.refine`` is called as before. The first call with batches of some shapes and with some settings runs as
-    ever, on buffers of its own; the second is captured; every later one copies its batch into the buffers and replays
-    the graph. So a shape that comes once, as at the end of an epoch, is never captured, and no step is computed twice.
+    ``method.refine`` is called as before. The first call with batches of some shapes and with some settings runs
+    eagerly, on buffers of its own; the second is captured; every later one copies its batch into the buffers and
+    replays the graph. So a shape that comes once, as at the end of an epoch, is never captured, and no step is computed
+    twice.
 
-    Tables, moments and averages are updated in place by a replay. What hangs on the caller's graph of autograd (the
+    Tables, moments and averages are updated in place by a replay. What depends on the caller's autograd graph (the
     surrogate of :class:`fastmeta.L2I`'s V2, the labeled loss of :class:`fastmeta.LabelGradientAlignment`) is computed
     outside. A setting that is changed (``method.step``), another phase of an interval, or a loaded state is captured
-    anew; torch's own settings and :func:`fastmeta.use_impl` are those at the time of the capture. A solver inside runs
-    twice the iterations that the step before took, those after convergence without effect: see
+    anew; torch's own settings and :func:`fastmeta.use_impl` are those at the time of the capture. A solver in the step
+    runs twice the iterations that the step before took; those after convergence have no effect: see
     :func:`fastmeta.ops.solve_hessian`. Call it on one stream.
 
     Args:
         method: any :class:`fastmeta.Method`; its graphs are kept in it.
-        copy: return copies. False saves their launches: the results then are valid until the next call alone.
-        keep: most combinations of shapes and settings to keep buffers and graphs for.
+        copy: return copies. False saves these launches, and the results are valid only until the next call.
+        keep: the most combinations of shapes and settings whose buffers and graphs are kept.
         recorder: takes the place of CUDA's, in tests.
 
     Returns:
@@ -177,7 +178,7 @@ class _Step:
             result, replay = recorder.record(lambda: self._compute(method), self._device)
         except Exception as error:
             cause: BaseException = error
-            while cause.__context__ is not None:  # the end of a failed capture fails too
+            while cause.__context__ is not None:  # ending a failed capture raises too
                 cause = cause.__context__
             raise RuntimeError(f"a step of {name} cannot be captured in a CUDA graph: {cause}") from error
         after, settings_after = describe(method)
@@ -193,7 +194,7 @@ class _Step:
                 f"a step of {name} cannot be captured in a CUDA graph: it changes {', '.join(changed)}, which a replay "
                 "would not; keep it in a tensor"
             )
-        # The state is kept with the graph: it must outlive it.
+        # The graph writes to the state's tensors: they must live as long as the graph.
         self._result, self._replay, self._state = result, replay, state
 
 
@@ -235,7 +236,7 @@ def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def _signature(batch: Batch) -> Hashable:
-    """What a graph of this batch depends on beside the numbers in its tensors."""
+    """Everything a graph depends on in this batch, except the values in its tensors."""
     return tuple((name, _form(value)) for name, value in vars(batch).items())
 
 
@@ -243,7 +244,7 @@ def _form(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return value.shape, value.dtype
     if isinstance(value, Outputs):
-        # The layer's parameters are not copied: a method may look at them where they are.
+        # The layer's parameters are not copied: a method may read them, at these addresses.
         places = tuple(None if tensor is None else tensor.data_ptr() for tensor in (value.weight, value.bias))
         return _form(value.features), _form(value.logits), places
     return None if value is None else id(value)

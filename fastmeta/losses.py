@@ -77,7 +77,7 @@ class Loss:
         raise NotImplementedError
 
     def diagonal(self, f: Tensor, y: Tensor | None) -> Tensor:
-        """Where the entries do not depend on each other, the factor of z in the curvature. ``[N, C]``."""
+        """The factor of z in the curvature of a loss without a softmax. ``[N, C]``."""
         raise NotImplementedError
 
     def curvature(self, f: Tensor, y: Tensor | None, z: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Loss:
         return self.diagonal(f, y) * z
 
     def curvature_scale(self, y: Tensor) -> Tensor | None:
-        """Factor of the curvature that only the targets know, ``[N]``; None is 1."""
+        """Factor of the curvature that depends on the targets alone, ``[N]``; None means 1."""
         return None
 
     def residual_tangent(self, f: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -97,13 +97,13 @@ class Loss:
         return OutputCurvature(self.diagonal(f, y))
 
     def fixed_curvature(self, f: Tensor, y: Tensor | None, weights: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """``z -> w c(z)`` for logits that stay, with weights ``[N]`` or 1; a new tensor each time."""
+        """The function ``z -> w c(z)`` at fixed logits, weights ``[N]`` or 1; it returns a new tensor at each call."""
         factor = _times(weights, self.diagonal(f, y))
         return lambda z: factor * z
 
 
 class _CrossEntropy(Loss):
-    """``-<y, log softmax(f)>``; the curvature is that of targets that sum to one."""
+    """``-<y, log softmax(f)>``; the curvature assumes targets that sum to one."""
 
     has_softmax = True
 
@@ -142,7 +142,7 @@ class _CrossEntropy(Loss):
 
 
 class _BinaryCrossEntropy(Loss):
-    """C independent yes-or-no questions of a row."""
+    """C independent binary labels in each row."""
 
     label_slope = 1.0
 
@@ -288,7 +288,7 @@ class _Huber(Loss):
     def diagonal(self, f: Tensor, y: Tensor | None) -> Tensor:
         assert y is not None
         gap, r = f - y, self.residual(f, y)
-        return torch.where(gap == r, 1, r - r)  # 1 or 0, and NaN where the difference is
+        return torch.where(gap == r, 1, r - r)  # 1 or 0; NaN where the difference is NaN
 
 
 # In the order of the kernels' enum, csrc/loss.h (tests/test_losses.py compares the two).
@@ -301,7 +301,7 @@ _TABLE: dict[str, Loss] = {
     "huber": _Huber(),
 }
 LOSSES: dict[str, int] = {name: code for code, name in enumerate(_TABLE)}
-"""The kernels' number of every loss."""
+"""The integer code of every loss, as the kernels take it."""
 BY_CODE: tuple[Loss, ...] = tuple(_TABLE.values())
 INNER_LOSSES = tuple(LOSSES)
 
@@ -341,7 +341,7 @@ def label_pull(logits: Tensor, loss: str, targets: Tensor | None = None) -> Tens
 
 
 def label_tangent(logits: Tensor, logit_tangent: Tensor, loss: str, targets: Tensor | None = None) -> Tensor:
-    """``t(z) = D_z(-dl/dy)``: how the loss's own pull on its label moves along the direction. ``[N, C]``."""
+    """``t(z) = D_z(-dl/dy)``: the derivative of ``-dl/dy`` along the direction. ``[N, C]``."""
     return of(loss).label_tangent(logits, label_tangent_targets(targets, loss), logit_tangent)
 
 
@@ -360,12 +360,12 @@ def gauss_newton(logits: Tensor, targets: Tensor, logit_tangent: Tensor, loss: s
 
 
 def label_tangent_targets(targets: Tensor | None, loss: str) -> Tensor | None:
-    """The targets if the label tangent reads them, else None; raises ValueError where it needs them in vain."""
+    """The targets if the label tangent reads them, else None; raises ValueError if they are missing."""
     return _needed(targets, loss) if of(loss).label_tangent_reads_targets else None
 
 
 def curvature_targets(targets: Tensor | None, loss: str) -> Tensor | None:
-    """The targets if the curvature reads them, else None; raises ValueError where it needs them in vain."""
+    """The targets if the curvature reads them, else None; raises ValueError if they are missing."""
     return _needed(targets, loss) if of(loss).curvature_reads_targets else None
 
 
@@ -392,5 +392,5 @@ def _times(weights: Tensor | None, factor: Tensor) -> Tensor:
 
 
 def _centered(p: Tensor, image: Tensor) -> Tensor:
-    """``a - p sum(a)``, in place: of ``a = p z`` the softmax Jacobian. ``[N, C]``."""
+    """``a - p sum(a)``, in place; for ``a = p z`` this is the softmax Jacobian ``J z``. ``[N, C]``."""
     return image.addcmul_(p, image.sum(1, keepdim=True), value=-1)

@@ -36,7 +36,7 @@ def affine_step(
     factor: float | Number = 1.0,
     pitch: int | None = None,
 ) -> list[Launch]:
-    """The launch, for an ``out`` of rows at a pitch, or contiguous; none where there are no entries."""
+    """The launch that writes ``out``, contiguous or with rows at a pitch; none if it is empty."""
     size = shape[0] * shape[1]
     if size == 0:
         return []

@@ -1,6 +1,6 @@
 """One launch for a block of rows and all their classes: the products ``h W^T`` and ``h V^T``, then the row function.
 
-For small heads, where a launch more costs what the arithmetic does. Every program reads all of W and V.
+For small heads, where one more launch costs as much as the arithmetic. Every program reads all of W and V.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,7 @@ def products(
 ):  # fmt: skip
     """``h W^T`` and ``h V^T`` of a tile from one read of ``h``; 0 where W or V is None. ``[rows, classes]`` each."""
     depth = tl.arange(0, block_features).to(tl.int64)
-    further = tl.full((), block_features, tl.int64)  # a stride times this may leave 32 bits
+    further = tl.full((), block_features, tl.int64)  # int64: a stride times this may exceed 32 bits
     h_ptr = features_ptr + row[:, None] * features_row + depth[None] * features_column
     if head_ptr is not None:
         w_ptr = head_ptr + column[:, None] * head_row + depth[None] * head_column
@@ -95,7 +95,7 @@ def targets_of(
         return tl.where(inside, tl.where(here, 1.0, 0.0) * hit(label, num_classes)[:, None], 0.0)
     else:
         y = tl.load(y_ptr + row[:, None] * y_row + place[None] * y_column, inside, 0.0).to(tl.float32)
-        # Not straight from the load into a sum: a pass of Triton 3.6 fails on two such sums in one loop.
+        # With a select between load and sum: a pass of Triton 3.6 fails on two sums of loads in one loop.
         return tl.where(inside, y, 0.0)
 
 
@@ -167,7 +167,7 @@ def fused(
 
 
 def tile(num_classes: int, dtype: torch.dtype, aligned: bool) -> Tile:
-    """The smallest tile that holds all classes; of operands that are not aligned a thread holds fewer at a time.
+    """The smallest tile that holds all classes; float32 operands that are not aligned take fewer features at a time.
 
     Raises:
         ValueError: there are too many.

@@ -20,13 +20,13 @@ _dot = InterpreterBuilder.create_dot
 
 def _with_index(tensor: type, scope: Any) -> None:
     _patch_tensor(tensor, scope)
-    # It holds a scalar in an array of one element, from which NumPy 2.4 makes no index.
+    # The interpreter holds a scalar in an array of one element, which NumPy 2.4 refuses as an index.
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 @cache
 def _modules(function: Any) -> tuple[Any, ...]:
-    """Under which names a kernel sees the language."""
+    """The modules of triton.language among a kernel's globals."""
     return tuple(module for module in (tl, tl.core) if any(value is module for value in function.__globals__.values()))
 
 
@@ -37,7 +37,7 @@ def _patch_once(function: Any) -> Any:
 
 
 def _widened(bits: np.ndarray) -> np.ndarray:
-    """Bfloat16, which it keeps as 16 bits, in float32."""
+    """Bfloat16, which the interpreter keeps as 16 bits, in float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -58,7 +58,7 @@ def _cast_impl(builder: InterpreterBuilder, source: TensorHandle, to: Any) -> Te
 
 
 def _create_dot(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
-    # It would multiply the bits of bfloat16 as integers.
+    # The interpreter would multiply the bits of bfloat16 as integers.
     a, b = (TensorHandle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
     return _dot(builder, a, b, *rest)
 

@@ -1,11 +1,11 @@
 """The programs of the four last-layer operators: products of a head and of a direction, a row function, and sums.
 
 ``rows``: the library makes the products, one kernel the rows. ``fused``: one kernel makes both. Sums over N are a
-library product ``R^T h`` after either, which adds up R's columns in passing where the library can.
+library product ``R^T h`` after either form; where the library can, that product sums R's columns as well.
 
-A slab is as many rows as the scratch limit allows. Where sums go by slabs, each adds its part to a result that is
-read and written again, ``12 C D`` bytes in float32 beside ``4 n C D`` operations: as much time at some 500 rows. So a
-slab of theirs is never smaller than four times the result.
+A slab is as many rows as the scratch limit allows. Each slab of a sum over N reads and writes the result again,
+``12 C D`` bytes in float32 beside ``4 n C D`` operations: as much time at some 500 rows. So such a slab is never
+smaller than four times the result.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ from fastmeta.triton_kernels._rows import rows
 _ENTRIES = 512  # of a warp that holds whole rows: sixteen a thread, two operands and their sums in 64 registers
 _MOST_CLASSES = 8192  # of a row that a program holds
 _SWEPT = 2048  # classes of a step over a longer row, two groups a thread
-_IN_PASSING = 1 << 24  # entries of R up to which its columns are summed by the product, whose time that costs a fifth
+_IN_PASSING = 1 << 24  # most entries of R whose columns the product sums; that costs it a fifth of its time
 
 
 class LastLayerCall(NamedTuple):
@@ -61,7 +61,7 @@ class LastLayerCall(NamedTuple):
     damped: bool = False
 
     def tensor(self, name: str) -> Tensor | None:
-        """An argument; None for targets and logits that the row function does not read, and for a head of such."""
+        """An argument; None for targets, logits and a head that the row function does not read."""
         if name in ("logits", "head_weight", "head_bias") and self.label_slope is not None:
             return None
         if name == "targets" and not reads_targets(self.loss, self.function):
@@ -70,11 +70,11 @@ class LastLayerCall(NamedTuple):
 
     @property
     def label_slope(self) -> float | None:
-        """Of a label tangent that is the logit tangent times a number, whatever the logits."""
+        """The factor of a label tangent that is a constant times the logit tangent; None for others."""
         return BY_CODE[self.loss].label_slope if self.function == LABEL_TANGENT.value else None
 
     def ref(self, name: str, row: int = 0) -> Ref | None:
-        """Where an argument is from a row on."""
+        """The memory of an argument, from row ``row`` on."""
         tensor = self.tensor(name)
         return None if tensor is None else Ref("input", list(self.tensors).index(name), row * tensor.stride(0))
 
@@ -134,7 +134,7 @@ class LastLayerCall(NamedTuple):
 
 
 def call_of(function: int, loss: int, tensors: dict[str, Tensor | None], *, damped: bool = False) -> LastLayerCall:
-    """The call of tensors that fit each other."""
+    """The call for tensors that are checked already."""
     if not 0 <= loss < len(LOSSES):
         raise ValueError(f"loss must be in [0, {len(LOSSES)}), got {loss}")
     features = tensors["features"]
@@ -216,7 +216,7 @@ def _only_damped(call: LastLayerCall, with_bias: bool) -> list[Launch]:
 
 
 def _rounded(call: LastLayerCall, with_bias: bool, weight: Ref | None, bias: Ref | None) -> list[Launch]:
-    """Sums in float32, or none, and the damped direction, into the results."""
+    """Write float32 sums, or zeros, plus the damped direction into the results, rounded once."""
     _, d, c = call.sizes
     parts = [("weight", weight, (c, d))] + ([("bias", bias, (1, c))] if with_bias else [])
     steps: list[Launch] = []
@@ -237,7 +237,7 @@ class _Scratch:
         self.pitch = triton.cdiv(c, 16) * 16  # entries from row to row: rows begin at multiples of 16 bytes
         self.fused = call.form() == "fused"
         head, direction = call.tensor("head_weight") is not None, call.tensor("direction_weight") is not None
-        # Products that are not made in the kernel, and R where there is no product that it may overwrite.
+        # Memory for products that the kernel does not make, and for R if there is no product to overwrite.
         needs_f = head and not self.fused
         needs_z = direction and not self.fused and call.function != LABEL_TANGENT.value
         needs_r = not call.per_row and not (needs_f or needs_z)
@@ -275,7 +275,7 @@ class _Scratch:
         for name in call.tensors:
             if name in multiplied and call.tensor(name) is not None and self.d > 0:
                 matrix = call.matrix(name)
-                # What is added lies as the result does; the library reads a bias 16 bytes at a time.
+                # The addend needs the result's layout; the library reads a bias 16 bytes at a time.
                 across = name == f"{added}_weight" and matrix.strides[1] != 1
                 if not is_dense(matrix) or across or (name.endswith("_bias") and not call.begins_aligned(name)):
                     at = self.new(matrix.shape, call.dtype)

@@ -58,7 +58,7 @@ def compile(program: Any, tensors: Sequence[Tensor | None], numbers: Sequence[fl
         numbers: numbers of a call, to count them.
 
     Raises:
-        NoSuchProduct: a product of it, or its epilogue, is not to be had.
+        NoSuchProduct: the library has no algorithm for a product or its epilogue.
     """
     import triton
 
@@ -80,7 +80,7 @@ def compile(program: Any, tensors: Sequence[Tensor | None], numbers: Sequence[fl
     hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
 
     def observe(index: int, stream: int, entering: bool) -> None:
-        """Calls the hooks of a profiler, which are looked for at every call, around a launch."""
+        """Calls a profiler's hooks around a launch; they are looked up at every call."""
         of = launched[index]
         if of is not None:
             hooks[not entering](of[0].launch_metadata(of[1], stream))
@@ -151,14 +151,14 @@ class _Memory:
         return ref.kind, ref.index, offset
 
     def alignment(self, ref: Any) -> int:
-        """Bytes that the address is surely a multiple of, at most 16."""
+        """Bytes that the address is known to be a multiple of, at most 16."""
         _, index, offset = self.address(ref)
         tensor = self._inputs[index] if ref.kind == "input" else None
         return math.gcd(16, offset + (0 if tensor is None else tensor.data_ptr()))
 
 
 class _Pointer:
-    """What Triton looks at in a tensor."""
+    """The dtype and alignment by which Triton specializes, in place of a tensor."""
 
     def __init__(self, dtype: torch.dtype, alignment: int) -> None:
         self.dtype = dtype
@@ -244,7 +244,7 @@ def _product(step: Any, memory: _Memory) -> tuple[Any, ...]:
 def _load_libraries() -> None:
     """Find the libraries of CUDA that the executor calls; on a GPU torch has loaded them."""
     if not torch.cuda.is_available():
-        return  # a GPU is pretended, and so are they
+        return  # tests without a GPU load their own
     _extension._C.use_driver("libcuda.so.1")
     major = (torch.version.cuda or "").partition(".")[0]
     names = [f"libcublasLt.so.{number}" for number in dict.fromkeys((major, "13", "12"))]

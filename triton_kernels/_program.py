@@ -227,7 +227,7 @@ def _multiply(step: Product, memory: Any, numbers: Sequence[float]) -> None:
 
 
 def is_dense(matrix: Matrix) -> bool:
-    """Whether the library reads it: a unit stride, rows or columns that do not overlap."""
+    """Whether the library can read the matrix: one unit stride, and rows or columns that do not overlap."""
     rows, columns = matrix.shape
     row, column = matrix.strides
     by_rows = column == 1 and (rows == 1 or row >= columns)
@@ -242,7 +242,7 @@ def vector_step(tensor: Tensor | None) -> int:
 def multiple(*sizes: int) -> int:
     """The largest power of two, up to 8, that divides all sizes.
 
-    Triton sees that a stride is a multiple of 16 and of no smaller number. A kernel that is given the stride divided by
-    this, and multiplies by it, reads vectors of so many entries.
+    Triton specializes for strides that are multiples of 16, not of smaller numbers. A kernel that is given the stride
+    divided by this number, and multiplies it back, can read vectors of so many entries.
     """
     return math.gcd(8, *sizes)

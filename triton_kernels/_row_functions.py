@@ -1,8 +1,8 @@
 """The losses' row functions in two steps: sums over a row's classes, tile by tile, and what they make of an entry.
 
 ``csrc/losses.h`` has the row functions for C++ and CUDA, ``fastmeta/losses.py`` in PyTorch with the table of formulas.
-A loss without a softmax is ``pointwise_residual``, ``pointwise_label_tangent`` and ``pointwise_curvature``, and its
-one sum ``yz`` that of the residual times z. The sums of a softmax, with ``m`` the largest logit so far and
+A loss without a softmax has ``pointwise_residual``, ``pointwise_label_tangent`` and ``pointwise_curvature``, and
+one sum: ``yz``, of the residual times z. The sums of a softmax, with ``m`` the largest logit so far and
 ``e = exp(f - m)``, are
 
     top     m                                         ez      e z
@@ -62,7 +62,7 @@ def padding(loss: tl.constexpr):
 
 @triton.jit
 def finite(top):
-    """What exponents are taken relative to: a sum of nothing counts 0, not NaN."""
+    """The maximum that exponents are relative to; 0 in place of -inf, so that an empty sum is 0, not NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
@@ -75,7 +75,7 @@ def sigmoid(f):
 
 @triton.jit
 def hit(label, num_classes):
-    """1; NaN for a class that does not exist: to raise would take a wait for the GPU."""
+    """1, or NaN for a class that does not exist: raising an error would have to wait for the GPU."""
     return tl.where((label >= 0) & (label < num_classes), 1.0, float("nan"))
 
 
@@ -190,7 +190,7 @@ def added(top, e_sum, y_sum, yz, ez, ee, eez, f, y, z, loss: tl.constexpr, funct
 
 @triton.jit
 def joined(top, e_sum, y_sum, yz, ez, ee, eez, loss: tl.constexpr, function: tl.constexpr):
-    """The sums over the last axis of all sums: threads meet here, once a row."""
+    """The running sums, added up over their last axis: the one exchange between threads, once a row."""
     if has_softmax(loss):
         axis: tl.constexpr = len(top.shape) - 1
         highest = tl.max(top, axis)

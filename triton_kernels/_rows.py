@@ -1,9 +1,9 @@
 """One kernel over rows in memory, for every operator: what a loss makes of logits, targets and tangents.
 
 A row is read in tiles of groups of neighbouring entries, 16 bytes each. A thread owns whole groups and keeps each
-group's running sums, so that the loop over a long row has neither a barrier nor a shuffle; the groups' sums meet once,
-after it. A result with an entry for each class takes a second sweep, which finds the row in the L2 cache; rows of one
-tile stay in registers.
+group's running sums, so that the loop over a long row has neither a barrier nor a shuffle; the sums of all groups are
+combined once, after the loop. A result with an entry for each class takes a second sweep, which finds the row in the L2
+cache; rows of one tile stay in registers.
 """
 
 import triton
@@ -26,7 +26,7 @@ from fastmeta.triton_kernels._row_functions import (
 
 @triton.jit
 def times(stride, multiple: tl.constexpr):
-    """A number that came divided: Triton sees that it is a multiple of 16 and of no smaller number."""
+    """Undoes the division by :func:`._program.multiple`, which says why."""
     if multiple == 1:
         return stride
     else:
@@ -60,7 +60,7 @@ def _operands(
             here = label.to(tl.int32)[:, None, None] == place.to(tl.int32)[None]
             y = tl.where(inside, tl.where(here, 1.0, 0.0) * hit(label, num_classes)[:, None, None], 0.0)
         else:
-            # Not straight from the load into a sum: a pass of Triton 3.6 fails on two such sums in one loop.
+            # With a select between load and sum: a pass of Triton 3.6 fails on two sums of loads in one loop.
             y = tl.where(inside, load_rows(y_ptr, row, place, y_row, y_column, inside, 0.0), 0.0)
     return f, y, z
 
@@ -75,8 +75,8 @@ def rows(
 ):  # fmt: skip
     """Logits ``f [N, C]``, tangents ``z [N, C]``, targets ``y [N, C]`` or classes ``[N]``; ``out [N]`` or ``[N, C]``.
 
-    ``out`` may be ``f`` or ``z``. ``scale`` is the label gradient's factor; weights ``[N]`` and ones ``[N]``, which
-    the sum of R's columns is a product with, are the residual's and the curvature's.
+    ``out`` may be ``f`` or ``z``. ``scale`` is the label gradient's factor. The residual and the curvature have weights
+    ``[N]``, and ones ``[N]``, which are written here: R's columns are summed by a product with them.
     """
     num_classes = times(num_classes, multiple)
     f_row = times(f_row, multiple)

@@ -4,8 +4,8 @@
 ``rows``   everything else: the library's products and one row kernel (:mod:`._rows`), in slabs of rows within
            :func:`slab_limit`.
 
-Heads of up to 32 outputs are CUDA C++ before this rule is asked. One rule serves a call on the stream and one in a CUDA
-graph: both forms are launched from C, where a launch more costs the host 1 us.
+Up to 32 outputs CUDA C++ serves before this rule is asked, except 16-bit results with a row for each example. One rule
+serves calls on the stream and in a CUDA graph: both are launched from C, where one more launch costs the host 1 us.
 """
 
 import contextlib

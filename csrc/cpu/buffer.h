@@ -20,7 +20,7 @@ inline AlignedMemory aligned_memory(int64_t bytes) {
   return AlignedMemory(static_cast<char*>(::operator new(static_cast<size_t>(bytes), buffer_alignment)));
 }
 
-// A thread's buffers end in the opposite order of their beginning, as they are variables of its functions.
+// A stack: buffers are local variables, so a thread destroys them in the reverse order of their construction.
 struct ThreadScratch {
   static constexpr int64_t capacity = 256 << 10;
   AlignedMemory memory;

@@ -3,7 +3,7 @@
 // Included once for each instruction set (kernels.cpp).
 namespace fastmeta::FASTMETA_TARGET {
 
-constexpr int most_rows = 32;    // of a block, whose results meet its features at once
+constexpr int most_rows = 32;    // of a block, whose results are multiplied by its features at once
 constexpr int depth_steps = 32;  // vectors of features summed in one go: short sums round less
 
 // `reduce` of losses.h: a lane holds all of its row.
@@ -19,7 +19,7 @@ constexpr int log_lanes = lanes<A> == 16  ? 4
                           : lanes<A> == 4 ? 2
                                           : 1;
 
-// Lane i of step `step` of a transposition: which lane of (u, v) it comes from. Steps within 128 bits are the unpack
+// The lane of (u, v) that lane i comes from in step `step` of a transposition. Steps within 128 bits are the unpack
 // instructions of x86.
 template <class A, int step, bool upper>
 constexpr int source_lane(int i) {
@@ -44,7 +44,7 @@ FASTMETA_INLINE Vec<A> interleave(Vec<A> u, Vec<A> v) {
   return interleave<A, step, upper>(u, v, std::make_index_sequence<lanes<A>>());
 }
 
-// Lane r: the sum over the lanes of vector r of 2^steps vectors.
+// Of 2^steps vectors: lane r of the result is the sum over the lanes of vector r.
 template <class A, int steps = log_lanes<A>>
 FASTMETA_INLINE Vec<A> sums_of(const A* vectors) {
   if constexpr (steps == 0) {
@@ -70,7 +70,7 @@ FASTMETA_INLINE void transpose(Vec<A> (&v)[lanes<A>]) {
   }
 }
 
-// Vector i of what transpose() leaves is column i of what it got, but for this exchange.
+// The column of the input that transpose() leaves in vector i.
 template <class A>
 constexpr int transposed_place(int i) {
   return sizeof(A) == 4 ? ((i & ~3) | (i & 1) << 1 | (i >> 1 & 1)) : i;
@@ -150,7 +150,7 @@ FASTMETA_INLINE void dot_step(const A* h, int64_t h_stride, const A* weight, int
   }
 }
 
-// sums [C][lanes] vectors = or += the products over `features`.
+// sums [C][lanes] vectors = (if `starts`) or += the products over `features`.
 template <class A, int R, int C>
 FASTMETA_INLINE void dot_tile(const A* h, int64_t h_stride, const A* weight, int64_t weight_stride, int64_t features,
                               bool starts, A* sums) {
@@ -170,8 +170,8 @@ FASTMETA_INLINE void dot_tile(const A* h, int64_t h_stride, const A* weight, int
   }
 }
 
-// All outputs of R rows, then of the rows that are left: what is read of a row serves all outputs at once. `ahead` is
-// how far away the features lie that are read next time, or 0.
+// All outputs of R rows at a time, then of the remaining rows: features that are read serve all outputs at once.
+// `ahead` is the distance in elements to the features of the next call, which are prefetched; 0: none.
 template <class A, int R>
 void dot_rows(const A* h, int64_t h_stride, const A* weight, int64_t weight_stride, int64_t features, int64_t ahead,
               int n, int outputs, bool starts, A* sums) {
@@ -207,12 +207,12 @@ void dot_rows(const A* h, int64_t h_stride, const A* weight, int64_t weight_stri
 template <class A>
 void multiply_columns(const A* h, int64_t h_stride, const A* weight, int64_t weight_stride, int64_t features, int n,
                       int outputs, A* sums /* [C][lanes] vectors */, A* out) {
-  // Rows whose sums, for five outputs, and one of both operands fit the registers.
+  // Rows whose sums for five outputs fit the registers, beside the operands.
   constexpr int most = many_registers ? 4 : 2, rows = most < lanes<A> ? most : lanes<A>;
   constexpr int64_t part = depth_steps * lanes<A>;
   for (int64_t d = 0; d == 0 || d < features; d += part) {
     const int64_t left = features - d, count = left < part ? left : part;
-    // Short pieces of rows that lie far apart are more than the processor foresees.
+    // The processor does not prefetch short pieces of rows that lie far apart.
     const int64_t ahead = features <= 4 * part ? 0 : left > part ? part : lanes<A> * h_stride - d;
     dot_rows<A, rows>(h + d, h_stride, weight + d, weight_stride, count, ahead, n, outputs, d == 0, sums);
   }
@@ -229,7 +229,7 @@ struct ColumnBlock {
   A *logits, *tangent, *targets;  // columns
   A* results;                     // [most_rows / lanes] columns
   A* sums;                        // [C][lanes] vectors
-  A *totals, *lost;               // columns: sums over rows, and what they have lost to rounding
+  A *totals, *lost;               // columns: sums over rows, and their rounding errors (Kahan)
   A* features;                    // [most_rows, padded_features], used where the features cannot be read in place
 
   static int64_t size(const RowProgram<A>& p, bool copies_features) {
@@ -271,7 +271,7 @@ void target_columns(const RowProgram<A>& p, int64_t first, int n, A* out) {
   for (int r = 0; r < n; ++r) out[p.classes[first + r] * lanes<A> + r] = 1;
 }
 
-// Weighs the results; rows beyond n become 0, for the sums.
+// Multiplies results by example weights; rows beyond n become 0, so that sums ignore them.
 template <class A>
 void weigh_columns(const RowProgram<A>& p, int64_t first, int n, A* results) {
   alignas(64) A weights[lanes<A>];

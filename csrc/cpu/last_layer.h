@@ -11,9 +11,10 @@
 namespace fastmeta {
 
 // Which products the row engine does itself, and which are torch's GEMM. Crossovers measured on Zen 5: with AVX-512 the
-// engine multiplies twice as fast as torch's GEMM, with AVX2 as fast, with 128-bit vectors less than half as fast, so
-// that only the saved calls speak for it. Its sum of outer products needs each thread's [C, D] in the second-level
-// cache; a larger factor needs rows enough to pay for packing it. bfloat16 instructions multiply three times as fast.
+// engine multiplies twice as fast as torch's GEMM, with AVX2 as fast, with 128-bit vectors less than half as fast:
+// there it only saves calls. Its sum of outer products needs each thread's [C, D] in the second-level cache; a larger
+// factor needs enough rows to pay for packing it. torch's GEMM with bfloat16 instructions multiplies three times as
+// fast.
 struct OwnProducts {
   bool forward, gradient;
 
@@ -23,13 +24,13 @@ struct OwnProducts {
 };
 
 // The whole call; out[j] is the operator's j-th result (native.h).
-// False: a product is torch's GEMM's, or the rows of an operand are not dense; nothing has been written.
+// False, with nothing written: a product is left to torch's GEMM, or the rows of an operand are not dense.
 bool run_last_layer(const LastLayerCall& call, DLTensor* const* out);
 
 using OptionalTensor = std::optional<Tensor>;
 
-// The whole call as torch makes it: tensors in, new tensors out, with any strides and of any size. Of the one or two
-// results the second is an empty vector where a direction without bias leaves none.
+// The whole call behind torch.ops: arguments of any strides and sizes, new tensors as results. The second of two
+// results is an empty vector if the direction has no bias.
 std::array<OptionalTensor, 2> call_last_layer(LastLayerOperands<OptionalTensor> operands, LastLayerCall call);
 
 // The tensor itself if the elements of a row lie side by side, else a contiguous copy.

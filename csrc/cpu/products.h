@@ -87,7 +87,7 @@ struct ByRows {
   static constexpr int64_t next_column = 1;
 };
 
-// The same, in columns [C][lanes] for every `lanes` rows.
+// The same rows as columns [C][lanes], one block for every `lanes` rows.
 template <class A>
 struct ByColumns {
   const A* data;
@@ -125,7 +125,7 @@ FASTMETA_INLINE void accumulate_tile(const Rows& rows, int64_t first, const A* h
   }
 }
 
-// How many of the outputs that are left a tile takes: at most five, and two alike rather than five and one.
+// How many of the remaining outputs a tile takes: at most five; six to nine are halved rather than five and a rest.
 constexpr int tile_width(int64_t left) { return static_cast<int>(left <= 5 ? left : left < 10 ? (left + 1) / 2 : 5); }
 
 // gradient [C, K vectors of features] += rows [n, C]^T h [n, K vectors of features]

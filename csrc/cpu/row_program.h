@@ -7,7 +7,7 @@
 
 namespace fastmeta {
 
-constexpr int few_outputs = 16;  // up to here lanes are rows (columns.h), beyond they are outputs (rows.h)
+constexpr int few_outputs = 16;  // up to this C a lane is a row (columns.h), above it an output (rows.h)
 
 enum class Element : int { float32, bfloat16, float16, float64 };
 
@@ -26,7 +26,7 @@ struct Matrix {
   }
 };
 
-// Rows of C outputs, logits or their tangent: read from memory, or features times a factor as they are needed.
+// Rows of C outputs, logits or their tangent: read from memory, or computed as features times a factor.
 template <class A>
 struct OutputRows {
   Matrix rows;                // [N, C], or null

@@ -1,5 +1,5 @@
-// The row engine for more than a few outputs: a block of rows at a time, operands in, a row function, results out;
-// nothing [N, C] in between. Included once for each instruction set (kernels.cpp).
+// The row engine for more than a few outputs: a block of rows at a time is loaded or multiplied, goes through the row
+// function and is stored; no [N, C] intermediate. Included once for each instruction set (kernels.cpp).
 namespace fastmeta::FASTMETA_TARGET {
 
 // Scratch memory of a block of rows, all [block, padded] unless said otherwise.
@@ -10,7 +10,7 @@ struct Block {
   A* tangent;
   A* targets;
   A* result;
-  A* lost;      // [padded]: what the column sums have lost to rounding
+  A* lost;      // [padded]: rounding errors of the column sums (Kahan)
   A* features;  // [block, padded_features], used where the features cannot be read in place
 };
 
@@ -53,7 +53,7 @@ void outputs_of(const OutputRows<A>& outputs, const RowProgram<A>& p, const Feat
       for (int64_t c = 0; c < p.padded; c += lanes<A>) store<A>(row + c, load<A>(row + c) + load<A>(outputs.bias + c));
     }
   }
-  // A product with NaN or inf features leaves no zeros in the padding.
+  // NaN or inf features times the zeros of the padding are NaN: set the padding again.
   if (outputs.factor != nullptr && p.outputs < p.padded) {
     const int64_t last = p.padded - lanes<A>;
     const auto inside = first_lanes<A>(p.outputs - last);
@@ -86,7 +86,7 @@ void row_function(const RowProgram<A>& p, int count, const A* logits, const A* t
   row_function(p.loss, p.function, count, f, y, z, out, reduce);
 }
 
-// Weights the rows in place.
+// Multiplies each row by its example weight, in place.
 template <class A>
 void weigh(const RowProgram<A>& p, const Block<A>& block, int64_t first, int64_t n) {
   alignas(64) A weight[lanes<A>];
@@ -110,7 +110,7 @@ void sum_columns(const RowProgram<A>& p, const Block<A>& block, int64_t n, A* co
   }
 }
 
-// Where the rows go.
+// Makes the results of a block: dots, or weighted rows, their column sums and the gradient.
 template <class A>
 void results(const RowProgram<A>& p, const Block<A>& block, const FeatureRows<A>& h, int64_t first, int64_t n,
              int64_t chunk) {
@@ -137,8 +137,8 @@ void results(const RowProgram<A>& p, const Block<A>& block, const FeatureRows<A>
   }
 }
 
-// Rows to a block: all of its scratch memory stays in the first-level cache, and the features of a wide layer in the
-// second, unless a factor comes from beyond that, which more rows pay for.
+// Rows of a block: its scratch memory fits the first-level cache, and the features of a wide layer the second. A factor
+// that does not fit the second-level cache takes 32 rows, which pay for reading it.
 template <class A>
 int64_t block_rows(const RowProgram<A>& p, bool uses_features, bool uses_factor) {
   if (uses_factor && p.padded * p.num_features > 65536) return 32;

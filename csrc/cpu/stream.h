@@ -1,4 +1,5 @@
-// Copies that bypass the caches, for results too large to be found there again: a plain store first reads the line.
+// Copies that bypass the caches, for results too large to be found there again: a plain store first reads the cache
+// line.
 #pragma once
 
 #include <unistd.h>
@@ -14,7 +15,7 @@
 
 namespace fastmeta {
 
-// Whether this many bytes leave the last cache before they are used again.
+// Whether this many bytes do not fit the last-level cache.
 inline bool exceeds_cache(int64_t bytes) {
 #ifdef _SC_LEVEL3_CACHE_SIZE
   static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
@@ -50,7 +51,7 @@ FASTMETA_INLINE void store(void* to, const void* from, int64_t bytes, bool strea
   std::memcpy(to, from, bytes);
 }
 
-// After the last streamed store of a thread, before another may read.
+// After a thread's last streamed store, before another thread may read.
 inline void store_fence(bool stream) {
 #if FASTMETA_X86
   if (stream) _mm_sfence();

@@ -13,7 +13,8 @@
 namespace fastmeta {
 
 constexpr int64_t unit_elements = 16384;  // elements a thread takes at a time
-constexpr int64_t block_elements = 1024;  // elements that a kernel sees at a time: all operands fit the first cache
+constexpr int64_t block_elements =
+    1024;  // elements that a kernel sees at a time: all operands fit the first-level cache
 
 // The i-th tensors of K lists. Flat: all of them lie in memory in one order and without gaps.
 template <int K>
@@ -26,7 +27,7 @@ struct Group {
   std::vector<int64_t> sizes, strides[K];
 };
 
-// `tensors` lie beside each other.
+// `tensors` are K in a row.
 template <int K>
 Group<K> make_group(const ListTensor* tensors) {
   Group<K> group;
@@ -44,7 +45,7 @@ Group<K> make_group(const ListTensor* tensors) {
       same = same && (tensors[0].sizes[d] <= 1 || tensors[k].strides[d] == tensors[0].strides[d]);
     }
   }
-  // Equal strides that leave no gap: a permuted layout such as channels_last. No element shares its place (checked).
+  // Equal strides that leave no gap: a permuted layout such as channels_last. No two elements share memory (checked).
   group.flat = contiguous || (same && span_of(tensors[0]) == group.numel * group.element_size[0]);
   if (!group.flat) {
     group.sizes.assign(tensors[0].sizes, tensors[0].sizes + tensors[0].dim);
@@ -53,7 +54,8 @@ Group<K> make_group(const ListTensor* tensors) {
   return group;
 }
 
-// The same group with a buffer as one operand more: a copy of `tensor`, in its own order where it leaves no gaps.
+// The same group with one operand more, a buffer for a copy of `tensor`: with its strides if it has no gaps, else
+// contiguous.
 template <int K>
 Group<K + 1> with_copy(const Group<K>& group, const ListTensor& tensor, char* data) {
   Group<K + 1> joined;

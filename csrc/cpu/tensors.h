@@ -83,7 +83,8 @@ inline Tensor gemm(const Tensor& a, const Tensor& b) {
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-// What torch's GEMM gets. Its float16 product is slow on CPUs, and so is its bfloat16 one without the instruction.
+// The operand for torch's GEMM: float32 in place of float16, whose product is slow on CPUs, and of bfloat16 where there
+// are no bfloat16 instructions.
 inline Tensor gemm_operand(const Tensor& matrix) {
   const ScalarType type = matrix.scalar_type();
   const bool widen = type == ScalarType::Half || (type == ScalarType::BFloat16 && !has_bfloat16_products());

@@ -176,7 +176,7 @@ FASTMETA_INLINE Bits16 round_to(VecF v, Float16) {
 #endif
 }
 
-// The first `count` lanes, the others 0; reads no further.
+// Loads `count` lanes, the others are 0; reads no memory beyond them.
 template <class A>
 FASTMETA_INLINE Vec<A> load_first(const A* p, int64_t count) {
 #if FASTMETA_AVX512

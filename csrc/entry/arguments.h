@@ -20,8 +20,8 @@ struct Arguments {
   DLDevice device;
 };
 
-// False, without a Python error, where the call must go the slow way. `any_state`: for callers below autograd, which
-// have dealt with what watches a call and with derivatives; the values of numbers are for the kernel to check.
+// False, without a Python error, where the call must go the slow way. `any_state`: the caller is below autograd and has
+// handled dispatch modes and derivatives, so they are not looked at; the kernel checks the values of numbers.
 bool read(const Signature& signature, PyObject* const* objects, bool any_state, Arguments* out);
 
 using KeyWords = std::array<uint64_t, 2 + most_tensors * (1 + 2 * most_dimensions) + most_numbers>;

@@ -33,7 +33,7 @@ inline void check_launch(int error) {
   throw std::runtime_error(std::string("CUDA refuses a launch: ") + (text ? text : "unknown error"));
 }
 
-// A launch needs a context, and a thread that has done nothing on a GPU yet has none: the device's primary one.
+// Makes the device's primary context current in a thread that has none, before its first work on a GPU.
 inline void bind_context(int ordinal) {
   void* context = nullptr;
   if (driver().current_context(&context) == 0 && context) return;

@@ -2,8 +2,8 @@
 //
 // Torch hands out the functions behind torch.Tensor.__dlpack_c_exchange_api__ (DLPack 1.2): a DLTensor is filled in
 // some 20 ns a tensor, where an argument of a registered operator costs ten times that. A DLTensor shows memory and
-// layout and nothing else. What it does not show (a recorded derivative, modes that watch, the negative bit) is asked
-// here, and where any of it is present the caller must go through torch. The GIL is held throughout.
+// layout and nothing else. What it does not show (a recorded derivative, dispatch modes, the negative bit) is checked
+// here; where any of it is present the caller must go through torch. The GIL is held throughout.
 //
 //   if (!connected() || watched()) return go_through_torch();
 //   const bool grad = aoti_torch_grad_mode_is_enabled();
@@ -84,7 +84,8 @@ inline Torch connect() {
   return found;
 }
 
-// Of a function of torch's: whether it answers something else than False, 0 or an error.
+// Whether a function of torch's returned anything but False or 0; an error counts as true, so that the call goes
+// through torch.
 inline bool answers(PyObject* result) {
   const int truth = result ? PyObject_IsTrue(result) : -1;
   Py_XDECREF(result);

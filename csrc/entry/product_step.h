@@ -16,12 +16,12 @@ struct NoSuchProduct : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// rows x columns entries at multiples of two strides, one of which is 1.
+// A matrix of rows x columns entries; one of its strides is 1.
 struct MatrixView {
   Address at;
   lt::DataType dtype;
   int64_t rows, columns, row_stride, column_stride;
-  uint32_t alignment;  // bytes that the address is surely a multiple of
+  uint32_t alignment;  // bytes that the address is known to be a multiple of
 
   MatrixView transposed() const { return {at, dtype, columns, rows, column_stride, row_stride, alignment}; }
 };
@@ -31,7 +31,7 @@ struct ProductArguments {
   MatrixView out, a, b, addend;
   Number alpha, beta;
   Address bias, column_sums;
-  uint32_t vector_alignment;  // of the one of both that is there
+  uint32_t vector_alignment;  // of bias or column_sums, whichever is given
   bool tf32;
   int device;
 };
@@ -55,7 +55,7 @@ class ProductStep final : public Step {
   size_t workspace_bytes_;
   Address a_, b_, c_, d_, vector_, workspace_;
   Number alpha_, beta_;
-  mutable std::mutex vector_in_use_;  // the bias or the sums are an attribute of the descriptor
+  mutable std::mutex vector_in_use_;  // guards desc_, which holds the address of bias or column_sums
 };
 
 }  // namespace fastmeta

@@ -24,7 +24,7 @@ struct Number {
   double in(const double* numbers) const { return index < 0 ? factor : numbers[index] * factor; }
 };
 
-// What a call brings.
+// The addresses, numbers and stream of one call.
 struct Call {
   void* const* inputs;
   void* const* outputs;

@@ -55,7 +55,7 @@ class Method:
     inner_loss = "cross_entropy"
     # Attributes that count the steps; a step's tensors depend on them through phase() alone.
     counters: tuple[str, ...] = ()
-    # Whether the labels that refine is given are used; else those that the model predicts.
+    # Whether refine uses the labels it is given; else it uses the model's predictions.
     uses_labels = True
     # Mode of the model in the method's own passes; None: as it stands.
     mode: Literal["train", "eval"] | None = None
@@ -102,8 +102,8 @@ class Method:
             labeled_targets: their labels.
             model: takes the examples as inputs.
             holdout_gradient: gradient of the mean hold-out loss by parameter name, where the loop has taken it already
-                (``{name: p.grad ...}`` after the labeled backward pass) and the model did not move since; ``holdout``
-                and ``targets`` may then be left out.
+                (``{name: p.grad ...}`` after the labeled backward pass) and the model has not changed since;
+                ``holdout`` and ``targets`` may then be left out.
 
         Returns:
             Labels ``[N, C]`` and weights ``[N]``, detached, and a loss to be added to the step's.
@@ -165,7 +165,7 @@ class Method:
             with torch.no_grad():
                 logits = full_precision(function.logits(batch.unlabeled))
                 batch = replace(batch, labels=losses.prediction(logits, self.inner_loss))
-        batch = batch.learned()  # the labels are all that matters of the other view
+        batch = batch.learned()  # of the other view only the labels are used
         if self.learns() and self.derivative.how == "last_layer":
             on_graph = self.update.needs_graph and batch.labels is None
             return self._refine(batch.outputs_of(function, on_graph))
@@ -201,12 +201,12 @@ class Method:
     def _step(self, problem: Problem | None, index: Tensor | None, labels: Tensor | None) -> Refined | Tensor:
         """The part of a step that works on tensors alone: what :func:`fastmeta.graph` captures.
 
-        It counts nothing and needs no graph of autograd. An update that does gets the gradient in :meth:`_finish`.
+        It changes no counter and needs no autograd graph. Updates that need one get the gradient in :meth:`_finish`.
 
         Args:
-            problem: of the step; None: the call moves nothing and only reads the weights.
+            problem: of the step; None: this call learns nothing and only reads the weights.
             index: places of the examples in the unlabeled set ``[N]``.
-            labels: that the update starts from ``[N, C]``; None: those that a pass of the step imputes.
+            labels: what the update starts from ``[N, C]``; None: a pass of the step imputes them.
         """
         if problem is None:
             assert labels is not None, "imputed for a call that only reads"
@@ -227,7 +227,7 @@ class Method:
         return self.update.apply(gradient, labels, index)
 
     def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
-        """The rest of the step: what hangs on the caller's graph of autograd, and counters."""
+        """The rest of the step: what depends on the caller's autograd graph, and the counters."""
         if not isinstance(computed, Refined):
             with torch.no_grad():
                 index = batch.index_on(imputed.device)
@@ -241,7 +241,7 @@ class Method:
         return True
 
     def phase(self) -> Hashable:
-        """Whatever of its counters decides what the next step computes; steps of one phase share a CUDA graph."""
+        """What the counters decide about the next step, as a key; steps of one phase share a CUDA graph."""
         return self.learns()
 
     def state_dict(self) -> dict[str, Any]:

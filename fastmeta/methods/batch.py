@@ -43,9 +43,9 @@ class Batch:
 
         Args:
             how: of the method's derivative.
-            needs_index: whether it has a table.
+            needs_index: whether the method has a table.
             learns: whether the step looks at more than the unlabeled examples.
-            method: its name.
+            method: the method's name.
 
         Raises:
             ValueError: a shape does not fit, or something that the method needs is missing.
@@ -68,7 +68,7 @@ class Batch:
             raise ValueError(f"mask must be [N] = [{count}], got {got}")
 
     def _check_outputs(self, how: str, learns: bool) -> None:
-        """Outputs of the last layer."""
+        """Check outputs of the last layer."""
         if self.holdout_gradient is not None:
             raise ValueError("holdout_gradient must be None without model")
         if how != "last_layer":
@@ -87,7 +87,7 @@ class Batch:
         _check_targets(self.targets, "targets", holdout)
 
     def _check_inputs(self, how: str) -> None:
-        """Inputs of a model, before the model runs."""
+        """Check inputs of a model, before the model runs."""
         if how == "last_layer" and self.holdout_gradient is not None:
             raise ValueError("holdout_gradient must be None for how='last_layer', which takes it in closed form")
         for name in ("unlabeled", "holdout", "labeled"):
@@ -131,7 +131,7 @@ class Batch:
         return self
 
     def inner_labels(self, labels: Tensor) -> Tensor:
-        """Labels of the unlabeled loss ``[N, C]``, of those that the update starts from."""
+        """Labels of the unlabeled loss ``[N, C]``, made from the labels that the update starts from."""
         return labels
 
     def outputs_of(self, function: ModelFunction, on_graph: bool) -> "Batch":
@@ -176,7 +176,7 @@ class Batch:
         *,
         keep_graph: bool,
     ) -> WholeModelProblem:
-        """The step's problem; for ``impute`` and ``keep_graph`` see there."""
+        """The step's problem; :class:`WholeModelProblem` has ``impute`` and ``keep_graph``."""
         gradient = self.holdout_gradient
         return WholeModelProblem(
             function,
@@ -241,7 +241,7 @@ def _check_targets(targets: object, name: str, of: Outputs) -> None:
 
 
 def count_of(examples: Examples, name: str) -> int:
-    """N."""
+    """N, the number of examples."""
     return len(examples.logits) if isinstance(examples, Outputs) else batch_size(examples, name)
 
 

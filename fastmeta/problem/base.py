@@ -48,7 +48,7 @@ class ProblemBase:
 
     @property
     def device(self) -> torch.device:
-        """Where the numbers of examples are added up."""
+        """The device on which processes add up their numbers of examples."""
         raise NotImplementedError
 
     @property
@@ -80,5 +80,5 @@ def probabilities(targets: Tensor, logits: Tensor) -> Tensor:
 
 
 def full_precision(logits: Tensor) -> Tensor:
-    """float32 in place of half precision; the losses of a model under autocast."""
+    """float32 in place of half precision, for the losses of a model under autocast."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -75,15 +75,15 @@ def of_model(direction: AnyDirection) -> Vector:
 
 
 def steps_of(problem: "Problem", direction: AnyDirection | Trajectory) -> "tuple[tuple[Problem, AnyDirection], ...]":
-    """The steps of a trajectory; of one direction the step from this problem."""
+    """The steps of a trajectory; one direction is one step, from this problem."""
     return direction.steps if isinstance(direction, Trajectory) else ((problem, direction),)
 
 
 def single(direction: AnyDirection | Trajectory, instead: str = "") -> AnyDirection:
-    """Itself.
+    """The direction itself.
 
     Raises:
-        TypeError: it is the directions of several inner steps; ``instead`` says what to use.
+        TypeError: it is a trajectory, the directions of several inner steps; ``instead`` says what to use.
     """
     if isinstance(direction, Trajectory):
         raise TypeError(f"of must give one direction, got those of several inner steps{instead}")

@@ -1,4 +1,4 @@
-"""What stands around an evaluation of a model, so that it leaves no trace and every one sees the same randomness."""
+"""Evaluates a model without changing it: its state is restored, and every evaluation draws the same random numbers."""
 
 import contextlib
 import functools
@@ -23,7 +23,7 @@ TRACELESS = (
 def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """The function without a graph of autograd, outside ``torch.inference_mode``, and not traced by torch.compile.
 
-    A compiled caller breaks its graph here and goes on behind it.
+    A compiled caller has a graph break here and continues after it.
     """
 
     @functools.wraps(function)
@@ -42,12 +42,12 @@ class RandomState:
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
 
     def is_current(self) -> bool:
-        """Whether nothing has been drawn since."""
+        """Whether no random number has been drawn since."""
         on_cuda = (state.equal(torch.cuda.get_rng_state(device)) for device, state in self._cuda.items())
         return self._cpu.equal(torch.get_rng_state()) and all(on_cuda)
 
     def restore(self) -> None:
-        """Go back to it."""
+        """Set torch's random state back to it."""
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
@@ -90,19 +90,19 @@ class Evaluator:
 
     @contextlib.contextmanager
     def evaluation(self, parameters: Mapping[str, Tensor], *, derivative: bool = False) -> Iterator[None]:
-        """Inside, the module is at these parameters.
+        """In the block, the module has these parameters.
 
-        A backward pass is run inside as well: where the model checkpoints activations it calls the module again.
+        Run backward passes in it, too: activation checkpointing calls the module again.
 
         Args:
             parameters: theta by name; one that is left out stays the module's own.
-            derivative: with kernels that have a forward-mode derivative and can be differentiated twice.
+            derivative: use only kernels that have a forward-mode derivative and can be differentiated twice.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._same_randomness())
             stack.enter_context(self._in_mode())
             stack.enter_context(self._at(parameters))
-            # A compiled part would draw other dropout masks and loses tangents.
+            # Compiled parts would draw other dropout masks and lose tangents.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(_settings())
             if derivative:
@@ -158,14 +158,14 @@ class Evaluator:
 
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
-    """No kernels of transformer layers that have no derivative of any kind, and no caches."""
+    """Without the fast path of transformer layers, which has no derivative, and without caches of weights."""
     fast_path, cache = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     parametrized = parametrize._cache_enabled
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        # It would hold casts of parameters that are given up or moved until the caller leaves autocast.
+        # The cache would keep casts of old parameters until the caller leaves autocast.
         torch.set_autocast_cache_enabled(False)
-        parametrize._cache_enabled = 0  # a caller may be in parametrize.cached(), with weights of other parameters
+        parametrize._cache_enabled = 0  # the caller may be in parametrize.cached(), with other parameters' weights
         yield
     finally:
         parametrize._cache_enabled = parametrized

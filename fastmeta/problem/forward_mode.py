@@ -1,11 +1,11 @@
-"""Forward mode through any module: dual numbers, and what PyTorch leaves to the one who calls it.
+"""Forward mode through any module: PyTorch's dual tensors, and three repairs.
 
-A dual tensor carries its tangent along. Three things are made good while a model runs on them:
+A dual tensor carries its tangent along. While a model runs on dual tensors:
 
-* inside ``torch.no_grad`` forward mode goes on, so that what a model means as a constant is none; here it is one;
-* an operator that is not PyTorch's own (``torch.library.custom_op``, C++) drops the tangent without a word; here it
-  raises;
-* some functions have no forward-mode derivative, or a slow one; they are in ``RULES``.
+* what it computes in ``torch.no_grad`` is a constant; PyTorch would propagate tangents there;
+* an operator that is not PyTorch's own (``torch.library.custom_op``, C++) and drops the tangent raises; PyTorch would
+  not say so;
+* functions without a forward-mode derivative, or with a slow one, are replaced by those in ``RULES``.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class ForwardMode(TorchFunctionMode):
-    """What a model runs in while it is on dual tensors; see above."""
+    """The mode in which a model runs on dual tensors; see above."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -47,9 +47,9 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Its Jacobian by the input is symmetric, so that its backward gives the tangent, and in one pass.
+    """The Jacobian by the input is symmetric, so batch norm's backward kernel gives the tangent, in one pass.
 
-    PyTorch's own formula is a dozen operators, all of them on the graph where there is one.
+    PyTorch's own formula takes a dozen operators, each of them recorded where autograd records.
     """
     if training and input.numel() == input.shape[1]:
         return functional.batch_norm(input, None, None, training=True)  # raises: no statistics of one value

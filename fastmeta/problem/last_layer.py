@@ -17,7 +17,7 @@ from fastmeta.problem.direction import AnyDirection, Direction, Factors, of_last
 
 
 class Rows(NamedTuple):
-    """What a batch looks like from the last layer."""
+    """A batch at the last layer."""
 
     features: Tensor  # [N, D]
     logits: Tensor  # [N, C]
@@ -63,11 +63,11 @@ class LastLayerProblem(ProblemBase):
 
     @property
     def last_layer(self) -> "LastLayerProblem":
-        """Itself: the examples are rows of features, by which a system with the Hessian is solved in closed form."""
+        """Itself: solvers use the rows of features to solve with the Hessian in closed form."""
         return self
 
     def by(self, how: How, radius: float) -> "LastLayerProblem":
-        """Itself: there is one closed form, however the derivatives of a whole model are taken."""
+        """Itself: ``how`` is for a whole model; the last layer has one closed form."""
         return self
 
     def restricted(self, layers: Sequence[str]) -> "LastLayerProblem":
@@ -121,7 +121,7 @@ class LastLayerProblem(ProblemBase):
     def probes(self, direction: AnyDirection, radius: float) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``[N, C]`` at ``theta + epsilon v`` and at ``theta - epsilon v``, and epsilon ``= radius / ||v||``.
 
-        The layer is linear in its parameters: they are ``f +- epsilon z``.
+        The layer is linear in its parameters, so the logits are ``f +- epsilon z``.
         """
         v, logits = of_last_layer(direction), self.unlabeled.logits
         z = self._logit_tangent(v)
@@ -191,7 +191,7 @@ class LastLayerProblem(ProblemBase):
     def inner_rows(self, inner: InnerLoss) -> list[tuple[Rows, Tensor, Tensor, str]]:
         """Rows, targets ``[N, C]``, weights ``[N]`` and loss of every summand of the inner loss's second derivative.
 
-        The weights are those of its sum over the rows, with what the targets scale the curvature by.
+        The weights include the reduction, the summand's factor and the loss's ``curvature_scale``.
         """
         found = []
         for part, loss, factor in inner.terms():
@@ -227,10 +227,10 @@ class LastLayerProblem(ProblemBase):
 
 
 def _factors(direction: Direction) -> Factors:
-    """A direction of examples on several processes, with C + 1 rows in place of theirs.
+    """A dense direction as factors with C + 1 rows, in place of the rows of examples that are on several processes.
 
-    ``V = R^T h`` with R = s I and h = V / s; a last row h = 0 makes the sum of R the bias. Scale s: so large that no
-    V / s overflows, and no larger, so that ``s + (b - s)`` is b.
+    ``V = R^T h`` with R = s I and h = V / s; a last row with h = 0 makes the column sums of R the bias. The scale s is
+    large enough that V / s does not overflow, and no larger, so that ``s + (b - s)`` is b.
     """
     weight, bias = direction
     identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)

@@ -35,10 +35,10 @@ class Term(NamedTuple):
 class ModelFunction:
     """``theta -> logits`` of a module as it would run next.
 
-    That is in its mode, from its buffers as they are and from the random state at the moment this is made. In place of
-    the module that a DistributedDataParallel, DataParallel or compiled one wraps it takes the one inside, and a part
-    that is compiled runs uncompiled. What no evaluation can put back is a model's own: forward hooks run in each,
-    tensors that are neither parameters nor buffers and other libraries' random states are as it leaves them.
+    It runs in the module's mode, from its buffers as they are and from the random state at the time this object is
+    made. Wrappers (DistributedDataParallel, DataParallel, torch.compile) are taken off, and compiled parts run
+    uncompiled. Forward hooks run in every evaluation. Tensors that are neither parameters nor buffers, and the random
+    states of other libraries, are not restored.
 
     Args:
         model: the module; it gives logits ``[N, C]``, or an object or dict with ``logits``.
@@ -70,7 +70,7 @@ class ModelFunction:
     def check(self, direction: object, argument: str = "direction") -> Vector:
         """A direction of this model, detached: a dict of tensors by parameter name.
 
-        A tied parameter has any one of its names, one of a wrapped model its name with the prefix or without.
+        A tied parameter goes by any of its names, a wrapped model's parameter by its name with or without the prefix.
 
         Raises:
             TypeError: not such a dict, or an entry's dtype is not the parameter's.
@@ -91,7 +91,7 @@ class ModelFunction:
         return checked
 
     def _name_of(self, given: object, argument: str) -> str:
-        """The name among the parameters of one that goes by another name."""
+        """The name in ``self.parameters`` of a parameter that is given by another of its names."""
         everything = {
             name: parameter
             for model in (self.module, self._given)
@@ -161,7 +161,7 @@ class ModelFunction:
             inputs: of N examples.
             loss: of the logits.
             parameters: theta; None: the model's own.
-            names: the parameters that the gradient is taken by; None: all.
+            names: the parameters to differentiate by; None: all.
         """
         theta, leaves = self._leaves(parameters, names)
         with torch.enable_grad():
@@ -170,7 +170,7 @@ class ModelFunction:
         return self.differentiated([value], theta, leaves), logits.detach()
 
     def gradient_at(self, logits: Tensor, loss: LossOfLogits) -> Vector:
-        """Gradient of ``loss(logits)`` for logits on the graph of the model's own parameters, which is kept."""
+        """Gradient of ``loss(logits)`` for logits on the graph of the model's own parameters; the graph is kept."""
         with torch.enable_grad():
             value = loss(logits)
         return self.differentiated([value], self._own, self._own, retain_graph=True)
@@ -185,9 +185,9 @@ class ModelFunction:
         create_graph: bool = False,
         retain_graph: bool | None = None,
     ) -> Vector:
-        """Gradient of the sum of some values computed at theta, by some tensors; 0 by one that they do not depend on.
+        """Gradient of the sum of ``values``, computed at theta, by the tensors ``by``; 0 for one that has no effect.
 
-        The module is at theta again: one that checkpoints its activations runs once more in the backward pass.
+        The module has the parameters theta meanwhile: activation checkpointing runs it again in the backward pass.
         """
         on_graph = [place for place, value in enumerate(values) if value.requires_grad]
         if not on_graph:
@@ -208,11 +208,11 @@ class ModelFunction:
     ) -> tuple[Tensor, Tensor]:
         """``f(theta)`` and ``D_v f(theta)`` in one pass of forward mode, both ``[N, C]``, the second without a graph.
 
-        ``on_graph``: at the model's own parameters and with the first on their graph.
+        ``on_graph``: at the model's own parameters, with the logits on their graph.
         """
         theta = self._own if on_graph else self.parameters if parameters is None else parameters
         # Not torch.func.jvp: its dropout draws another mask than a plain pass where a tensor is not contiguous.
-        # With gradients enabled, so that the model's own torch.no_grad can be told; nothing here requires them.
+        # Gradients are enabled only so that ForwardMode sees where the model itself is in torch.no_grad.
         with torch.enable_grad(), forward_ad.dual_level():
             moving = {name: forward_ad.make_dual(theta[name], v) for name, v in direction.items()}
             try:
@@ -242,7 +242,7 @@ class ModelFunction:
             terms: the summands.
             parameters: theta; None: the model's own.
             names: the parameters that move, in the direction and in the product; None: all.
-            once: one product is wanted: the graph is given up on the way.
+            once: the product is called once only, which frees the graph.
         """
         theta, leaves = self._leaves(parameters, names)
         with torch.enable_grad():
@@ -283,7 +283,7 @@ class ModelFunction:
         return product
 
     def _leaves(self, parameters: Vector | None, names: Sequence[str] | None) -> tuple[Vector, Vector]:
-        """Theta with leaves of autograd under the names, and these alone."""
+        """Theta with new autograd leaves under the names, and the leaves alone."""
         theta = self.parameters if parameters is None else parameters
         leaves = {name: theta[name].detach().requires_grad_() for name in (theta if names is None else names)}
         return {**theta, **leaves}, leaves
@@ -297,13 +297,13 @@ class ModelFunction:
         on_graph: bool = False,
         inside: contextlib.AbstractContextManager[Any] | None = None,
     ) -> Tensor:
-        """Logits ``[N, C]`` at the parameters; ``on_graph``: also on that of the inputs."""
+        """Logits ``[N, C]`` at the parameters; ``on_graph``: the inputs are not detached."""
 
         def prepared(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
             value = value if on_graph else value.detach()
-            return value.clone() if value.is_inference() else value  # autograd cannot save one of inference mode
+            return value.clone() if value.is_inference() else value  # autograd cannot save an inference tensor
 
         positional: tuple[Any, ...] = ()
         keywords: dict[str, Any] = {}

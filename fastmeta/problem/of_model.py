@@ -1,4 +1,4 @@
-"""How the predictions of a whole model move along a direction of its parameters, in four ways with one result."""
+"""Derivatives of a model's predictions and losses along a direction of its parameters."""
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ def label_gradient(
     radius: float = 0.01,
     targets: Tensor | None = None,
 ) -> Tensor:
-    r"""How the pull of the loss on its labels moves as the whole model moves along a direction. ``[N, C]``.
+    r"""Derivative of ``-dl/dy`` as the whole model moves along a direction. ``[N, C]``.
 
     .. math:: \text{scale}\; T_i(v), \qquad
         T(v) = D_v\Bigl(-\frac{\partial l}{\partial y}\Bigr) =
@@ -40,14 +40,14 @@ def label_gradient(
     - ``double_backward``: the definition, for a model without forward mode; several times the time, and a graph.
     - ``finite_difference``: ``(g(theta + eps v) - g(theta - eps v)) / 2 eps`` with ``eps = radius / ||v||``, two
       forward passes, in place, as Meta-Gradient, Eq. (16), takes it. At the published radius of 0.01 it is a probe of
-      finite length, no derivative; shorter ones are limited by rounding, in bfloat16 soon. What a model takes under
-      ``torch.no_grad`` is no constant to it.
+      finite length, no derivative; shorter ones are limited by rounding, in bfloat16 soon. What a model computes under
+      ``torch.no_grad`` moves too; the other ways take it as a constant.
     - ``forward_difference``: ``(g(theta + eps v) - g(theta)) / eps``.
     - ``last_layer``: in closed form, where only the last linear layer moves.
 
     The model runs in its mode as it stands: in train mode BatchNorm takes the statistics of this batch, so that
     examples act on each other, and all of that is in the result. Every pass draws the dropout masks that a call of the
-    model would draw next, up to fused attention kernels on a GPU. Parameters, buffers, ``.grad``, mode and random
+    model would draw next, except in fused attention kernels on a GPU. Parameters, buffers, ``.grad``, mode and random
     state are left as they were, after an exception too; forward hooks run in every pass. Under autocast the model's
     part is in its precision. Inside torch.compile it breaks the graph and runs uncompiled, as do compiled models.
 
@@ -113,7 +113,7 @@ def example_weight_gradient(
     (BatchNorm in train mode) ``l_i`` depends on the batch, and so does this.
 
     Args:
-        model: see :func:`label_gradient`, as for all that is not said here.
+        model: see :func:`label_gradient`, also for everything that is not said here.
         inputs: of N examples.
         targets: y, int64 classes ``[N]`` or probabilities ``[N, C]``.
         direction: v, tensors by parameter name.

@@ -28,7 +28,7 @@ def rebuilt(like: Dense, values: Sequence[Tensor]) -> Dense:
 
 
 def flat(direction: AnyDirection) -> Tensor:
-    """All tensors behind each other, in the widest of their dtypes and no less than float32. ``[P]``."""
+    """All tensors concatenated, in the widest of their dtypes and no less than float32. ``[P]``."""
     parts = tensors(direction)
     dtype = torch.float32
     for part in parts:
@@ -51,7 +51,7 @@ def scaled(direction: AnyDirection, factor: Tensor | float) -> AnyDirection:
 
 
 def combined(first: AnyDirection, factor: float, second: AnyDirection) -> Dense:
-    """``first + factor second``; a tensor that only one of the two has is taken as 0 in the other."""
+    """``first + factor second``; a tensor that one of the two lacks counts as 0 there."""
     a, b = dense(first), dense(second)
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() != b.keys():
         zeros = {name: torch.zeros_like(value) for name, value in {**a, **b}.items()}

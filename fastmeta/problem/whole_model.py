@@ -27,9 +27,9 @@ _LAST_LAYER_ALONE = "factored and bias=False are for the last layer alone, got a
 
 
 class UnlabeledPass:
-    """What the first pass over the unlabeled inputs at theta gave, so that no second one is made for it.
+    """Results of the first pass over the unlabeled inputs at theta, kept so that no second pass is made for them.
 
-    One is shared by all problems at one theta.
+    All problems at one theta share one object.
     """
 
     def __init__(self) -> None:
@@ -45,8 +45,8 @@ class WholeModelProblem(ProblemBase):
     Args:
         function: the model.
         unlabeled: inputs of the inner loss.
-        impute: imputed labels ``z [N, C]``, detached, or a rule that makes them of the unlabeled logits at theta; then
-            they come out of the first pass that is made anyway.
+        impute: imputed labels ``z [N, C]``, detached, or a function that makes them from the unlabeled logits at theta,
+            once the first pass has given these.
         holdout: inputs of the outer loss; None where its gradient is given and no other is asked for.
         targets: their labels, probabilities ``[Nh, C]`` or int64 classes ``[Nh]``.
         weights: example weights ``w [N]``; None means 1.
@@ -56,8 +56,7 @@ class WholeModelProblem(ProblemBase):
         parameters: theta; None: the model's own.
         process_group: the processes that the batch is spread over; None: this one alone.
         holdout_gradient: gradient of the mean outer loss at theta over all processes, where the caller has it already.
-        keep_graph: the unlabeled logits are wanted on the graph of the model's own parameters, theta; they come out of
-            the first pass that is made anyway.
+        keep_graph: whether the first pass keeps the unlabeled logits on the graph of the model's own parameters, theta.
         how: how derivatives along a direction are taken, see :func:`fastmeta.label_gradient`; set by :meth:`by`.
         radius: length of the perturbation of a difference.
     """
@@ -97,7 +96,7 @@ class WholeModelProblem(ProblemBase):
 
     @property
     def labels(self) -> Tensor:
-        """Imputed labels ``z [N, C]``, those of the start of the inner steps."""
+        """Imputed labels ``z [N, C]``, made at the start of the inner steps."""
         if self.start is not None:
             return self.start.labels
         if not callable(self.impute):
@@ -184,7 +183,7 @@ class WholeModelProblem(ProblemBase):
         return tuple(self.parameters) if self.moving is None else self.moving
 
     def hessian_vector_product(self, inner: InnerLoss, direction: AnyDirection) -> Vector:
-        """One product with the Hessian of the inner loss at theta; no graph is left, one term's at a time lives."""
+        """One product with the Hessian of the inner loss at theta; at most one term's graph is in memory."""
         v = of_model(direction)
         total: list[Tensor] = []
         for term in self._terms(inner):
@@ -196,7 +195,7 @@ class WholeModelProblem(ProblemBase):
     def hessian(self, inner: InnerLoss, curvature: Curvature = "hessian") -> Callable[[AnyDirection], Vector]:
         """The product with the Hessian of the inner loss at theta, or with its Gauss-Newton matrix; for many products.
 
-        A graph is built once and kept: of the gradient, or of the logits alone.
+        One graph is built and kept: the gradient's for the Hessian, the logits' for Gauss-Newton.
         """
         build = self.function.hessian if curvature == "hessian" else self.function.gauss_newton
         product = build(self._terms(inner), self.parameters, self.names)
@@ -272,8 +271,8 @@ class WholeModelProblem(ProblemBase):
     def probes(self, direction: AnyDirection, radius: float) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``[N, C]`` at ``theta + epsilon v`` and at ``theta - epsilon v``, and epsilon ``= radius / ||v||``.
 
-        Of a one-sided difference they are those at ``theta + epsilon v`` and at theta, half an epsilon to each side of
-        their middle.
+        A one-sided difference has the logits at ``theta + epsilon v`` and at theta, and returns ``epsilon / 2``: half
+        the distance between the two.
         """
         v = of_model(direction)
         one_sided = self.how == "forward_difference"
@@ -320,7 +319,7 @@ class WholeModelProblem(ProblemBase):
         Args:
             of: of the unlabeled logits ``[N, C]``, in full precision.
             v: by name.
-            keep_graph: whether the pass at theta may be the one whose logits are kept on the graph.
+            keep_graph: whether a pass at theta keeps its logits on the graph.
         """
         function, theta = self.function, self.parameters
         with torch.no_grad():
@@ -340,7 +339,7 @@ class WholeModelProblem(ProblemBase):
             return (plus - start) / perturbation.epsilon
 
     def _impute_first(self) -> None:
-        """Labels are imputed at theta, which the passes of a central difference are not."""
+        """Impute the labels at theta before a central difference, which makes no pass at theta."""
         if self.how == "finite_difference":
             _ = self.labels
 
@@ -363,7 +362,7 @@ class WholeModelProblem(ProblemBase):
         def targets(logits: Tensor) -> Tensor:
             return probabilities(self.labels if given is None else given, logits)
 
-        @cache  # the processes count their examples once a term, not once a product
+        @cache  # processes add up their counts once for each term, not for each product
         def scale(count: int) -> float | Tensor:
             return factor * self.mean_scale(count) if reduction == "mean" else factor
 

@@ -133,7 +133,7 @@ def features_for(refiner: Refiner | None, model: nn.Module) -> Iterator[FeatureT
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """TrainingBatch normalization uses the batch's statistics in the block and leaves its buffers alone."""
+    """Batch normalization uses the batch's statistics in the block and leaves its buffers alone."""
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     tracking = [layer.track_running_stats for layer in layers]
     for layer in layers:

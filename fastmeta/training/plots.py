@@ -26,6 +26,7 @@ _STYLES = {
     "meta-gradient-jvp": ("#E69F00", ":"),
     "meta-gradient-finite-difference": ("#E69F00", "-."),
 }
+_OTHER_STYLE = ("#7F7F7F", "--")
 Details = dict[tuple[str, str, int], dict[str, Any]]  # by base, method, seed
 _RIGHT, _WRONG = "#009E73", "#D55E00"
 
@@ -86,7 +87,8 @@ def _errors(folder: Path, rows: list[dict[str, Any]]) -> Path | None:
     )
     for base, axes in zip(bases, panels[0], strict=True):
         _style(axes)
-        for method, (color, line) in _STYLES.items():
+        for method in dict.fromkeys([*_STYLES, *(row["method"] for row in rows)]):
+            color, line = _STYLES.get(method, _OTHER_STYLE)
             by_step: dict[int, list[float]] = {}
             for row in rows:
                 if (row["base"], row["method"]) == (base, method):
@@ -140,7 +142,7 @@ def _differences(folder: Path, results: dict[str, Any]) -> Path | None:
         seeds = sorted(seed for b, m, seed in runs if (b, m) == (base, method) and (base, "none", seed) in runs)
         values = [100 * (runs[base, method, seed] - runs[base, "none", seed]) for seed in seeds]
         interval = t_interval(values)
-        color, line = _STYLES[method]
+        color, line = _STYLES.get(method, _OTHER_STYLE)
         if interval.low is not None and interval.high is not None:
             ends = [interval.low, interval.high]
             axes.plot(ends, [place, place], color=color, linestyle=line, linewidth=2, alpha=0.5)
