@@ -85,12 +85,6 @@ def loss_code(loss: object) -> int:
     return code
 
 
-def inner_loss(loss: object) -> str:
-    """A loss of the methods: any there is."""
-    loss_code(loss)
-    return str(loss)
-
-
 def choice(value: object, name: str, *allowed: str) -> None:
     """One of the names."""
     if value not in allowed:

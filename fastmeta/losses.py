@@ -303,7 +303,6 @@ _TABLE: dict[str, Loss] = {
 LOSSES: dict[str, int] = {name: code for code, name in enumerate(_TABLE)}
 """The integer code of every loss, as the kernels take it."""
 BY_CODE: tuple[Loss, ...] = tuple(_TABLE.values())
-INNER_LOSSES = tuple(LOSSES)
 
 
 def of(loss: str) -> Loss:

@@ -24,7 +24,8 @@ def per_example(f: Tensor, y: Tensor, loss: str) -> Tensor:
         return torch.where(gap <= 1, gap.square() / 2, gap - 0.5).sum(-1)
     if loss == "mse_tanh":
         return (f.tanh() - y.tanh()).pow(2).sum(-1)
-    return ((f if loss == "mse" else functional.softmax(f, -1)) - y).pow(2).sum(-1)
+    prediction = {"mse": lambda f: f, "mse_probs": lambda f: functional.softmax(f, -1)}[loss](f)
+    return (prediction - y).pow(2).sum(-1)
 
 
 def reduced(f: Tensor, y: Tensor, loss: str, weights: Tensor | None = None, reduction: str = "mean") -> Tensor:

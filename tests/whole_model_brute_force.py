@@ -20,14 +20,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from brute_force import per_example
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from whole_model_nets import Inputs
 
+from fastmeta.losses import LOSSES
+
 Parameters = dict[str, Tensor]
-INNER_LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "mse_probs", "mse_tanh", "huber")
+INNER_LOSSES = tuple(LOSSES)
 
 
 def trainable(model: nn.Module) -> Parameters:
@@ -49,20 +52,11 @@ def forward(model: nn.Module, inputs: Inputs, parameters: Mapping[str, Tensor] |
 
 
 def losses_of(logits: Tensor, targets: Tensor, loss: str) -> Tensor:
-    """``l(f_i, y_i)`` for targets ``[N, C]`` or classes ``[N]``; mse_tanh is ``sum_c (tanh f - tanh y)^2``. ``[N]``."""
+    """``l(f_i, y_i)`` for targets ``[N, C]`` or classes ``[N]``. ``[N]``."""
     f, y = logits, targets
     if not y.is_floating_point():
         y = functional.one_hot(y, f.shape[1]).to(f.dtype)
-    if loss == "cross_entropy":
-        return -(y * f.log_softmax(-1)).sum(-1)
-    if loss == "binary_cross_entropy":
-        return -(y * functional.logsigmoid(f) + (1 - y) * functional.logsigmoid(-f)).sum(-1)
-    if loss == "huber":
-        gap = (f - y).abs()  # functional.huber_loss has no forward mode
-        return torch.where(gap <= 1, gap.square() / 2, gap - 0.5).sum(-1)
-    if loss == "mse_tanh":
-        return (f.tanh() - y.tanh()).square().sum(-1)
-    return ((f.softmax(-1) if loss == "mse_probs" else f) - y).square().sum(-1)
+    return per_example(f, y, loss)
 
 
 def reduced_loss(

@@ -119,7 +119,7 @@ class InverseHessian:
     _last: _Last = field(default_factory=_Last, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        checks.inner_loss(self.loss)
+        checks.loss_code(self.loss)
         checks.number(self.damping, "damping", low=0.0)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")

@@ -58,8 +58,8 @@ class LookAhead:
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        checks.inner_loss(self.loss)
-        checks.inner_loss(self.labeled_loss)
+        checks.loss_code(self.loss)
+        checks.loss_code(self.labeled_loss)
         checks.number(self.rate, "rate")
         checks.number(self.momentum, "momentum", low=0.0)
         if self.steps < 1:

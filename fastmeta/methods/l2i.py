@@ -264,7 +264,7 @@ class L2I(Method):
         checks.choice(label_space, "label_space", "probabilities", "logits")
         checks.choice(imputer, "imputer", "base", "student")
         checks.choice(second_reduction, "second_reduction", "sum", "mean", "mean_entries")
-        checks.inner_loss(inner_loss)
+        checks.loss_code(inner_loss)
         checks.loss_code(outer_loss)
         checks.number(rate, "rate", low=0.0)
         checks.number(labeled_weight, "labeled_weight", low=0.0)
