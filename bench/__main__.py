@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of fastmeta.")
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary)
+        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if given[:1] == [name]:
             chosen = import_module(module)
             command.description = chosen.__doc__

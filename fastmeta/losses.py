@@ -303,6 +303,9 @@ _TABLE: dict[str, Loss] = {
 LOSSES: dict[str, int] = {name: code for code, name in enumerate(_TABLE)}
 """The integer code of every loss, as the kernels take it."""
 BY_CODE: tuple[Loss, ...] = tuple(_TABLE.values())
+# An operator drops the targets of every other loss before anything looks at them.
+READ_BY_LABEL_TANGENT = frozenset(name for name, loss in _TABLE.items() if loss.label_tangent_reads_targets)
+READ_BY_CURVATURE = frozenset(name for name, loss in _TABLE.items() if loss.curvature_reads_targets)
 
 
 def of(loss: str) -> Loss:

@@ -127,11 +127,12 @@ def test_extreme_logits_without_a_softmax_are_finite(loss, size):
 def test_targets_are_needed_where_they_are_read(draw, call, reads, loss):
     h, v, y = draw.normal(4, 3), draw.normal(3, 3), draw.uniform(4, 3)
     if not reads(losses.of(loss)):  # not looked at
-        for unread in (y.fill_(float("nan")), y.mT, torch.full((4,), 99)):
+        tracked = y.clone().requires_grad_()
+        for unread in (y.fill_(float("nan")), y.mT, torch.full((4,), 99), tracked, y.to("meta"), "no tensor"):
             for impl in (None, "cpp", "reference"):
-                assert torch.equal(
-                    call(h, v, loss=loss, targets=unread, impl=impl)[0], call(h, v, loss=loss, impl=impl)[0]
-                )
+                found = call(h, v, loss=loss, targets=unread, impl=impl)[0]
+                assert torch.equal(found, call(h, v, loss=loss, impl=impl)[0])
+                assert not found.requires_grad
         return
     with pytest.raises(ValueError, match=f"targets are needed by {loss}, got None"):
         call(h, v, loss=loss)

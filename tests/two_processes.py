@@ -24,7 +24,7 @@ def run(calls: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
     these may run at a time.
 
     Args:
-        calls: ``(function, *arguments)`` by a name; functions at the top level of a module of this folder, arguments
+        calls: ``(function, *arguments)`` by a name; functions at the top level of a test module, arguments
             that ``torch.save`` takes.
     """
     with tempfile.TemporaryDirectory() as name:
@@ -50,7 +50,7 @@ def run(calls: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
 
 
 def _place(function: Callable[..., Any]) -> tuple[str, str]:
-    return Path(function.__code__.co_filename).stem, function.__name__
+    return function.__code__.co_filename, function.__name__
 
 
 def _main(folder: Path, rank: int) -> None:
@@ -64,8 +64,9 @@ def _main(folder: Path, rank: int) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     results = {}
-    for key, ((module, name), arguments) in calls.items():
-        results[key] = getattr(importlib.import_module(module), name)(rank, *arguments)
+    for key, ((file, name), arguments) in calls.items():
+        sys.path.insert(0, str(Path(file).parent))
+        results[key] = getattr(importlib.import_module(Path(file).stem), name)(rank, *arguments)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     torch.save(results, folder / f"result-{rank}")

@@ -214,10 +214,13 @@ class Method:
             weights = labels.new_ones(len(labels)) if weights is None else weights
             return Refined(labels, weights, labels.new_zeros(()))
         gradient = self.derivative(problem, self.direction(problem))
-        # Broadcasting would hide the mistake where N happens to be C.
-        if gradient.dim() != (1 if self.update.takes == "weights" else 2):
+        # Broadcasting would hide the mistake where N happens to be C, or where labels have one column.
+        takes = self.update.takes
+        like = labels if takes == "labels" else None
+        if gradient.dim() != (1 if takes == "weights" else 2) or (like is not None and gradient.shape != like.shape):
             raise ValueError(
-                f"{type(self.update).__name__} takes the gradient of {self.update.takes}, but "
+                f"{type(self.update).__name__} takes the gradient of "
+                f"{takes if like is None else f'labels, {list(like.shape)}'}, but "
                 f"{type(self.derivative).__name__} gives {list(gradient.shape)}"
             )
         if self.update.needs_graph:

@@ -109,6 +109,8 @@ class Batch:
             if len(targets) != count or targets.dim() != (2 if targets.is_floating_point() else 1):
                 raise ValueError(f"{name} must have N = {count} like {inputs}, got {list(targets.shape)}")
         count = self.count
+        if self.labels is not None and not isinstance(self.labels, Tensor):
+            raise TypeError(f"labels must be a tensor, got {type(self.labels).__name__}")
         if self.labels is not None and (self.labels.dim() != 2 or len(self.labels) != count):
             raise ValueError(f"labels must be [N, C] with N = {count} like unlabeled, got {list(self.labels.shape)}")
 

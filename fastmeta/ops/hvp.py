@@ -86,6 +86,7 @@ def hessian_vector_product(
     >>> weight.tolist(), bias
     ([[1.0, 0.0], [0.0, 1.0]], None)
     """
+    targets = targets if loss in losses.READ_BY_CURVATURE else None
     tensors = features, logits, targets, direction_weight, direction_bias, weights
     arguments = (*tensors, LOSSES.get(loss), damping)
     if unnamed(impl):

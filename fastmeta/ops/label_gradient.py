@@ -77,6 +77,7 @@ def label_gradient(
     tensor([[ 1., -1.]])
     """
     f, head_weight, head_bias = _last_layer.split(logits)
+    targets = targets if loss in losses.READ_BY_LABEL_TANGENT else None
     tensors = features, f, head_weight, head_bias, targets, direction_weight, direction_bias
     arguments = (*tensors, LOSSES.get(loss), scale)
     if unnamed(impl):

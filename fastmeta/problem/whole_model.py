@@ -257,13 +257,15 @@ class WholeModelProblem(ProblemBase):
             return -pulls, slopes
         if self.how == "jvp":
             logits, tangent = self._jvp(v, self.keep_graph)
-            slopes = (losses.residual(logits, self.labels, loss) * tangent).sum(-1)
-            return losses.label_tangent(logits, tangent, loss, self.labels), slopes
+            labels = probabilities(self.labels, logits)
+            slopes = (losses.residual(logits, labels, loss) * tangent).sum(-1)
+            return losses.label_tangent(logits, tangent, loss, labels), slopes
         self._impute_first()
 
         def both(logits: Tensor) -> Tensor:
-            values = losses.loss_per_example(logits, self.labels, loss)
-            return torch.cat([losses.label_pull(logits, loss, self.labels), values.unsqueeze(-1)], dim=1)
+            labels = probabilities(self.labels, logits)
+            values = losses.loss_per_example(logits, labels, loss)
+            return torch.cat([losses.label_pull(logits, loss, labels), values.unsqueeze(-1)], dim=1)
 
         columns = self._difference(both, v)
         return columns[:, :-1], columns[:, -1]

@@ -5,7 +5,7 @@ import torch
 from brute_force import make_layer
 from torch import nn
 
-from fastmeta import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient
+from fastmeta import L2I, ExampleWeights, ImputeAndWeight, LabelGradientAlignment, MetaGradient
 from fastmeta.derivatives import LabelGradient
 from fastmeta.problem import WholeModelProblem
 from fastmeta.problem.model_function import ModelFunction
@@ -61,3 +61,16 @@ def test_the_closed_form_is_not_of_a_whole_model(draw):
     problem = WholeModelProblem(ModelFunction(model), layer.features_u, draw.probabilities(6, 4))
     with pytest.raises(ValueError, match="how='last_layer' needs a LastLayerProblem"):
         LabelGradient()(problem, {"weight": torch.zeros(4, 5, dtype=torch.float64)})
+
+
+@pytest.mark.parametrize("how", ["jvp", "finite_difference", "forward_difference"])
+def test_labels_of_a_whole_model_have_its_outputs(draw, how):
+    layer, model = make_layer(draw), nn.Linear(5, 4).double()
+    batch = {"unlabeled": layer.features_u, "holdout": layer.features_h, "targets": layer.classes}
+    for columns in (1, 5):  # one column would broadcast
+        for method in (L2I(how=how), ImputeAndWeight(6, how=how)):
+            labels = torch.rand(6, columns, dtype=torch.float64).requires_grad_()
+            with pytest.raises(ValueError, match=rf"\[6, {columns}\]"):
+                method.refine(**batch, model=model, labels=labels, index=torch.arange(6))
+    with pytest.raises(TypeError, match="labels must be a tensor, got list"):
+        L2I(how=how).refine(**batch, model=model, labels=[1.0])

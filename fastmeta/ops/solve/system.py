@@ -100,7 +100,8 @@ def meet(
         raise fault
     for other, row in enumerate(every):
         if row[2]:
-            raise ValueError(f"features, logits, rhs and weights must be finite on every process, not on {other}")
+            tensors = "features, logits, rhs, weights and targets"
+            raise ValueError(f"{tensors} must be finite on every process, not on {other}")
         if abs(row[3] - every[0][3]) > SAME * every[0][3]:
             raise ValueError(
                 "rhs_weight and rhs_bias must be the same on every process of process_group, their norm is "
