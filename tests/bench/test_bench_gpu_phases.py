@@ -263,6 +263,7 @@ def test_results_have_a_place_of_their_own(monkeypatch):
 def test_the_commands_of_the_real_phases(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     plan = command.Plan(tmp_path, options(tmp_path, quick=True), tmp_path / "caches")
+    monkeypatch.delenv("FASTMETA_CUDA_ARCHITECTURES", raising=False)
     made = {name: maker(plan, 100.0) for name, maker in command.MAKERS.items()}
     assert made["build"][0].command[1:] == ["setup.py", "-q", "build_ext", "--inplace"]
     assert made["build"][0].environment["FASTMETA_CUDA_ARCHITECTURES"] == "90"
