@@ -140,10 +140,8 @@ def of_steps(network: Row) -> Iterator[Goal]:
 
     if on_gpu:
         weights = 1.01 if network["network"] == "ResNet-50" else 1.03
-        others = lambda row: None if row["method"].startswith("ExampleWeights") else judged(row)  # noqa: E731
-        every_step = lambda row: judged(row) if row["method"] == "ExampleWeights" else None  # noqa: E731
-        yield goal("last layer, fused", 1.03, value=others)
-        yield goal("ExampleWeights at interval 1", weights, value=every_step)
+        yield goal("last layer, fused", 1.03, value=_but_for_example_weights)
+        yield goal("ExampleWeights at interval 1", weights, value=_example_weights_at_every_step)
         yield goal("exact by jvp, fused", 2.0, how="jvp", value=judged)
         return
     last_layer = ("L2I", "ExampleWeights", "LabelGradientAlignment")
@@ -154,10 +152,21 @@ def of_steps(network: Row) -> Iterator[Goal]:
     for schedule in both:
         yield goal(f"exact by jvp, {schedule}: L2I", 2.0, ("L2I",), "jvp", (schedule,))
         yield goal(f"exact by jvp, {schedule}: Meta-Gradient", 1.6, ("MetaGradient",), "jvp", (schedule,))
-    memory = lambda row: row.get("memory_ratio")  # noqa: E731
-    yield goal("exact by jvp: peak memory", 1.5, (), "jvp", both, memory)
+    yield goal("exact by jvp: peak memory", 1.5, (), "jvp", both, _memory)
     found = {f"{row['mode']} mode": row["ratio"] for row in network["derivatives"] if row["name"] == "jvp"}
     yield Goal("label_gradient by jvp over one forward", 1.9, found, at_least=False, unit="x")
+
+
+def _but_for_example_weights(row: Row) -> float | None:
+    return None if row["method"].startswith("ExampleWeights") else judged(row)
+
+
+def _example_weights_at_every_step(row: Row) -> float | None:
+    return judged(row) if row["method"] == "ExampleWeights" else None
+
+
+def _memory(row: Row) -> float | None:
+    return row.get("memory_ratio")
 
 
 def judged(row: Row) -> float | None:

@@ -97,9 +97,7 @@ T shuffle(unsigned mask, T value, int source, int width) {
 
 inline void __syncthreads() { ::fastmeta::emulator::barrier(false); }
 inline int __syncthreads_count(int flag) { return ::fastmeta::emulator::barrier(flag != 0); }
-inline int __syncthreads_or(int flag) { return ::fastmeta::emulator::barrier(flag != 0) != 0; }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   using namespace fastmeta::emulator;
@@ -110,7 +108,6 @@ inline unsigned __ballot_sync(unsigned mask, int flag) {
   return static_cast<unsigned>(warp(Warp::ballot, mask, flag != 0, 0));
 }
 inline int __any_sync(unsigned mask, int flag) { return __ballot_sync(mask, flag) != 0; }
-inline int __all_sync(unsigned mask, int flag) { return __ballot_sync(mask, !flag) == 0; }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
   const int lane = ::fastmeta::emulator::lane();
@@ -136,64 +133,9 @@ T atomicAdd(T* place, std::type_identity_t<T> value) {
   *place = static_cast<T>(before + value);
   return before;
 }
-template <std::integral T>
-T atomicMin(T* place, std::type_identity_t<T> value) {
-  const T before = *place;
-  *place = std::min(before, value);
-  return before;
-}
-template <std::integral T>
-T atomicMax(T* place, std::type_identity_t<T> value) {
-  const T before = *place;
-  *place = std::max(before, value);
-  return before;
-}
-template <std::integral T>
-T atomicOr(T* place, std::type_identity_t<T> value) {
-  const T before = *place;
-  *place = before | value;
-  return before;
-}
-template <std::integral T>
-T atomicExch(T* place, std::type_identity_t<T> value) {
-  const T before = *place;
-  *place = value;
-  return before;
-}
-template <std::integral T>
-T atomicCAS(T* place, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-  const T before = *place;
-  if (before == expected) *place = value;
-  return before;
-}
 
-// Loads and stores with a cache hint.
-template <class T>
-T __ldg(const T* from) {
-  return *from;
-}
-template <class T>
-T __ldcg(const T* from) {
-  return *from;
-}
-template <class T>
-T __ldcs(const T* from) {
-  return *from;
-}
-template <class T>
-void __stcs(T* to, T value) {
-  *to = value;
-}
-
-inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
-inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
-inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 using std::max;
 using std::min;
