@@ -47,7 +47,7 @@ def run(meta: Method | None, draw: torch.Generator, code: str = LOOP) -> dict[st
 
 
 class Trained:
-    """The loss that the loop trains, of the last layer's parameters, the labels and the weights; and its other parts."""
+    """The losses of the loop as functions of the last layer's parameters, the labels and the weights."""
 
     def __init__(self, names: dict[str, Any]) -> None:
         model = names["model"]
