@@ -6,8 +6,9 @@ from fastmeta import checks
 from fastmeta.derivatives import How, LabelGradient
 from fastmeta.directions import DirectionRule, NormalizedGap, UnitLength
 from fastmeta.methods.base import Method
-from fastmeta.ops.process_group import Group, world_size
+from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
+from fastmeta.state import PartNumber
 from fastmeta.updates import PullBack
 
 
@@ -51,6 +52,8 @@ class AlignedImputation(Method):
     >>> refined.loss.backward()
     """
 
+    weight = PartNumber("update", "weight")
+
     def __init__(
         self,
         *,
@@ -80,5 +83,5 @@ class AlignedImputation(Method):
         self.mode = mode
         self.inner_loss = inner_loss
         gradient = LabelGradient(inner_loss, how=how, radius=radius)
-        update = PullBack(weight=checks.number(weight, "weight") * world_size(process_group))
+        update = PullBack(weight=weight, process_group=process_group)
         super().__init__(direction, gradient, update, process_group=process_group)
