@@ -6,8 +6,9 @@ from fastmeta import checks
 from fastmeta.derivatives import How, LabelGradient
 from fastmeta.directions import DirectionRule, NormalizedGap, UnitLength
 from fastmeta.methods.base import Method
-from fastmeta.ops.process_group import Group, world_size
+from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
+from fastmeta.state import PartNumber
 from fastmeta.updates import PullBack
 
 
@@ -50,6 +51,8 @@ class AlignedImputation(Method):
     >>> refined.loss.backward()
     """
 
+    weight = PartNumber("update", "weight")
+
     def __init__(
         self,
         *,
@@ -75,5 +78,5 @@ class AlignedImputation(Method):
             direction = UnitLength(direction)
         self.mode = mode
         gradient = LabelGradient("cross_entropy", how=how, radius=radius)
-        update = PullBack(weight=checks.number(weight, "weight") * world_size(process_group))
+        update = PullBack(weight=weight, process_group=process_group)
         super().__init__(direction, gradient, update, process_group=process_group)

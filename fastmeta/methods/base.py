@@ -18,6 +18,7 @@ from fastmeta.problem import LastLayerProblem, Problem, WholeModelProblem, full_
 from fastmeta.problem.base import Given
 from fastmeta.problem.evaluation import TRACELESS
 from fastmeta.problem.model_function import Inputs, ModelFunction
+from fastmeta.state import Stateful, entry
 from fastmeta.updates import Refined, Update
 
 
@@ -26,10 +27,23 @@ class _Graphs(Protocol):
         """One step, in place of :meth:`Method._refine`."""
 
 
-class Method:
+class _Count:
+    """A number in an object of its own: torch.compile takes the numbers of a module for constants."""
+
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number = 0
+
+
+class Method(Stateful):
     """Any direction, derivative and update as one method, at the last layer or for the whole model.
 
-    The published methods are subclasses that choose the three; every other choice works as well.
+    The published methods are subclasses that choose the three; every other choice works as well. A method is a module
+    whose buffers are its tables, moments and averages: ``to(device)`` moves them, and where the method is an attribute
+    of a module they are part of its ``state_dict``. It has no parameters. Numbers that a schedule moves (``rate``,
+    ``weight``, ``lr``, ``damping``, ``step``, ``label_step``) are attributes of the methods that have them, to be set
+    between calls.
 
     Args:
         direction: a rule of :mod:`fastmeta.directions`.
@@ -54,8 +68,9 @@ class Method:
 
     # Labels are imputed as this loss's prediction: softmax(f), or f itself for regression.
     inner_loss = "cross_entropy"
-    # Attributes that count the steps; a step's tensors depend on them through phase() alone.
-    counters: tuple[str, ...] = ()
+    # Whether the number of calls decides anything: it is then part of the state. A step's tensors depend on it through
+    # phase() alone.
+    counts = False
     # Whether refine uses the labels it is given; else it uses the model's predictions.
     uses_labels = True
     # Mode of the model in the method's own passes; None: as it stands.
@@ -64,12 +79,23 @@ class Method:
     def __init__(
         self, direction: DirectionRule, derivative: Derivative, update: Update, *, process_group: Group = None
     ) -> None:
+        super().__init__()
         check_group(process_group)
         self.direction = direction
         self.derivative = derivative
         self.update = update
         self.process_group = process_group
         self._graphs: _Graphs | None = None  # set by fastmeta.graph
+        self._calls = _Count()
+
+    @property
+    def calls(self) -> int:
+        """How often :meth:`refine` was called."""
+        return self._calls.number
+
+    def forward(self, **batch: Any) -> Refined:
+        """See :meth:`refine`."""
+        return self.refine(**batch)
 
     def refine(
         self,
@@ -216,7 +242,7 @@ class Method:
     def _step(self, problem: Problem | None, index: Tensor | None, labels: Tensor | None) -> Refined | Tensor:
         """The part of a step that works on tensors alone: what :func:`fastmeta.graph` captures.
 
-        It changes no counter and needs no autograd graph. Updates that need one get the gradient in :meth:`_finish`.
+        It counts nothing and needs no autograd graph. Updates that need one get the gradient in :meth:`_finish`.
 
         Args:
             problem: of the step; None: this call learns nothing and only reads the weights.
@@ -242,53 +268,37 @@ class Method:
             return gradient
         if labels is None:
             labels = self.update.labels(losses.prediction(problem.logits, self.inner_loss), index)
-        return self.update.apply(gradient, labels, index)
+        return self.update(gradient, labels, index)
 
     def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
-        """The rest of the step: what depends on the caller's autograd graph, and the counters."""
-        if not isinstance(computed, Refined):
-            with torch.no_grad():
-                index = batch.index_on(imputed.device)
-                computed = self.update.apply(computed, self.update.labels(imputed, index), index)
-        for name in self.counters:
-            setattr(self, name, getattr(self, name) + 1)
-        return computed
+        """The rest of the step: what depends on the caller's autograd graph, and the count."""
+        self._calls.number += 1
+        if isinstance(computed, Refined):
+            return computed
+        with torch.no_grad():
+            index = batch.index_on(imputed.device)
+            refined: Refined = self.update(computed, self.update.labels(imputed, index), index)
+        return refined
 
     def learns(self) -> bool:
         """Whether the next call moves anything; else it only reads labels and weights."""
         return True
 
     def phase(self) -> Hashable:
-        """What the counters decide about the next step, as a key; steps of one phase share a CUDA graph."""
+        """What the number of calls decides about the next step, as a key; steps of one phase share a CUDA graph."""
         return self.learns()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that refining changes: tables, moments, averages, counters."""
-        state: dict[str, Any] = {"update": self.update.state_dict()}
-        rule = _stateful(self.direction)
-        if rule is not None:
-            state["direction"] = rule.state_dict()
-        return {**state, **{name: getattr(self, name) for name in self.counters}}
+    def entries(self) -> dict[str, Tensor]:
+        """The number of calls."""
+        return {"calls": torch.tensor(self.calls)} if self.counts else {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`; refining then goes on bit for bit.
+    def check_entries(self, state: Mapping[str, Any]) -> list[str]:
+        """See :meth:`fastmeta.state.Stateful.check_entries`."""
+        if self.counts:
+            entry(state, "calls", (), type(self).__name__)
+        return ["calls"] if self.counts else []
 
-        Raises:
-            ValueError: a tensor is missing or of another shape.
-        """
-        rule = _stateful(self.direction)
-        for part in ("update",) if rule is None else ("update", "direction"):
-            if part not in state:
-                raise ValueError(f"state must have {part!r} for {type(self).__name__}, got {sorted(state)}")
-        self.update.load_state_dict(state["update"])
-        if rule is not None:
-            rule.load_state_dict(state["direction"])
-        for name in self.counters:
-            setattr(self, name, state[name])
-
-
-def _stateful(rule: Any) -> Any:
-    """The rule with averages to save: this one, or the one that it refines; None if there is none."""
-    while rule is not None and not hasattr(rule, "state_dict"):
-        rule = getattr(rule, "of", None)
-    return rule
+    def load_entries(self, entries: Mapping[str, Tensor]) -> None:
+        """See :meth:`fastmeta.state.Stateful.load_entries`."""
+        if self.counts:
+            self._calls.number = int(entries["calls"])

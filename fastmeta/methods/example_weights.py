@@ -15,6 +15,7 @@ from fastmeta.methods.batch import Batch, as_outputs, check_rows
 from fastmeta.ops.process_group import Group
 from fastmeta.problem import Curvature
 from fastmeta.problem.model_function import Inputs
+from fastmeta.state import PartNumber
 from fastmeta.updates import Refined, SharedWeight, WeightTable
 
 
@@ -149,7 +150,10 @@ class ExampleWeights(Method):
         ValueError: an option is not one of those named, or a number is out of its range.
     """
 
-    counters = ("calls",)
+    counts = True
+    update: WeightTable
+    lr = PartNumber("update", "lr")
+    damping = PartNumber("direction", "damping")
 
     def __init__(
         self,
@@ -204,19 +208,18 @@ class ExampleWeights(Method):
             direction = InLayers(direction, layers)
         table: dict[str, Any] = {"lr": lr, "low": low, "high": high, "read": read, "dtype": dtype}
         if shared:
-            self._weights: WeightTable = SharedWeight(process_group=process_group, **table)
+            update: WeightTable = SharedWeight(process_group=process_group, **table)
         else:
-            self._weights = WeightTable(num_examples, duplicates=duplicates, **table)
+            update = WeightTable(num_examples, duplicates=duplicates, **table)
         self.mode = mode
         self.interval = interval
-        self.calls = 0
         gradient = ExampleWeightGradient(masked=masked, how=how, radius=radius)
-        super().__init__(direction, gradient, self._weights, process_group=process_group)
+        super().__init__(direction, gradient, update, process_group=process_group)
 
     @property
     def weights(self) -> Tensor:
         """The weights of all unlabeled examples ``[M]``; ``[1]`` if they share one."""
-        return self._weights.table.values
+        return self.update.table.values
 
     @classmethod
     def from_preset(

@@ -6,9 +6,10 @@ from fastmeta import checks
 from fastmeta.derivatives import How, LabelGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, InverseHessian, Solver, UnitLength
 from fastmeta.methods.base import Method
-from fastmeta.ops.process_group import Group, world_size
+from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import Curvature
+from fastmeta.state import PartNumber
 from fastmeta.updates import LabelLogitStep, PullBack, Update
 
 
@@ -56,6 +57,10 @@ class ImplicitImputation(Method):
     >>> bool((refined.labels[:, 0] > logits_u.softmax(-1)[:, 0]).all())
     True
     """
+
+    weight = PartNumber("update", "weight")
+    label_step = PartNumber("update", "step")
+    damping = PartNumber("direction", "damping")
 
     def __init__(
         self,
@@ -105,6 +110,6 @@ class ImplicitImputation(Method):
         if variant == "V1":
             update = LabelLogitStep(step=checks.number(label_step, "label_step"))
         else:
-            update = PullBack(weight=checks.number(weight, "weight") * world_size(process_group))
+            update = PullBack(weight=weight, process_group=process_group)
         gradient = LabelGradient(loss, how=how, radius=radius)
         super().__init__(direction, gradient, update, process_group=process_group)

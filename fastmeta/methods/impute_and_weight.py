@@ -1,5 +1,6 @@
 """Labels pulled back and weights learned, of one inner step."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -9,8 +10,9 @@ from fastmeta import checks
 from fastmeta.derivatives import How, LabelAndWeightGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, LookAhead, UnitLength
 from fastmeta.methods.base import Method
-from fastmeta.ops.process_group import Group, world_size
+from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
+from fastmeta.state import PartNumber
 from fastmeta.updates import PullBackAndWeights
 
 
@@ -63,6 +65,10 @@ class ImputeAndWeight(Method):
     (torch.Size([6, 3]), torch.Size([6]), True)
     """
 
+    update: PullBackAndWeights
+    lr = PartNumber("update", "lr")
+    weight = PartNumber("update", "weight")
+
     def __init__(
         self,
         num_examples: int,
@@ -95,19 +101,31 @@ class ImputeAndWeight(Method):
             direction = LookAhead(direction, rate=rate, loss=loss)
         self.mode = mode
         self.inner_loss = loss
-        gradient = LabelAndWeightGradient(loss, rate=rate, how=how, radius=radius)
-        self._table = PullBackAndWeights(
+        self._gradient = gradient = LabelAndWeightGradient(loss, rate=rate, how=how, radius=radius)
+        update = PullBackAndWeights(
             num_examples,
-            weight=checks.number(weight, "weight") * world_size(process_group),
+            weight=weight,
+            process_group=process_group,
             lr=lr,
             low=low,
             high=high,
             read=read,
             dtype=dtype,
         )
-        super().__init__(direction, gradient, self._table, process_group=process_group)
+        super().__init__(direction, gradient, update, process_group=process_group)
+
+    @property
+    def rate(self) -> float:
+        """Eta of the inner step."""
+        return self._gradient.rate
+
+    @rate.setter
+    def rate(self, value: float) -> None:
+        self._gradient = self.derivative = replace(self._gradient, rate=checks.number(value, "rate", low=0.0))
+        if isinstance(self.direction, LookAhead):
+            self.direction.rate = value
 
     @property
     def weights(self) -> Tensor:
         """The weights of all unlabeled examples ``[M]``."""
-        return self._table.table.values
+        return self.update.table.values

@@ -9,9 +9,10 @@ from fastmeta import checks, losses
 from fastmeta.derivatives import HOWS, FeatureSimilarity, How, LabelGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, LookAhead, UnitLength
 from fastmeta.methods.base import Method
-from fastmeta.ops.process_group import Group, world_size
+from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import Reduction
+from fastmeta.state import PartNumber
 from fastmeta.updates import LabelLogitStep, LabelStep, PullBack, Update
 
 Task = Literal["classification", "landmarks"]
@@ -230,6 +231,9 @@ class L2I(Method):
         ValueError: an option is not one of those named, options contradict each other, or a number is out of range.
     """
 
+    weight = PartNumber("update", "weight")
+    label_step = PartNumber("update", "step")
+
     def __init__(
         self,
         variant: Literal["V1", "V2"] = "V2",
@@ -303,7 +307,7 @@ class L2I(Method):
             gradient = LabelGradient(loss=inner_loss, rate=rate, reduction=reduction, how=how, radius=radius)
         update: Update
         if variant == "V2":
-            update = PullBack(weight=checks.number(weight, "weight") * world_size(process_group))
+            update = PullBack(weight=weight, process_group=process_group)
         elif label_space == "logits":
             update = LabelLogitStep(step=checks.number(label_step, "label_step"))
         else:
@@ -325,7 +329,7 @@ class L2I(Method):
     def rate(self, value: float) -> None:
         self._gradient = self.derivative = replace(self._gradient, rate=checks.number(value, "rate", low=0.0))
         if isinstance(self.direction, LookAhead):
-            self.direction = replace(self.direction, rate=value)
+            self.direction.rate = value
 
     def unlabeled_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of V1's second step, in which the model learns the refined labels: C^U of Algorithm 1.

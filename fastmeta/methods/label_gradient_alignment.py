@@ -16,6 +16,7 @@ from fastmeta.methods.base import Method
 from fastmeta.methods.batch import Batch, as_outputs
 from fastmeta.ops.process_group import Group
 from fastmeta.problem import Reduction
+from fastmeta.state import PartNumber
 from fastmeta.updates import LabelTable, Refined
 
 
@@ -105,7 +106,9 @@ class LabelGradientAlignment(Method):
         ValueError: an option is not one of those named, or a number is out of its range.
     """
 
-    counters = ("calls",)
+    counts = True
+    update: LabelTable
+    lr = PartNumber("update", "lr")
 
     def __init__(
         self,
@@ -138,7 +141,7 @@ class LabelGradientAlignment(Method):
             reduction=reduction,
             include_current=include_current,
         )
-        self._labels = LabelTable(
+        update = LabelTable(
             num_examples,
             num_classes,
             lr=lr,
@@ -149,14 +152,13 @@ class LabelGradientAlignment(Method):
         self.reduction = reduction
         self.mode = mode
         self.labeled_weight = labeled_weight
-        self.calls = 0
         gradient = LabelGradient(loss, reduction=reduction, how=how, radius=radius)
-        super().__init__(gap, gradient, self._labels, process_group=process_group)
+        super().__init__(gap, gradient, update, process_group=process_group)
 
     @property
     def label_logits(self) -> Tensor:
         """The table w ``[M, C]``; ``softmax`` of it are the labels (in a regression w itself)."""
-        return self._labels.table.values
+        return self.update.table.values
 
     @classmethod
     def from_preset(

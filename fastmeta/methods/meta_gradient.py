@@ -123,6 +123,8 @@ class MetaGradient(Method):
         ValueError: an option is not one of those named, or a number is negative.
     """
 
+    update: LabelStep
+
     def __init__(
         self,
         *,
@@ -149,20 +151,18 @@ class MetaGradient(Method):
         else:
             gradient = LabelGradient(rate=alpha, reduction=reduction, how=how)
         self._gradient = gradient
-        self._labels = LabelStep(step=checks.number(step, "step"), project=project)
+        update = LabelStep(step=step, project=project)
         self.mode = "eval" if statistics == "running" else None
-        super().__init__(
-            HoldoutGradient(), gradient, self._labels, process_group=process_group if synchronize else None
-        )
+        super().__init__(HoldoutGradient(), gradient, update, process_group=process_group if synchronize else None)
 
     @property
     def step(self) -> float:
         """Beta, the step on the labels."""
-        return self._labels.step
+        return self.update.step
 
     @step.setter
     def step(self, value: float) -> None:
-        self._labels.step = checks.number(value, "step")
+        self.update.step = value
 
     @property
     def rate(self) -> float | None:
@@ -236,5 +236,5 @@ class MetaGradient(Method):
         plus, minus, epsilon = probe.probes(problem, direction)
         labels = problem.labels if labels is None else labels
         step, epsilon = probe.step_over(epsilon, problem, self.step)
-        moved = ops.finite_difference_labels(plus, minus, labels, epsilon, step=step, project=self._labels.project)
+        moved = ops.finite_difference_labels(plus, minus, labels, epsilon, step=step, project=self.update.project)
         return Refined(moved, moved.new_ones(len(moved)), moved.new_zeros(()))

@@ -16,7 +16,7 @@ DOUBLE = {"dtype": torch.float64}
 
 def gradient_seen_by_adam(method: ExampleWeights, index: Tensor) -> Tensor:
     """After one update the first moment is (1 - beta1) times the gradient."""
-    return method.state_dict()["update"]["exp_avg"][index] / (1 - 0.9)
+    return method.state_dict()["update.table.exp_avg"][index] / (1 - 0.9)
 
 
 def influence(
@@ -96,7 +96,7 @@ def test_strong_view_pseudo_labels_mask_and_labeled_batch(draw, masked):
     method = ExampleWeights(6, inverse_hessian="cholesky", masked=masked, **DOUBLE)
     weights = 2 * draw.uniform(6)
     state = method.state_dict()
-    state["update"]["values"] = weights
+    state["update.table.values"] = weights
     method.load_state_dict(state)
     view, mask = draw.normal(6, 5), (draw.uniform(6) > 0.4).double()
     labeled = draw.normal(3, 5), draw.classes(3, 4)
@@ -140,7 +140,7 @@ def test_weights_follow_masked_adam_and_stay_in_their_bounds(draw):
     assert bool((expected == 0).any() or (expected == 2).any())
     untouched = torch.tensor([0, 2, 5, 7])
     assert torch.equal(method.weights[untouched], torch.ones(4, dtype=torch.float64))
-    assert method.state_dict()["update"]["steps"].tolist() == [0, 5, 0, 5, 5, 0, 5, 0, 5, 5]
+    assert method.state_dict()["update.table.steps"].tolist() == [0, 5, 0, 5, 5, 0, 5, 0, 5, 5]
 
 
 def test_weights_read_before_or_after_their_update(draw):
@@ -210,7 +210,7 @@ def test_duplicates_in_a_batch(draw):
         method = ExampleWeights(10, duplicates=duplicates, inverse_hessian="identity", **DOUBLE)
         method.refine(**layer.batch(), index=index)
         assert_close(gradient_seen_by_adam(method, torch.arange(10)), gradient)
-        assert method.state_dict()["update"]["steps"].tolist() == [1, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+        assert method.state_dict()["update.table.steps"].tolist() == [1, 0, 1, 0, 0, 0, 0, 1, 0, 0]
     assert not torch.allclose(expected["sum"], expected["last"])
 
 

@@ -83,11 +83,11 @@ class Task:
         """What Masked Adam is given, at the task's weights."""
         method = ExampleWeights(M, **DOUBLE, **options)
         state = method.state_dict()
-        state["update"]["values"] = self.weights.clone()
+        state["update.table.values"] = self.weights.clone()
         method.load_state_dict(state)
         refined = method.refine(**self.batch())
         assert_close(refined.labels, self.soft)
-        return method.state_dict()["update"]["exp_avg"][self.index] / (1 - 0.9)
+        return method.state_dict()["update.table.exp_avg"][self.index] / (1 - 0.9)
 
 
 def other_view(inputs: Any, generator: torch.Generator) -> Any:
@@ -208,7 +208,7 @@ def test_pseudo_labels_of_a_difference_are_those_at_theta(generator):
         for sign in (1, -1)
     ]
     expected = -(moved[0] - moved[1]).detach() / (2 * step)
-    assert_close(difference.state_dict()["update"]["exp_avg"][task.index] / (1 - 0.9), expected)
+    assert_close(difference.state_dict()["update.table.exp_avg"][task.index] / (1 - 0.9), expected)
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def test_given_pseudo_labels(task, strong, classes):
     given = {"pseudo_labels": pseudo if classes else task.pseudo, "strong": task.strong if strong else None}
     refined = method.refine(**task.batch(**given))
     assert_close(refined.labels, task.soft)
-    got = method.state_dict()["update"]["exp_avg"][task.index] / (1 - 0.9)
+    got = method.state_dict()["update.table.exp_avg"][task.index] / (1 - 0.9)
     assert_close(got, identity_influence(task))
 
 

@@ -52,7 +52,7 @@ def test_gradient_of_the_objective(draw, bias):
     index = torch.tensor([8, 1, 3, 0, 5, 6])
     refined = method.refine(**layer.batch(), index=index)
     expected = reference.label_logits_gradient(layer, torch.zeros(6, 4, dtype=torch.float64))
-    assert_close(method.state_dict()["update"]["exp_avg"][index] / (1 - 0.9), expected)
+    assert_close(method.state_dict()["update.table.exp_avg"][index] / (1 - 0.9), expected)
     assert torch.equal(refined.labels, torch.full((6, 4), 0.25, dtype=torch.float64))
     assert torch.equal(refined.weights, torch.ones(6, dtype=torch.float64))
     assert refined.loss.item() == 0
@@ -133,14 +133,14 @@ def test_averages_without_the_current_batch(draw, reduction):
         ema = [g.clone() for g in g_l] if ema is None else ema
         v = [e - u for e, u in zip(ema, g_u, strict=True)]
         fourth = [x**4 for x in v] if fourth is None else fourth
-        before = method.state_dict()["update"]["exp_avg"][:6]
+        before = method.state_dict()["update.table.exp_avg"][:6]
         method.refine(**layer.batch(), index=torch.arange(6))
         direction = [2 * x / (EPSILON + f.sqrt()) for x, f in zip(v, fourth, strict=True)]
         z = functional.linear(layer.features_u, *direction)
         tangent = z - (f_u.softmax(-1) * z).sum(-1, keepdim=True)
         tangent = tangent / (6 if reduction == "mean" else 1)
         expected = labels * (tangent - (labels * tangent).sum(-1, keepdim=True))
-        assert_close((method.state_dict()["update"]["exp_avg"][:6] - 0.9 * before) / 0.1, expected.detach(), 1e-8)
+        assert_close((method.state_dict()["update.table.exp_avg"][:6] - 0.9 * before) / 0.1, expected.detach(), 1e-8)
         ema = [DECAY * e + (1 - DECAY) * g for e, g in zip(ema, g_l, strict=True)]
         fourth = [DECAY_NORM * f + (1 - DECAY_NORM) * x**4 for f, x in zip(fourth, v, strict=True)]
 

@@ -65,7 +65,7 @@ def check_steps(case: NetCase, method: LabelGradientAlignment, reference: Algori
     index = torch.randperm(M, generator=case.generator)[:n]
     w = torch.randn(M, case.classes, generator=case.generator, dtype=torch.float64)
     state = method.state_dict()
-    state["update"]["values"] = w.clone()
+    state["update.table.values"] = w.clone()
     method.load_state_dict(state)
     moving = w[index].clone().requires_grad_()
     adam = torch.optim.Adam([moving], lr=method.update.table.lr)
@@ -77,7 +77,7 @@ def check_steps(case: NetCase, method: LabelGradientAlignment, reference: Algori
         assert_close(refined.labels, reference.labels_of(moving.detach()), 1e-8)
         moving.grad = reference.gradient(case, targets, moving.detach(), mask)
         adam.step()
-    moments = method.state_dict()["update"]["exp_avg"][index]
+    moments = method.state_dict()["update.table.exp_avg"][index]
     assert_close(moments, adam.state[moving]["exp_avg"], 1e-8)
     w[index] = moving.detach()
     assert_close(method.label_logits, w, 1e-8)
@@ -91,11 +91,11 @@ def test_gradient_with_respect_to_the_label_logits(generator, net, how):
     targets, w = targets_of(case), torch.randn(M, case.classes, generator=generator, dtype=torch.float64)
     method = make_method(case, how=how)
     state = method.state_dict()
-    state["update"]["values"] = w.clone()
+    state["update.table.values"] = w.clone()
     method.load_state_dict(state)
     method.refine(model=case.model, unlabeled=case.inputs, holdout=case.holdout, targets=targets, index=index)
     expected = Algorithm1().gradient(case, targets, w[index])
-    assert_close(method.state_dict()["update"]["exp_avg"][index] / (1 - 0.9), expected)
+    assert_close(method.state_dict()["update.table.exp_avg"][index] / (1 - 0.9), expected)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -119,7 +119,7 @@ def test_regression_has_the_labels_themselves_as_parameters(generator, how):
     refined = method.refine(model=case.model, unlabeled=case.inputs, holdout=case.holdout, targets=targets, index=index)
     assert torch.equal(refined.labels, torch.zeros(5, 3, dtype=torch.float64))
     expected = Algorithm1("mse").gradient(case, targets, torch.zeros(5, 3, dtype=torch.float64))
-    assert_close(method.state_dict()["update"]["exp_avg"][index] / (1 - 0.9), expected)
+    assert_close(method.state_dict()["update.table.exp_avg"][index] / (1 - 0.9), expected)
     moved = method.label_logits[index].clone()
     again = method.refine(model=case.model, unlabeled=case.inputs, holdout=case.holdout, targets=targets, index=index)
     assert torch.equal(again.labels, moved)
@@ -149,7 +149,7 @@ def test_differences_converge_to_the_exact_gradient(generator, how, order):
     def gradient(how: str, radius: float) -> Tensor:
         method = make_method(case, how=how, radius=radius)
         method.refine(model=case.model, unlabeled=case.inputs, holdout=case.holdout, targets=targets, index=index)
-        return method.state_dict()["update"]["exp_avg"][index]
+        return method.state_dict()["update.table.exp_avg"][index]
 
     truth = gradient("jvp", 1.0)
     coarse, fine = (float((gradient(how, radius) - truth).norm()) for radius in (2e-3, 1e-3))
@@ -209,7 +209,7 @@ def test_mode_of_the_passes(generator):
         case.model.train(train)
         method.refine(model=case.model, unlabeled=case.inputs, holdout=case.holdout, targets=targets, index=index)
         assert case.model.training == train
-        return method.state_dict()["update"]["exp_avg"]
+        return method.state_dict()["update.table.exp_avg"]
 
     assert torch.equal(gradient("eval", True), gradient(None, False))
     assert torch.equal(gradient("train", False), gradient(None, True))

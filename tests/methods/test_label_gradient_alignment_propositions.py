@@ -178,12 +178,12 @@ def test_proposition_2_in_classification(generator):
         """Of the label logits, by the method, and of theta."""
         method = LabelGradientAlignment(6, 3, how="jvp", dtype=torch.float64, **NO_AVERAGE)
         state = method.state_dict()
-        state["update"]["values"] = w.clone()
+        state["update.table.values"] = w.clone()
         method.load_state_dict(state)
         index = torch.arange(6)
         refined = method.refine(model=model, unlabeled=inputs, holdout=inputs, targets=targets, index=index)
         g_u = flatten(loss_gradient(model, inputs, refined.labels))
-        return method.state_dict()["update"]["exp_avg"] / (1 - 0.9), g_u
+        return method.state_dict()["update.table.exp_avg"] / (1 - 0.9), g_u
 
     for _ in range(3):
         with torch.no_grad():
