@@ -1,15 +1,15 @@
 """A table of parameters for the unlabeled examples, stepped by Masked Adam."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastmeta import ops
+from fastmeta.state import Number, Stateful
 
 
-class MaskedAdamTable:
+class MaskedAdamTable(Stateful):
     """One row of parameters for each unlabeled example, with Masked Adam: only sampled rows move and age.
 
     Not All Unlabeled Data Are Equal, Appendix C. The table moves to the device of the first gradient.
@@ -24,6 +24,12 @@ class MaskedAdamTable:
         duplicates: of an example that comes twice in a batch, ``sum`` the gradients or use the ``last`` one.
     """
 
+    lr = Number()
+    values: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    steps: Tensor
+
     def __init__(
         self,
         values: Tensor,
@@ -37,25 +43,26 @@ class MaskedAdamTable:
     ) -> None:
         if duplicates not in ("sum", "last"):
             raise ValueError(f"duplicates must be 'sum' or 'last', got {duplicates!r}")
+        super().__init__()
         self.lr = lr
         self.betas = betas
         self.eps = eps
         self.low = low
         self.high = high
         self.duplicates = duplicates
-        self.values = values
-        self.exp_avg = torch.zeros_like(values)
-        self.exp_avg_sq = torch.zeros_like(values)
-        self.steps = torch.zeros(values.shape[0], dtype=torch.int32, device=values.device)
+        self.register_buffer("values", values)
+        self.register_buffer("exp_avg", torch.zeros_like(values))
+        self.register_buffer("exp_avg_sq", torch.zeros_like(values))
+        self.register_buffer("steps", torch.zeros(values.shape[0], dtype=torch.int32, device=values.device))
 
     def rows(self, index: Tensor) -> Tensor:
         """A copy of the rows ``index``."""
-        self.to(index.device)
+        self.move(index.device)
         return self.values[self._checked(index)]
 
     def step_(self, index: Tensor, gradient: Tensor) -> None:
         """One step of Masked Adam on the rows ``index [n]``; a repeated index takes one step."""
-        self.to(index.device)
+        self.move(index.device)
         gradient = gradient.to(self.values.dtype)
         if self.duplicates == "last":
             gradient = gradient * last_of_each(index).to(gradient).view(-1, *[1] * (gradient.dim() - 1))
@@ -73,32 +80,10 @@ class MaskedAdamTable:
             high=self.high,
         )
 
-    def to(self, device: torch.device | str) -> None:
-        """Move the table."""
-        if self.values.device == torch.device(device):
-            return
-        for name in ("values", "exp_avg", "exp_avg_sq", "steps"):
-            setattr(self, name, getattr(self, name).to(device))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Values, both moments and the step count of every row."""
-        return {name: getattr(self, name).clone() for name in ("values", "exp_avg", "exp_avg_sq", "steps")}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`.
-
-        Raises:
-            ValueError: a tensor is missing or of another shape.
-        """
-        for name in ("values", "exp_avg", "exp_avg_sq", "steps"):
-            own = getattr(self, name)
-            if name not in state:
-                raise ValueError(f"state must have {name!r}, got {sorted(state)}")
-            if state[name].shape != own.shape:
-                raise ValueError(f"{name} must be {list(own.shape)} like the table, got {list(state[name].shape)}")
-        for name in ("values", "exp_avg", "exp_avg_sq", "steps"):
-            own = getattr(self, name)
-            setattr(self, name, state[name].to(device=own.device, dtype=own.dtype, copy=True))
+    def move(self, device: torch.device) -> None:
+        """Move the table to where its rows are used."""
+        if self.values.device != device:
+            self.to(device)
 
     def _checked(self, index: Tensor) -> Tensor:
         # On a GPU the check would wait for the device.

@@ -19,7 +19,8 @@ from fastmeta.problem.direction import Vector
 from fastmeta.problem.evaluation import Evaluator, Mode
 from fastmeta.problem.forward_mode import ForwardMode
 
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+# Arguments of the model: an exact tuple's are positional, a mapping's are by name, anything else is one argument.
+Inputs = Any
 LossOfLogits = Callable[[Tensor], Tensor]  # [N, C] to a scalar
 
 
@@ -68,7 +69,7 @@ class ModelFunction:
         self._evaluator = Evaluator(self.module, mode)
 
     def check(self, direction: object, argument: str = "direction") -> Vector:
-        """A direction of this model, detached: a dict of tensors by parameter name.
+        """A direction of this model, detached: a dict of tensors by parameter name, without the entries that are None.
 
         A tied parameter goes by any of its names, a wrapped model's parameter by its name with or without the prefix.
 
@@ -76,11 +77,14 @@ class ModelFunction:
             TypeError: not such a dict, or an entry's dtype is not the parameter's.
             ValueError: a name, shape or device is not the parameter's.
         """
-        if not isinstance(direction, Mapping) or not direction:
-            got = "an empty one" if isinstance(direction, Mapping) else type(direction).__name__
+        if not isinstance(direction, Mapping):
+            raise TypeError(f"{argument} must be a dict of tensors by parameter name, got {type(direction).__name__}")
+        entries = {name: value for name, value in direction.items() if value is not None}
+        if not entries:
+            got = "None for every name" if direction else "an empty one"
             raise TypeError(f"{argument} must be a dict of tensors by parameter name, got {got}")
         checked: Vector = {}
-        for given, value in direction.items():
+        for given, value in entries.items():
             name = given if given in self.parameters else self._name_of(given, argument)
             if name in checked:
                 raise ValueError(f"{argument} must name a parameter once, got {given!r}, which is also {name!r}")
@@ -89,6 +93,14 @@ class ModelFunction:
             checks.like(self.parameters[name], "the parameter", **{entry: value})
             checked[name] = value.detach()
         return checked
+
+    def check_gradient(self, gradient: object, argument: str) -> Vector:
+        """A gradient by the model's parameters, all of them and in their order; see :meth:`check`.
+
+        An entry that is missing or None is 0: autograd leaves ``p.grad`` at None where the loss does not reach p.
+        """
+        checked = self.check(gradient, argument)
+        return {name: checked[name] if name in checked else torch.zeros_like(p) for name, p in self.parameters.items()}
 
     def _name_of(self, given: object, argument: str) -> str:
         """The name in ``self.parameters`` of a parameter that is given by another of its names."""
@@ -318,20 +330,14 @@ class ModelFunction:
         positional: tuple[Any, ...] = ()
         keywords: dict[str, Any] = {}
         if isinstance(inputs, Mapping):
+            for name in inputs:
+                if not isinstance(name, str):
+                    raise TypeError(f"inputs must be a mapping of keyword arguments by name, got the name {name!r}")
             keywords = {name: prepared(value) for name, value in inputs.items()}
         else:
-            positional = tuple(map(prepared, inputs if isinstance(inputs, tuple) else (inputs,)))
+            positional = tuple(map(prepared, inputs if type(inputs) is tuple else (inputs,)))
         with self._evaluator.evaluation(parameters, derivative=derivative), inside or contextlib.nullcontext():
             return _logits_of(self.module(*positional, **keywords))
-
-
-def batch_size(inputs: Inputs, name: str = "inputs") -> int:
-    """N: the length of the first tensor."""
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
-    for value in values:
-        if isinstance(value, Tensor) and value.dim():
-            return len(value)
-    raise ValueError(f"{name} must contain a tensor [N, ...], got {type(inputs).__name__}")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
