@@ -120,14 +120,9 @@ class ModelFunction:
         """The direction's weight ``[C, D]`` and bias ``[C]`` of the last linear layer.
 
         Raises:
-            ValueError: it moves other parameters, or not the weight.
+            ValueError: it moves other parameters, or the weight is tied to another layer's.
         """
-        layer, description = last_linear(self.module)
-        # Of a parametrized layer the weight is no parameter, and reading it could move its state.
-        weight = layer._parameters.get("weight")
-        uses = [part for part in self.module.modules() if any(p is weight for p in part._parameters.values())]
-        if weight is not None and len(uses) > 1:
-            raise ValueError(f"how='last_layer' cannot move {description}: its weight is tied to another layer's")
+        layer = self._last_layer()
         names = {
             name: name_of
             for name, value in self._own.items()
@@ -141,6 +136,15 @@ class ModelFunction:
         if "weight" not in parts:
             parts["weight"] = parts["bias"].new_zeros(layer.out_features, layer.in_features)
         return parts["weight"].detach(), parts.get("bias")
+
+    def _last_layer(self) -> nn.Linear:
+        layer, description = last_linear(self.module)
+        # Of a parametrized layer the weight is no parameter, and reading it could move its state.
+        weight = layer._parameters.get("weight")
+        uses = [part for part in self.module.modules() if any(p is weight for p in part._parameters.values())]
+        if weight is not None and len(uses) > 1:
+            raise ValueError(f"how='last_layer' cannot move {description}: its weight is tied to another layer's")
+        return layer
 
     def logits(
         self, inputs: Inputs, parameters: Vector | None = None, *, on_graph: bool = False, twice: bool = False
@@ -158,7 +162,16 @@ class ModelFunction:
             return self._call(theta, inputs, derivative=twice, on_graph=on_graph)
 
     def outputs(self, inputs: Inputs, *, on_graph: bool = False) -> Outputs:
-        """Features and logits of the last linear layer at the model's own parameters."""
+        """Features and logits of the last linear layer at the model's own parameters.
+
+        Runs once more, on the graph, where values alone do not show the rows: equal logits of different features, as
+        of a head that starts at zero, or something constant added to them.
+
+        Raises:
+            ValueError: the layer does not move, or not by itself, or computes something else.
+            RuntimeError: its outputs are not the logits.
+        """
+        self._last_layer()
         with torch.set_grad_enabled(on_graph), capture_features(self.module) as tape:
             logits = self._call(self._own, inputs, on_graph=on_graph)
         try:
@@ -166,7 +179,6 @@ class ModelFunction:
         except RuntimeError:
             if on_graph:
                 raise
-        # Rows that values cannot tell, or a constant added to them: a graph shows it.
         outputs = self.outputs(inputs, on_graph=True)
         return outputs._replace(logits=outputs.logits.detach())
 
