@@ -102,6 +102,7 @@ class TwoViews(Batch):
         if classes.dtype != torch.int64 or classes.dim() != 1:
             got = f"{classes.dtype} {list(classes.shape)}"
             raise ValueError(f"pseudo_labels must be int64 classes [N] or probabilities [N, C], got {got}")
+        checks.targets(classes, labels, labels.shape[1], "pseudo_labels")
         return torch.nn.functional.one_hot(classes, labels.shape[1]).to(labels.dtype)
 
 
