@@ -1,5 +1,6 @@
 """A method is a direction, a derivative and an update; this is what all of them share."""
 
+import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, Protocol
@@ -71,8 +72,6 @@ class Method(Stateful):
     # Whether the number of calls decides anything: it is then part of the state. A step's tensors depend on it through
     # phase() alone.
     counts = False
-    # Whether refine uses the labels it is given; else it uses the model's predictions.
-    uses_labels = True
     # Mode of the model in the method's own passes; None: as it stands.
     mode: Literal["train", "eval"] | None = None
 
@@ -164,7 +163,6 @@ class Method(Stateful):
         )
 
     def _refine(self, batch: Batch) -> Refined:
-        batch = batch if self.uses_labels else replace(batch, labels=None)
         if self._graphs is not None:
             return self._graphs.refine(self, batch)
         self._check(batch)
@@ -179,6 +177,17 @@ class Method(Stateful):
 
     def _check(self, batch: Batch) -> None:
         batch.check(self.derivative.how, self.update.needs_index, self.learns(), type(self).__name__)
+        if self.learns() and self._labels_are_predictions(batch) and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{type(self).__name__} learns no example weights from this batch: where labels are what the unlabeled "
+                "logits predict, every loss is at its minimum and its gradient is 0; give labels of another view, "
+                "refine(unlabeled=<strong view>, labels=<predictions on the weak view>, ...)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _labels_are_predictions(self, batch: Batch) -> bool:
+        return self.derivative.of_weights and batch.labels_are_predictions(self.inner_loss)
 
     def _problem(self, imputed: Tensor, batch: Batch) -> tuple[LastLayerProblem | None, Tensor | None, Tensor]:
         """The arguments of :meth:`_step` at the last layer."""
@@ -187,7 +196,11 @@ class Method(Stateful):
         if not self.learns():
             return None, index, labels
         inner, weights = batch.inner_labels(labels), self.update.weights(labels, index)
-        return batch.learned().last_layer_problem(inner, weights, self.process_group), index, labels
+        predicted = self._labels_are_predictions(batch)
+        problem = batch.learned().last_layer_problem(
+            inner, weights, self.process_group, labels_are_predictions=predicted
+        )
+        return problem, index, labels
 
     @torch.compiler.disable(reason=TRACELESS)
     def _refine_model(self, batch: Batch) -> Refined:
@@ -221,7 +234,8 @@ class Method(Stateful):
             imputed = computed.labels
         elif imputed is None:
             assert problem is not None, "of a gradient"
-            imputed = losses.prediction(problem.logits_on_graph, self.inner_loss)
+            with torch.enable_grad():
+                imputed = losses.prediction(problem.logits_on_graph, self.inner_loss)
         return self._finish(computed, imputed, batch)
 
     def _model_problem(
@@ -242,6 +256,7 @@ class Method(Stateful):
             self.update.weights(like.new_empty(1, 0), index),  # [N]; [1] of a weight that all share, before N is known
             self.process_group,
             keep_graph=self.update.needs_graph and batch.labels is None,
+            labels_are_predictions=self._labels_are_predictions(batch),
             given=Given(batch.per_example, batch.view) if given is None else given,
         )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,10 +140,12 @@ class Batch:
         """Imputed labels ``[N, C]`` in float32 or float64: those given, or what the last layer predicts."""
         logits = as_outputs(self.unlabeled, "unlabeled").logits
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        if self.labels is None:
-            name, imputed = "unlabeled.logits", losses.prediction(logits.to(dtype), loss)
-        else:
-            name, imputed = "labels", self.labels.to(dtype)
+        # A caller under torch.no_grad may have logits that are on the graph.
+        with torch.set_grad_enabled(on_graph):
+            if self.labels is None:
+                name, imputed = "unlabeled.logits", losses.prediction(logits.to(dtype), loss)
+            else:
+                name, imputed = "labels", self.labels.to(dtype)
         return check_on_graph(imputed, name) if on_graph else imputed.detach()
 
     def index_on(self, device: torch.device) -> Tensor | None:
@@ -162,6 +165,12 @@ class Batch:
         """Labels of the unlabeled loss ``[N, C]``, made from the labels that the update starts from."""
         return labels
 
+    def labels_are_predictions(self, loss: str) -> bool:
+        """Whether the unlabeled loss is taken between logits and their own prediction, where it has no gradient."""
+        if self.labels is None:
+            return True
+        return isinstance(self.unlabeled, Outputs) and _is_prediction(self.labels, self.unlabeled.logits, loss)
+
     def outputs_of(self, function: ModelFunction, on_graph: bool) -> "Batch":
         """The batch at the last layer, by a pass of the model over each of its views.
 
@@ -178,7 +187,9 @@ class Batch:
             self, unlabeled=unlabeled, holdout=outputs(self.holdout), labeled=outputs(self.labeled), model=None
         )
 
-    def last_layer_problem(self, labels: Tensor, weights: Tensor | None, group: Group) -> LastLayerProblem:
+    def last_layer_problem(
+        self, labels: Tensor, weights: Tensor | None, group: Group, *, labels_are_predictions: bool
+    ) -> LastLayerProblem:
         """The step's problem, everything detached and in the dtype of the labels ``[N, C]`` of the inner loss."""
         unlabeled = as_outputs(self.unlabeled, "unlabeled")
         dtype = labels.dtype
@@ -195,6 +206,7 @@ class Batch:
             labeled_targets=None if labeled is None else _targets(self.labeled_targets, labeled),
             has_bias=unlabeled.bias is not None,
             process_group=group,
+            labels_are_predictions=labels_are_predictions,
         )
 
     def whole_model_problem(
@@ -205,9 +217,10 @@ class Batch:
         group: Group,
         *,
         keep_graph: bool,
+        labels_are_predictions: bool,
         given: Given,
     ) -> WholeModelProblem:
-        """The step's problem; :class:`WholeModelProblem` has ``impute``, ``keep_graph`` and ``given``."""
+        """The step's problem; :class:`WholeModelProblem` has the arguments."""
         gradient = self.holdout_gradient
         return WholeModelProblem(
             function,
@@ -222,6 +235,7 @@ class Batch:
             process_group=group,
             holdout_gradient=None if gradient is None else function.check_gradient(gradient, "holdout_gradient"),
             keep_graph=keep_graph,
+            labels_are_predictions=labels_are_predictions,
             given=given,
         )
 
@@ -235,8 +249,27 @@ def like_parameters(function: ModelFunction) -> Tensor:
 def check_on_graph(imputed: Tensor, name: str) -> Tensor:
     """Raise unless the imputed labels are on the graph of autograd."""
     if not imputed.requires_grad:
-        raise ValueError(f"{name} must be on the graph: this method pulls the gradient back through the imputer")
+        raise ValueError(
+            f"{name} must be on the graph, got a tensor without one (of torch.no_grad, inference_mode or detach): this "
+            "method pulls the gradient back through the imputer. Run the view that the labels come from with a graph, "
+            "or take a method that needs none, such as L2I('V1') or MetaGradient"
+        )
     return imputed
+
+
+def _is_prediction(labels: Tensor, logits: Tensor, loss: str) -> bool:
+    """Whether autograd's graph says that the labels are ``softmax(logits)``, where that is the loss's prediction."""
+    source = _before_casts(logits.grad_fn, logits.output_nr)
+    node = _before_casts(labels.grad_fn, labels.output_nr)[0]
+    if source[0] is None or node is None or node.name() != "SoftmaxBackward0" or not losses.of(loss).has_softmax:
+        return False
+    return _before_casts(*node.next_functions[0]) == source
+
+
+def _before_casts(node: Any, place: int) -> tuple[Any, int]:
+    while node is not None and node.name() == "ToCopyBackward0":
+        node, place = node.next_functions[0]
+    return node, place
 
 
 def as_outputs(outputs: object, name: str) -> Outputs:

@@ -45,6 +45,7 @@ class ProblemBase:
     weights: Tensor | None
     mask: Tensor | None
     process_group: Group
+    labels_are_predictions: bool
 
     @property
     def device(self) -> torch.device:

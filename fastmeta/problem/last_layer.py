@@ -39,6 +39,8 @@ class LastLayerProblem(ProblemBase):
         labeled_targets: their labels.
         has_bias: whether the layer has a bias.
         process_group: the processes that the batch is spread over; None: this one alone.
+        labels_are_predictions: whether the labels are what these very logits predict: every example's loss then has no
+            gradient, and a derivative of it would be rounding noise.
     """
 
     unlabeled: Rows
@@ -51,6 +53,7 @@ class LastLayerProblem(ProblemBase):
     labeled_targets: Tensor | None = None
     has_bias: bool = True
     process_group: Group = None
+    labels_are_predictions: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -161,6 +164,7 @@ class LastLayerProblem(ProblemBase):
             unlabeled=move(self.unlabeled),
             holdout=move(self.holdout),
             labeled=None if self.labeled is None else move(self.labeled),
+            labels_are_predictions=False,
         )
 
     def hessian_vector_product(self, inner: InnerLoss, direction: AnyDirection) -> Direction:

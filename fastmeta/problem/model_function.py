@@ -125,21 +125,24 @@ class ModelFunction:
             ValueError: it moves other parameters, or not the weight.
         """
         layer, description = last_linear(self.module)
-        uses = [part for part in self.module.modules() if any(p is layer.weight for p in part._parameters.values())]
-        if len(uses) > 1:
+        # Of a parametrized layer the weight is no parameter, and reading it could move its state.
+        weight = layer._parameters.get("weight")
+        uses = [part for part in self.module.modules() if any(p is weight for p in part._parameters.values())]
+        if weight is not None and len(uses) > 1:
             raise ValueError(f"how='last_layer' cannot move {description}: its weight is tied to another layer's")
         names = {
             name: name_of
             for name, value in self._own.items()
             for name_of in ("weight", "bias")
-            if value is getattr(layer, name_of)
+            if value is layer._parameters.get(name_of)
         }
         other = [name for name in direction if name not in names]
         if other:
             raise ValueError(f"direction must name the last layer's parameters ({', '.join(names)}), got {other[0]!r}")
         parts = {names[name]: value for name, value in direction.items()}
-        weight = parts["weight"] if "weight" in parts else torch.zeros_like(layer.weight)
-        return weight.detach(), parts.get("bias")
+        if "weight" not in parts:
+            parts["weight"] = parts["bias"].new_zeros(layer.out_features, layer.in_features)
+        return parts["weight"].detach(), parts.get("bias")
 
     def logits(
         self, inputs: Inputs, parameters: Vector | None = None, *, on_graph: bool = False, twice: bool = False
@@ -160,7 +163,14 @@ class ModelFunction:
         """Features and logits of the last linear layer at the model's own parameters."""
         with torch.set_grad_enabled(on_graph), capture_features(self.module) as tape:
             logits = self._call(self._own, inputs, on_graph=on_graph)
-        return tape.outputs(logits)
+        try:
+            return tape.outputs(logits)
+        except RuntimeError:
+            if on_graph:
+                raise
+        # Rows that values cannot tell, or a constant added to them: a graph shows it.
+        outputs = self.outputs(inputs, on_graph=True)
+        return outputs._replace(logits=outputs.logits.detach())
 
     def gradient(
         self,

@@ -56,6 +56,8 @@ class WholeModelProblem(ProblemBase):
         process_group: the processes that the batch is spread over; None: this one alone.
         holdout_gradient: gradient of the mean outer loss at theta over all processes, where the caller has it already.
         keep_graph: whether the first pass keeps the unlabeled logits on the graph of the model's own parameters, theta.
+        labels_are_predictions: whether the labels are what these very logits predict: every example's loss then has no
+            gradient, and a derivative of it would be rounding noise.
         given: what must fit the unlabeled logits, which alone say what N is.
         how: how derivatives along a direction are taken, see :func:`fastmeta.label_gradient`; set by :meth:`by`.
         radius: length of the perturbation of a difference.
@@ -74,6 +76,7 @@ class WholeModelProblem(ProblemBase):
     process_group: Group = None
     holdout_gradient: Vector | None = None
     keep_graph: bool = False
+    labels_are_predictions: bool = False
     given: Given = NOTHING_GIVEN
     how: How = "jvp"
     radius: float = 0.01
@@ -152,6 +155,7 @@ class WholeModelProblem(ProblemBase):
             parameters={**self.parameters, **dict(zip(step, values, strict=True))},
             holdout_gradient=None,
             keep_graph=False,
+            labels_are_predictions=False,
             start=self if self.start is None else self.start,
             seen=UnlabeledPass(),
         )
