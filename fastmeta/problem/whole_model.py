@@ -21,20 +21,9 @@ from fastmeta.problem.base import (
 from fastmeta.problem.direction import AnyDirection, Vector, of_model
 from fastmeta.problem.model_function import Inputs, ModelFunction, Term
 from fastmeta.problem.targets import NOTHING_GIVEN, Given, Kept, probabilities, read
+from fastmeta.problem.unlabeled_pass import UnlabeledPass
 
 _LAST_LAYER_ALONE = "factored and bias=False are for the last layer alone, got a whole model"
-
-
-class UnlabeledPass:
-    """Results of the first pass over the unlabeled inputs at theta, kept so that no second pass is made for them.
-
-    All problems at one theta share one object.
-    """
-
-    def __init__(self) -> None:
-        self.logits: Tensor | None = None  # [N, C], detached, in full precision
-        self.on_graph: Tensor | None = None  # [N, C], on the graph of the model's own parameters
-        self.labels: Tensor | None = None  # imputed labels [N, C]
 
 
 @dataclass(frozen=True)
