@@ -117,6 +117,7 @@ class TwoViews(Batch):
             if not self.harden:
                 raise ValueError(f"pseudo_labels must be targets [N, C] for a loss without a softmax, got {got}")
             raise ValueError(f"pseudo_labels must be int64 classes [N] or probabilities [N, C], got {got}")
+        checks.targets(classes, labels, labels.shape[1], "pseudo_labels")
         return torch.nn.functional.one_hot(classes, labels.shape[1]).to(labels.dtype)
 
 

@@ -21,6 +21,7 @@ from fastmeta.problem.forward_mode import ForwardMode
 
 # Arguments of the model: an exact tuple's are positional, a mapping's are by name, anything else is one argument.
 Inputs = Any
+_NAMED = "return the logits alone, or an object or dict that names them logits"
 LossOfLogits = Callable[[Tensor], Tensor]  # [N, C] to a scalar
 
 
@@ -42,7 +43,8 @@ class ModelFunction:
     states of other libraries, are not restored.
 
     Args:
-        model: the module; it gives logits ``[N, C]``, or an object or dict with ``logits``.
+        model: the module; it gives logits ``[N, C]``, or ``[B, T, C]``, whose N = B T rows are those of its tokens; by
+            themselves, in an object or dict as ``logits``, or as the only such tensor of a tuple.
         mode: ``train`` or ``eval`` for the evaluations; None: as the model stands.
 
     Raises:
@@ -363,9 +365,17 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _logits_of(output: Any) -> Tensor:
+    """The logits ``[N, C]`` in what a model returns; those of tokens, ``[B, T, C]``, as rows."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(logits, (tuple, list)):  # (loss, logits, ...), without a loss the logits come first
+        possible = [part for part in logits if isinstance(part, Tensor) and part.is_floating_point() and part.dim() > 1]
+        if len(possible) > 1:
+            shapes = " and ".join(str(list(part.shape)) for part in possible)
+            raise TypeError(f"model must give logits alone, got {type(output).__name__} of {shapes}; {_NAMED}")
+        logits = possible[0] if possible else None
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"model must give logits, or an object or dict with logits, got {type(output).__name__}")
-    if logits.dim() != 2:
-        raise ValueError(f"model must give logits [N, C], got {list(logits.shape)}")
-    return logits
+        raise TypeError(f"model must give logits, got {type(output).__name__}; {_NAMED}")
+    if logits.dim() < 2:
+        hint = "; give those of one output as logits.unsqueeze(-1)" if logits.dim() == 1 else ""
+        raise ValueError(f"model must give logits [N, C], got {list(logits.shape)}{hint}")
+    return logits.flatten(0, -2)
