@@ -16,8 +16,9 @@ from fastmeta.methods.batch import Batch, as_outputs, check_on_graph, like_param
 from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import LastLayerProblem, Problem, WholeModelProblem, full_precision
+from fastmeta.problem.base import Given
 from fastmeta.problem.evaluation import TRACELESS
-from fastmeta.problem.model_function import Inputs, ModelFunction, batch_size
+from fastmeta.problem.model_function import Inputs, ModelFunction
 from fastmeta.state import Stateful, entry
 from fastmeta.updates import Refined, Update
 
@@ -111,9 +112,10 @@ class Method(Stateful):
     ) -> Refined:
         """Refine the labels or weights of one batch of unlabeled examples.
 
-        At the last layer the examples are what the loop's own forward gave. With ``model`` they are its inputs (a
-        tensor, a tuple of arguments or a dict of keyword arguments), and the method makes its own passes, which leave
-        the model as it was; methods whose ``how`` is not ``last_layer`` need it.
+        At the last layer the examples are what the loop's own forward gave. With ``model`` they are its inputs, and the
+        method makes its own passes, which leave the model as it was; methods whose ``how`` is not ``last_layer`` need
+        it. A tuple is positional arguments, a mapping keyword arguments; anything else (a tensor, a list, a named
+        tuple, a ``PackedSequence``, a graph) is the one argument. N is the number of rows of the model's logits.
 
         Args:
             unlabeled: the unlabeled examples, ``tape.outputs(logits_u)``.
@@ -128,7 +130,8 @@ class Method(Stateful):
             model: takes the examples as inputs.
             holdout_gradient: gradient of the mean hold-out loss by parameter name, where the loop has taken it already
                 (``{name: p.grad ...}`` after the labeled backward pass) and the model has not changed since;
-                ``holdout`` and ``targets`` may then be left out.
+                ``holdout`` and ``targets`` may then be left out. A parameter that is missing or None has gradient 0. A
+                loss scaler's factor is not seen: ``scaler.unscale_(optimizer)`` first.
 
         Returns:
             Labels ``[N, C]`` and weights ``[N]``, detached, and a loss to be added to the step's.
@@ -200,19 +203,25 @@ class Method(Stateful):
         function = ModelFunction(batch.model, mode=self.mode)
         if self.update.needs_graph and batch.labels is not None:
             check_on_graph(batch.labels, "labels")
+        rows = batch.per_example
         if batch.labels is None and (batch.learned() is not batch or not self.learns()):
             with torch.no_grad():
                 logits = full_precision(function.logits(batch.unlabeled))
+                Given(rows).check(logits)
                 batch = replace(batch, labels=losses.prediction(logits, self.inner_loss))
+                rows = {"unlabeled": logits, **rows}
+        given = Given(rows, batch.view)
         batch = batch.learned()  # of the other view only the labels are used
         if self.learns() and self.derivative.how == "last_layer":
             on_graph = self.update.needs_graph and batch.labels is None
-            return self._refine(batch.outputs_of(function, on_graph))
+            batch = batch.outputs_of(function, on_graph)
+            given.check(as_outputs(batch.unlabeled, given.view).logits)
+            return self._refine(batch)
         with torch.no_grad():
             like = like_parameters(function)
             index = batch.index_on(like.device)
             labels = None if batch.labels is None else self.update.labels(batch.labels.detach().to(like), index)
-            problem = self._model_problem(function, batch, index, labels) if self.learns() else None
+            problem = self._model_problem(function, batch, given, index, labels) if self.learns() else None
             computed = self._step(problem, index, labels)
         imputed = batch.labels
         if isinstance(computed, Refined):
@@ -224,7 +233,12 @@ class Method(Stateful):
         return self._finish(computed, imputed, batch)
 
     def _model_problem(
-        self, function: ModelFunction, batch: Batch, index: Tensor | None = None, labels: Tensor | None = None
+        self,
+        function: ModelFunction,
+        batch: Batch,
+        given: Given | None = None,
+        index: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> WholeModelProblem:
         def impute(logits: Tensor) -> Tensor:
             return batch.inner_labels(self.update.labels(losses.prediction(logits, self.inner_loss), index))
@@ -233,10 +247,11 @@ class Method(Stateful):
         return batch.whole_model_problem(
             function,
             impute if labels is None else batch.inner_labels(labels),
-            self.update.weights(like.new_empty(batch_size(batch.unlabeled), 0), index),
+            self.update.weights(like.new_empty(1, 0), index),  # [N]; [1] of a weight that all share, before N is known
             self.process_group,
             keep_graph=self.update.needs_graph and batch.labels is None,
             labels_are_predictions=self._labels_are_predictions(batch),
+            given=Given(batch.per_example, batch.view) if given is None else given,
         )
 
     def _step(self, problem: Problem | None, index: Tensor | None, labels: Tensor | None) -> Refined | Tensor:

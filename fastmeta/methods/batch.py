@@ -11,7 +11,8 @@ from fastmeta import checks, losses
 from fastmeta.capture import Outputs
 from fastmeta.ops.process_group import Group
 from fastmeta.problem import LastLayerProblem, Rows, WholeModelProblem
-from fastmeta.problem.model_function import Inputs, ModelFunction, batch_size
+from fastmeta.problem.base import Given
+from fastmeta.problem.model_function import Inputs, ModelFunction
 
 Examples = Outputs | Inputs
 
@@ -35,9 +36,10 @@ class Batch:
     holdout_gradient: Mapping[str, Tensor] | None = None
 
     @property
-    def count(self) -> int:
-        """N, the number of unlabeled examples."""
-        return count_of(self.unlabeled, "unlabeled")
+    def per_example(self) -> dict[str, Tensor]:
+        """The arguments with a row for each unlabeled example, by name."""
+        rows = {"index": self.index, "labels": self.labels, "mask": self.mask}
+        return {name: value for name, value in rows.items() if value is not None}
 
     def check(self, how: str, needs_index: bool, learns: bool, method: str) -> None:
         """Raise unless everything fits.
@@ -53,20 +55,34 @@ class Batch:
             TypeError: a dtype or the kind of an argument does not fit.
         """
         if self.model is not None:
-            self._check_inputs(how)
+            self._check_inputs(how, learns)
         else:
             self._check_outputs(how, learns)
-        count = self.count
-        if self.index is None:
-            if needs_index:
-                raise ValueError(f"index is needed by {method}: the examples' places in the unlabeled set, int64 [N]")
-        elif not isinstance(self.index, Tensor) or self.index.dtype != torch.int64:
+        if self.index is None and needs_index:
+            raise ValueError(f"index is needed by {method}: the examples' places in the unlabeled set, int64 [N]")
+        if self.index is not None and (not isinstance(self.index, Tensor) or self.index.dtype != torch.int64):
             raise TypeError(f"index must be an int64 tensor, got {_kind(self.index)}")
-        elif tuple(self.index.shape) != (count,):
-            raise ValueError(f"index must be [N] = [{count}] like unlabeled, got {list(self.index.shape)}")
-        if self.mask is not None and (not isinstance(self.mask, Tensor) or tuple(self.mask.shape) != (count,)):
-            got = list(self.mask.shape) if isinstance(self.mask, Tensor) else type(self.mask).__name__
-            raise ValueError(f"mask must be [N] = [{count}], got {got}")
+        if self.mask is not None and not isinstance(self.mask, Tensor):
+            raise TypeError(f"mask must be a tensor, got {type(self.mask).__name__}")
+        self._check_counts()
+
+    def _check_counts(self) -> None:
+        """Raise unless all arguments with a row for each unlabeled example have the same N.
+
+        N is a number of rows of the logits. Before a model has run, these arguments alone tell it.
+        """
+        count, source = None, "unlabeled"
+        if isinstance(self.unlabeled, Outputs):
+            count = len(self.unlabeled.logits)
+        for name, value in self.per_example.items():
+            flat = name in ("index", "mask") or (name == "pseudo_labels" and value.dim() == 1)
+            wanted = "[N]" if flat else "[N, C]"
+            if count is not None:
+                wanted += f" = [{count}] like {source}" if flat else f" = [{count}, C] like {source}"
+            if value.dim() != (1 if flat else 2) or (count is not None and len(value) != count):
+                raise ValueError(f"{name} must be {wanted}, got {list(value.shape)}")
+            if count is None:
+                count, source = len(value), name
 
     def _check_outputs(self, how: str, learns: bool) -> None:
         """Check outputs of the last layer."""
@@ -87,7 +103,7 @@ class Batch:
             _check_targets(self.labeled_targets, "labeled_targets", check_rows(self.labeled, "labeled", unlabeled))
         _check_targets(self.targets, "targets", holdout)
 
-    def _check_inputs(self, how: str) -> None:
+    def _check_inputs(self, how: str, learns: bool) -> None:
         """Check inputs of a model, before the model runs."""
         if how == "last_layer" and self.holdout_gradient is not None:
             raise ValueError("holdout_gradient must be None for how='last_layer', which takes it in closed form")
@@ -98,22 +114,19 @@ class Batch:
             raise ValueError("labeled and labeled_targets must be given together")
         if (self.holdout is None) != (self.targets is None):
             raise ValueError("holdout and targets must be given together")
-        if self.holdout is None and self.holdout_gradient is None:
+        if learns and self.holdout is None and self.holdout_gradient is None:
             raise ValueError("holdout must be inputs of the model, or holdout_gradient given, got None")
-        for name, inputs in (("targets", "holdout"), ("labeled_targets", "labeled")):
+        for name in ("targets", "labeled_targets"):
             targets = getattr(self, name)
             if targets is None:
                 continue
-            if not isinstance(targets, Tensor) or not (targets.is_floating_point() or targets.dtype == torch.int64):
-                raise TypeError(f"{name} must be int64 classes [N] or probabilities [N, C], got {_kind(targets)}")
-            count = batch_size(getattr(self, inputs), inputs)
-            if len(targets) != count or targets.dim() != (2 if targets.is_floating_point() else 1):
-                raise ValueError(f"{name} must have N = {count} like {inputs}, got {list(targets.shape)}")
-        count = self.count
+            checks.target_kind(targets, name)
+            if targets.dim() < (2 if targets.is_floating_point() else 1):
+                got = f"{_kind(targets)} {list(targets.shape)}"
+                hint = f"use {name}.unsqueeze(1) for one output, {name}.long() for classes"
+                raise ValueError(f"{name} must be [N, C] probabilities or [N] int64 classes, got {got}; {hint}")
         if self.labels is not None and not isinstance(self.labels, Tensor):
             raise TypeError(f"labels must be a tensor, got {type(self.labels).__name__}")
-        if self.labels is not None and (self.labels.dim() != 2 or len(self.labels) != count):
-            raise ValueError(f"labels must be [N, C] with N = {count} like unlabeled, got {list(self.labels.shape)}")
 
     def imputed(self, loss: str, on_graph: bool) -> Tensor:
         """Imputed labels ``[N, C]`` in float32 or float64: those given, or what the last layer predicts."""
@@ -134,6 +147,11 @@ class Batch:
     def learned(self) -> "Batch":
         """The batch in the view that the unlabeled loss is taken on."""
         return self
+
+    @property
+    def view(self) -> str:
+        """The argument that view is given as."""
+        return "unlabeled"
 
     def inner_labels(self, labels: Tensor) -> Tensor:
         """Labels of the unlabeled loss ``[N, C]``, made from the labels that the update starts from."""
@@ -190,6 +208,7 @@ class Batch:
         *,
         keep_graph: bool,
         labels_are_predictions: bool,
+        given: Given,
     ) -> WholeModelProblem:
         """The step's problem; :class:`WholeModelProblem` has the arguments."""
         gradient = self.holdout_gradient
@@ -204,9 +223,10 @@ class Batch:
             labeled=self.labeled,
             labeled_targets=self.labeled_targets,
             process_group=group,
-            holdout_gradient=None if gradient is None else function.check(gradient, "holdout_gradient"),
+            holdout_gradient=None if gradient is None else function.check_gradient(gradient, "holdout_gradient"),
             keep_graph=keep_graph,
             labels_are_predictions=labels_are_predictions,
+            given=given,
         )
 
 
@@ -273,11 +293,6 @@ def _check_targets(targets: object, name: str, of: Outputs) -> None:
         checks.targets(_detached(targets, of.logits.dtype), of.logits, of.logits.shape[1])
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("targets", name, 1)) from None
-
-
-def count_of(examples: Examples, name: str) -> int:
-    """N, the number of examples."""
-    return len(examples.logits) if isinstance(examples, Outputs) else batch_size(examples, name)
 
 
 def _rows(outputs: Outputs, dtype: torch.dtype) -> Rows:

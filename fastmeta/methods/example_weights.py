@@ -11,7 +11,7 @@ from fastmeta.capture import Outputs
 from fastmeta.derivatives import ExampleWeightGradient, How
 from fastmeta.directions import DirectionRule, HoldoutGradient, InLayers, InverseHessian, Solver
 from fastmeta.methods.base import Method
-from fastmeta.methods.batch import Batch, as_outputs, check_rows, count_of
+from fastmeta.methods.batch import Batch, as_outputs, check_rows
 from fastmeta.ops.process_group import Group
 from fastmeta.problem import Curvature, Reduction
 from fastmeta.problem.model_function import Inputs
@@ -75,16 +75,27 @@ class TwoViews(Batch):
     def check(self, how: str, needs_index: bool, learns: bool, method: str) -> None:
         """See :meth:`Batch.check`."""
         super().check(how, needs_index, learns, method)
-        for name in ("strong", "pseudo_labels"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if name == "strong" and self.model is None:
-                check_rows(value, name, as_outputs(self.unlabeled, "unlabeled"))
-            elif isinstance(value, Outputs):
-                raise TypeError(f"{name} must be inputs of the model where model is given, got Outputs")
-            if count_of(value, name) != self.count:
-                raise ValueError(f"{name} must have N = {self.count} like unlabeled, got {count_of(value, name)}")
+        if self.strong is None:
+            return
+        if self.model is not None:
+            if isinstance(self.strong, Outputs):
+                raise TypeError("strong must be inputs of the model where model is given, got Outputs")
+            return
+        unlabeled = as_outputs(self.unlabeled, "unlabeled")
+        strong = check_rows(self.strong, "strong", unlabeled)
+        if len(strong.logits) != len(unlabeled.logits):
+            raise ValueError(f"strong must have N = {len(unlabeled.logits)} like unlabeled, got {len(strong.logits)}")
+
+    @property
+    def per_example(self) -> dict[str, Tensor]:
+        """See :attr:`Batch.per_example`."""
+        more = {} if self.pseudo_labels is None else {"pseudo_labels": self.pseudo_labels}
+        return {**super().per_example, **more}
+
+    @property
+    def view(self) -> str:
+        """See :attr:`Batch.view`."""
+        return "unlabeled" if self.strong is None else "strong"
 
     def labels_are_predictions(self, loss: str) -> bool:
         """Whether the unlabeled loss is taken between logits and their own prediction; hard labels differ from it."""

@@ -14,7 +14,7 @@ from fastmeta.methods.step_condition import StepCondition, step_condition
 from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import Problem, check_how, single
-from fastmeta.problem.model_function import Inputs, ModelFunction, batch_size
+from fastmeta.problem.model_function import Inputs, ModelFunction
 from fastmeta.updates import LabelStep, Refined
 
 How = Literal[
@@ -238,11 +238,11 @@ class MetaGradient(Method):
             if rate is None:
                 raise ValueError("lr is needed where rate is None: the learning rate of the model's own SGD step")
             lr = rate
-        # Without alpha / B the step on the labels is that of alpha = B.
-        alpha = float(batch_size(unlabeled, "unlabeled")) if rate is None else rate
         batch = Batch(unlabeled, holdout, targets, model=model)
         self._check(batch)
         problem = self._model_problem(ModelFunction(model, mode=self.mode), batch)
+        # Without alpha / B the step on the labels is that of alpha = B.
+        alpha = float(len(problem.logits)) if rate is None else rate
         return step_condition(problem, alphas=(alpha, lr), step=self.step, iterations=iterations)
 
     def _step(self, problem: Problem | None, index: Tensor | None, labels: Tensor | None) -> Refined | Tensor:

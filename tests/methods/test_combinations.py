@@ -22,12 +22,11 @@ from whole_model_brute_force import (
     loss_gradient,
     trainable,
 )
-from whole_model_nets import NETS, NetCase, net_cases
+from whole_model_nets import NETS, NetCase, batch_size, net_cases
 
 from fastmeta import AlignedImputation, ImplicitImputation, ImputeAndWeight, Method, Refined
 from fastmeta.derivatives import HOWS, ExampleWeightGradient, LabelAndWeightGradient, LabelGradient
 from fastmeta.directions import HoldoutGradient, InverseHessian, LookAhead, NormalizedGap, UnitLength
-from fastmeta.problem.model_function import batch_size
 from fastmeta.updates import LabelLogitStep, PullBack, PullBackAndWeights, WeightTable
 
 M, N, C = 9, 5, 3

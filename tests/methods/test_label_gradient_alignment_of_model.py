@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 from whole_model_brute_force import brute_force_alignment_gradient, forward, loss_gradient, reduced_loss
-from whole_model_nets import NETS, NetCase, net_cases
+from whole_model_nets import NETS, NetCase, batch_size, net_cases
 
 from fastmeta import LabelGradientAlignment
-from fastmeta.problem.model_function import batch_size
 
 M = 9
 AVERAGES = {"decay": 0.8, "decay_norm": 0.6, "epsilon": 1e-3}

@@ -244,7 +244,11 @@ WRONG: dict[str, tuple[Callable[[dict], dict], type[Exception], str]] = {
     "class out of range": (lambda b: {"targets": b["targets"] + 1}, ValueError, r"targets must be classes in \[0, 4\)"),
     "targets of int32": (lambda b: {"targets": b["targets"].int()}, TypeError, "targets must be"),
     "labels of another shape": (lambda b: {"labels": torch.ones(7, 3)}, ValueError, r"labels must be \[N, C\]"),
-    "mask of another shape": (lambda b: {"mask": torch.ones(6)}, ValueError, r"mask must be \[N\] = \[7\], got \[6\]"),
+    "mask of another shape": (
+        lambda b: {"mask": torch.ones(6)},
+        ValueError,
+        r"mask must be \[N\] = \[7\] like un.*, got \[6\]",
+    ),
     "labeled without targets": (
         lambda b: {"labeled": b["holdout"]},
         ValueError,

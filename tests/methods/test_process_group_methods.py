@@ -161,7 +161,7 @@ def layers(rank: int, seed: int) -> dict[str, tuple[list[Tensor], list[Tensor]]]
             for given in problems:
                 rule = make()
                 found = [tensor for problem in given for tensor in tensors(rule(problem))]
-                averages = getattr(rule, "ema_labeled", []) + getattr(rule, "ema_fourth", [])
+                averages = [*getattr(rule, "ema_labeled", []), *getattr(rule, "ema_fourth", [])]
                 pair.append(found + [tensor.clone() for tensor in averages])
             results[f"{level}, {name}"] = (pair[0], pair[1])
         for steps in (1, 3):
