@@ -1,7 +1,6 @@
 """Learning to Impute for a regression: where in the picture is the digit? Ten pictures say it, a thousand do not.
 
-As published: mean teacher, SGD with momentum, the student's labels of a second view, tanh in the inner loss, an inner rate
-that follows the learning rate. Not so: the hold-out gradient is taken before the inner step and has length 1.
+As published but for the hold-out gradient, which is taken before the inner step and has length 1, and the averaging.
 """
 
 import copy

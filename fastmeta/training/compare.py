@@ -182,9 +182,10 @@ def notes(runs: Sequence[RunConfig], results: dict[str, Any]) -> list[str]:
     loops = sorted({example for example in hardened.values() if example is not None})
     if loops:
         names = ", ".join(sorted(method for method, example in hardened.items() if example is not None))
+        programs = ", ".join(f"python -m fastmeta.examples.{loop}" for loop in loops)
         lines.append(
-            f"{names}: not the paper's algorithm, which trains on the soft labels; the base makes them hard by threshold "
-            f"and argmax. The paper's loop: {', '.join(f'python -m fastmeta.examples.{loop}' for loop in loops)}."
+            f"{names}: not the paper's algorithm, which trains on the soft labels; the base makes them hard by "
+            f"threshold and argmax. The paper's loop: {programs}."
         )
     return lines
 
