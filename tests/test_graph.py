@@ -50,7 +50,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "AlignedImputation": lambda: AlignedImputation(),
     "ImplicitImputation V1": lambda: ImplicitImputation("V1", max_iter=9, label_step=9.0),
     "ImplicitImputation V2": lambda: ImplicitImputation(max_iter=9),
-    "ImputeAndWeight": lambda: ImputeAndWeight(M, lr=0.1, loss="mse_probs"),
+    "ImputeAndWeight": lambda: ImputeAndWeight(M, lr=0.1, inner_loss="mse_probs"),
     "weights from the look-ahead": lambda: Method(
         LookAhead(HoldoutGradient(), rate=0.1, labeled_weight=0.5), ExampleWeightGradient("mse_probs"), WeightTable(M)
     ),

@@ -26,6 +26,7 @@ from fastmeta.problem import (
     InnerLoss,
     LastLayerProblem,
     Problem,
+    Reduction,
     of_last_layer,
     single,
     vectors,
@@ -59,7 +60,8 @@ class _Last:
 class InverseHessian(Stateful):
     r"""``(H + damping I)^{-1} v`` of another direction, with H the Hessian of the inner problem.
 
-    Not All Unlabeled Data Are Equal, Eq. (6): H of ``C^T + C^U``, both means of one loss. The choices of its Fig. 3:
+    Not All Unlabeled Data Are Equal, Eq. (6): H of ``C^T + C^U``, both means (or sums) of one loss. The choices of its
+    Fig. 3:
 
     ==================================  ==============================================================================
     Ren et al. (2020)                   the last layer, by ``cholesky``
@@ -89,6 +91,7 @@ class InverseHessian(Stateful):
         layers: names of the modules or parameters that move, and that H is taken by; the others are left out of the
             direction. None: all. For the whole model alone.
         curvature: ``gauss_newton`` or ``hessian``. At the last layer they differ for ``mse_probs`` and ``mse_tanh``.
+        reduction: of the inner losses over their examples, ``mean`` or ``sum``.
 
     Raises:
         ValueError: an option is not one of those named or not for this level, or a number is out of its range.
@@ -121,9 +124,11 @@ class InverseHessian(Stateful):
         step: float | None = None,
         layers: tuple[str, ...] | None = None,
         curvature: Curvature = "gauss_newton",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         checks.loss_code(loss)
+        checks.choice(reduction, "reduction", "mean", "sum")
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
         if curvature not in ("gauss_newton", "hessian"):
@@ -145,6 +150,7 @@ class InverseHessian(Stateful):
         self.step = step
         self.layers = layers
         self.curvature: Curvature = curvature
+        self.reduction: Reduction = reduction
         self._last = _Last()
 
     @property
@@ -214,7 +220,7 @@ class InverseHessian(Stateful):
     @property
     def inner(self) -> InnerLoss:
         """What H is the second derivative of."""
-        return InnerLoss(self.loss, labeled_weight=1.0, labeled_loss=self.loss)
+        return InnerLoss(self.loss, self.reduction, labeled_weight=1.0, labeled_loss=self.loss)
 
     def _in_rows(self, problem: LastLayerProblem) -> bool:
         """Whether the system is solved in the logit tangents of the examples."""

@@ -1,5 +1,6 @@
 """A method is a direction, a derivative and an update; this is what all of them share."""
 
+import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, Protocol
@@ -15,8 +16,9 @@ from fastmeta.methods.batch import Batch, as_outputs, check_on_graph, like_param
 from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import LastLayerProblem, Problem, WholeModelProblem, full_precision
+from fastmeta.problem.base import Given
 from fastmeta.problem.evaluation import TRACELESS
-from fastmeta.problem.model_function import Inputs, ModelFunction, batch_size
+from fastmeta.problem.model_function import Inputs, ModelFunction
 from fastmeta.state import Stateful, entry
 from fastmeta.updates import Refined, Update
 
@@ -70,8 +72,6 @@ class Method(Stateful):
     # Whether the number of calls decides anything: it is then part of the state. A step's tensors depend on it through
     # phase() alone.
     counts = False
-    # Whether refine uses the labels it is given; else it uses the model's predictions.
-    uses_labels = True
     # Mode of the model in the method's own passes; None: as it stands.
     mode: Literal["train", "eval"] | None = None
 
@@ -112,9 +112,10 @@ class Method(Stateful):
     ) -> Refined:
         """Refine the labels or weights of one batch of unlabeled examples.
 
-        At the last layer the examples are what the loop's own forward gave. With ``model`` they are its inputs (a
-        tensor, a tuple of arguments or a dict of keyword arguments), and the method makes its own passes, which leave
-        the model as it was; methods whose ``how`` is not ``last_layer`` need it.
+        At the last layer the examples are what the loop's own forward gave. With ``model`` they are its inputs, and the
+        method makes its own passes, which leave the model as it was; methods whose ``how`` is not ``last_layer`` need
+        it. A tuple is positional arguments, a mapping keyword arguments; anything else (a tensor, a list, a named
+        tuple, a ``PackedSequence``, a graph) is the one argument. N is the number of rows of the model's logits.
 
         Args:
             unlabeled: the unlabeled examples, ``tape.outputs(logits_u)``.
@@ -129,7 +130,8 @@ class Method(Stateful):
             model: takes the examples as inputs.
             holdout_gradient: gradient of the mean hold-out loss by parameter name, where the loop has taken it already
                 (``{name: p.grad ...}`` after the labeled backward pass) and the model has not changed since;
-                ``holdout`` and ``targets`` may then be left out.
+                ``holdout`` and ``targets`` may then be left out. A parameter that is missing or None has gradient 0. A
+                loss scaler's factor is not seen: ``scaler.unscale_(optimizer)`` first.
 
         Returns:
             Labels ``[N, C]`` and weights ``[N]``, detached, and a loss to be added to the step's.
@@ -155,7 +157,6 @@ class Method(Stateful):
         )
 
     def _refine(self, batch: Batch) -> Refined:
-        batch = batch if self.uses_labels else replace(batch, labels=None)
         if self._graphs is not None:
             return self._graphs.refine(self, batch)
         self._check(batch)
@@ -170,6 +171,17 @@ class Method(Stateful):
 
     def _check(self, batch: Batch) -> None:
         batch.check(self.derivative.how, self.update.needs_index, self.learns(), type(self).__name__)
+        if self.learns() and self._labels_are_predictions(batch) and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{type(self).__name__} learns no example weights from this batch: where labels are what the unlabeled "
+                "logits predict, every loss is at its minimum and its gradient is 0; give labels of another view, "
+                "refine(unlabeled=<strong view>, labels=<predictions on the weak view>, ...)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _labels_are_predictions(self, batch: Batch) -> bool:
+        return self.derivative.of_weights and batch.labels_are_predictions(self.inner_loss)
 
     def _problem(self, imputed: Tensor, batch: Batch) -> tuple[LastLayerProblem | None, Tensor | None, Tensor]:
         """The arguments of :meth:`_step` at the last layer."""
@@ -178,7 +190,11 @@ class Method(Stateful):
         if not self.learns():
             return None, index, labels
         inner, weights = batch.inner_labels(labels), self.update.weights(labels, index)
-        return batch.learned().last_layer_problem(inner, weights, self.process_group), index, labels
+        predicted = self._labels_are_predictions(batch)
+        problem = batch.learned().last_layer_problem(
+            inner, weights, self.process_group, labels_are_predictions=predicted
+        )
+        return problem, index, labels
 
     @torch.compiler.disable(reason=TRACELESS)
     def _refine_model(self, batch: Batch) -> Refined:
@@ -187,30 +203,42 @@ class Method(Stateful):
         function = ModelFunction(batch.model, mode=self.mode)
         if self.update.needs_graph and batch.labels is not None:
             check_on_graph(batch.labels, "labels")
+        rows = batch.per_example
         if batch.labels is None and (batch.learned() is not batch or not self.learns()):
             with torch.no_grad():
                 logits = full_precision(function.logits(batch.unlabeled))
+                Given(rows).check(logits)
                 batch = replace(batch, labels=losses.prediction(logits, self.inner_loss))
+                rows = {"unlabeled": logits, **rows}
+        given = Given(rows, batch.view)
         batch = batch.learned()  # of the other view only the labels are used
         if self.learns() and self.derivative.how == "last_layer":
             on_graph = self.update.needs_graph and batch.labels is None
-            return self._refine(batch.outputs_of(function, on_graph))
+            batch = batch.outputs_of(function, on_graph)
+            given.check(as_outputs(batch.unlabeled, given.view).logits)
+            return self._refine(batch)
         with torch.no_grad():
             like = like_parameters(function)
             index = batch.index_on(like.device)
             labels = None if batch.labels is None else self.update.labels(batch.labels.detach().to(like), index)
-            problem = self._model_problem(function, batch, index, labels) if self.learns() else None
+            problem = self._model_problem(function, batch, given, index, labels) if self.learns() else None
             computed = self._step(problem, index, labels)
         imputed = batch.labels
         if isinstance(computed, Refined):
             imputed = computed.labels
         elif imputed is None:
             assert problem is not None, "of a gradient"
-            imputed = losses.prediction(problem.logits_on_graph, self.inner_loss)
+            with torch.enable_grad():
+                imputed = losses.prediction(problem.logits_on_graph, self.inner_loss)
         return self._finish(computed, imputed, batch)
 
     def _model_problem(
-        self, function: ModelFunction, batch: Batch, index: Tensor | None = None, labels: Tensor | None = None
+        self,
+        function: ModelFunction,
+        batch: Batch,
+        given: Given | None = None,
+        index: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> WholeModelProblem:
         def impute(logits: Tensor) -> Tensor:
             return batch.inner_labels(self.update.labels(losses.prediction(logits, self.inner_loss), index))
@@ -219,9 +247,11 @@ class Method(Stateful):
         return batch.whole_model_problem(
             function,
             impute if labels is None else batch.inner_labels(labels),
-            self.update.weights(like.new_empty(batch_size(batch.unlabeled), 0), index),
+            self.update.weights(like.new_empty(1, 0), index),  # [N]; [1] of a weight that all share, before N is known
             self.process_group,
             keep_graph=self.update.needs_graph and batch.labels is None,
+            labels_are_predictions=self._labels_are_predictions(batch),
+            given=Given(batch.per_example, batch.view) if given is None else given,
         )
 
     def _step(self, problem: Problem | None, index: Tensor | None, labels: Tensor | None) -> Refined | Tensor:

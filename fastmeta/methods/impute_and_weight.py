@@ -28,8 +28,8 @@ class ImputeAndWeight(Method):
     the second steps a table of weights (Not All Unlabeled Data Are Equal, Algorithm 1, with an inner step in place of
     the inverse Hessian). A wrong label that the imputer cannot mend loses its weight; one that it can is mended.
 
-    The labels should come from another view than ``unlabeled`` (or be sharpened): at ``z = p(unlabeled)`` the gradient
-    of ``l_i`` is 0 and the weights learn nothing.
+    The labels must come from another view than ``unlabeled`` (or be sharpened): at ``z = p(unlabeled)`` every gradient
+    of ``l_i`` is 0, the weights stay as they are, and a warning says so.
 
     Args:
         num_examples: M, size of the unlabeled set.
@@ -37,7 +37,7 @@ class ImputeAndWeight(Method):
             taken, see :func:`fastmeta.label_gradient`. :meth:`refine` then needs the model.
         radius: length of the perturbation of a difference.
         mode: of the model in the method's own passes, ``train`` or ``eval``; None: as it stands.
-        loss: l, of the unlabeled examples.
+        inner_loss: l, of the unlabeled examples, as the loop trains it.
         outer_loss: of the hold-out examples.
         rate: eta of the inner step.
         look_ahead: take the hold-out gradient at theta* or at theta.
@@ -78,7 +78,7 @@ class ImputeAndWeight(Method):
         how: How = "last_layer",
         radius: float = 0.01,
         mode: Literal["train", "eval"] | None = None,
-        loss: str = "cross_entropy",
+        inner_loss: str = "cross_entropy",
         outer_loss: str = "cross_entropy",
         rate: float = 1.0,
         look_ahead: bool = False,
@@ -101,10 +101,10 @@ class ImputeAndWeight(Method):
         if unit_length:
             direction = UnitLength(direction)
         if look_ahead:
-            direction = LookAhead(direction, rate=rate, loss=loss)
+            direction = LookAhead(direction, rate=rate, loss=inner_loss)
         self.mode = mode
-        self.inner_loss = loss
-        self._gradient = gradient = LabelAndWeightGradient(loss, rate=rate, how=how, radius=radius)
+        self.inner_loss = inner_loss
+        self._gradient = gradient = LabelAndWeightGradient(inner_loss, rate=rate, how=how, radius=radius)
         update = PullBackAndWeights(
             num_examples,
             weight=weight,

@@ -68,6 +68,18 @@ class ScheduledBatch(Batch):
 
     labeled_logits: Tensor | None = None
 
+    def check_labeled_logits(self) -> None:
+        """Raise unless the logits whose loss T(i) multiplies are on the graph."""
+        name, logits = "labeled_logits", self.labeled_logits
+        if logits is None:
+            name = "holdout" if self.labeled is None else "labeled"
+            logits = as_outputs(getattr(self, name), name).logits
+        if not logits.requires_grad:
+            raise ValueError(
+                f"{name} must have logits on the graph with labeled_weight, got a tensor without one (of "
+                "torch.no_grad, inference_mode or detach): the loss of the labeled examples is trained on them"
+            )
+
 
 class LabelGradientAlignment(Method):
     r"""Learned labels under which the unlabeled gradient agrees with the labeled one (Algorithm 1).
@@ -88,7 +100,7 @@ class LabelGradientAlignment(Method):
         radius: length of the perturbation of a difference.
         mode: of the model in the method's own passes, ``train`` (BatchNorm takes the statistics of each batch) or
             ``eval``; None: as it stands.
-        loss: of both gradients; ``cross_entropy``, or ``mse`` for regression, where ``y = w``.
+        inner_loss: of both gradients; ``cross_entropy``, or ``mse`` for regression, where ``y = w``.
         reduction: of both losses over their examples.
         lr: learning rate of Masked Adam on w.
         decay: of the average of the labeled gradient.
@@ -120,7 +132,7 @@ class LabelGradientAlignment(Method):
         how: How = "last_layer",
         radius: float = 0.01,
         mode: Literal["train", "eval"] | None = None,
-        loss: Literal["cross_entropy", "mse"] = "cross_entropy",
+        inner_loss: Literal["cross_entropy", "mse"] = "cross_entropy",
         reduction: Reduction = "mean",
         lr: float = 0.01,
         decay: float = 0.99,
@@ -132,7 +144,7 @@ class LabelGradientAlignment(Method):
         sharded: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        checks.choice(loss, "loss", "cross_entropy", "mse")
+        checks.choice(inner_loss, "inner_loss", "cross_entropy", "mse")
         checks.choice(reduction, "reduction", "mean", "sum")
         if mode is not None:
             checks.choice(mode, "mode", "train", "eval")
@@ -140,7 +152,7 @@ class LabelGradientAlignment(Method):
             decay=checks.number(decay, "decay", low=0.0, high=1.0),
             decay_norm=checks.number(decay_norm, "decay_norm", low=0.0, high=1.0),
             epsilon=checks.number(epsilon, "epsilon", low=0.0),
-            loss=loss,
+            loss=inner_loss,
             reduction=reduction,
             include_current=include_current,
         )
@@ -148,16 +160,16 @@ class LabelGradientAlignment(Method):
             num_examples,
             num_classes,
             lr=lr,
-            parameterization="softmax" if loss == "cross_entropy" else "identity",
+            parameterization="softmax" if inner_loss == "cross_entropy" else "identity",
             dtype=dtype,
             process_group=process_group,
             sharded=sharded,
         )
-        self.inner_loss = loss
+        self.inner_loss = inner_loss
         self.reduction = reduction
         self.mode = mode
         self.labeled_weight = labeled_weight
-        gradient = LabelGradient(loss, reduction=reduction, how=how, radius=radius)
+        gradient = LabelGradient(inner_loss, reduction=reduction, how=how, radius=radius)
         super().__init__(gap, gradient, update, process_group=process_group)
 
     @property
@@ -199,6 +211,7 @@ class LabelGradientAlignment(Method):
                 raise ValueError("labeled_logits are needed with model and labeled_weight: the loop's own")
             if given.targets is None and given.labeled_targets is None:
                 raise ValueError("targets are needed with labeled_weight, got None")
+            given.check_labeled_logits()
         return self._refine(given)
 
     def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
@@ -212,8 +225,9 @@ class LabelGradientAlignment(Method):
             examples, targets = batch.labeled, batch.labeled_targets
         logits = as_outputs(examples, "holdout").logits if batch.labeled_logits is None else batch.labeled_logits
         assert targets is not None, "needed with labeled_weight"
-        logits = logits.to(refined.labels.dtype)
-        targets = losses.as_probabilities(targets, logits.shape[1], logits.dtype).to(logits.dtype)
-        per_example = losses.loss_per_example(logits, targets, self.inner_loss)
-        total = per_example.mean() if self.reduction == "mean" else per_example.sum()
-        return refined._replace(loss=(weight - 1) * total)
+        with torch.enable_grad():
+            logits = logits.to(refined.labels.dtype)
+            targets = losses.as_probabilities(targets, logits.shape[1], logits.dtype).to(logits.dtype)
+            per_example = losses.loss_per_example(logits, targets, self.inner_loss)
+            total = per_example.mean() if self.reduction == "mean" else per_example.sum()
+            return refined._replace(loss=(weight - 1) * total)

@@ -1,5 +1,6 @@
 """What both problems share: the inner loss that a step descends, its means over examples, and the options' names."""
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ class ProblemBase:
     weights: Tensor | None
     mask: Tensor | None
     process_group: Group
+    labels_are_predictions: bool
 
     @property
     def device(self) -> torch.device:
@@ -71,11 +73,34 @@ class ProblemBase:
         return rate * self.mean_scale(count) if reduction == "mean" else rate
 
 
-def probabilities(targets: Tensor, logits: Tensor) -> Tensor:
+class Given(NamedTuple):
+    """The arguments of a call that must have a row for each row of the model's unlabeled logits."""
+
+    rows: Mapping[str, Tensor]  # [N] or [N, C] by the argument's name
+    view: str = "unlabeled"  # the argument that the model runs on
+
+    def check(self, logits: Tensor) -> None:
+        """Raise ValueError unless they fit the logits ``[N, C]``."""
+        for name, value in self.rows.items():
+            if len(value) != len(logits):
+                raise ValueError(not_as_many(name, logits, self.view, value))
+            if value.dim() == 2 and value.shape != logits.shape:
+                shapes = f"[N, C] = {list(logits.shape)} like the model's logits for {self.view}"
+                raise ValueError(f"{name} must be {shapes}, got {list(value.shape)}")
+
+
+def not_as_many(name: str, logits: Tensor, view: str, value: Tensor) -> str:
+    """Words the error of an argument with another number of rows than the logits ``[N, C]``."""
+    return f"{name} must have N = {len(logits)} like the rows of the model's logits for {view}, got {len(value)}"
+
+
+def probabilities(targets: Tensor, logits: Tensor, loss: str, name: str = "targets") -> Tensor:
     """Targets ``[N]`` or ``[N, C]`` of logits ``[N, C]``, checked, as probabilities in their dtype. ``[N, C]``."""
     if isinstance(targets, Tensor) and targets.is_floating_point():
         targets = targets.to(logits.dtype)
-    checked = checks.targets(targets, logits, logits.shape[1])
+    elif isinstance(targets, Tensor):
+        checks.classes_of(targets, logits.shape[1], losses.of(loss), name)
+    checked = checks.targets(targets, logits, logits.shape[1], name)
     return losses.as_probabilities(checked, logits.shape[1], logits.dtype)
 
 

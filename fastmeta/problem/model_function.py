@@ -19,7 +19,8 @@ from fastmeta.problem.direction import Vector
 from fastmeta.problem.evaluation import Evaluator, Mode
 from fastmeta.problem.forward_mode import ForwardMode
 
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+# Arguments of the model: an exact tuple's are positional, a mapping's are by name, anything else is one argument.
+Inputs = Any
 LossOfLogits = Callable[[Tensor], Tensor]  # [N, C] to a scalar
 
 
@@ -68,7 +69,7 @@ class ModelFunction:
         self._evaluator = Evaluator(self.module, mode)
 
     def check(self, direction: object, argument: str = "direction") -> Vector:
-        """A direction of this model, detached: a dict of tensors by parameter name.
+        """A direction of this model, detached: a dict of tensors by parameter name, without the entries that are None.
 
         A tied parameter goes by any of its names, a wrapped model's parameter by its name with or without the prefix.
 
@@ -76,11 +77,14 @@ class ModelFunction:
             TypeError: not such a dict, or an entry's dtype is not the parameter's.
             ValueError: a name, shape or device is not the parameter's.
         """
-        if not isinstance(direction, Mapping) or not direction:
-            got = "an empty one" if isinstance(direction, Mapping) else type(direction).__name__
+        if not isinstance(direction, Mapping):
+            raise TypeError(f"{argument} must be a dict of tensors by parameter name, got {type(direction).__name__}")
+        entries = {name: value for name, value in direction.items() if value is not None}
+        if not entries:
+            got = "None for every name" if direction else "an empty one"
             raise TypeError(f"{argument} must be a dict of tensors by parameter name, got {got}")
         checked: Vector = {}
-        for given, value in direction.items():
+        for given, value in entries.items():
             name = given if given in self.parameters else self._name_of(given, argument)
             if name in checked:
                 raise ValueError(f"{argument} must name a parameter once, got {given!r}, which is also {name!r}")
@@ -89,6 +93,14 @@ class ModelFunction:
             checks.like(self.parameters[name], "the parameter", **{entry: value})
             checked[name] = value.detach()
         return checked
+
+    def check_gradient(self, gradient: object, argument: str) -> Vector:
+        """A gradient by the model's parameters, all of them and in their order; see :meth:`check`.
+
+        An entry that is missing or None is 0: autograd leaves ``p.grad`` at None where the loss does not reach p.
+        """
+        checked = self.check(gradient, argument)
+        return {name: checked[name] if name in checked else torch.zeros_like(p) for name, p in self.parameters.items()}
 
     def _name_of(self, given: object, argument: str) -> str:
         """The name in ``self.parameters`` of a parameter that is given by another of its names."""
@@ -111,21 +123,24 @@ class ModelFunction:
             ValueError: it moves other parameters, or not the weight.
         """
         layer, description = last_linear(self.module)
-        uses = [part for part in self.module.modules() if any(p is layer.weight for p in part._parameters.values())]
-        if len(uses) > 1:
+        # Of a parametrized layer the weight is no parameter, and reading it could move its state.
+        weight = layer._parameters.get("weight")
+        uses = [part for part in self.module.modules() if any(p is weight for p in part._parameters.values())]
+        if weight is not None and len(uses) > 1:
             raise ValueError(f"how='last_layer' cannot move {description}: its weight is tied to another layer's")
         names = {
             name: name_of
             for name, value in self._own.items()
             for name_of in ("weight", "bias")
-            if value is getattr(layer, name_of)
+            if value is layer._parameters.get(name_of)
         }
         other = [name for name in direction if name not in names]
         if other:
             raise ValueError(f"direction must name the last layer's parameters ({', '.join(names)}), got {other[0]!r}")
         parts = {names[name]: value for name, value in direction.items()}
-        weight = parts["weight"] if "weight" in parts else torch.zeros_like(layer.weight)
-        return weight.detach(), parts.get("bias")
+        if "weight" not in parts:
+            parts["weight"] = parts["bias"].new_zeros(layer.out_features, layer.in_features)
+        return parts["weight"].detach(), parts.get("bias")
 
     def logits(
         self, inputs: Inputs, parameters: Vector | None = None, *, on_graph: bool = False, twice: bool = False
@@ -146,7 +161,14 @@ class ModelFunction:
         """Features and logits of the last linear layer at the model's own parameters."""
         with torch.set_grad_enabled(on_graph), capture_features(self.module) as tape:
             logits = self._call(self._own, inputs, on_graph=on_graph)
-        return tape.outputs(logits)
+        try:
+            return tape.outputs(logits)
+        except RuntimeError:
+            if on_graph:
+                raise
+        # Rows that values cannot tell, or a constant added to them: a graph shows it.
+        outputs = self.outputs(inputs, on_graph=True)
+        return outputs._replace(logits=outputs.logits.detach())
 
     def gradient(
         self,
@@ -308,20 +330,14 @@ class ModelFunction:
         positional: tuple[Any, ...] = ()
         keywords: dict[str, Any] = {}
         if isinstance(inputs, Mapping):
+            for name in inputs:
+                if not isinstance(name, str):
+                    raise TypeError(f"inputs must be a mapping of keyword arguments by name, got the name {name!r}")
             keywords = {name: prepared(value) for name, value in inputs.items()}
         else:
-            positional = tuple(map(prepared, inputs if isinstance(inputs, tuple) else (inputs,)))
+            positional = tuple(map(prepared, inputs if type(inputs) is tuple else (inputs,)))
         with self._evaluator.evaluation(parameters, derivative=derivative), inside or contextlib.nullcontext():
             return _logits_of(self.module(*positional, **keywords))
-
-
-def batch_size(inputs: Inputs, name: str = "inputs") -> int:
-    """N: the length of the first tensor."""
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
-    for value in values:
-        if isinstance(value, Tensor) and value.dim():
-            return len(value)
-    raise ValueError(f"{name} must contain a tensor [N, ...], got {type(inputs).__name__}")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -54,8 +54,9 @@ def label_gradient(
     Args:
         model: gives logits ``[N, C]``, or an object or dict with ``logits``; may be wrapped for data parallelism or
             compiled.
-        inputs: of N examples: a tensor, a tuple of arguments or a dict of keyword arguments.
-        direction: v, tensors by parameter name and like the parameters; one that is left out does not move.
+        inputs: of N examples, N the rows of the logits: a tuple of positional arguments, a mapping of keyword
+            arguments, or the one argument: a tensor, a list, a named tuple, a ``PackedSequence``, any object.
+        direction: v, tensors by parameter name and like the parameters; one that is left out or None does not move.
         loss: one of :data:`fastmeta.losses.LOSSES`.
         scale: factor of the result.
         how: see above.
@@ -85,7 +86,7 @@ def label_gradient(
     direction = function.check(direction)
     if how == "last_layer":
         features, logits, weight, bias = _last_layer(function, inputs, direction)
-        y = None if read is None else probabilities(read, logits)
+        y = None if read is None else probabilities(read, logits, loss)
         return ops.label_gradient(features, logits, weight, bias, loss=loss, scale=scale, targets=y)
     labels = read if read is not None else lambda logits: losses.prediction(logits, loss)
     problem = WholeModelProblem(function, inputs, labels, how=how, radius=radius)
@@ -143,7 +144,8 @@ def example_weight_gradient(
     direction = function.check(direction)
     if how == "last_layer":
         features, logits, weight, bias = _last_layer(function, inputs, direction)
-        return -scale * ops.per_example_dot(features, logits, probabilities(targets, logits), weight, bias, loss=loss)
+        y = probabilities(targets, logits, loss)
+        return -scale * ops.per_example_dot(features, logits, y, weight, bias, loss=loss)
     problem = WholeModelProblem(function, inputs, targets, how=how, radius=radius)
     return -scale * problem.loss_tangent(direction, loss=loss)
 

@@ -27,7 +27,7 @@ from whole_model_brute_force import (
     dense_hessian,
     trainable,
 )
-from whole_model_nets import NETS, NetCase, net_cases
+from whole_model_nets import NETS, NetCase, batch_size, net_cases
 
 import fastmeta
 from fastmeta.derivatives import ExampleWeightGradient, LabelGradient
@@ -37,7 +37,7 @@ from fastmeta.losses import LOSSES
 from fastmeta.methods import Method
 from fastmeta.ops import NotConvergedWarning
 from fastmeta.problem import Direction, WholeModelProblem, vectors
-from fastmeta.problem.model_function import ModelFunction, batch_size
+from fastmeta.problem.model_function import ModelFunction
 from fastmeta.updates import LabelStep
 
 EXACT: dict[str, Any] = {"tol": 1e-13, "max_iter": 3000}

@@ -19,11 +19,10 @@ from whole_model_brute_force import (
     losses_of,
     trainable,
 )
-from whole_model_nets import NETS, NetCase, net_cases
+from whole_model_nets import NETS, NetCase, batch_size, net_cases
 
 import fastmeta
 from fastmeta import ExampleWeights
-from fastmeta.problem.model_function import batch_size
 
 M = 12
 DOUBLE = {"dtype": torch.float64}
@@ -305,14 +304,14 @@ def test_the_model_is_left_as_it_was(generator):
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "strong of another size": (
-        {"strong": torch.zeros(4, 2, 5, 5)},
+        {"strong": torch.zeros(4, 2, 5, 5).double()},
         ValueError,
-        "strong must have N = 5 like unlabeled",
+        "(unlabeled|labels|index) must have N = 4 like the rows of the model's logits for strong, got 5",
     ),
     "too few pseudo-labels": (
         {"pseudo_labels": torch.zeros(4, dtype=torch.int64)},
         ValueError,
-        "pseudo_labels must have N = 5 like unlabeled, got 4",
+        r"pseudo_labels must be \[N\] = \[5\] like index, got \[4\]",
     ),
     "pseudo-labels of int32": (
         {"pseudo_labels": torch.zeros(5, dtype=torch.int32)},
@@ -322,7 +321,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "pseudo-labels of more classes": (
         {"pseudo_labels": torch.ones(5, 9)},
         ValueError,
-        r"pseudo_labels must be \[N, C\] = \[5, 3\], got \[5, 9\]",
+        r"pseudo_labels must be \[N, C\] = \[5, 3\] like the model.*, got \[5, 9\]",
     ),
     "no index": ({"index": None}, ValueError, "index is needed by ExampleWeights"),
     "no model": ({"model": None}, ValueError, "model is needed by how='jvp'"),

@@ -118,6 +118,22 @@ def test_schedule_of_the_labeled_loss(draw, separate):
     assert_close(torch.autograd.grad(own + loss, layer.weight, retain_graph=True)[0], expected)
 
 
+def test_the_schedule_needs_logits_on_the_graph(draw):
+    """Without a graph the returned loss would be a constant; under no_grad it is on that of the logits."""
+    layer = make_layer(draw)
+    method = LabelGradientAlignment(6, 4, labeled_weight=lambda step: 3.0)
+    batch = layer.batch() | {"index": torch.arange(6)}
+    with torch.no_grad():
+        assert method.refine(**batch).loss.requires_grad
+    before = method.label_logits.clone()
+    off = batch["holdout"]._replace(logits=batch["holdout"].logits.detach())
+    with pytest.raises(
+        ValueError, match=r"holdout must have logits on the graph with labeled_weight, .*torch\.no_grad"
+    ):
+        method.refine(**(batch | {"holdout": off}))
+    assert torch.equal(method.label_logits, before)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_averages_without_the_current_batch(draw, reduction):
     """Each step is along the averages of those before it; the first has none but its own."""

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 from whole_model_brute_force import brute_force_alignment_gradient, forward, loss_gradient, reduced_loss
-from whole_model_nets import NETS, NetCase, net_cases
+from whole_model_nets import NETS, NetCase, batch_size, net_cases
 
 from fastmeta import LabelGradientAlignment
-from fastmeta.problem.model_function import batch_size
 
 M = 9
 AVERAGES = {"decay": 0.8, "decay_norm": 0.6, "epsilon": 1e-3}
@@ -115,7 +114,7 @@ def test_several_steps_are_adam_on_the_objective(generator, options):
 @exact
 def test_regression_has_the_labels_themselves_as_parameters(generator, how):
     case = make_case("mlp", generator)
-    method = make_method(case, how=how, loss="mse")
+    method = make_method(case, how=how, inner_loss="mse")
     index, targets = torch.arange(5), torch.randn(4, 3, generator=generator, dtype=torch.float64)
     refined = method.refine(model=case.model, unlabeled=case.inputs, holdout=case.holdout, targets=targets, index=index)
     assert torch.equal(refined.labels, torch.zeros(5, 3, dtype=torch.float64))
@@ -162,7 +161,7 @@ def test_differences_converge_to_the_exact_gradient(generator, how, order):
 def test_schedule_of_the_labeled_loss_takes_the_loops_own_logits(generator, how, loss):
     """``own + Refined.loss`` is T(i) times the loop's own labeled loss, at no pass of the method's own."""
     case = make_case("mlp", generator)
-    method = make_method(case, how=how, loss=loss, labeled_weight=lambda step: [1.0, 3.0][step])
+    method = make_method(case, how=how, inner_loss=loss, labeled_weight=lambda step: [1.0, 3.0][step])
     targets = targets_of(case)
     targets = targets if loss == "cross_entropy" else functional.one_hot(targets, 3).double()
     batch = {"model": case.model, "unlabeled": case.inputs, "holdout": case.holdout, "targets": targets}
@@ -222,7 +221,7 @@ def test_mode_of_the_passes(generator):
     [
         ({"how": "vjp"}, "how must be one of"),
         ({"mode": "test"}, "mode must be one of train, eval"),
-        ({"loss": "mse_probs"}, "loss must be one of cross_entropy, mse"),
+        ({"inner_loss": "mse_probs"}, "inner_loss must be one of cross_entropy, mse"),
         ({"reduction": "none"}, "reduction must be one of mean, sum"),
         ({"epsilon": -1.0}, "epsilon must be >= 0"),
     ],

@@ -11,7 +11,7 @@ from torch import nn
 from whole_model_nets import mlp, normal, tied_net
 
 import fastmeta
-from fastmeta.problem.model_function import ModelFunction, batch_size
+from fastmeta.problem.model_function import ModelFunction
 
 RADIUS = 1e-7
 
@@ -200,11 +200,3 @@ def test_scripted_model():
         model = torch.jit.script(nn.Linear(4, 3))
     with pytest.raises(TypeError, match="model must be a module in Python"):
         ModelFunction(model)
-
-
-def test_batch_size():
-    x = torch.zeros(5, 2)
-    for inputs in (x, (torch.tensor(1.0), x), {"flag": True, "x": x}, UserDict(x=x)):
-        assert batch_size(inputs) == 5
-    with pytest.raises(ValueError, match="unlabeled must contain a tensor"):
-        batch_size({"text": "a"}, "unlabeled")
