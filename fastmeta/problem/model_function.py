@@ -23,6 +23,7 @@ from fastmeta.problem.input_copies import InputCopies
 
 # Arguments of the model: an exact tuple's are positional, a mapping's are by name, anything else is one argument.
 Inputs = Any
+_NAMED = "return the logits alone, or an object or dict that names them logits"
 LossOfLogits = Callable[[Tensor], Tensor]  # [N, C] to a scalar
 
 
@@ -44,7 +45,8 @@ class ModelFunction:
     states of other libraries, are not restored.
 
     Args:
-        model: the module; it gives logits ``[N, C]``, or an object or dict with ``logits``.
+        model: the module; it gives logits ``[N, C]``, or ``[B, T, C]``, whose N = B T rows are those of its tokens; by
+            themselves, in an object or dict as ``logits``, or as the only such tensor of a tuple.
         mode: ``train`` or ``eval`` for the evaluations; None: as the model stands.
 
     Raises:
@@ -122,14 +124,9 @@ class ModelFunction:
         """The direction's weight ``[C, D]`` and bias ``[C]`` of the last linear layer.
 
         Raises:
-            ValueError: it moves other parameters, or not the weight.
+            ValueError: it moves other parameters, or the weight is tied to another layer's.
         """
-        layer, description = last_linear(self.module)
-        # Of a parametrized layer the weight is no parameter, and reading it could move its state.
-        weight = layer._parameters.get("weight")
-        uses = [part for part in self.module.modules() if any(p is weight for p in part._parameters.values())]
-        if weight is not None and len(uses) > 1:
-            raise ValueError(f"how='last_layer' cannot move {description}: its weight is tied to another layer's")
+        layer = self._last_layer()
         names = {
             name: name_of
             for name, value in self._own.items()
@@ -143,6 +140,15 @@ class ModelFunction:
         if "weight" not in parts:
             parts["weight"] = parts["bias"].new_zeros(layer.out_features, layer.in_features)
         return parts["weight"].detach(), parts.get("bias")
+
+    def _last_layer(self) -> nn.Linear:
+        layer, description = last_linear(self.module)
+        # Of a parametrized layer the weight is no parameter, and reading it could move its state.
+        weight = layer._parameters.get("weight")
+        uses = [part for part in self.module.modules() if any(p is weight for p in part._parameters.values())]
+        if weight is not None and len(uses) > 1:
+            raise ValueError(f"how='last_layer' cannot move {description}: its weight is tied to another layer's")
+        return layer
 
     def logits(
         self, inputs: Inputs, parameters: Vector | None = None, *, on_graph: bool = False, twice: bool = False
@@ -160,7 +166,16 @@ class ModelFunction:
             return self._call(theta, inputs, derivative=twice, on_graph=on_graph)
 
     def outputs(self, inputs: Inputs, *, on_graph: bool = False) -> Outputs:
-        """Features and logits of the last linear layer at the model's own parameters."""
+        """Features and logits of the last linear layer at the model's own parameters.
+
+        Runs once more, on the graph, where values alone do not show the rows: equal logits of different features, as
+        of a head that starts at zero, or something constant added to them.
+
+        Raises:
+            ValueError: the layer does not move, or not by itself, or computes something else.
+            RuntimeError: its outputs are not the logits.
+        """
+        self._last_layer()
         with torch.set_grad_enabled(on_graph), capture_features(self.module) as tape:
             logits = self._call(self._own, inputs, on_graph=on_graph)
         try:
@@ -168,7 +183,6 @@ class ModelFunction:
         except RuntimeError:
             if on_graph:
                 raise
-        # Rows that values cannot tell, or a constant added to them: a graph shows it.
         outputs = self.outputs(inputs, on_graph=True)
         return outputs._replace(logits=outputs.logits.detach())
 
@@ -362,9 +376,17 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _logits_of(output: Any) -> Tensor:
+    """The logits ``[N, C]`` in what a model returns; those of tokens, ``[B, T, C]``, as rows."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(logits, (tuple, list)):  # (loss, logits, ...), without a loss the logits come first
+        possible = [part for part in logits if isinstance(part, Tensor) and part.is_floating_point() and part.dim() > 1]
+        if len(possible) > 1:
+            shapes = " and ".join(str(list(part.shape)) for part in possible)
+            raise TypeError(f"model must give logits alone, got {type(output).__name__} of {shapes}; {_NAMED}")
+        logits = possible[0] if possible else None
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"model must give logits, or an object or dict with logits, got {type(output).__name__}")
-    if logits.dim() != 2:
-        raise ValueError(f"model must give logits [N, C], got {list(logits.shape)}")
-    return logits
+        raise TypeError(f"model must give logits, got {type(output).__name__}; {_NAMED}")
+    if logits.dim() < 2:
+        hint = "; give those of one output as logits.unsqueeze(-1)" if logits.dim() == 1 else ""
+        raise ValueError(f"model must give logits [N, C], got {list(logits.shape)}{hint}")
+    return logits.flatten(0, -2)
