@@ -223,7 +223,7 @@ def runs(task: Task) -> Iterator[list[str]]:
     known = {"weak": task.weak, "strong": task.strong, "holdout": task.holdout, "labeled": task.labeled}
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        made.append(next(name for name, value in known.items() if value.data_ptr() == arguments[0].data_ptr()))
+        made.append(next(name for name, value in known.items() if value.equal(arguments[0])))
 
     handle = task.model.register_forward_pre_hook(hook)
     yield made
