@@ -118,8 +118,10 @@ class LabelGradientAlignment(Method):
         labeled_weight: T(i), the weight of the labeled loss at step i = 0, 1, ...; ``Refined.loss`` then is
             ``(T(i) - 1) L(labeled)``, which makes the loop's own labeled loss weigh T(i). None: T = 1, or a loop that
             scales its own loss.
-        process_group: processes that the batch is spread over, whose gradients are summed; each keeps the table rows of
-            the examples it draws.
+        process_group: processes that the batch is spread over: a step is that on the joined batch, and every process
+            has the complete table.
+        sharded: a process keeps the rows i of the table with ``i % processes`` its rank alone; reading them, also by
+            ``state_dict``, is then a call that every process makes.
         dtype: of the table.
 
     Raises:
@@ -147,6 +149,7 @@ class LabelGradientAlignment(Method):
         include_current: bool = True,
         labeled_weight: Callable[[int], float] | None = None,
         process_group: Group = None,
+        sharded: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         checks.choice(inner_loss, "inner_loss", "cross_entropy", "mse")
@@ -167,6 +170,8 @@ class LabelGradientAlignment(Method):
             lr=lr,
             parameterization="softmax" if inner_loss == "cross_entropy" else "identity",
             dtype=dtype,
+            process_group=process_group,
+            sharded=sharded,
         )
         self.inner_loss = inner_loss
         self.reduction = reduction
@@ -178,7 +183,7 @@ class LabelGradientAlignment(Method):
     @property
     def label_logits(self) -> Tensor:
         """The table w ``[M, C]``; ``softmax`` of it are the labels (in a regression w itself)."""
-        return self.update.table.values
+        return self.update.table.complete()
 
     @classmethod
     def from_preset(

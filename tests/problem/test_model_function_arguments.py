@@ -120,6 +120,9 @@ def test_last_layer_tied_to_another(generator):
     fastmeta.label_gradient(model, make_inputs(3), v)
     with pytest.raises(ValueError, match="tied to another layer"):
         fastmeta.label_gradient(model, make_inputs(3), v, how="last_layer")
+    x, targets = make_inputs(3), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="tied to another layer"):
+        fastmeta.MetaGradient(how="last_layer").refine(model=model, unlabeled=x, holdout=x, targets=targets)
 
 
 BAD_DIRECTIONS = [
