@@ -144,11 +144,13 @@ class Stateful(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        return super()._apply(lambda tensor: self.keep_dtype(fn, tensor), recurse)
 
-        return super()._apply(keep_dtype, recurse)
+    @staticmethod
+    def keep_dtype(move: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+        """The tensor where ``move`` has brought it."""
+        moved = move(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
     def extra_repr(self) -> str:
         """The settings."""

@@ -171,6 +171,8 @@ class WeightTable(_TableUpdate):
         read: ``before`` the update or ``after`` it: which weights the current step uses.
         duplicates: of an example that comes twice in a batch, ``sum`` the gradients or use the ``last`` one.
         dtype: of the table.
+        process_group: see :class:`fastmeta.ops.masked_adam_table.MaskedAdamTable`.
+        sharded: see there.
     """
 
     takes: Takes = "weights"
@@ -185,12 +187,16 @@ class WeightTable(_TableUpdate):
         read: str = "before",
         duplicates: Literal["sum", "last"] = "sum",
         dtype: torch.dtype = torch.float32,
+        process_group: Group = None,
+        sharded: bool = False,
     ) -> None:
         if read not in ("before", "after"):
             raise ValueError(f"read must be 'before' or 'after', got {read!r}")
         super().__init__()
-        values = torch.ones(_count(num_examples, "num_examples", 1), dtype=dtype)
-        self.table = MaskedAdamTable(values, lr=lr, low=low, high=high, duplicates=duplicates)
+        values = torch.ones((), dtype=dtype).expand(_count(num_examples, "num_examples", 1))
+        self.table = MaskedAdamTable(
+            values, lr=lr, low=low, high=high, duplicates=duplicates, process_group=process_group, sharded=sharded
+        )
         self.read = read
 
     def weights(self, imputed: Tensor, index: Tensor | None) -> Tensor:
@@ -264,7 +270,7 @@ class PullBackAndWeights(WeightTable):
     needs_graph = True
 
     def __init__(self, num_examples: int, *, weight: float = 1.0, process_group: Group = None, **table: Any) -> None:
-        super().__init__(num_examples, **table)
+        super().__init__(num_examples, process_group=process_group, **table)
         self.pull_back = PullBack(weight=weight, process_group=process_group)
 
     @property
@@ -284,7 +290,9 @@ class PullBackAndWeights(WeightTable):
                 f"{type(self).__name__} takes a gradient [N, C + 1] = {list(wanted)}, got {list(gradient.shape)}"
             )
         kept, _, loss = self.pull_back(gradient[:, :-1], labels, index)
-        return super().forward(gradient[:, -1], kept, index)._replace(loss=loss)
+        # A weight's step is finite where that of its labels is.
+        of_weights = gradient[:, -1] + (gradient[:, :-1] * 0).sum(1)
+        return super().forward(of_weights, kept, index)._replace(loss=loss)
 
 
 class LabelTable(_TableUpdate):
@@ -299,6 +307,8 @@ class LabelTable(_TableUpdate):
         lr: learning rate of Masked Adam.
         parameterization: ``softmax`` (labels start uniform) or ``identity`` (labels start at 0).
         dtype: of the table.
+        process_group: see :class:`fastmeta.ops.masked_adam_table.MaskedAdamTable`.
+        sharded: see there.
     """
 
     def __init__(
@@ -309,12 +319,15 @@ class LabelTable(_TableUpdate):
         lr: float = 0.01,
         parameterization: Literal["softmax", "identity"] = "softmax",
         dtype: torch.dtype = torch.float32,
+        process_group: Group = None,
+        sharded: bool = False,
     ) -> None:
         if parameterization not in ("softmax", "identity"):
             raise ValueError(f"parameterization must be 'softmax' or 'identity', got {parameterization!r}")
         super().__init__()
         shape = _count(num_examples, "num_examples", 1), _count(num_classes, "num_classes", 1)
-        self.table = MaskedAdamTable(torch.zeros(shape, dtype=dtype), lr=lr)
+        values = torch.zeros((), dtype=dtype).expand(shape)
+        self.table = MaskedAdamTable(values, lr=lr, process_group=process_group, sharded=sharded)
         self.parameterization = parameterization
 
     def labels(self, imputed: Tensor, index: Tensor | None) -> Tensor:

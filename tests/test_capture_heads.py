@@ -171,6 +171,28 @@ def test_a_frozen_bias_does_not_move(inputs):
     assert not torch.allclose(refined.labels, logits.softmax(1))
 
 
+class Pooled(nn.Sequential):
+    """Logits of the last token of each text, as classifiers on language models give them."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits = super().forward(inputs[:, None] * torch.arange(1, 4)[None, :, None])
+        return logits[torch.arange(len(inputs)), torch.arange(len(inputs)) % 3]
+
+
+def test_a_pooled_head_that_starts_at_zero(inputs):
+    """Values cannot tell its rows, but ``refine`` with a model sees a graph where it needs one."""
+    model, targets = Pooled(*make(nn.Linear(D, C))), torch.tensor([0, 1, 2, 0, 1, 2])
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    with capture_features(model) as tape:
+        logits, others = model(inputs), model(inputs + 1)
+    expected = MetaGradient().refine(unlabeled=tape.outputs(others), holdout=tape.outputs(logits), targets=targets)
+    method = MetaGradient(how="last_layer")
+    got = method.refine(model=model, unlabeled=inputs + 1, holdout=inputs, targets=targets)
+    torch.testing.assert_close(got.labels, expected.labels)
+    assert not torch.allclose(got.labels, torch.full((N, C), 1 / C))
+
+
 WRAPPED = {
     "weight_norm": parametrizations.weight_norm,
     "spectral_norm": parametrizations.spectral_norm,

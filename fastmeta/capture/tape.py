@@ -133,10 +133,10 @@ class FeatureTape:
         if chosen.shape != logits.shape:
             raise ValueError(f"rows must choose {list(logits.shape)} like logits, got {list(chosen.shape)}")
         eps = max(torch.finfo(tensor.dtype).eps for tensor in (logits, calls[0].output))
-        if not torch.allclose(chosen.double(), logits.detach().double(), rtol=2 * eps, atol=0, equal_nan=True):
+        if not torch.allclose(chosen, logits.detach(), rtol=2 * eps, atol=0, equal_nan=True):
             raise ValueError(
                 f"rows must give logits: these rows of the output of {self._description} have other numbers. Where "
-                f"logits are computed from them, build {_BY_HAND} with features whose product with weight they move by"
+                f"logits are computed from the output, pass them before that, or build {_BY_HAND} by hand"
             )
         return Rows(None, place)
 

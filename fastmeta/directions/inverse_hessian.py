@@ -16,6 +16,7 @@ from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState
 from fastmeta.ops.solve import conjugate_gradient as cg
 from fastmeta.ops.solve import few_rows
 from fastmeta.ops.solve.kronecker import OutputFactor
+from fastmeta.ops.solve_hessian import NotFiniteError
 from fastmeta.problem import (
     AnyDirection,
     Curvature,
@@ -193,7 +194,11 @@ class InverseHessian(Stateful):
             state.output = OutputFactor(kept["output"], kept.get("output_vectors"), bool(softmax))
 
     def forward(self, problem: Problem) -> AnyDirection:
-        """Solve at the problem's own parameters."""
+        """Solve at the problem's own parameters.
+
+        NaN where the problem is not finite, as other directions are; what later solves use then stays as it was.
+        """
+        kept = dict(vars(self._last.state))
         layer = problem.last_layer
         if layer is None and self.solver in ("cholesky", "pcg"):
             raise ValueError(f"solver must be cg or neumann for a whole model, got {self.solver!r}")
@@ -203,10 +208,14 @@ class InverseHessian(Stateful):
             found = self._of_rows(layer)
             if found is not None:
                 return found
-        rhs = single(self.of(problem))
-        if layer is not None and self.solver != "neumann":
-            return self._closed_form(layer, of_last_layer(rhs))
-        return self._by_products(problem, vectors.dense(rhs))
+        rhs = vectors.dense(single(self.of(problem)))
+        try:
+            if layer is not None and self.solver != "neumann":
+                return self._closed_form(layer, of_last_layer(rhs))
+            return self._by_products(problem, rhs)
+        except NotFiniteError:
+            vars(self._last.state).update(kept)
+            return vectors.scaled(rhs, math.nan)
 
     @property
     def inner(self) -> InnerLoss:
@@ -283,6 +292,8 @@ class InverseHessian(Stateful):
         )
         self._last.state.solution = None
         self._last.solution = solution
+        if isinstance(solution[3], float) and not math.isfinite(solution[3]):
+            raise NotFiniteError("the examples of another process are not finite")
         return Direction(solution.weight, solution.bias)
 
     def _by_products(self, problem: Problem, rhs: Dense) -> Dense:
@@ -300,6 +311,8 @@ class InverseHessian(Stateful):
             solution = linear_solvers.conjugate_gradient(product, v, tol=self.tol, max_iter=self.max_iter, group=group)
         self._last.solution = solution.solved
         if not cg.capturing(v):
+            if not math.isfinite(solution.solved.residual) and not bool((v + product(v)).isfinite().all()):
+                raise NotFiniteError("the right-hand side or a product with the Hessian is not finite")
             self._judge(solution)
         return vectors.unflat(rhs, solution.vector)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import ops
+from fastmeta.ops.found_inf import found_inf
 from fastmeta.problem import AnyDirection, Problem, Reduction, vectors
 from fastmeta.state import Number, Stateful, TensorList
 
@@ -16,7 +17,7 @@ class NormalizedGap(Stateful):
 
     ``2 v / (epsilon + sqrt(EMA(v^4)))`` with ``v = EMA(g_l) - g_u``: minus the gradient of the objective of Label
     Gradient Alignment (Algorithm 1, Eq. (2)) with respect to ``g_u``, averages held constant. The averages start from
-    the first batch.
+    the first batch. Where a gradient, or the fourth power of one, is not finite they stay as they are.
 
     Args:
         decay: of the average of ``g_l``.
@@ -56,7 +57,10 @@ class NormalizedGap(Stateful):
         labeled = problem.gradient("labeled", loss=self.loss, reduction=self.reduction)
         unlabeled = problem.gradient("unlabeled", loss=self.loss, reduction=self.reduction)
         g_l, g_u = vectors.tensors(labeled), vectors.tensors(unlabeled)
+        found = found_inf([*g_l, *g_u], power=4)
         if not len(self.ema_labeled):
+            if bool(found):
+                return vectors.rebuilt(labeled, [torch.full_like(g, torch.nan) for g in g_l])
             self._start(g_l, g_u)
         mean, fourth = list(self.ema_labeled), list(self.ema_fourth)
         if [ema.shape for ema in mean] != [g.shape for g in g_l]:
@@ -72,12 +76,21 @@ class NormalizedGap(Stateful):
         # With decays of 1 the operator uses the averages as they are.
         decays = (self.decay, self.decay_norm) if self.include_current else (1.0, 1.0)
         direction = ops.alignment_direction(
-            g_l, g_u, mean, fourth, decay=decays[0], decay_norm=decays[1], epsilon=self.epsilon
+            g_l,
+            g_u,
+            mean,
+            fourth,
+            decay=decays[0],
+            decay_norm=decays[1],
+            epsilon=self.epsilon,
+            found_inf=found,
         )
         if not self.include_current:
-            new = torch._foreach_pow(torch._foreach_sub(mean, g_u), 4.0)
-            torch._foreach_lerp_(fourth, new, 1 - self.decay_norm)
-            torch._foreach_lerp_(mean, [g.to(_wide(g.dtype)) for g in g_l], 1 - self.decay)
+            fresh = torch._foreach_pow(torch._foreach_sub(mean, g_u), 4.0)
+            new = torch._foreach_lerp(fourth, fresh, 1 - self.decay_norm)
+            new += torch._foreach_lerp(mean, [g.to(_wide(g.dtype)) for g in g_l], 1 - self.decay)
+            for average, moved in zip(fourth + mean, new, strict=True):
+                average.copy_(torch.where(found != 0, average, moved))
         return vectors.rebuilt(labeled, direction)
 
     # A compiled graph would leave out the copy, and the averages be the gradients themselves.

@@ -117,6 +117,7 @@ class TwoViews(Batch):
             if not self.harden:
                 raise ValueError(f"pseudo_labels must be targets [N, C] for a loss without a softmax, got {got}")
             raise ValueError(f"pseudo_labels must be int64 classes [N] or probabilities [N, C], got {got}")
+        checks.targets(classes, labels, labels.shape[1], "pseudo_labels")
         return torch.nn.functional.one_hot(classes, labels.shape[1]).to(labels.dtype)
 
 
@@ -163,8 +164,10 @@ class ExampleWeights(Method):
         shared: one weight for all examples, whose gradient is the sum of theirs (Section 4.3); no ``index`` is needed.
         duplicates: of an example that comes twice in a batch, ``sum`` the gradients or use the ``last`` one.
         read: whether the step uses its weights from ``before`` or ``after`` their update.
-        process_group: processes that the batch is spread over, whose gradients are summed; each keeps the weights of
-            the examples it draws.
+        process_group: processes that the batch is spread over: a step is that on the joined batch, and every process
+            has the complete table.
+        sharded: a process keeps the rows i of the table with ``i % processes`` its rank alone; reading them, also by
+            ``state_dict``, is then a call that every process makes.
         dtype: of the table.
 
     Raises:
@@ -203,6 +206,7 @@ class ExampleWeights(Method):
         duplicates: Literal["sum", "last"] = "sum",
         read: Literal["before", "after"] = "after",
         process_group: Group = None,
+        sharded: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         checks.choice(inverse_hessian, "inverse_hessian", *get_args(Solver), "identity")
@@ -236,10 +240,14 @@ class ExampleWeights(Method):
         elif layers is not None:
             direction = InLayers(direction, layers)
         table: dict[str, Any] = {"lr": lr, "low": low, "high": high, "read": read, "dtype": dtype}
+        if shared and sharded:
+            raise ValueError("sharded must be False for a shared weight, got True")
         if shared:
             update: WeightTable = SharedWeight(process_group=process_group, **table)
         else:
-            update = WeightTable(num_examples, duplicates=duplicates, **table)
+            update = WeightTable(
+                num_examples, duplicates=duplicates, process_group=process_group, sharded=sharded, **table
+            )
         self.mode = mode
         self.inner_loss = inner_loss
         self.interval = interval
@@ -249,7 +257,7 @@ class ExampleWeights(Method):
     @property
     def weights(self) -> Tensor:
         """The weights of all unlabeled examples ``[M]``; ``[1]`` if they share one."""
-        return self.update.table.values
+        return self.update.table.complete()
 
     @classmethod
     def from_preset(

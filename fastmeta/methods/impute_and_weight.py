@@ -47,8 +47,10 @@ class ImputeAndWeight(Method):
         low: smallest weight.
         high: largest weight.
         read: whether the step uses its weights from ``before`` or ``after`` their update.
-        process_group: processes that the batch is spread over, whose gradients are summed; each keeps the weights of
-            the examples it draws.
+        process_group: processes that the batch is spread over: a step is that on the joined batch, and every process
+            has the complete table.
+        sharded: a process keeps the rows i of the table with ``i % processes`` its rank alone; reading them, also by
+            ``state_dict``, is then a call that every process makes.
         dtype: of the table.
 
     Raises:
@@ -87,6 +89,7 @@ class ImputeAndWeight(Method):
         high: float = 2.0,
         read: Literal["before", "after"] = "after",
         process_group: Group = None,
+        sharded: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         check_group(process_group)
@@ -106,6 +109,7 @@ class ImputeAndWeight(Method):
             num_examples,
             weight=weight,
             process_group=process_group,
+            sharded=sharded,
             lr=lr,
             low=low,
             high=high,
@@ -128,4 +132,4 @@ class ImputeAndWeight(Method):
     @property
     def weights(self) -> Tensor:
         """The weights of all unlabeled examples ``[M]``."""
-        return self.update.table.values
+        return self.update.table.complete()

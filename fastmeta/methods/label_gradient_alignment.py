@@ -16,6 +16,7 @@ from fastmeta.methods.base import Method
 from fastmeta.methods.batch import Batch, as_outputs
 from fastmeta.ops.process_group import Group
 from fastmeta.problem import Reduction
+from fastmeta.problem.targets import check_targets, read
 from fastmeta.state import PartNumber
 from fastmeta.updates import LabelTable, Refined
 
@@ -68,6 +69,13 @@ class ScheduledBatch(Batch):
 
     labeled_logits: Tensor | None = None
 
+    def check(self, how: str, needs_index: bool, learns: bool, method: str) -> None:
+        """See :meth:`Batch.check`."""
+        super().check(how, needs_index, learns, method)
+        if self.labeled_logits is not None:
+            name = "targets" if self.labeled_targets is None else "labeled_targets"
+            check_targets(getattr(self, name), checks.matrix(self.labeled_logits, "labeled_logits", "[N, C]"), name)
+
     def check_labeled_logits(self) -> None:
         """Raise unless the logits whose loss T(i) multiplies are on the graph."""
         name, logits = "labeled_logits", self.labeled_logits
@@ -110,8 +118,10 @@ class LabelGradientAlignment(Method):
         labeled_weight: T(i), the weight of the labeled loss at step i = 0, 1, ...; ``Refined.loss`` then is
             ``(T(i) - 1) L(labeled)``, which makes the loop's own labeled loss weigh T(i). None: T = 1, or a loop that
             scales its own loss.
-        process_group: processes that the batch is spread over, whose gradients are summed; each keeps the table rows of
-            the examples it draws.
+        process_group: processes that the batch is spread over: a step is that on the joined batch, and every process
+            has the complete table.
+        sharded: a process keeps the rows i of the table with ``i % processes`` its rank alone; reading them, also by
+            ``state_dict``, is then a call that every process makes.
         dtype: of the table.
 
     Raises:
@@ -139,6 +149,7 @@ class LabelGradientAlignment(Method):
         include_current: bool = True,
         labeled_weight: Callable[[int], float] | None = None,
         process_group: Group = None,
+        sharded: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         checks.choice(inner_loss, "inner_loss", "cross_entropy", "mse")
@@ -159,6 +170,8 @@ class LabelGradientAlignment(Method):
             lr=lr,
             parameterization="softmax" if inner_loss == "cross_entropy" else "identity",
             dtype=dtype,
+            process_group=process_group,
+            sharded=sharded,
         )
         self.inner_loss = inner_loss
         self.reduction = reduction
@@ -170,7 +183,7 @@ class LabelGradientAlignment(Method):
     @property
     def label_logits(self) -> Tensor:
         """The table w ``[M, C]``; ``softmax`` of it are the labels (in a regression w itself)."""
-        return self.update.table.values
+        return self.update.table.complete()
 
     @classmethod
     def from_preset(
@@ -222,7 +235,11 @@ class LabelGradientAlignment(Method):
         assert targets is not None, "needed with labeled_weight"
         with torch.enable_grad():
             logits = logits.to(refined.labels.dtype)
-            targets = losses.as_probabilities(targets, logits.shape[1], logits.dtype).to(logits.dtype)
-            per_example = losses.loss_per_example(logits, targets, self.inner_loss)
-            total = per_example.mean() if self.reduction == "mean" else per_example.sum()
+            labeled = read(targets, logits, self.inner_loss)
+            per_example = losses.loss_per_example(logits, labeled.targets, self.inner_loss)
+            if labeled.weights is not None:
+                per_example = per_example * labeled.weights
+            total = per_example.sum()
+            if self.reduction == "mean":
+                total = per_example.mean() if labeled.weights is None else total / labeled.weights.sum().clamp_min(1)
             return refined._replace(loss=(weight - 1) * total)

@@ -98,8 +98,7 @@ def test_negative_weights_are_judged(draw: Draw, always: None) -> None:
     with pytest.warns(NotConvergedWarning, match=r"relative residual .* > tol 1e-12 after 1 iterations"):
         InverseHessian(damping=100.0, solver="cg", tol=1e-12, max_iter=1)(problem)
     problem.unlabeled.features[2, 1] = torch.nan
-    with pytest.raises(ValueError, match="features must be finite, got nan"):
-        InverseHessian(damping=0.01, solver="cg")(problem)
+    assert bool(vectors.flat(InverseHessian(damping=0.01, solver="cg")(problem)).isnan().all())
 
 
 def test_nothing_to_solve(draw: Draw, always: None) -> None:

@@ -198,7 +198,7 @@ def rows(**changed):
     [
         (rows(labels=torch.ones(5, C)), r"labels must be \[N, C\] = \[7, C\] like index, got \[5, 3\]"),
         (rows(mask=torch.ones(5)), r"mask must be \[N\] = \[7\] like index, got \[5\]"),
-        (rows(mask=torch.ones(N, 1)), r"mask must be \[N\] = \[7\] like index, got \[7, 1\]"),
+        (rows(mask=torch.ones(())), r"mask must be \[N\] = \[7\] like index, got \[\]"),
         ({"labels": torch.ones(5)}, r"labels must be \[N, C\], got \[5\]"),
         ({"targets": torch.tensor([0.0, 1.0, 0.0, 1.0])}, r"targets must .* got torch.float32 \[4\]; use"),
         ({"targets": torch.tensor(1)}, r"targets must be \[N, C\] probabilities or \[N\] int64 classes, got"),
