@@ -166,6 +166,9 @@ class Method(Stateful):
         )
 
     def _refine(self, batch: Batch) -> Refined:
+        if torch.is_inference_mode_enabled():  # where no graph could be recorded, and tables would become unusable
+            with torch.inference_mode(False):
+                return self._refine(batch)
         if self._graphs is not None:
             return self._graphs.refine(self, batch)
         self._check(batch)
