@@ -121,14 +121,17 @@ class Method(Stateful):
         tuple, a ``PackedSequence``, a graph) is the one argument. N is the number of rows of the model's logits.
 
         Args:
-            unlabeled: the unlabeled examples, ``tape.outputs(logits_u)``.
+            unlabeled: the unlabeled examples, ``tape.outputs(logits_u)``, in the view that the loss is taken on (the
+                strong one in FixMatch).
             holdout: the examples whose loss is to fall, ``tape.outputs(logits_l)``: labeled or validation examples.
             targets: their labels, int64 classes ``[Nh]`` or probabilities ``[Nh, C]``; of tokens also ``[B, T]`` or
                 ``[B, T, C]``. As in ``torch.nn.functional.cross_entropy`` a class of -100 is left out, of the loss and
                 of the number that its mean is over.
             index: places of the unlabeled examples in the unlabeled set ``[N]``, int64; methods with a table need it.
-            labels: imputed labels ``[N, C]``; None: ``softmax`` of the unlabeled logits. A method that pulls the
-                gradient back through the imputer needs them on the graph.
+            labels: the labels that the loss is taken against ``[N, C]``, from another view, a teacher or a threshold;
+                None: the prediction of the unlabeled logits themselves. A method that pulls the gradient back through
+                the imputer needs them on the graph: hard labels with the gradient of the probabilities q are
+                ``hard + (q - q.detach())``.
             mask: 0 for an unlabeled example that the training loss leaves out, else 1, ``[N]``; the mean is over all N.
             labeled: labeled examples of the training loss, where they are not the hold-out examples.
             labeled_targets: their labels.
@@ -166,6 +169,9 @@ class Method(Stateful):
         )
 
     def _refine(self, batch: Batch) -> Refined:
+        if torch.is_inference_mode_enabled():  # where no graph could be recorded, and tables would become unusable
+            with torch.inference_mode(False):
+                return self._refine(batch)
         if self._graphs is not None:
             return self._graphs.refine(self, batch)
         self._check(batch)
