@@ -11,9 +11,10 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from fastmeta.losses import LOSSES
+from fastmeta.losses import LOSSES, Loss
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IGNORED = -100  # ignore_index of torch.nn.functional.cross_entropy
 _SHAPES = {1: "1-D [N]", 2: "2-D [N, C]"}
 Result = TypeVar("Result")
 
@@ -54,26 +55,66 @@ def like(first: Tensor, first_name: str, **others: Tensor | None) -> None:
             raise TypeError(f"{name} must be {_name(first.dtype)} like {first_name}, got {_name(other.dtype)}")
 
 
-def targets(tensor: object, features: Tensor, num_classes: int) -> Tensor:
-    """``[N, C]`` probabilities in the features' dtype, or ``[N]`` int64 classes in range (checked on the CPU only)."""
+def targets(
+    tensor: object, features: Tensor, num_classes: int, name: str = "targets", *, ignored: bool = False
+) -> Tensor:
+    """``[N, C]`` probabilities in the features' dtype, or ``[N]`` int64 classes in range (checked on the CPU only).
+
+    ``ignored``: a class may also be -100.
+    """
     count = features.shape[0]
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"targets must be a tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype == torch.int64:
         if tuple(tensor.shape) != (count,):
-            raise ValueError(f"targets of int64 classes must be [N] = [{count}], got {list(tensor.shape)}")
+            one_hot = tuple(tensor.shape) == (count, num_classes)
+            hint = f"; as probabilities [N, C]: {name}.to(logits.dtype)" if one_hot else ""
+            raise ValueError(f"{name} of int64 classes must be [N] = [{count}], got {list(tensor.shape)}{hint}")
         if tensor.device != features.device:
-            raise ValueError(f"targets must be on {features.device} like features, got {tensor.device}")
+            raise ValueError(f"{name} must be on {features.device} like features, got {tensor.device}")
         # On a GPU the check would wait for the device.
         if tensor.is_cpu and count and not torch.compiler.is_compiling():
             low, high = int(tensor.min()), int(tensor.max())
+            if ignored and low == IGNORED:
+                classes = tensor[tensor != IGNORED]
+                low, high = (int(classes.min()), high) if len(classes) else (0, 0)
             if low < 0 or high >= num_classes:
-                raise ValueError(f"targets must be classes in [0, {num_classes}), got {low if low < 0 else high}")
+                hint = f"; use {name}.to(logits.dtype).view(-1, 1) for one output" if num_classes == 1 else ""
+                wrong = low if low < 0 else high
+                raise ValueError(f"{name} must be classes in [0, {num_classes}), got {wrong}{hint}")
         return tensor
-    if not tensor.is_floating_point():
-        raise TypeError(f"targets must be [N, C] probabilities or [N] int64 classes, got {_name(tensor.dtype)}")
-    shaped(tensor, "targets", "[N, C]", (count, num_classes))
-    like(features, "features", targets=tensor)
+    target_kind(tensor, name)
+    if tensor.dim() == 1 and len(tensor) == count:
+        hint = f"{name}.unsqueeze(1)" if num_classes == 1 else f"{name}.long() if they are classes"
+        raise ValueError(f"{name} must be [N, C] = [{count}, {num_classes}], got {list(tensor.shape)}; use {hint}")
+    shaped(tensor, name, "[N, C]", (count, num_classes))
+    like(features, "features", **{name: tensor})
+    return tensor
+
+
+def classes_of(tensor: Tensor, num_classes: int, loss: Loss, name: str = "targets") -> None:
+    """Not int64 classes for one output without a softmax, whose labels 0 and 1 they would not be.
+
+    The operators themselves take class k for the row with a 1 at k, whatever the loss.
+    """
+    if tensor.dtype == torch.int64 and num_classes == 1 and not loss.has_softmax:
+        raise ValueError(
+            f"{name} must be floating [N, 1] for one output, got int64 classes {list(tensor.shape)}; "
+            f"use {name}.to(logits.dtype).view(-1, 1)"
+        )
+
+
+def target_kind(tensor: object, name: str) -> Tensor:
+    """Floating, or int64."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != torch.int64 and not tensor.is_floating_point():
+        hint = ""
+        if tensor.dtype == torch.bool:
+            hint = f"; as probabilities: {name}.float()"
+        elif not tensor.is_complex():
+            hint = f"; as classes: {name}.long()"
+        raise TypeError(f"{name} must be [N, C] probabilities or [N] int64 classes, got {_name(tensor.dtype)}{hint}")
     return tensor
 
 

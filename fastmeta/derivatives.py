@@ -6,7 +6,7 @@ form: no double backward, no gradient for each example. Where the whole model mo
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Derivative:
 
     how: How = "last_layer"
     radius: float = 0.01
+    of_weights: ClassVar[bool] = False
+    """whether it is, at least in part, with respect to the example weights"""
 
     def __call__(self, problem: Problem, direction: AnyDirection | Trajectory) -> Tensor:
         """``[N, C]`` or ``[N]``."""
@@ -101,6 +103,7 @@ class ExampleWeightGradient(Derivative):
     masked: bool = True
     how: How = "last_layer"
     radius: float = 0.01
+    of_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_how(self.how, self.radius)
@@ -108,6 +111,8 @@ class ExampleWeightGradient(Derivative):
 
     def at(self, problem: Problem, direction: AnyDirection) -> Tensor:
         """``[N]``."""
+        if problem.labels_are_predictions:
+            return problem.labels.new_zeros(len(problem.labels))
         slope = problem.loss_tangent(direction, loss=self.loss)
         gradient = slope * -problem.step_scale(self.rate, self.reduction, len(slope))
         return gradient * problem.mask if self.masked and problem.mask is not None else gradient
@@ -134,6 +139,7 @@ class LabelAndWeightGradient(Derivative):
     reduction: Reduction = "mean"
     how: How = "last_layer"
     radius: float = 0.01
+    of_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_how(self.how, self.radius)
@@ -141,7 +147,11 @@ class LabelAndWeightGradient(Derivative):
 
     def at(self, problem: Problem, direction: AnyDirection) -> Tensor:
         """``[N, C + 1]``."""
-        label, slope = problem.label_and_loss_tangent(direction, loss=self.loss)
+        if problem.labels_are_predictions:
+            label = problem.label_tangent(direction, loss=self.loss)
+            slope = label.new_zeros(len(label))
+        else:
+            label, slope = problem.label_and_loss_tangent(direction, loss=self.loss)
         weight = -slope if problem.mask is None else -slope * problem.mask
         scale = problem.step_scale(self.rate, self.reduction, len(label))
         return scale * torch.cat([weighted(problem, label), weight.unsqueeze(-1)], dim=1)

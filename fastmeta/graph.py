@@ -9,11 +9,12 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta.capture import Outputs
 from fastmeta.methods.base import Method
 from fastmeta.methods.batch import Batch, as_outputs
+from fastmeta.state import parts
 from fastmeta.updates import Refined
 
 Computed = Refined | Tensor
@@ -199,7 +200,7 @@ class _Step:
 
 
 def describe(method: Method) -> tuple[dict[str, Tensor], dict[str, Hashable]]:
-    """The tensors and the settings of a method and its parts by name, without the method's counters."""
+    """The tensors and the settings of a method and its parts by name, without its number of calls."""
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Hashable] = {}
     seen: set[int] = set()
@@ -217,13 +218,13 @@ def describe(method: Method) -> tuple[dict[str, Tensor], dict[str, Hashable]]:
                 visit(f"{path}.{name}" if path else name, item)
 
     seen.add(id(method._graphs))
-    for name, value in vars(method).items():
-        if name not in method.counters:
-            visit(name, value)
+    visit("", method)
     return tensors, settings
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, nn.Module):
+        return parts(value)
     if isinstance(value, dict):
         return ((str(key), item) for key, item in value.items())
     if isinstance(value, list | tuple | set | frozenset):

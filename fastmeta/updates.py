@@ -4,16 +4,16 @@ An update supplies the labels and example weights that the step starts from, and
 of them into :class:`Refined`.
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmeta import checks, losses
+from fastmeta import losses
 from fastmeta.ops.finite_difference_labels import project_to_simplex_rows
 from fastmeta.ops.masked_adam_table import MaskedAdamTable
-from fastmeta.ops.process_group import Group, sum_over
+from fastmeta.ops.process_group import Group, sum_over, world_size
+from fastmeta.state import Number, Stateful
 
 Takes = Literal["labels", "weights", "labels and weights"]
 
@@ -31,7 +31,7 @@ def _unchanged(labels: Tensor) -> tuple[Tensor, Tensor]:
     return labels.new_ones(labels.shape[0]), labels.new_zeros(())
 
 
-class Update:
+class Update(Stateful):
     """An update without state. Subclasses with a table override :meth:`labels` or :meth:`weights`."""
 
     takes: Takes = "labels"
@@ -49,7 +49,7 @@ class Update:
         """Example weights at the start of the step ``[N]``; None means 1."""
         return None
 
-    def apply(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
+    def forward(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
         """Use the gradient.
 
         Args:
@@ -58,13 +58,6 @@ class Update:
             index: places of the examples in the unlabeled set ``[N]``.
         """
         raise NotImplementedError
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything :meth:`load_state_dict` needs."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`."""
 
 
 class LabelStep(Update):
@@ -77,15 +70,18 @@ class LabelStep(Update):
         step: size of the step on the labels.
         project: whether the result is brought back to a probability; a row left all 0 becomes uniform.
 
-    >>> LabelStep(step=1.0).apply(torch.tensor([[0.5, -0.5]]), torch.tensor([[0.5, 0.5]]), None).labels
+    >>> LabelStep(step=1.0)(torch.tensor([[0.5, -0.5]]), torch.tensor([[0.5, 0.5]]), None).labels
     tensor([[0., 1.]])
     """
 
+    step = Number(low=None)
+
     def __init__(self, *, step: float, project: bool = True) -> None:
+        super().__init__()
         self.step = step
         self.project = project
 
-    def apply(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
+    def forward(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
         """Labels after the step, weights 1, loss 0."""
         moved = labels - self.step * gradient
         return Refined(project_to_simplex_rows(moved) if self.project else moved, *_unchanged(labels))
@@ -99,14 +95,17 @@ class LabelLogitStep(Update):
     Args:
         step: size of the step on the logits of the labels.
 
-    >>> LabelLogitStep(step=4.0).apply(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]), None).labels
+    >>> LabelLogitStep(step=4.0)(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]), None).labels
     tensor([[0.1192, 0.8808]])
     """
 
+    step = Number(low=None)
+
     def __init__(self, *, step: float) -> None:
+        super().__init__()
         self.step = step
 
-    def apply(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
+    def forward(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
         """Labels after the step, weights 1, loss 0."""
         moved = labels.log() - self.step * losses.softmax_jacobian(labels, gradient)
         return Refined(moved.softmax(-1), *_unchanged(labels))
@@ -119,17 +118,22 @@ class PullBack(Update):
 
     Args:
         weight: of the surrogate.
+        process_group: processes that the batch is spread over. The surrogate is multiplied by their number, because
+            DistributedDataParallel averages the gradients of what is a sum over all examples.
     """
 
     needs_graph = True
+    weight = Number(low=None)
 
-    def __init__(self, *, weight: float = 1.0) -> None:
+    def __init__(self, *, weight: float = 1.0, process_group: Group = None) -> None:
+        super().__init__()
         self.weight = weight
+        self.processes = world_size(process_group)
 
-    def apply(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
+    def forward(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
         """The labels as they were, weights 1, and the surrogate."""
         with torch.enable_grad():
-            loss = self.weight * (gradient.detach() * labels).sum()
+            loss = self.weight * self.processes * (gradient.detach() * labels).sum()
         kept = labels.detach()
         return Refined(kept, kept.new_ones(kept.shape[0]), loss)
 
@@ -146,13 +150,14 @@ class _TableUpdate(Update):
     needs_index = True
     table: MaskedAdamTable
 
-    def state_dict(self) -> dict[str, Any]:
-        """The table."""
-        return self.table.state_dict()
+    @property
+    def lr(self) -> float:
+        """Learning rate of Masked Adam; may be changed between calls."""
+        return self.table.lr
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`."""
-        self.table.load_state_dict(state)
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.table.lr = value
 
 
 class WeightTable(_TableUpdate):
@@ -166,6 +171,8 @@ class WeightTable(_TableUpdate):
         read: ``before`` the update or ``after`` it: which weights the current step uses.
         duplicates: of an example that comes twice in a batch, ``sum`` the gradients or use the ``last`` one.
         dtype: of the table.
+        process_group: see :class:`fastmeta.ops.masked_adam_table.MaskedAdamTable`.
+        sharded: see there.
     """
 
     takes: Takes = "weights"
@@ -180,12 +187,15 @@ class WeightTable(_TableUpdate):
         read: str = "before",
         duplicates: Literal["sum", "last"] = "sum",
         dtype: torch.dtype = torch.float32,
+        process_group: Group = None,
+        sharded: bool = False,
     ) -> None:
         if read not in ("before", "after"):
             raise ValueError(f"read must be 'before' or 'after', got {read!r}")
-        values = torch.ones(_count(num_examples, "num_examples", 1), dtype=dtype)
+        super().__init__()
+        values = torch.ones((), dtype=dtype).expand(_count(num_examples, "num_examples", 1))
         self.table = MaskedAdamTable(
-            values, lr=checks.number(lr, "lr", low=0.0), low=low, high=high, duplicates=duplicates
+            values, lr=lr, low=low, high=high, duplicates=duplicates, process_group=process_group, sharded=sharded
         )
         self.read = read
 
@@ -194,7 +204,7 @@ class WeightTable(_TableUpdate):
         assert index is not None, "needs_index"
         return self.table.rows(index).to(imputed.dtype)
 
-    def apply(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
+    def forward(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
         """The labels as they were, and the weights."""
         weights = self.weights(labels, index)
         self._step(gradient, index)
@@ -252,25 +262,37 @@ class PullBackAndWeights(WeightTable):
     Args:
         num_examples: M, size of the unlabeled set.
         weight: of the surrogate.
+        process_group: see :class:`PullBack`.
         table: see :class:`WeightTable`.
     """
 
     takes = "labels and weights"
     needs_graph = True
 
-    def __init__(self, num_examples: int, *, weight: float = 1.0, **table: Any) -> None:
-        super().__init__(num_examples, **table)
-        self._pull_back = PullBack(weight=weight)
+    def __init__(self, num_examples: int, *, weight: float = 1.0, process_group: Group = None, **table: Any) -> None:
+        super().__init__(num_examples, process_group=process_group, **table)
+        self.pull_back = PullBack(weight=weight, process_group=process_group)
 
-    def apply(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
+    @property
+    def weight(self) -> float:
+        """Of the surrogate."""
+        return self.pull_back.weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self.pull_back.weight = value
+
+    def forward(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
         """The labels as they were, the weights, and the surrogate of the labels."""
         wanted = len(labels), labels.shape[1] + 1
         if gradient.shape != wanted:
             raise ValueError(
                 f"{type(self).__name__} takes a gradient [N, C + 1] = {list(wanted)}, got {list(gradient.shape)}"
             )
-        kept, _, loss = self._pull_back.apply(gradient[:, :-1], labels, index)
-        return super().apply(gradient[:, -1], kept, index)._replace(loss=loss)
+        kept, _, loss = self.pull_back(gradient[:, :-1], labels, index)
+        # A weight's step is finite where that of its labels is.
+        of_weights = gradient[:, -1] + (gradient[:, :-1] * 0).sum(1)
+        return super().forward(of_weights, kept, index)._replace(loss=loss)
 
 
 class LabelTable(_TableUpdate):
@@ -285,6 +307,8 @@ class LabelTable(_TableUpdate):
         lr: learning rate of Masked Adam.
         parameterization: ``softmax`` (labels start uniform) or ``identity`` (labels start at 0).
         dtype: of the table.
+        process_group: see :class:`fastmeta.ops.masked_adam_table.MaskedAdamTable`.
+        sharded: see there.
     """
 
     def __init__(
@@ -295,11 +319,15 @@ class LabelTable(_TableUpdate):
         lr: float = 0.01,
         parameterization: Literal["softmax", "identity"] = "softmax",
         dtype: torch.dtype = torch.float32,
+        process_group: Group = None,
+        sharded: bool = False,
     ) -> None:
         if parameterization not in ("softmax", "identity"):
             raise ValueError(f"parameterization must be 'softmax' or 'identity', got {parameterization!r}")
+        super().__init__()
         shape = _count(num_examples, "num_examples", 1), _count(num_classes, "num_classes", 1)
-        self.table = MaskedAdamTable(torch.zeros(shape, dtype=dtype), lr=checks.number(lr, "lr", low=0.0))
+        values = torch.zeros((), dtype=dtype).expand(shape)
+        self.table = MaskedAdamTable(values, lr=lr, process_group=process_group, sharded=sharded)
         self.parameterization = parameterization
 
     def labels(self, imputed: Tensor, index: Tensor | None) -> Tensor:
@@ -311,7 +339,7 @@ class LabelTable(_TableUpdate):
         rows = rows.to(imputed.dtype)
         return rows.softmax(-1) if self.parameterization == "softmax" else rows
 
-    def apply(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
+    def forward(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
         """The labels of this step; the table holds those of the next."""
         assert index is not None, "needs_index"
         if self.parameterization == "softmax":

@@ -114,8 +114,6 @@ NOT_ROWS = {
     "computed": lambda f: f * 2,
     "transposed": lambda f: f[:3].T,
     "columns": lambda f: f[:, 1:],
-    "copied": lambda f: f.clone(),
-    "shuffled": lambda f: f[torch.randperm(len(f))],
     "shifted": lambda f: f.view(-1)[1:10].view(3, 3),
 }
 

@@ -24,7 +24,7 @@ LAYERS = (
     ("ops",),
     ("capture",),
     ("dispatch",),
-    ("checks",),
+    ("checks", "state"),
     ("losses",),
     ("_extension",),
 )

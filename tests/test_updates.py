@@ -11,15 +11,15 @@ from fastmeta.updates import LabelLogitStep, LabelStep, LabelTable, MaskedAdamTa
 def test_label_step(draw):
     labels, gradient = draw.probabilities(5, 3), draw.normal(5, 3)
     moved = labels - 0.4 * gradient
-    assert_close(LabelStep(step=0.4, project=False).apply(gradient, labels, None).labels, moved)
-    projected = LabelStep(step=0.4).apply(gradient, labels, None)
+    assert_close(LabelStep(step=0.4, project=False)(gradient, labels, None).labels, moved)
+    projected = LabelStep(step=0.4)(gradient, labels, None)
     clipped = moved.clamp_min(0)
     assert_close(projected.labels, clipped / clipped.sum(-1, keepdim=True))
     assert torch.equal(projected.weights, torch.ones(5, dtype=torch.float64))
 
 
 def test_a_row_left_all_zero_becomes_uniform():
-    refined = LabelStep(step=1.0).apply(torch.full((1, 4), 2.0), torch.full((1, 4), 0.25), None)
+    refined = LabelStep(step=1.0)(torch.full((1, 4), 2.0), torch.full((1, 4), 0.25), None)
     assert torch.equal(refined.labels, torch.full((1, 4), 0.25))
 
 
@@ -27,7 +27,7 @@ def test_label_logit_step(draw):
     q, gradient = draw.normal(5, 3).requires_grad_(), draw.normal(5, 3)
     moved = q - 0.4 * torch.autograd.grad((gradient * q.softmax(-1)).sum(), q)[0]
     labels = q.softmax(-1).detach()
-    assert_close(LabelLogitStep(step=0.4).apply(gradient, labels, None).labels, moved.softmax(-1))
+    assert_close(LabelLogitStep(step=0.4)(gradient, labels, None).labels, moved.softmax(-1))
 
 
 @pytest.mark.parametrize("grad_mode", [True, False])
@@ -35,7 +35,7 @@ def test_pull_back_is_a_vector_jacobian_product(draw, grad_mode):
     q, gradient = draw.normal(5, 3).requires_grad_(), draw.normal(5, 3)
     labels = (2 * q).sigmoid()
     with torch.set_grad_enabled(grad_mode):
-        refined = PullBack(weight=0.3).apply(gradient, labels, None)
+        refined = PullBack(weight=0.3)(gradient, labels, None)
     expected = torch.autograd.grad(labels, q, 0.3 * gradient, retain_graph=True)[0]
     assert_close(torch.autograd.grad(refined.loss, q)[0], expected)
     assert torch.equal(refined.labels, labels)
@@ -82,10 +82,10 @@ def test_a_table_resumes_bit_for_bit(draw):
 def test_loading_checks_shapes_before_it_changes_anything():
     table = MaskedAdamTable(torch.ones(9), lr=0.05)
     state = MaskedAdamTable(torch.zeros(9), lr=0.05).state_dict()
-    with pytest.raises(ValueError, match=r"exp_avg must be \[9\] like the table, got \[8\]"):
+    with pytest.raises(ValueError, match=r"exp_avg must be \[9\] like that of MaskedAdamTable, got \[8\]"):
         table.load_state_dict(state | {"exp_avg": torch.zeros(8)})
     del state["steps"]
-    with pytest.raises(ValueError, match="state must have 'steps'"):
+    with pytest.raises(ValueError, match="state must have a tensor 'steps'"):
         table.load_state_dict(state)
     assert torch.equal(table.values, torch.ones(9))
 

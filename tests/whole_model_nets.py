@@ -197,3 +197,9 @@ def net_cases(draw: st.DrawFn, names: tuple[str, ...] = tuple(NETS), classes: in
     model, make_inputs = NETS[name](generator, classes=draw(st.integers(classes, 5)), **shape)
     model.train(draw(st.booleans()))
     return NetCase(model, make_inputs(draw(st.integers(1, 5))), make_inputs(draw(st.integers(1, 4))), generator)
+
+
+def batch_size(inputs):
+    """N of inputs whose first tensor is ``[N, ...]``, as those of all nets here are."""
+    values = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
+    return len(next(iter(values)))

@@ -29,7 +29,7 @@ class L2IStep(MeanTeacher):
         self.variant = variant
         rate = L2I_RATE if variant == "V2" else 2 * L2I_RATE
         options: dict[str, Any] = {"how": how, "rate": rate, "look_ahead": look_ahead}
-        self.method = fastmeta.L2I.from_preset("official_code", variant, imputer="base", **options)
+        self.method = fastmeta.L2I.from_preset("official_code", variant, **options)
 
 
 class FusedLastLayer(L2IStep):
@@ -111,7 +111,7 @@ class FixMatchLastLayer(FixMatch):
 
     def __init__(self, network: Network, batch: Images) -> None:
         super().__init__(network, batch)
-        self.method = fastmeta.L2I.from_preset("official_code", "V2", how="last_layer", imputer="base", rate=L2I_RATE)
+        self.method = fastmeta.L2I.from_preset("official_code", "V2", how="last_layer", rate=L2I_RATE)
 
     def loss(self) -> Tensor:
         with fastmeta.capture_features(self.model) as tape:

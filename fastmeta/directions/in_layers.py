@@ -1,13 +1,11 @@
 """A direction in some layers of the model."""
 
-from dataclasses import dataclass
-
 from fastmeta.directions.rule import DirectionRule
 from fastmeta.problem import AnyDirection, Problem, Trajectory
+from fastmeta.state import Stateful
 
 
-@dataclass(frozen=True)
-class InLayers:
+class InLayers(Stateful):
     """Another direction where only some layers of the model move; its gradients are taken by their parameters alone.
 
     Args:
@@ -18,13 +16,13 @@ class InLayers:
         ValueError: nothing that moves has one of these names, or the problem is that of the last layer.
     """
 
-    of: DirectionRule
-    layers: tuple[str, ...]
+    def __init__(self, of: DirectionRule, layers: tuple[str, ...]) -> None:
+        super().__init__()
+        if isinstance(layers, str):
+            raise TypeError(f"layers must be a tuple of names, got the string {layers!r}")
+        self.of = of
+        self.layers = layers
 
-    def __post_init__(self) -> None:
-        if isinstance(self.layers, str):
-            raise TypeError(f"layers must be a tuple of names, got the string {self.layers!r}")
-
-    def __call__(self, problem: Problem) -> AnyDirection | Trajectory:
+    def forward(self, problem: Problem) -> AnyDirection | Trajectory:
         """The direction, a dict of those layers' parameters."""
         return self.of(problem.restricted(self.layers))

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,6 +15,8 @@ from fastmeta.directions.rule import DirectionRule
 from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState
 from fastmeta.ops.solve import conjugate_gradient as cg
 from fastmeta.ops.solve import few_rows
+from fastmeta.ops.solve.kronecker import OutputFactor
+from fastmeta.ops.solve_hessian import NotFiniteError
 from fastmeta.problem import (
     AnyDirection,
     Curvature,
@@ -25,10 +26,12 @@ from fastmeta.problem import (
     InnerLoss,
     LastLayerProblem,
     Problem,
+    Reduction,
     of_last_layer,
     single,
     vectors,
 )
+from fastmeta.state import Number, Stateful, entry
 
 Solver = Literal["auto", "cholesky", "cg", "pcg", "neumann"]
 SOLVERS: tuple[Solver, ...] = ("auto", "cholesky", "cg", "pcg", "neumann")
@@ -54,11 +57,11 @@ class _Last:
         return self.state
 
 
-@dataclass(frozen=True)
-class InverseHessian:
+class InverseHessian(Stateful):
     r"""``(H + damping I)^{-1} v`` of another direction, with H the Hessian of the inner problem.
 
-    Not All Unlabeled Data Are Equal, Eq. (6): H of ``C^T + C^U``, both means of one loss. The choices of its Fig. 3:
+    Not All Unlabeled Data Are Equal, Eq. (6): H of ``C^T + C^U``, both means (or sums) of one loss. The choices of its
+    Fig. 3:
 
     ==================================  ==============================================================================
     Ren et al. (2020)                   the last layer, by ``cholesky``
@@ -88,6 +91,7 @@ class InverseHessian:
         layers: names of the modules or parameters that move, and that H is taken by; the others are left out of the
             direction. None: all. For the whole model alone.
         curvature: ``gauss_newton`` or ``hessian``. At the last layer they differ for ``mse_probs`` and ``mse_tanh``.
+        reduction: of the inner losses over their examples, ``mean`` or ``sum``.
 
     Raises:
         ValueError: an option is not one of those named or not for this level, or a number is out of its range.
@@ -107,51 +111,94 @@ class InverseHessian:
     (-0.5, 1)
     """
 
-    of: DirectionRule = HoldoutGradient()
-    damping: float = 0.1
-    solver: Solver = "auto"
-    tol: float = 1e-4
-    max_iter: int = 100
-    loss: str = "cross_entropy"
-    step: float | None = None
-    layers: tuple[str, ...] | None = None
-    curvature: Curvature = "gauss_newton"
-    _last: _Last = field(default_factory=_Last, init=False, repr=False, compare=False)
+    damping = Number()
 
-    def __post_init__(self) -> None:
-        checks.loss_code(self.loss)
-        checks.number(self.damping, "damping", low=0.0)
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
-        if self.curvature not in ("gauss_newton", "hessian"):
-            raise ValueError(f"curvature must be gauss_newton or hessian, got {self.curvature!r}")
-        if checks.number(self.tol, "tol") <= 0:
-            raise ValueError(f"tol must be > 0, got {self.tol}")
-        if self.max_iter < 1:
-            raise ValueError(f"max_iter must be >= 1, got {self.max_iter}")
-        if self.step is not None and (checks.number(self.step, "step") <= 0 or self.solver != "neumann"):
-            raise ValueError(f"step must be > 0 and for solver='neumann', got {self.step} for {self.solver!r}")
-        if isinstance(self.layers, str):
-            raise TypeError(f"layers must be a tuple of names, got the string {self.layers!r}")
+    def __init__(
+        self,
+        of: DirectionRule | None = None,
+        damping: float = 0.1,
+        solver: Solver = "auto",
+        tol: float = 1e-4,
+        max_iter: int = 100,
+        loss: str = "cross_entropy",
+        step: float | None = None,
+        layers: tuple[str, ...] | None = None,
+        curvature: Curvature = "gauss_newton",
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        checks.loss_code(loss)
+        checks.choice(reduction, "reduction", "mean", "sum")
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        if curvature not in ("gauss_newton", "hessian"):
+            raise ValueError(f"curvature must be gauss_newton or hessian, got {curvature!r}")
+        if checks.number(tol, "tol") <= 0:
+            raise ValueError(f"tol must be > 0, got {tol}")
+        if max_iter < 1:
+            raise ValueError(f"max_iter must be >= 1, got {max_iter}")
+        if step is not None and (checks.number(step, "step") <= 0 or solver != "neumann"):
+            raise ValueError(f"step must be > 0 and for solver='neumann', got {step} for {solver!r}")
+        if isinstance(layers, str):
+            raise TypeError(f"layers must be a tuple of names, got the string {layers!r}")
+        self.of: DirectionRule = HoldoutGradient() if of is None else of
+        self.damping = damping
+        self.solver: Solver = solver
+        self.tol = tol
+        self.max_iter = max_iter
+        self.loss = loss
+        self.step = step
+        self.layers = layers
+        self.curvature: Curvature = curvature
+        self.reduction: Reduction = reduction
+        self._last = _Last()
 
     @property
     def last_solution(self) -> HessianSolution | linear_solvers.Solved | None:
         """``iterations`` and ``residual`` of the last call; reading them may wait for a GPU."""
         return self._last.solution
 
-    def state_dict(self) -> dict[str, Any]:
-        """What later solves use: the factors of a preconditioner, and the state of the other direction."""
-        inner = getattr(self.of, "state_dict", None)
-        return {"solver": self._last.state.state_dict(), "of": None if inner is None else inner()}
+    def entries(self) -> dict[str, Tensor]:
+        """The factors of a preconditioner, which serve later solves."""
+        state = self._last.state
+        output = (None, None, False) if state.output is None else state.output
+        factors = {"basis": state.basis, "output": output[0], "output_vectors": output[1]}
+        kept = {name: tensor for name, tensor in factors.items() if tensor is not None}
+        # safetensors wants them contiguous; the order of a matrix in memory decides how a product with it is rounded.
+        by_column = {name for name, tensor in kept.items() if not tensor.is_contiguous()}
+        forms = [(name in kept) + (name in by_column) for name in factors]
+        numbers = torch.tensor([state.age, state.iterations, state.iterations_when_new, output[2], *forms])
+        copies = {name: (kept[name].mT if name in by_column else kept[name]).contiguous().clone() for name in kept}
+        return {f"solver.{name}": tensor for name, tensor in {"numbers": numbers, **copies}.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`."""
-        self._last.state.load_state_dict(state["solver"])
-        if state["of"] is not None:
-            self.of.load_state_dict(state["of"])  # type: ignore[attr-defined]
+    def check_entries(self, state: Mapping[str, Any]) -> list[str]:
+        """See :meth:`fastmeta.state.Stateful.check_entries`."""
+        there = entry(state, "solver.numbers", (7,), type(self).__name__)[4:].tolist()
+        names = ("solver.basis", "solver.output", "solver.output_vectors")
+        kept = [name for name, is_there in zip(names, there, strict=True) if is_there]
+        for name in kept:
+            entry(state, name, None, type(self).__name__)
+        return ["solver.numbers", *kept]
 
-    def __call__(self, problem: Problem) -> AnyDirection:
-        """Solve at the problem's own parameters."""
+    def load_entries(self, entries: Mapping[str, Tensor]) -> None:
+        """See :meth:`fastmeta.state.Stateful.load_entries`."""
+        state, kept = self._last.state, {name[7:]: tensor.detach().clone() for name, tensor in entries.items()}
+        state.reset()
+        numbers: list[int] = kept.pop("numbers").tolist()
+        state.age, state.iterations, state.iterations_when_new, softmax, *forms = numbers
+        for name, form in zip(("basis", "output", "output_vectors"), forms, strict=True):
+            if form == 2:
+                kept[name] = kept[name].mT
+        state.basis = kept.get("basis")
+        if "output" in kept:
+            state.output = OutputFactor(kept["output"], kept.get("output_vectors"), bool(softmax))
+
+    def forward(self, problem: Problem) -> AnyDirection:
+        """Solve at the problem's own parameters.
+
+        NaN where the problem is not finite, as other directions are; what later solves use then stays as it was.
+        """
+        kept = dict(vars(self._last.state))
         layer = problem.last_layer
         if layer is None and self.solver in ("cholesky", "pcg"):
             raise ValueError(f"solver must be cg or neumann for a whole model, got {self.solver!r}")
@@ -161,15 +208,19 @@ class InverseHessian:
             found = self._of_rows(layer)
             if found is not None:
                 return found
-        rhs = single(self.of(problem))
-        if layer is not None and self.solver != "neumann":
-            return self._closed_form(layer, of_last_layer(rhs))
-        return self._by_products(problem, vectors.dense(rhs))
+        rhs = vectors.dense(single(self.of(problem)))
+        try:
+            if layer is not None and self.solver != "neumann":
+                return self._closed_form(layer, of_last_layer(rhs))
+            return self._by_products(problem, rhs)
+        except NotFiniteError:
+            vars(self._last.state).update(kept)
+            return vectors.scaled(rhs, math.nan)
 
     @property
     def inner(self) -> InnerLoss:
         """What H is the second derivative of."""
-        return InnerLoss(self.loss, labeled_weight=1.0, labeled_loss=self.loss)
+        return InnerLoss(self.loss, self.reduction, labeled_weight=1.0, labeled_loss=self.loss)
 
     def _in_rows(self, problem: LastLayerProblem) -> bool:
         """Whether the system is solved in the logit tangents of the examples."""
@@ -241,6 +292,8 @@ class InverseHessian:
         )
         self._last.state.solution = None
         self._last.solution = solution
+        if isinstance(solution[3], float) and not math.isfinite(solution[3]):
+            raise NotFiniteError("the examples of another process are not finite")
         return Direction(solution.weight, solution.bias)
 
     def _by_products(self, problem: Problem, rhs: Dense) -> Dense:
@@ -258,6 +311,8 @@ class InverseHessian:
             solution = linear_solvers.conjugate_gradient(product, v, tol=self.tol, max_iter=self.max_iter, group=group)
         self._last.solution = solution.solved
         if not cg.capturing(v):
+            if not math.isfinite(solution.solved.residual) and not bool((v + product(v)).isfinite().all()):
+                raise NotFiniteError("the right-hand side or a product with the Hessian is not finite")
             self._judge(solution)
         return vectors.unflat(rhs, solution.vector)
 

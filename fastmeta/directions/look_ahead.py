@@ -1,15 +1,13 @@
 """A direction after inner steps of training, brought back through them."""
 
-from dataclasses import dataclass
-
 from fastmeta import checks
 from fastmeta.directions.holdout_gradient import HoldoutGradient
 from fastmeta.directions.rule import DirectionRule
 from fastmeta.problem import AnyDirection, InnerLoss, Problem, Reduction, Trajectory, single, vectors
+from fastmeta.state import Number, Stateful
 
 
-@dataclass(frozen=True)
-class LookAhead:
+class LookAhead(Stateful):
     r"""Another direction, taken after K inner steps of SGD on ``C^U + labeled_weight C^T``, and brought back.
 
     Learning to Impute, Eq. (3), for one step and more. With ``g_k`` the inner gradient at ``theta_k`` and momentum mu::
@@ -48,29 +46,41 @@ class LookAhead:
     [0.75, 1.5]
     """
 
-    of: DirectionRule = HoldoutGradient()
-    rate: float = 1.0
-    loss: str = "mse_probs"
-    reduction: Reduction = "mean"
-    labeled_weight: float = 0.0
-    labeled_loss: str = "cross_entropy"
-    steps: int = 1
-    momentum: float = 0.0
+    rate = Number(low=None)
+    labeled_weight = Number(low=None)
+    momentum = Number()
 
-    def __post_init__(self) -> None:
-        checks.loss_code(self.loss)
-        checks.loss_code(self.labeled_loss)
-        checks.number(self.rate, "rate")
-        checks.number(self.momentum, "momentum", low=0.0)
-        if self.steps < 1:
-            raise ValueError(f"steps must be >= 1, got {self.steps}")
+    def __init__(
+        self,
+        of: DirectionRule | None = None,
+        rate: float = 1.0,
+        loss: str = "mse_probs",
+        reduction: Reduction = "mean",
+        labeled_weight: float = 0.0,
+        labeled_loss: str = "cross_entropy",
+        steps: int = 1,
+        momentum: float = 0.0,
+    ) -> None:
+        super().__init__()
+        checks.loss_code(loss)
+        checks.loss_code(labeled_loss)
+        if steps < 1:
+            raise ValueError(f"steps must be >= 1, got {steps}")
+        self.of: DirectionRule = HoldoutGradient() if of is None else of
+        self.rate = rate
+        self.loss = loss
+        self.reduction: Reduction = reduction
+        self.labeled_weight = labeled_weight
+        self.labeled_loss = labeled_loss
+        self.steps = steps
+        self.momentum = momentum
 
     @property
     def inner(self) -> InnerLoss:
         """What the steps descend."""
         return InnerLoss(self.loss, self.reduction, self.labeled_weight, self.labeled_loss)
 
-    def __call__(self, problem: Problem) -> AnyDirection | Trajectory:
+    def forward(self, problem: Problem) -> AnyDirection | Trajectory:
         """The direction of ``of`` at theta*; for K > 1 the K directions, each with the problem it belongs to.
 
         Raises:

@@ -6,8 +6,9 @@ from fastmeta import checks
 from fastmeta.derivatives import How, LabelGradient
 from fastmeta.directions import DirectionRule, NormalizedGap, UnitLength
 from fastmeta.methods.base import Method
-from fastmeta.ops.process_group import Group, world_size
+from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
+from fastmeta.state import PartNumber
 from fastmeta.updates import PullBack
 
 
@@ -29,6 +30,7 @@ class AlignedImputation(Method):
             is taken, see :func:`fastmeta.label_gradient`. :meth:`refine` then needs the model.
         radius: length of the perturbation of a difference.
         mode: of the model in the method's own passes, ``train`` or ``eval``; None: as it stands.
+        inner_loss: of both gradients, as the loop trains them.
         decay: of the average of the labeled gradient.
         decay_norm: of the average of ``v^4``.
         epsilon: added to the scale of each coordinate.
@@ -50,12 +52,15 @@ class AlignedImputation(Method):
     >>> refined.loss.backward()
     """
 
+    weight = PartNumber("update", "weight")
+
     def __init__(
         self,
         *,
         how: How = "last_layer",
         radius: float = 0.01,
         mode: Literal["train", "eval"] | None = None,
+        inner_loss: str = "cross_entropy",
         decay: float = 0.99,
         decay_norm: float = 0.99,
         epsilon: float = 1e-3,
@@ -64,16 +69,19 @@ class AlignedImputation(Method):
         process_group: Group = None,
     ) -> None:
         check_group(process_group)
+        checks.loss_code(inner_loss)
         if mode is not None:
             checks.choice(mode, "mode", "train", "eval")
         direction: DirectionRule = NormalizedGap(
             decay=checks.number(decay, "decay", low=0.0, high=1.0),
             decay_norm=checks.number(decay_norm, "decay_norm", low=0.0, high=1.0),
             epsilon=checks.number(epsilon, "epsilon", low=0.0),
+            loss=inner_loss,
         )
         if unit_length:
             direction = UnitLength(direction)
         self.mode = mode
-        gradient = LabelGradient("cross_entropy", how=how, radius=radius)
-        update = PullBack(weight=checks.number(weight, "weight") * world_size(process_group))
+        self.inner_loss = inner_loss
+        gradient = LabelGradient(inner_loss, how=how, radius=radius)
+        update = PullBack(weight=weight, process_group=process_group)
         super().__init__(direction, gradient, update, process_group=process_group)

@@ -1,5 +1,6 @@
 """A method is a direction, a derivative and an update; this is what all of them share."""
 
+import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, Protocol
@@ -16,7 +17,9 @@ from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import LastLayerProblem, Problem, WholeModelProblem, full_precision
 from fastmeta.problem.evaluation import TRACELESS
-from fastmeta.problem.model_function import Inputs, ModelFunction, batch_size
+from fastmeta.problem.model_function import Inputs, ModelFunction
+from fastmeta.problem.targets import Given
+from fastmeta.state import Stateful, entry
 from fastmeta.updates import Refined, Update
 
 
@@ -25,10 +28,23 @@ class _Graphs(Protocol):
         """One step, in place of :meth:`Method._refine`."""
 
 
-class Method:
+class _Count:
+    """A number in an object of its own: torch.compile takes the numbers of a module for constants."""
+
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number = 0
+
+
+class Method(Stateful):
     """Any direction, derivative and update as one method, at the last layer or for the whole model.
 
-    The published methods are subclasses that choose the three; every other choice works as well.
+    The published methods are subclasses that choose the three; every other choice works as well. A method is a module
+    whose buffers are its tables, moments and averages: ``to(device)`` moves them, and where the method is an attribute
+    of a module they are part of its ``state_dict``. It has no parameters. Numbers that a schedule moves (``rate``,
+    ``weight``, ``lr``, ``damping``, ``step``, ``label_step``) are attributes of the methods that have them, to be set
+    between calls.
 
     Args:
         direction: a rule of :mod:`fastmeta.directions`.
@@ -53,22 +69,32 @@ class Method:
 
     # Labels are imputed as this loss's prediction: softmax(f), or f itself for regression.
     inner_loss = "cross_entropy"
-    # Attributes that count the steps; a step's tensors depend on them through phase() alone.
-    counters: tuple[str, ...] = ()
-    # Whether refine uses the labels it is given; else it uses the model's predictions.
-    uses_labels = True
+    # Whether the number of calls decides anything: it is then part of the state. A step's tensors depend on it through
+    # phase() alone.
+    counts = False
     # Mode of the model in the method's own passes; None: as it stands.
     mode: Literal["train", "eval"] | None = None
 
     def __init__(
         self, direction: DirectionRule, derivative: Derivative, update: Update, *, process_group: Group = None
     ) -> None:
+        super().__init__()
         check_group(process_group)
         self.direction = direction
         self.derivative = derivative
         self.update = update
         self.process_group = process_group
         self._graphs: _Graphs | None = None  # set by fastmeta.graph
+        self._calls = _Count()
+
+    @property
+    def calls(self) -> int:
+        """How often :meth:`refine` was called."""
+        return self._calls.number
+
+    def forward(self, **batch: Any) -> Refined:
+        """See :meth:`refine`."""
+        return self.refine(**batch)
 
     def refine(
         self,
@@ -86,24 +112,32 @@ class Method:
     ) -> Refined:
         """Refine the labels or weights of one batch of unlabeled examples.
 
-        At the last layer the examples are what the loop's own forward gave. With ``model`` they are its inputs (a
-        tensor, a tuple of arguments or a dict of keyword arguments), and the method makes its own passes, which leave
-        the model as it was; methods whose ``how`` is not ``last_layer`` need it.
+        At the last layer the examples are what the loop's own forward gave. With ``model`` they are its inputs, and the
+        method makes its own passes, which leave the model as it was; methods whose ``how`` is not ``last_layer`` need
+        it. A tuple is positional arguments, a mapping keyword arguments; anything else (a tensor, a list, a named
+        tuple, a ``PackedSequence``, a graph) is the one argument. N is the number of rows of the model's logits.
 
         Args:
             unlabeled: the unlabeled examples, ``tape.outputs(logits_u)``.
             holdout: the examples whose loss is to fall, ``tape.outputs(logits_l)``: labeled or validation examples.
-            targets: their labels, int64 classes ``[Nh]`` or probabilities ``[Nh, C]``.
+            targets: their labels, int64 classes ``[Nh]`` or probabilities ``[Nh, C]``; of tokens also ``[B, T]`` or
+                ``[B, T, C]``. As in ``torch.nn.functional.cross_entropy`` a class of -100 is left out, of the loss and
+                of the number that its mean is over.
             index: places of the unlabeled examples in the unlabeled set ``[N]``, int64; methods with a table need it.
             labels: imputed labels ``[N, C]``; None: ``softmax`` of the unlabeled logits. A method that pulls the
                 gradient back through the imputer needs them on the graph.
-            mask: 0 for an unlabeled example that the training loss leaves out, else 1, ``[N]``.
+            mask: 0 for an unlabeled example that the training loss leaves out, else 1, ``[N]``; the mean is over all N.
             labeled: labeled examples of the training loss, where they are not the hold-out examples.
             labeled_targets: their labels.
             model: takes the examples as inputs.
             holdout_gradient: gradient of the mean hold-out loss by parameter name, where the loop has taken it already
                 (``{name: p.grad ...}`` after the labeled backward pass) and the model has not changed since;
-                ``holdout`` and ``targets`` may then be left out.
+                ``holdout`` and ``targets`` may then be left out. A parameter that is missing or None has gradient 0. A
+                loss scaler's factor is not seen: ``scaler.unscale_(optimizer)`` first.
+
+        Label smoothing and class weights are soft targets of a cross-entropy, which need not sum to 1. With smoothing e
+        and class weights w, ``F.cross_entropy(logits, y, weight=w, label_smoothing=e)`` has the targets
+        ``w * ((1 - e) * F.one_hot(y, C) + e / C) * len(y) / w[y].sum()``.
 
         Returns:
             Labels ``[N, C]`` and weights ``[N]``, detached, and a loss to be added to the step's.
@@ -129,7 +163,6 @@ class Method:
         )
 
     def _refine(self, batch: Batch) -> Refined:
-        batch = batch if self.uses_labels else replace(batch, labels=None)
         if self._graphs is not None:
             return self._graphs.refine(self, batch)
         self._check(batch)
@@ -144,6 +177,17 @@ class Method:
 
     def _check(self, batch: Batch) -> None:
         batch.check(self.derivative.how, self.update.needs_index, self.learns(), type(self).__name__)
+        if self.learns() and self._labels_are_predictions(batch) and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{type(self).__name__} learns no example weights from this batch: where labels are what the unlabeled "
+                "logits predict, every loss is at its minimum and its gradient is 0; give labels of another view, "
+                "refine(unlabeled=<strong view>, labels=<predictions on the weak view>, ...)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _labels_are_predictions(self, batch: Batch) -> bool:
+        return self.derivative.of_weights and batch.labels_are_predictions(self.inner_loss)
 
     def _problem(self, imputed: Tensor, batch: Batch) -> tuple[LastLayerProblem | None, Tensor | None, Tensor]:
         """The arguments of :meth:`_step` at the last layer."""
@@ -152,7 +196,11 @@ class Method:
         if not self.learns():
             return None, index, labels
         inner, weights = batch.inner_labels(labels), self.update.weights(labels, index)
-        return batch.learned().last_layer_problem(inner, weights, self.process_group), index, labels
+        predicted = self._labels_are_predictions(batch)
+        problem = batch.learned().last_layer_problem(
+            inner, weights, self.process_group, labels_are_predictions=predicted
+        )
+        return problem, index, labels
 
     @torch.compiler.disable(reason=TRACELESS)
     def _refine_model(self, batch: Batch) -> Refined:
@@ -161,30 +209,42 @@ class Method:
         function = ModelFunction(batch.model, mode=self.mode)
         if self.update.needs_graph and batch.labels is not None:
             check_on_graph(batch.labels, "labels")
+        rows = batch.per_example
         if batch.labels is None and (batch.learned() is not batch or not self.learns()):
             with torch.no_grad():
                 logits = full_precision(function.logits(batch.unlabeled))
+                Given(rows).check(logits)
                 batch = replace(batch, labels=losses.prediction(logits, self.inner_loss))
+                rows = {"unlabeled": logits, **rows}
+        given = Given(rows, batch.view)
         batch = batch.learned()  # of the other view only the labels are used
         if self.learns() and self.derivative.how == "last_layer":
             on_graph = self.update.needs_graph and batch.labels is None
-            return self._refine(batch.outputs_of(function, on_graph))
+            batch = batch.outputs_of(function, on_graph)
+            given.check(as_outputs(batch.unlabeled, given.view).logits)
+            return self._refine(batch)
         with torch.no_grad():
             like = like_parameters(function)
             index = batch.index_on(like.device)
             labels = None if batch.labels is None else self.update.labels(batch.labels.detach().to(like), index)
-            problem = self._model_problem(function, batch, index, labels) if self.learns() else None
+            problem = self._model_problem(function, batch, given, index, labels) if self.learns() else None
             computed = self._step(problem, index, labels)
         imputed = batch.labels
         if isinstance(computed, Refined):
             imputed = computed.labels
         elif imputed is None:
             assert problem is not None, "of a gradient"
-            imputed = losses.prediction(problem.logits_on_graph, self.inner_loss)
+            with torch.enable_grad():
+                imputed = losses.prediction(problem.logits_on_graph, self.inner_loss)
         return self._finish(computed, imputed, batch)
 
     def _model_problem(
-        self, function: ModelFunction, batch: Batch, index: Tensor | None = None, labels: Tensor | None = None
+        self,
+        function: ModelFunction,
+        batch: Batch,
+        given: Given | None = None,
+        index: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> WholeModelProblem:
         def impute(logits: Tensor) -> Tensor:
             return batch.inner_labels(self.update.labels(losses.prediction(logits, self.inner_loss), index))
@@ -193,15 +253,17 @@ class Method:
         return batch.whole_model_problem(
             function,
             impute if labels is None else batch.inner_labels(labels),
-            self.update.weights(like.new_empty(batch_size(batch.unlabeled), 0), index),
+            self.update.weights(like.new_empty(1, 0), index),  # [N]; [1] of a weight that all share, before N is known
             self.process_group,
             keep_graph=self.update.needs_graph and batch.labels is None,
+            labels_are_predictions=self._labels_are_predictions(batch),
+            given=Given(batch.per_example, batch.view) if given is None else given,
         )
 
     def _step(self, problem: Problem | None, index: Tensor | None, labels: Tensor | None) -> Refined | Tensor:
         """The part of a step that works on tensors alone: what :func:`fastmeta.graph` captures.
 
-        It changes no counter and needs no autograd graph. Updates that need one get the gradient in :meth:`_finish`.
+        It counts nothing and needs no autograd graph. Updates that need one get the gradient in :meth:`_finish`.
 
         Args:
             problem: of the step; None: this call learns nothing and only reads the weights.
@@ -227,53 +289,37 @@ class Method:
             return gradient
         if labels is None:
             labels = self.update.labels(losses.prediction(problem.logits, self.inner_loss), index)
-        return self.update.apply(gradient, labels, index)
+        return self.update(gradient, labels, index)
 
     def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
-        """The rest of the step: what depends on the caller's autograd graph, and the counters."""
-        if not isinstance(computed, Refined):
-            with torch.no_grad():
-                index = batch.index_on(imputed.device)
-                computed = self.update.apply(computed, self.update.labels(imputed, index), index)
-        for name in self.counters:
-            setattr(self, name, getattr(self, name) + 1)
-        return computed
+        """The rest of the step: what depends on the caller's autograd graph, and the count."""
+        self._calls.number += 1
+        if isinstance(computed, Refined):
+            return computed
+        with torch.no_grad():
+            index = batch.index_on(imputed.device)
+            refined: Refined = self.update(computed, self.update.labels(imputed, index), index)
+        return refined
 
     def learns(self) -> bool:
         """Whether the next call moves anything; else it only reads labels and weights."""
         return True
 
     def phase(self) -> Hashable:
-        """What the counters decide about the next step, as a key; steps of one phase share a CUDA graph."""
+        """What the number of calls decides about the next step, as a key; steps of one phase share a CUDA graph."""
         return self.learns()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that refining changes: tables, moments, averages, counters."""
-        state: dict[str, Any] = {"update": self.update.state_dict()}
-        rule = _stateful(self.direction)
-        if rule is not None:
-            state["direction"] = rule.state_dict()
-        return {**state, **{name: getattr(self, name) for name in self.counters}}
+    def entries(self) -> dict[str, Tensor]:
+        """The number of calls."""
+        return {"calls": torch.tensor(self.calls)} if self.counts else {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`; refining then goes on bit for bit.
+    def check_entries(self, state: Mapping[str, Any]) -> list[str]:
+        """See :meth:`fastmeta.state.Stateful.check_entries`."""
+        if self.counts:
+            entry(state, "calls", (), type(self).__name__)
+        return ["calls"] if self.counts else []
 
-        Raises:
-            ValueError: a tensor is missing or of another shape.
-        """
-        rule = _stateful(self.direction)
-        for part in ("update",) if rule is None else ("update", "direction"):
-            if part not in state:
-                raise ValueError(f"state must have {part!r} for {type(self).__name__}, got {sorted(state)}")
-        self.update.load_state_dict(state["update"])
-        if rule is not None:
-            rule.load_state_dict(state["direction"])
-        for name in self.counters:
-            setattr(self, name, state[name])
-
-
-def _stateful(rule: Any) -> Any:
-    """The rule with averages to save: this one, or the one that it refines; None if there is none."""
-    while rule is not None and not hasattr(rule, "state_dict"):
-        rule = getattr(rule, "of", None)
-    return rule
+    def load_entries(self, entries: Mapping[str, Tensor]) -> None:
+        """See :meth:`fastmeta.state.Stateful.load_entries`."""
+        if self.counts:
+            self._calls.number = int(entries["calls"])

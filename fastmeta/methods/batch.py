@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from fastmeta import checks, losses
 from fastmeta.capture import Outputs
 from fastmeta.ops.process_group import Group
 from fastmeta.problem import LastLayerProblem, Rows, WholeModelProblem
-from fastmeta.problem.model_function import Inputs, ModelFunction, batch_size
+from fastmeta.problem.model_function import Inputs, ModelFunction
+from fastmeta.problem.targets import Given, as_rows, check_targets
 
 Examples = Outputs | Inputs
 
@@ -33,10 +35,17 @@ class Batch:
     model: nn.Module | None = None
     holdout_gradient: Mapping[str, Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        for name, dimensions in (("index", 1), ("mask", 1), ("labels", 2)):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.dim() > dimensions:  # of tokens, like their logits
+                object.__setattr__(self, name, value.flatten(0, -dimensions))
+
     @property
-    def count(self) -> int:
-        """N, the number of unlabeled examples."""
-        return count_of(self.unlabeled, "unlabeled")
+    def per_example(self) -> dict[str, Tensor]:
+        """The arguments with a row for each unlabeled example, by name."""
+        rows = {"index": self.index, "labels": self.labels, "mask": self.mask}
+        return {name: value for name, value in rows.items() if value is not None}
 
     def check(self, how: str, needs_index: bool, learns: bool, method: str) -> None:
         """Raise unless everything fits.
@@ -52,20 +61,34 @@ class Batch:
             TypeError: a dtype or the kind of an argument does not fit.
         """
         if self.model is not None:
-            self._check_inputs(how)
+            self._check_inputs(how, learns)
         else:
             self._check_outputs(how, learns)
-        count = self.count
-        if self.index is None:
-            if needs_index:
-                raise ValueError(f"index is needed by {method}: the examples' places in the unlabeled set, int64 [N]")
-        elif not isinstance(self.index, Tensor) or self.index.dtype != torch.int64:
+        if self.index is None and needs_index:
+            raise ValueError(f"index is needed by {method}: the examples' places in the unlabeled set, int64 [N]")
+        if self.index is not None and (not isinstance(self.index, Tensor) or self.index.dtype != torch.int64):
             raise TypeError(f"index must be an int64 tensor, got {_kind(self.index)}")
-        elif tuple(self.index.shape) != (count,):
-            raise ValueError(f"index must be [N] = [{count}] like unlabeled, got {list(self.index.shape)}")
-        if self.mask is not None and (not isinstance(self.mask, Tensor) or tuple(self.mask.shape) != (count,)):
-            got = list(self.mask.shape) if isinstance(self.mask, Tensor) else type(self.mask).__name__
-            raise ValueError(f"mask must be [N] = [{count}], got {got}")
+        if self.mask is not None and not isinstance(self.mask, Tensor):
+            raise TypeError(f"mask must be a tensor, got {type(self.mask).__name__}")
+        self._check_counts()
+
+    def _check_counts(self) -> None:
+        """Raise unless all arguments with a row for each unlabeled example have the same N.
+
+        N is a number of rows of the logits. Before a model has run, these arguments alone tell it.
+        """
+        count, source = None, "unlabeled"
+        if isinstance(self.unlabeled, Outputs):
+            count = len(self.unlabeled.logits)
+        for name, value in self.per_example.items():
+            flat = name in ("index", "mask") or (name == "pseudo_labels" and value.dim() == 1)
+            wanted = "[N]" if flat else "[N, C]"
+            if count is not None:
+                wanted += f" = [{count}] like {source}" if flat else f" = [{count}, C] like {source}"
+            if value.dim() != (1 if flat else 2) or (count is not None and len(value) != count):
+                raise ValueError(f"{name} must be {wanted}, got {list(value.shape)}")
+            if count is None:
+                count, source = len(value), name
 
     def _check_outputs(self, how: str, learns: bool) -> None:
         """Check outputs of the last layer."""
@@ -83,10 +106,12 @@ class Batch:
         if (self.labeled is None) != (self.labeled_targets is None):
             raise ValueError("labeled and labeled_targets must be given together")
         if self.labeled is not None:
-            _check_targets(self.labeled_targets, "labeled_targets", check_rows(self.labeled, "labeled", unlabeled))
-        _check_targets(self.targets, "targets", holdout)
+            check_targets(
+                self.labeled_targets, check_rows(self.labeled, "labeled", unlabeled).logits, "labeled_targets"
+            )
+        check_targets(self.targets, holdout.logits, "targets")
 
-    def _check_inputs(self, how: str) -> None:
+    def _check_inputs(self, how: str, learns: bool) -> None:
         """Check inputs of a model, before the model runs."""
         if how == "last_layer" and self.holdout_gradient is not None:
             raise ValueError("holdout_gradient must be None for how='last_layer', which takes it in closed form")
@@ -97,31 +122,30 @@ class Batch:
             raise ValueError("labeled and labeled_targets must be given together")
         if (self.holdout is None) != (self.targets is None):
             raise ValueError("holdout and targets must be given together")
-        if self.holdout is None and self.holdout_gradient is None:
+        if learns and self.holdout is None and self.holdout_gradient is None:
             raise ValueError("holdout must be inputs of the model, or holdout_gradient given, got None")
-        for name, inputs in (("targets", "holdout"), ("labeled_targets", "labeled")):
+        for name in ("targets", "labeled_targets"):
             targets = getattr(self, name)
             if targets is None:
                 continue
-            if not isinstance(targets, Tensor) or not (targets.is_floating_point() or targets.dtype == torch.int64):
-                raise TypeError(f"{name} must be int64 classes [N] or probabilities [N, C], got {_kind(targets)}")
-            count = batch_size(getattr(self, inputs), inputs)
-            if len(targets) != count or targets.dim() != (2 if targets.is_floating_point() else 1):
-                raise ValueError(f"{name} must have N = {count} like {inputs}, got {list(targets.shape)}")
-        count = self.count
+            checks.target_kind(targets, name)
+            if targets.dim() < (2 if targets.is_floating_point() else 1):
+                got = f"{_kind(targets)} {list(targets.shape)}"
+                hint = f"use {name}.unsqueeze(1) for one output, {name}.long() for classes"
+                raise ValueError(f"{name} must be [N, C] probabilities or [N] int64 classes, got {got}; {hint}")
         if self.labels is not None and not isinstance(self.labels, Tensor):
             raise TypeError(f"labels must be a tensor, got {type(self.labels).__name__}")
-        if self.labels is not None and (self.labels.dim() != 2 or len(self.labels) != count):
-            raise ValueError(f"labels must be [N, C] with N = {count} like unlabeled, got {list(self.labels.shape)}")
 
     def imputed(self, loss: str, on_graph: bool) -> Tensor:
         """Imputed labels ``[N, C]`` in float32 or float64: those given, or what the last layer predicts."""
         logits = as_outputs(self.unlabeled, "unlabeled").logits
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        if self.labels is None:
-            name, imputed = "unlabeled.logits", losses.prediction(logits.to(dtype), loss)
-        else:
-            name, imputed = "labels", self.labels.to(dtype)
+        # A caller under torch.no_grad may have logits that are on the graph.
+        with torch.set_grad_enabled(on_graph):
+            if self.labels is None:
+                name, imputed = "unlabeled.logits", losses.prediction(logits.to(dtype), loss)
+            else:
+                name, imputed = "labels", self.labels.to(dtype)
         return check_on_graph(imputed, name) if on_graph else imputed.detach()
 
     def index_on(self, device: torch.device) -> Tensor | None:
@@ -132,9 +156,20 @@ class Batch:
         """The batch in the view that the unlabeled loss is taken on."""
         return self
 
+    @property
+    def view(self) -> str:
+        """The argument that view is given as."""
+        return "unlabeled"
+
     def inner_labels(self, labels: Tensor) -> Tensor:
         """Labels of the unlabeled loss ``[N, C]``, made from the labels that the update starts from."""
         return labels
+
+    def labels_are_predictions(self, loss: str) -> bool:
+        """Whether the unlabeled loss is taken between logits and their own prediction, where it has no gradient."""
+        if self.labels is None:
+            return True
+        return isinstance(self.unlabeled, Outputs) and _is_prediction(self.labels, self.unlabeled.logits, loss)
 
     def outputs_of(self, function: ModelFunction, on_graph: bool) -> "Batch":
         """The batch at the last layer, by a pass of the model over each of its views.
@@ -152,21 +187,26 @@ class Batch:
             self, unlabeled=unlabeled, holdout=outputs(self.holdout), labeled=outputs(self.labeled), model=None
         )
 
-    def last_layer_problem(self, labels: Tensor, weights: Tensor | None, group: Group) -> LastLayerProblem:
+    def last_layer_problem(
+        self, labels: Tensor, weights: Tensor | None, group: Group, *, labels_are_predictions: bool
+    ) -> LastLayerProblem:
         """The step's problem, everything detached and in the dtype of the labels ``[N, C]`` of the inner loss."""
         unlabeled = as_outputs(self.unlabeled, "unlabeled")
         dtype = labels.dtype
+        holdout = _rows(as_outputs(self.holdout, "holdout"), dtype)
+        labeled = None if self.labeled is None else _rows(as_outputs(self.labeled, "labeled"), dtype)
         return LastLayerProblem(
             unlabeled=_rows(unlabeled, dtype),
             labels=labels,
-            holdout=_rows(as_outputs(self.holdout, "holdout"), dtype),
-            targets=_detached(self.targets, dtype),
+            holdout=holdout,
+            targets=_targets(self.targets, holdout),
             weights=weights,
             mask=None if self.mask is None else self.mask.detach().to(labels),
-            labeled=None if self.labeled is None else _rows(as_outputs(self.labeled, "labeled"), dtype),
-            labeled_targets=None if self.labeled_targets is None else _detached(self.labeled_targets, dtype),
+            labeled=labeled,
+            labeled_targets=None if labeled is None else _targets(self.labeled_targets, labeled),
             has_bias=unlabeled.bias is not None,
             process_group=group,
+            labels_are_predictions=labels_are_predictions,
         )
 
     def whole_model_problem(
@@ -177,8 +217,10 @@ class Batch:
         group: Group,
         *,
         keep_graph: bool,
+        labels_are_predictions: bool,
+        given: Given,
     ) -> WholeModelProblem:
-        """The step's problem; :class:`WholeModelProblem` has ``impute`` and ``keep_graph``."""
+        """The step's problem; :class:`WholeModelProblem` has the arguments."""
         gradient = self.holdout_gradient
         return WholeModelProblem(
             function,
@@ -191,8 +233,10 @@ class Batch:
             labeled=self.labeled,
             labeled_targets=self.labeled_targets,
             process_group=group,
-            holdout_gradient=None if gradient is None else function.check(gradient, "holdout_gradient"),
+            holdout_gradient=None if gradient is None else function.check_gradient(gradient, "holdout_gradient"),
             keep_graph=keep_graph,
+            labels_are_predictions=labels_are_predictions,
+            given=given,
         )
 
 
@@ -205,8 +249,27 @@ def like_parameters(function: ModelFunction) -> Tensor:
 def check_on_graph(imputed: Tensor, name: str) -> Tensor:
     """Raise unless the imputed labels are on the graph of autograd."""
     if not imputed.requires_grad:
-        raise ValueError(f"{name} must be on the graph: this method pulls the gradient back through the imputer")
+        raise ValueError(
+            f"{name} must be on the graph, got a tensor without one (of torch.no_grad, inference_mode or detach): this "
+            "method pulls the gradient back through the imputer. Run the view that the labels come from with a graph, "
+            "or take a method that needs none, such as L2I('V1') or MetaGradient"
+        )
     return imputed
+
+
+def _is_prediction(labels: Tensor, logits: Tensor, loss: str) -> bool:
+    """Whether autograd's graph says that the labels are ``softmax(logits)``, where that is the loss's prediction."""
+    source = _before_casts(logits.grad_fn, logits.output_nr)
+    node = _before_casts(labels.grad_fn, labels.output_nr)[0]
+    if source[0] is None or node is None or node.name() != "SoftmaxBackward0" or not losses.of(loss).has_softmax:
+        return False
+    return _before_casts(*node.next_functions[0]) == source
+
+
+def _before_casts(node: Any, place: int) -> tuple[Any, int]:
+    while node is not None and node.name() == "ToCopyBackward0":
+        node, place = node.next_functions[0]
+    return node, place
 
 
 def as_outputs(outputs: object, name: str) -> Outputs:
@@ -235,27 +298,15 @@ def check_rows(given: object, name: str, like: Outputs | None = None) -> Outputs
     return outputs
 
 
-def _check_targets(targets: object, name: str, of: Outputs) -> None:
-    try:
-        checks.targets(_detached(targets, of.logits.dtype), of.logits, of.logits.shape[1])
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("targets", name, 1)) from None
-
-
-def count_of(examples: Examples, name: str) -> int:
-    """N, the number of examples."""
-    return len(examples.logits) if isinstance(examples, Outputs) else batch_size(examples, name)
-
-
 def _rows(outputs: Outputs, dtype: torch.dtype) -> Rows:
     return Rows(outputs.features.detach().to(dtype), outputs.logits.detach().to(dtype))
 
 
-def _detached(targets: object, dtype: torch.dtype) -> Tensor:
-    """Probabilities in this dtype; classes, and what is no tensor, as they are."""
-    if isinstance(targets, Tensor) and targets.is_floating_point():
-        return targets.detach().to(dtype)
-    return targets  # type: ignore[return-value]
+def _targets(targets: object, of: Rows) -> Tensor:
+    """Targets with a row for each of these: probabilities in their dtype, or classes."""
+    rows = as_rows(targets, len(of.logits))
+    assert isinstance(rows, Tensor), "checked"
+    return rows.detach().to(of.logits.dtype) if rows.is_floating_point() else rows
 
 
 def _kind(value: object) -> object:

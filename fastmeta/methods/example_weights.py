@@ -6,15 +6,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastmeta import checks
+from fastmeta import checks, losses
 from fastmeta.capture import Outputs
 from fastmeta.derivatives import ExampleWeightGradient, How
 from fastmeta.directions import DirectionRule, HoldoutGradient, InLayers, InverseHessian, Solver
 from fastmeta.methods.base import Method
-from fastmeta.methods.batch import Batch, as_outputs, check_rows, count_of
+from fastmeta.methods.batch import Batch, as_outputs, check_rows
 from fastmeta.ops.process_group import Group
-from fastmeta.problem import Curvature
+from fastmeta.problem import Curvature, Reduction
 from fastmeta.problem.model_function import Inputs
+from fastmeta.state import PartNumber
 from fastmeta.updates import Refined, SharedWeight, WeightTable
 
 
@@ -27,6 +28,7 @@ class ExampleWeightsPreset:
     masked: bool
     read: Literal["before", "after"]
     duplicates: Literal["sum", "last"]
+    reduction: Reduction
     inverse_hessian: Solver = "cholesky"
     interval: int = 100
     lr: float = 0.01
@@ -37,14 +39,19 @@ class ExampleWeightsPreset:
 # N: the paper's text and Table 3, and the default of the code's flag, say 100; the README of the code gives 512 among
 # "the hyper-parameters used in the paper". The clip to [0, 2] and the initial weight of 1 are the code's alone.
 PRESETS = {
-    # Eq. (6): H of the training loss, whose weight decay is 5e-4; the unlabeled loss of an example includes its mask;
+    # Eq. (1) and (2): sums over the labeled, the unlabeled and the validation examples, of which H in Eq. (6) is the
+    # second derivative; the weight decay, 5e-4, is added to it; the unlabeled loss of an example includes its mask;
     # "the last layer"; an example that was drawn twice has the gradient of both; Algorithm 1 trains on the weights
     # after their update.
-    "paper": ExampleWeightsPreset(damping=5e-4, bias=True, masked=True, read="after", duplicates="sum"),
-    # main.py: weight decay enters the Hessian with coefficient 1, the kernel alone, no mask in an example's gradient;
-    # NumPy's assignment by index keeps the last of an example drawn twice; the step uses the weights read before the
-    # update.
-    "official_code": ExampleWeightsPreset(damping=1.0, bias=False, masked=False, read="before", duplicates="last"),
+    "paper": ExampleWeightsPreset(
+        damping=5e-4, bias=True, masked=True, read="after", duplicates="sum", reduction="sum"
+    ),
+    # main.py: means; weight decay enters the Hessian with coefficient 1, the kernel alone, no mask in an example's
+    # gradient; NumPy's assignment by index keeps the last of an example drawn twice; the step uses the weights read
+    # before the update.
+    "official_code": ExampleWeightsPreset(
+        damping=1.0, bias=False, masked=False, read="before", duplicates="last", reduction="mean"
+    ),
 }
 
 
@@ -63,33 +70,54 @@ class TwoViews(Batch):
 
     strong: Outputs | Inputs | None = None
     pseudo_labels: Tensor | None = None
+    harden: bool = True  # make imputed labels one-hot
 
     def check(self, how: str, needs_index: bool, learns: bool, method: str) -> None:
         """See :meth:`Batch.check`."""
         super().check(how, needs_index, learns, method)
-        for name in ("strong", "pseudo_labels"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if name == "strong" and self.model is None:
-                check_rows(value, name, as_outputs(self.unlabeled, "unlabeled"))
-            elif isinstance(value, Outputs):
-                raise TypeError(f"{name} must be inputs of the model where model is given, got Outputs")
-            if count_of(value, name) != self.count:
-                raise ValueError(f"{name} must have N = {self.count} like unlabeled, got {count_of(value, name)}")
+        if self.strong is None:
+            return
+        if self.model is not None:
+            if isinstance(self.strong, Outputs):
+                raise TypeError("strong must be inputs of the model where model is given, got Outputs")
+            return
+        unlabeled = as_outputs(self.unlabeled, "unlabeled")
+        strong = check_rows(self.strong, "strong", unlabeled)
+        if len(strong.logits) != len(unlabeled.logits):
+            raise ValueError(f"strong must have N = {len(unlabeled.logits)} like unlabeled, got {len(strong.logits)}")
+
+    @property
+    def per_example(self) -> dict[str, Tensor]:
+        """See :attr:`Batch.per_example`."""
+        more = {} if self.pseudo_labels is None else {"pseudo_labels": self.pseudo_labels}
+        return {**super().per_example, **more}
+
+    @property
+    def view(self) -> str:
+        """See :attr:`Batch.view`."""
+        return "unlabeled" if self.strong is None else "strong"
+
+    def labels_are_predictions(self, loss: str) -> bool:
+        """Whether the unlabeled loss is taken between logits and their own prediction; hard labels differ from it."""
+        other = self.harden or self.pseudo_labels is not None or self.strong is not None
+        return not other and super().labels_are_predictions(loss)
 
     def learned(self) -> "TwoViews":
         """The strong view, where there is one."""
         return self if self.strong is None else replace(self, unlabeled=self.strong, strong=None)
 
     def inner_labels(self, labels: Tensor) -> Tensor:
-        """The pseudo-labels that are given, or the likeliest class of the labels. ``[N, C]``."""
-        classes = labels.argmax(-1) if self.pseudo_labels is None else self.pseudo_labels
+        """The pseudo-labels that are given, or the labels, hardened to their likeliest class. ``[N, C]``."""
+        imputed = labels.argmax(-1) if self.harden else labels
+        classes = imputed if self.pseudo_labels is None else self.pseudo_labels
         if classes.is_floating_point():
             return checks.shaped(classes, "pseudo_labels", "[N, C]", labels.shape).to(labels)
-        if classes.dtype != torch.int64 or classes.dim() != 1:
+        if classes.dtype != torch.int64 or classes.dim() != 1 or not self.harden:
             got = f"{classes.dtype} {list(classes.shape)}"
+            if not self.harden:
+                raise ValueError(f"pseudo_labels must be targets [N, C] for a loss without a softmax, got {got}")
             raise ValueError(f"pseudo_labels must be int64 classes [N] or probabilities [N, C], got {got}")
+        checks.targets(classes, labels, labels.shape[1], "pseudo_labels")
         return torch.nn.functional.one_hot(classes, labels.shape[1]).to(labels.dtype)
 
 
@@ -98,7 +126,8 @@ class ExampleWeights(Method):
 
     .. math:: \frac{\partial L_{val}}{\partial \lambda_u} = -\nabla L_{val}^T\, H^{-1}\, \nabla \ell_u
 
-    (Eq. (6)), H the damped Hessian of ``mean CE(labeled) + mean_u m_u lambda_u CE(u)``. Weights start at 1; every
+    (Eq. (6)), H the damped Hessian of ``mean CE(labeled) + mean_u m_u lambda_u CE(u)``, or with ``reduction="sum"`` of
+    the sums that Eq. (1) and (2) print: over batches of different sizes another direction. Weights start at 1; every
     ``interval`` calls Masked Adam moves those of the batch, clipped to ``[low, high]`` (Algorithm 1). The gradients of
     the validation loss and of the examples are in the last layer or the whole model; no example's gradient is formed.
 
@@ -110,6 +139,11 @@ class ExampleWeights(Method):
         radius: length of the perturbation of a difference.
         mode: of the model in the method's own passes, ``train`` (BatchNorm takes the statistics of each batch) or
             ``eval``; None: as it stands.
+        inner_loss: of the unlabeled examples and the labeled ones, as the loop trains them. Labels of a loss without a
+            softmax are used as they are, not their likeliest class.
+        outer_loss: of the validation examples.
+        reduction: of all three losses over their examples, ``mean`` or ``sum``. Adam is blind to the scale of the
+            validation loss, but not the damping to that of the Hessian.
         inverse_hessian: the choices of Fig. 3. At the last layer ``cholesky`` (exact, as published), ``pcg``, ``cg``,
             ``auto`` or ``neumann``; for the whole model ``neumann`` (Lorraine et al., 2020), ``cg`` or ``auto``; and
             ``identity``, H = I (Luketina et al., 2016). See :class:`fastmeta.directions.InverseHessian`.
@@ -130,15 +164,20 @@ class ExampleWeights(Method):
         shared: one weight for all examples, whose gradient is the sum of theirs (Section 4.3); no ``index`` is needed.
         duplicates: of an example that comes twice in a batch, ``sum`` the gradients or use the ``last`` one.
         read: whether the step uses its weights from ``before`` or ``after`` their update.
-        process_group: processes that the batch is spread over, whose gradients are summed; each keeps the weights of
-            the examples it draws.
+        process_group: processes that the batch is spread over: a step is that on the joined batch, and every process
+            has the complete table.
+        sharded: a process keeps the rows i of the table with ``i % processes`` its rank alone; reading them, also by
+            ``state_dict``, is then a call that every process makes.
         dtype: of the table.
 
     Raises:
         ValueError: an option is not one of those named, or a number is out of its range.
     """
 
-    counters = ("calls",)
+    counts = True
+    update: WeightTable
+    lr = PartNumber("update", "lr")
+    damping = PartNumber("direction", "damping")
 
     def __init__(
         self,
@@ -147,6 +186,9 @@ class ExampleWeights(Method):
         how: How = "last_layer",
         radius: float = 0.01,
         mode: Literal["train", "eval"] | None = None,
+        inner_loss: str = "cross_entropy",
+        outer_loss: str = "cross_entropy",
+        reduction: Reduction = "mean",
         inverse_hessian: Solver | Literal["identity"] = "auto",
         damping: float = 0.1,
         tol: float = 1e-2,
@@ -164,10 +206,14 @@ class ExampleWeights(Method):
         duplicates: Literal["sum", "last"] = "sum",
         read: Literal["before", "after"] = "after",
         process_group: Group = None,
+        sharded: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         checks.choice(inverse_hessian, "inverse_hessian", *get_args(Solver), "identity")
         checks.number(damping, "damping", low=0.0)
+        checks.loss_code(inner_loss)
+        checks.loss_code(outer_loss)
+        checks.choice(reduction, "reduction", "mean", "sum")
         if mode is not None:
             checks.choice(mode, "mode", "train", "eval")
         if interval < 1:
@@ -177,7 +223,7 @@ class ExampleWeights(Method):
         if how != "last_layer" and (not bias or inverse_hessian in ("cholesky", "pcg")):
             given = "bias=False" if not bias else f"inverse_hessian={inverse_hessian!r}"
             raise ValueError(f"{given} is for how='last_layer', got how={how!r}")
-        direction: DirectionRule = HoldoutGradient(bias=bias)
+        direction: DirectionRule = HoldoutGradient(outer_loss, bias=bias, reduction=reduction)
         if inverse_hessian != "identity":
             direction = InverseHessian(
                 direction,
@@ -185,27 +231,33 @@ class ExampleWeights(Method):
                 solver=inverse_hessian,
                 tol=tol,
                 max_iter=max_iter,
+                loss=inner_loss,
                 step=neumann_step,
                 layers=layers,
                 curvature=curvature,
+                reduction=reduction,
             )
         elif layers is not None:
             direction = InLayers(direction, layers)
         table: dict[str, Any] = {"lr": lr, "low": low, "high": high, "read": read, "dtype": dtype}
+        if shared and sharded:
+            raise ValueError("sharded must be False for a shared weight, got True")
         if shared:
-            self._weights: WeightTable = SharedWeight(process_group=process_group, **table)
+            update: WeightTable = SharedWeight(process_group=process_group, **table)
         else:
-            self._weights = WeightTable(num_examples, duplicates=duplicates, **table)
+            update = WeightTable(
+                num_examples, duplicates=duplicates, process_group=process_group, sharded=sharded, **table
+            )
         self.mode = mode
+        self.inner_loss = inner_loss
         self.interval = interval
-        self.calls = 0
-        gradient = ExampleWeightGradient(masked=masked, how=how, radius=radius)
-        super().__init__(direction, gradient, self._weights, process_group=process_group)
+        gradient = ExampleWeightGradient(inner_loss, masked=masked, how=how, radius=radius)
+        super().__init__(direction, gradient, update, process_group=process_group)
 
     @property
     def weights(self) -> Tensor:
         """The weights of all unlabeled examples ``[M]``; ``[1]`` if they share one."""
-        return self._weights.table.values
+        return self.update.table.complete()
 
     @classmethod
     def from_preset(
@@ -232,15 +284,16 @@ class ExampleWeights(Method):
 
         The caller draws the validation examples (the published code with replacement). Labels come back as they are
         imputed from ``unlabeled`` or given, ``labeled`` are examples of the Hessian, and ``holdout_gradient`` is that
-        of the mean validation loss.
+        of the validation loss, in the method's ``reduction``.
 
         Args:
             strong: the view that the unlabeled loss is taken on; None: ``unlabeled``.
             pseudo_labels: labels of the unlabeled loss, classes ``[N]`` or probabilities ``[N, C]``; None: the
-                likeliest class of the imputed ones.
+                likeliest class of the imputed ones, or of ``labels``.
             batch: the arguments of :meth:`fastmeta.Method.refine`.
         """
-        return self._refine(TwoViews(strong=strong, pseudo_labels=pseudo_labels, **batch))
+        harden = losses.of(self.inner_loss).has_softmax
+        return self._refine(TwoViews(strong=strong, pseudo_labels=pseudo_labels, harden=harden, **batch))
 
     def learns(self) -> bool:
         """Whether the next call updates the weights."""

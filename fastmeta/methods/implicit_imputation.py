@@ -6,9 +6,10 @@ from fastmeta import checks
 from fastmeta.derivatives import How, LabelGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, InverseHessian, Solver, UnitLength
 from fastmeta.methods.base import Method
-from fastmeta.ops.process_group import Group, world_size
+from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import Curvature
+from fastmeta.state import PartNumber
 from fastmeta.updates import LabelLogitStep, PullBack, Update
 
 
@@ -29,7 +30,7 @@ class ImplicitImputation(Method):
             how its derivative is taken, see :func:`fastmeta.label_gradient`. :meth:`refine` then needs the model.
         radius: length of the perturbation of a difference.
         mode: of the model in the method's own passes, ``train`` or ``eval``; None: as it stands.
-        loss: of the unlabeled examples (C^U) and the labeled ones (C^T).
+        inner_loss: of the unlabeled examples (C^U) and the labeled ones (C^T), as the loop trains them.
         outer_loss: of the hold-out examples.
         damping: added to the Hessian's diagonal, > 0; weight decay enters here.
         solver: see :class:`fastmeta.directions.InverseHessian`.
@@ -57,6 +58,10 @@ class ImplicitImputation(Method):
     True
     """
 
+    weight = PartNumber("update", "weight")
+    label_step = PartNumber("update", "step")
+    damping = PartNumber("direction", "damping")
+
     def __init__(
         self,
         variant: Literal["V1", "V2"] = "V2",
@@ -64,7 +69,7 @@ class ImplicitImputation(Method):
         how: How = "last_layer",
         radius: float = 0.01,
         mode: Literal["train", "eval"] | None = None,
-        loss: str = "cross_entropy",
+        inner_loss: str = "cross_entropy",
         outer_loss: str = "cross_entropy",
         damping: float = 0.1,
         solver: Solver = "auto",
@@ -81,9 +86,9 @@ class ImplicitImputation(Method):
         checks.choice(variant, "variant", "V1", "V2")
         if mode is not None:
             checks.choice(mode, "mode", "train", "eval")
-        checks.loss_code(loss)
+        checks.loss_code(inner_loss)
         if variant == "V1":
-            checks.choice(loss, "loss", "cross_entropy", "mse_probs")
+            checks.choice(inner_loss, "inner_loss", "cross_entropy", "mse_probs")
         checks.loss_code(outer_loss)
         if how == "last_layer" and layers is not None:
             raise ValueError(f"layers must be None for how='last_layer', got {layers}")
@@ -93,18 +98,18 @@ class ImplicitImputation(Method):
             solver=solver,
             tol=tol,
             max_iter=max_iter,
-            loss=loss,
+            loss=inner_loss,
             layers=layers,
             curvature=curvature,
         )
         if unit_length:
             direction = UnitLength(direction)
         self.mode = mode
-        self.inner_loss = loss
+        self.inner_loss = inner_loss
         update: Update
         if variant == "V1":
             update = LabelLogitStep(step=checks.number(label_step, "label_step"))
         else:
-            update = PullBack(weight=checks.number(weight, "weight") * world_size(process_group))
-        gradient = LabelGradient(loss, how=how, radius=radius)
+            update = PullBack(weight=weight, process_group=process_group)
+        gradient = LabelGradient(inner_loss, how=how, radius=radius)
         super().__init__(direction, gradient, update, process_group=process_group)

@@ -1,5 +1,6 @@
 """Labels pulled back and weights learned, of one inner step."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -9,8 +10,9 @@ from fastmeta import checks
 from fastmeta.derivatives import How, LabelAndWeightGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, LookAhead, UnitLength
 from fastmeta.methods.base import Method
-from fastmeta.ops.process_group import Group, world_size
+from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
+from fastmeta.state import PartNumber
 from fastmeta.updates import PullBackAndWeights
 
 
@@ -26,8 +28,8 @@ class ImputeAndWeight(Method):
     the second steps a table of weights (Not All Unlabeled Data Are Equal, Algorithm 1, with an inner step in place of
     the inverse Hessian). A wrong label that the imputer cannot mend loses its weight; one that it can is mended.
 
-    The labels should come from another view than ``unlabeled`` (or be sharpened): at ``z = p(unlabeled)`` the gradient
-    of ``l_i`` is 0 and the weights learn nothing.
+    The labels must come from another view than ``unlabeled`` (or be sharpened): at ``z = p(unlabeled)`` every gradient
+    of ``l_i`` is 0, the weights stay as they are, and a warning says so.
 
     Args:
         num_examples: M, size of the unlabeled set.
@@ -35,7 +37,7 @@ class ImputeAndWeight(Method):
             taken, see :func:`fastmeta.label_gradient`. :meth:`refine` then needs the model.
         radius: length of the perturbation of a difference.
         mode: of the model in the method's own passes, ``train`` or ``eval``; None: as it stands.
-        loss: l, of the unlabeled examples.
+        inner_loss: l, of the unlabeled examples, as the loop trains it.
         outer_loss: of the hold-out examples.
         rate: eta of the inner step.
         look_ahead: take the hold-out gradient at theta* or at theta.
@@ -45,8 +47,10 @@ class ImputeAndWeight(Method):
         low: smallest weight.
         high: largest weight.
         read: whether the step uses its weights from ``before`` or ``after`` their update.
-        process_group: processes that the batch is spread over, whose gradients are summed; each keeps the weights of
-            the examples it draws.
+        process_group: processes that the batch is spread over: a step is that on the joined batch, and every process
+            has the complete table.
+        sharded: a process keeps the rows i of the table with ``i % processes`` its rank alone; reading them, also by
+            ``state_dict``, is then a call that every process makes.
         dtype: of the table.
 
     Raises:
@@ -63,6 +67,10 @@ class ImputeAndWeight(Method):
     (torch.Size([6, 3]), torch.Size([6]), True)
     """
 
+    update: PullBackAndWeights
+    lr = PartNumber("update", "lr")
+    weight = PartNumber("update", "weight")
+
     def __init__(
         self,
         num_examples: int,
@@ -70,7 +78,7 @@ class ImputeAndWeight(Method):
         how: How = "last_layer",
         radius: float = 0.01,
         mode: Literal["train", "eval"] | None = None,
-        loss: str = "cross_entropy",
+        inner_loss: str = "cross_entropy",
         outer_loss: str = "cross_entropy",
         rate: float = 1.0,
         look_ahead: bool = False,
@@ -81,6 +89,7 @@ class ImputeAndWeight(Method):
         high: float = 2.0,
         read: Literal["before", "after"] = "after",
         process_group: Group = None,
+        sharded: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         check_group(process_group)
@@ -92,22 +101,35 @@ class ImputeAndWeight(Method):
         if unit_length:
             direction = UnitLength(direction)
         if look_ahead:
-            direction = LookAhead(direction, rate=rate, loss=loss)
+            direction = LookAhead(direction, rate=rate, loss=inner_loss)
         self.mode = mode
-        self.inner_loss = loss
-        gradient = LabelAndWeightGradient(loss, rate=rate, how=how, radius=radius)
-        self._table = PullBackAndWeights(
+        self.inner_loss = inner_loss
+        self._gradient = gradient = LabelAndWeightGradient(inner_loss, rate=rate, how=how, radius=radius)
+        update = PullBackAndWeights(
             num_examples,
-            weight=checks.number(weight, "weight") * world_size(process_group),
+            weight=weight,
+            process_group=process_group,
+            sharded=sharded,
             lr=lr,
             low=low,
             high=high,
             read=read,
             dtype=dtype,
         )
-        super().__init__(direction, gradient, self._table, process_group=process_group)
+        super().__init__(direction, gradient, update, process_group=process_group)
+
+    @property
+    def rate(self) -> float:
+        """Eta of the inner step."""
+        return self._gradient.rate
+
+    @rate.setter
+    def rate(self, value: float) -> None:
+        self._gradient = self.derivative = replace(self._gradient, rate=checks.number(value, "rate", low=0.0))
+        if isinstance(self.direction, LookAhead):
+            self.direction.rate = value
 
     @property
     def weights(self) -> Tensor:
         """The weights of all unlabeled examples ``[M]``."""
-        return self._table.table.values
+        return self.update.table.complete()

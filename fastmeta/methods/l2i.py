@@ -9,9 +9,10 @@ from fastmeta import checks, losses
 from fastmeta.derivatives import HOWS, FeatureSimilarity, How, LabelGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, LookAhead, UnitLength
 from fastmeta.methods.base import Method
-from fastmeta.ops.process_group import Group, world_size
+from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import Reduction
+from fastmeta.state import PartNumber
 from fastmeta.updates import LabelLogitStep, LabelStep, PullBack, Update
 
 Task = Literal["classification", "landmarks"]
@@ -27,7 +28,6 @@ class L2IPreset:
     labeled_weight: float
     label_space: Literal["probabilities", "logits"]
     project: bool
-    imputer: Literal["base", "student"]
     outer_reduction: Reduction
     second_reduction: SecondReduction
     second_weight: float = 1.0
@@ -85,7 +85,6 @@ _PAPER = L2IPreset(
     labeled_weight=1.0,
     label_space="probabilities",
     project=False,
-    imputer="base",
     outer_reduction="sum",
     second_reduction="sum",
 )
@@ -96,7 +95,6 @@ _CODE = L2IPreset(
     labeled_weight=0.0,
     label_space="logits",
     project=True,
-    imputer="student",
     outer_reduction="mean",
     second_reduction="mean_entries",
 )
@@ -105,12 +103,15 @@ _CODE = L2IPreset(
 def preset(name: str, variant: str, task: str = "classification", outputs: int | None = None) -> L2IPreset:
     """Settings of the ``paper`` or of the ``official_code`` for ``V1`` (there "L") or ``V2`` ("O").
 
-    Algorithm 1 has an inner step on C^T + C^U and sums everywhere (Eq. (1), (2)), imputes with the base's imputer, and
-    V1 steps on z itself with no projection. The published code has C^U alone, a mean hold-out loss, imputes with the
-    student again whatever imputes in the base's update, and V1 steps on the logits of the labels. Neither paper prints
-    the inner rate or the label step ("tuned"): they are the code's. ``landmarks`` are the settings of the regression
-    of AFLW; there the code's means run over examples and coordinates, and the paper's sums, with no rate printed, are
-    taken as such means too.
+    Algorithm 1 has an inner step on C^T + C^U and sums everywhere (Eq. (1), (2)), and V1 steps on z itself with no
+    projection. The published code has C^U alone, a mean hold-out loss, and V1 steps on the logits of the labels.
+    Neither paper prints the inner rate or the label step ("tuned"): they are the code's. ``landmarks`` are the settings
+    of the regression of AFLW; there the code's means run over examples and coordinates, and the paper's sums, with no
+    rate printed, are taken as such means too.
+
+    The labels z of both are what ``refine`` is given. The published code makes them once more for its second update,
+    by the student, whoever made those of the base's update, on a second view u2 of the unlabeled images u:
+    ``refine(model=model, unlabeled=u, labels=model(u2).softmax(1), ...)``.
 
     Args:
         name: ``paper`` or ``official_code``.
@@ -216,9 +217,6 @@ class L2I(Method):
         label_step: V1: size of that step.
         project: V1 on probabilities: bring the result back to a probability.
         weight: V2: of the surrogate.
-        imputer: ``base``: the ``labels`` that are given, or the model's own predictions if none are; ``student``: the
-            model's own predictions whatever is given, as the code imputes once more with the student under a mean
-            teacher.
         radius: length of the perturbation of a difference.
         second_weight: V1: of :meth:`unlabeled_loss`.
         second_reduction: V1: of :meth:`unlabeled_loss`, over examples (``sum``, ``mean``), or the mean over examples
@@ -229,6 +227,9 @@ class L2I(Method):
     Raises:
         ValueError: an option is not one of those named, options contradict each other, or a number is out of range.
     """
+
+    weight = PartNumber("update", "weight")
+    label_step = PartNumber("update", "step")
 
     def __init__(
         self,
@@ -250,7 +251,6 @@ class L2I(Method):
         label_step: float = 1.0,
         project: bool = True,
         weight: float = 0.5,
-        imputer: Literal["base", "student"] = "base",
         radius: float = 0.01,
         second_weight: float = 1.0,
         second_reduction: SecondReduction = "mean",
@@ -262,7 +262,6 @@ class L2I(Method):
         checks.choice(reduction, "reduction", "mean", "sum")
         checks.choice(outer_reduction, "outer_reduction", "mean", "sum")
         checks.choice(label_space, "label_space", "probabilities", "logits")
-        checks.choice(imputer, "imputer", "base", "student")
         checks.choice(second_reduction, "second_reduction", "sum", "mean", "mean_entries")
         checks.loss_code(inner_loss)
         checks.loss_code(outer_loss)
@@ -303,14 +302,12 @@ class L2I(Method):
             gradient = LabelGradient(loss=inner_loss, rate=rate, reduction=reduction, how=how, radius=radius)
         update: Update
         if variant == "V2":
-            update = PullBack(weight=checks.number(weight, "weight") * world_size(process_group))
+            update = PullBack(weight=weight, process_group=process_group)
         elif label_space == "logits":
             update = LabelLogitStep(step=checks.number(label_step, "label_step"))
         else:
             update = LabelStep(step=checks.number(label_step, "label_step"), project=project)
         self.inner_loss = inner_loss
-        self.imputer = imputer
-        self.uses_labels = imputer == "base"
         self.second_weight = checks.number(second_weight, "second_weight", low=0.0)
         self.second_reduction = second_reduction
         self._gradient = gradient
@@ -325,7 +322,7 @@ class L2I(Method):
     def rate(self, value: float) -> None:
         self._gradient = self.derivative = replace(self._gradient, rate=checks.number(value, "rate", low=0.0))
         if isinstance(self.direction, LookAhead):
-            self.direction = replace(self.direction, rate=value)
+            self.direction.rate = value
 
     def unlabeled_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of V1's second step, in which the model learns the refined labels: C^U of Algorithm 1.

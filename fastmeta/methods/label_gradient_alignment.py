@@ -16,6 +16,8 @@ from fastmeta.methods.base import Method
 from fastmeta.methods.batch import Batch, as_outputs
 from fastmeta.ops.process_group import Group
 from fastmeta.problem import Reduction
+from fastmeta.problem.targets import check_targets, read
+from fastmeta.state import PartNumber
 from fastmeta.updates import LabelTable, Refined
 
 
@@ -67,6 +69,25 @@ class ScheduledBatch(Batch):
 
     labeled_logits: Tensor | None = None
 
+    def check(self, how: str, needs_index: bool, learns: bool, method: str) -> None:
+        """See :meth:`Batch.check`."""
+        super().check(how, needs_index, learns, method)
+        if self.labeled_logits is not None:
+            name = "targets" if self.labeled_targets is None else "labeled_targets"
+            check_targets(getattr(self, name), checks.matrix(self.labeled_logits, "labeled_logits", "[N, C]"), name)
+
+    def check_labeled_logits(self) -> None:
+        """Raise unless the logits whose loss T(i) multiplies are on the graph."""
+        name, logits = "labeled_logits", self.labeled_logits
+        if logits is None:
+            name = "holdout" if self.labeled is None else "labeled"
+            logits = as_outputs(getattr(self, name), name).logits
+        if not logits.requires_grad:
+            raise ValueError(
+                f"{name} must have logits on the graph with labeled_weight, got a tensor without one (of "
+                "torch.no_grad, inference_mode or detach): the loss of the labeled examples is trained on them"
+            )
+
 
 class LabelGradientAlignment(Method):
     r"""Learned labels under which the unlabeled gradient agrees with the labeled one (Algorithm 1).
@@ -87,7 +108,7 @@ class LabelGradientAlignment(Method):
         radius: length of the perturbation of a difference.
         mode: of the model in the method's own passes, ``train`` (BatchNorm takes the statistics of each batch) or
             ``eval``; None: as it stands.
-        loss: of both gradients; ``cross_entropy``, or ``mse`` for regression, where ``y = w``.
+        inner_loss: of both gradients; ``cross_entropy``, or ``mse`` for regression, where ``y = w``.
         reduction: of both losses over their examples.
         lr: learning rate of Masked Adam on w.
         decay: of the average of the labeled gradient.
@@ -97,15 +118,19 @@ class LabelGradientAlignment(Method):
         labeled_weight: T(i), the weight of the labeled loss at step i = 0, 1, ...; ``Refined.loss`` then is
             ``(T(i) - 1) L(labeled)``, which makes the loop's own labeled loss weigh T(i). None: T = 1, or a loop that
             scales its own loss.
-        process_group: processes that the batch is spread over, whose gradients are summed; each keeps the table rows of
-            the examples it draws.
+        process_group: processes that the batch is spread over: a step is that on the joined batch, and every process
+            has the complete table.
+        sharded: a process keeps the rows i of the table with ``i % processes`` its rank alone; reading them, also by
+            ``state_dict``, is then a call that every process makes.
         dtype: of the table.
 
     Raises:
         ValueError: an option is not one of those named, or a number is out of its range.
     """
 
-    counters = ("calls",)
+    counts = True
+    update: LabelTable
+    lr = PartNumber("update", "lr")
 
     def __init__(
         self,
@@ -115,7 +140,7 @@ class LabelGradientAlignment(Method):
         how: How = "last_layer",
         radius: float = 0.01,
         mode: Literal["train", "eval"] | None = None,
-        loss: Literal["cross_entropy", "mse"] = "cross_entropy",
+        inner_loss: Literal["cross_entropy", "mse"] = "cross_entropy",
         reduction: Reduction = "mean",
         lr: float = 0.01,
         decay: float = 0.99,
@@ -124,9 +149,10 @@ class LabelGradientAlignment(Method):
         include_current: bool = True,
         labeled_weight: Callable[[int], float] | None = None,
         process_group: Group = None,
+        sharded: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        checks.choice(loss, "loss", "cross_entropy", "mse")
+        checks.choice(inner_loss, "inner_loss", "cross_entropy", "mse")
         checks.choice(reduction, "reduction", "mean", "sum")
         if mode is not None:
             checks.choice(mode, "mode", "train", "eval")
@@ -134,29 +160,30 @@ class LabelGradientAlignment(Method):
             decay=checks.number(decay, "decay", low=0.0, high=1.0),
             decay_norm=checks.number(decay_norm, "decay_norm", low=0.0, high=1.0),
             epsilon=checks.number(epsilon, "epsilon", low=0.0),
-            loss=loss,
+            loss=inner_loss,
             reduction=reduction,
             include_current=include_current,
         )
-        self._labels = LabelTable(
+        update = LabelTable(
             num_examples,
             num_classes,
             lr=lr,
-            parameterization="softmax" if loss == "cross_entropy" else "identity",
+            parameterization="softmax" if inner_loss == "cross_entropy" else "identity",
             dtype=dtype,
+            process_group=process_group,
+            sharded=sharded,
         )
-        self.inner_loss = loss
+        self.inner_loss = inner_loss
         self.reduction = reduction
         self.mode = mode
         self.labeled_weight = labeled_weight
-        self.calls = 0
-        gradient = LabelGradient(loss, reduction=reduction, how=how, radius=radius)
-        super().__init__(gap, gradient, self._labels, process_group=process_group)
+        gradient = LabelGradient(inner_loss, reduction=reduction, how=how, radius=radius)
+        super().__init__(gap, gradient, update, process_group=process_group)
 
     @property
     def label_logits(self) -> Tensor:
         """The table w ``[M, C]``; ``softmax`` of it are the labels (in a regression w itself)."""
-        return self._labels.table.values
+        return self.update.table.complete()
 
     @classmethod
     def from_preset(
@@ -192,6 +219,7 @@ class LabelGradientAlignment(Method):
                 raise ValueError("labeled_logits are needed with model and labeled_weight: the loop's own")
             if given.targets is None and given.labeled_targets is None:
                 raise ValueError("targets are needed with labeled_weight, got None")
+            given.check_labeled_logits()
         return self._refine(given)
 
     def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
@@ -205,8 +233,13 @@ class LabelGradientAlignment(Method):
             examples, targets = batch.labeled, batch.labeled_targets
         logits = as_outputs(examples, "holdout").logits if batch.labeled_logits is None else batch.labeled_logits
         assert targets is not None, "needed with labeled_weight"
-        logits = logits.to(refined.labels.dtype)
-        targets = losses.as_probabilities(targets, logits.shape[1], logits.dtype).to(logits.dtype)
-        per_example = losses.loss_per_example(logits, targets, self.inner_loss)
-        total = per_example.mean() if self.reduction == "mean" else per_example.sum()
-        return refined._replace(loss=(weight - 1) * total)
+        with torch.enable_grad():
+            logits = logits.to(refined.labels.dtype)
+            labeled = read(targets, logits, self.inner_loss)
+            per_example = losses.loss_per_example(logits, labeled.targets, self.inner_loss)
+            if labeled.weights is not None:
+                per_example = per_example * labeled.weights
+            total = per_example.sum()
+            if self.reduction == "mean":
+                total = per_example.mean() if labeled.weights is None else total / labeled.weights.sum().clamp_min(1)
+            return refined._replace(loss=(weight - 1) * total)

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from fastmeta import checks, ops
+from fastmeta import checks, losses, ops
 from fastmeta.derivatives import FiniteDifference, LabelGradient
 from fastmeta.directions import HoldoutGradient
 from fastmeta.methods.base import Method
@@ -14,7 +14,7 @@ from fastmeta.methods.step_condition import StepCondition, step_condition
 from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import Problem, check_how, single
-from fastmeta.problem.model_function import Inputs, ModelFunction, batch_size
+from fastmeta.problem.model_function import Inputs, ModelFunction
 from fastmeta.updates import LabelStep, Refined
 
 How = Literal[
@@ -112,7 +112,11 @@ class MetaGradient(Method):
         rate: alpha of the inner step, which then is on a mean over the batch; may be changed, too. None leaves out
             ``alpha / B``, as Algorithm 2 and the code do: the step is then ``step * 2 D_v p`` for any batch.
         radius: length of the perturbation of a difference.
-        project: clip at 0 and divide by the row sum, which never is 0: the steps of a row's labels add up to 0.
+        inner_loss: of the unlabeled examples, as the loop trains it. The published ``mse_probs`` is ``|p - y|^2``; a
+            FixMatch loop trains ``cross_entropy``, whose label gradient has ``D_v log p`` in place of ``2 D_v p``.
+        outer_loss: of the labeled examples.
+        project: clip at 0 and divide by the row sum, which with the published loss never is 0: the steps of a row's
+            labels add up to 0. With another a row left all 0 becomes uniform.
         statistics: of the passes that the method makes itself: ``running``: the model in evaluation mode (running
             statistics, no dropout), as published; ``batch``: the model as it stands.
         synchronize: whether the labeled gradient is that of all processes of ``process_group`` or, as in the published
@@ -123,6 +127,8 @@ class MetaGradient(Method):
         ValueError: an option is not one of those named, or a number is negative.
     """
 
+    update: LabelStep
+
     def __init__(
         self,
         *,
@@ -130,6 +136,8 @@ class MetaGradient(Method):
         step: float = 0.1,
         rate: float | None = None,
         radius: float = 0.01,
+        inner_loss: str = "mse_probs",
+        outer_loss: str = "cross_entropy",
         project: bool = True,
         statistics: Literal["batch", "running"] = "batch",
         synchronize: bool = True,
@@ -141,28 +149,35 @@ class MetaGradient(Method):
         check_group(process_group)
         alpha = 1.0 if rate is None else checks.number(rate, "rate", low=0.0)
         reduction: Literal["mean", "sum"] = "sum" if rate is None else "mean"
+        checks.loss_code(inner_loss)
+        checks.loss_code(outer_loss)
+        if how == "last_layer_difference" and inner_loss != "mse_probs":
+            raise ValueError(f"inner_loss must be mse_probs for how='last_layer_difference', got {inner_loss!r}")
+        if project and not losses.of(inner_loss).has_softmax:
+            raise ValueError(f"project must be False for {inner_loss}, whose labels are no probabilities")
         gradient: LabelGradient | FiniteDifference
         if how == "last_layer_difference":
             gradient = FiniteDifference(radius=radius, rate=alpha, reduction=reduction)
-        elif how == "finite_difference" or how == "forward_difference":
+        elif (how == "finite_difference" or how == "forward_difference") and inner_loss == "mse_probs":
             gradient = FiniteDifference(radius=radius, rate=alpha, reduction=reduction, how=how)
         else:
-            gradient = LabelGradient(rate=alpha, reduction=reduction, how=how)
+            gradient = LabelGradient(inner_loss, rate=alpha, reduction=reduction, how=how, radius=radius)
+        self.inner_loss = inner_loss
         self._gradient = gradient
-        self._labels = LabelStep(step=checks.number(step, "step"), project=project)
+        update = LabelStep(step=step, project=project)
         self.mode = "eval" if statistics == "running" else None
         super().__init__(
-            HoldoutGradient(), gradient, self._labels, process_group=process_group if synchronize else None
+            HoldoutGradient(outer_loss), gradient, update, process_group=process_group if synchronize else None
         )
 
     @property
     def step(self) -> float:
         """Beta, the step on the labels."""
-        return self._labels.step
+        return self.update.step
 
     @step.setter
     def step(self, value: float) -> None:
-        self._labels.step = checks.number(value, "step")
+        self.update.step = value
 
     @property
     def rate(self) -> float | None:
@@ -213,18 +228,21 @@ class MetaGradient(Method):
             iterations: of both power iterations.
 
         Raises:
-            ValueError: neither ``lr`` nor ``rate`` is given, or a number is out of range.
+            ValueError: neither ``lr`` nor ``rate`` is given, a number is out of range, or ``inner_loss`` is not that of
+                the theorem.
         """
+        if self.inner_loss != "mse_probs":
+            raise ValueError(f"inner_loss must be mse_probs, which the theorem is about, got {self.inner_loss!r}")
         rate = self.rate
         if lr is None:
             if rate is None:
                 raise ValueError("lr is needed where rate is None: the learning rate of the model's own SGD step")
             lr = rate
-        # Without alpha / B the step on the labels is that of alpha = B.
-        alpha = float(batch_size(unlabeled, "unlabeled")) if rate is None else rate
         batch = Batch(unlabeled, holdout, targets, model=model)
         self._check(batch)
         problem = self._model_problem(ModelFunction(model, mode=self.mode), batch)
+        # Without alpha / B the step on the labels is that of alpha = B.
+        alpha = float(len(problem.logits)) if rate is None else rate
         return step_condition(problem, alphas=(alpha, lr), step=self.step, iterations=iterations)
 
     def _step(self, problem: Problem | None, index: Tensor | None, labels: Tensor | None) -> Refined | Tensor:
@@ -236,5 +254,5 @@ class MetaGradient(Method):
         plus, minus, epsilon = probe.probes(problem, direction)
         labels = problem.labels if labels is None else labels
         step, epsilon = probe.step_over(epsilon, problem, self.step)
-        moved = ops.finite_difference_labels(plus, minus, labels, epsilon, step=step, project=self._labels.project)
+        moved = ops.finite_difference_labels(plus, minus, labels, epsilon, step=step, project=self.update.project)
         return Refined(moved, moved.new_ones(len(moved)), moved.new_zeros(()))

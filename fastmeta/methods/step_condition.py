@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastmeta import checks, losses
 from fastmeta.problem import WholeModelProblem, full_precision, vectors
-from fastmeta.problem.model_function import LossOfLogits, Vector, batch_size
+from fastmeta.problem.model_function import LossOfLogits, Vector
 
 Apply = Callable[[Vector], Vector]
 
@@ -53,7 +53,7 @@ def step_condition(
     for alpha in alphas:
         checks.number(alpha, "alpha", low=0.0)
     function, unlabeled = problem.function, problem.unlabeled
-    count = max(batch_size(unlabeled, "unlabeled"), 1)
+    count = max(len(problem.logits), 1)
 
     def gram(direction: Vector) -> Vector:
         """``(1/B) sum_i J_i^T J_i v``."""

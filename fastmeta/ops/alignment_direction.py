@@ -1,6 +1,7 @@
 """The direction of label gradient alignment, with its two running averages, in one pass over memory."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ def alignment_direction(
     decay_norm: float,
     epsilon: float,
     out: Sequence[Tensor] | None = None,
+    found_inf: Tensor | None = None,
     impl: str | None = None,
 ) -> list[Tensor]:
     r"""Gradient of the normalized distance between labeled and unlabeled gradients; updates both averages in place.
@@ -67,6 +69,8 @@ def alignment_direction(
         epsilon: added to the denominator, >= 0.
         out: where the directions are written, tensors like the gradients that share memory with no other argument;
             None: into new memory.
+        found_inf: a scalar of the gradients' device, 0 where they are finite; else the averages stay as they are and
+            the directions are NaN. See :mod:`fastmeta.ops.found_inf`. A GPU is not waited for. None: as if 0.
         impl: implementation to use; see :func:`fastmeta.use_impl`.
 
     Returns:
@@ -86,6 +90,8 @@ def alignment_direction(
     tensor([1., 0.])
     """
     lists = [list(grads_labeled), list(grads_unlabeled), list(ema_labeled), list(ema_fourth)]
+    if found_inf is not None:
+        return _guarded(found_inf, lists, out, decay=decay, decay_norm=decay_norm, epsilon=epsilon, impl=impl)
     given = None if out is None else list(out)
     unseen = _lists.unseen(impl)
     if unseen is not None:
@@ -118,6 +124,29 @@ def alignment_direction(
         directions = given
     checks.run(kernel, (*lists, directions, decay, decay_norm, epsilon), check)
     _in_place.written(lists[2] + lists[3] + (given or []))
+    return directions
+
+
+def _guarded(
+    found_inf: Tensor, lists: list[list[Tensor]], out: Sequence[Tensor] | None, **options: Any
+) -> list[Tensor]:
+    """The call with ``found_inf``."""
+    averages = lists[2] + lists[3]
+    if found_inf.is_cpu and not torch.compiler.is_compiling():
+        if not bool(found_inf):
+            return alignment_direction(*lists, out=out, **options)
+        _check(lists if out is None else [*lists, list(out)])
+        directions = [torch.empty_like(g, requires_grad=False) for g in lists[0]] if out is None else list(out)
+        torch._foreach_zero_(directions)
+        torch._foreach_add_(directions, torch.nan)
+        return directions
+    kept = [average.clone() for average in averages]
+    directions = alignment_direction(*lists, out=out, **options)
+    found = found_inf != 0
+    for average, before in zip(averages, kept, strict=True):
+        average.copy_(torch.where(found, before, average))
+    for direction in directions:
+        direction.copy_(torch.where(found, torch.nan, direction))
     return directions
 
 

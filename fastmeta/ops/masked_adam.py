@@ -22,6 +22,7 @@ def masked_adam_reference_(
     eps: float,
     low: float | None,
     high: float | None,
+    found_inf: Tensor | None = None,  # []
 ) -> None:
     """``m, v, t`` of the touched rows alone, then ``clip(w - lr m^ / (sqrt(v^) + eps))``."""
     wide = torch.float64 if table.dtype == torch.float64 else torch.float32
@@ -44,7 +45,8 @@ def masked_adam_reference_(
     if low is not None or high is not None:
         w = w.clamp(low, high)
     for target, value in ((table, w), (exp_avg, m), (exp_avg_sq, v), (steps, t)):
-        target[rows] = value.to(target.dtype)
+        new = value.to(target.dtype)
+        target[rows] = new if found_inf is None else torch.where(found_inf != 0, target[rows], new)
 
 
 def masked_adam_(
@@ -60,6 +62,7 @@ def masked_adam_(
     eps: float = 1e-8,
     low: float | None = None,
     high: float | None = None,
+    found_inf: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     r"""Masked Adam step, in place on the rows ``index`` of a table; nothing else of it is touched.
@@ -86,6 +89,9 @@ def masked_adam_(
         eps: added to the denominator, >= 0.
         low: lower bound of the touched entries.
         high: upper bound of the touched entries.
+        found_inf: a scalar on the table's device, 0 where the step is finite; else nothing is written, as a fused
+            :class:`torch.optim.Adam` has it under a loss scaler. See :mod:`fastmeta.ops.found_inf`. A GPU is not
+            waited for. None: the step is taken.
         impl: implementation to use; see :func:`fastmeta.use_impl`.
 
     Returns:
@@ -104,6 +110,12 @@ def masked_adam_(
     >>> steps
     tensor([1, 0, 1], dtype=torch.int32)
     """
+    if found_inf is not None and table.is_cpu and bool(found_inf):
+        _check(table, index, grad, exp_avg, exp_avg_sq, steps)
+        return table
+    given = index
+    if found_inf is not None and not table.is_cpu:
+        index = torch.where(found_inf != 0, -1, index)  # a GPU's kernel leaves out what is no row
     tensors = (table, index, grad, exp_avg, exp_avg_sq, steps)
     if unnamed(impl) and OPERATOR.entry(*tensors, lr, *betas, eps, low, high) is not NotImplemented:
         return table
@@ -123,7 +135,7 @@ def masked_adam_(
     if kernel is None:
         check()
         with torch.no_grad():
-            masked_adam_reference_(*tensors, lr, betas, eps, low, high)
+            masked_adam_reference_(table, given, *tensors[2:], lr, betas, eps, low, high, found_inf)
         return table
     checks.run(kernel, (*tensors, lr, *betas, eps, low, high), check)
     _in_place.written((table, exp_avg, exp_avg_sq, steps))

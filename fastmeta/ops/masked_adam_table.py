@@ -1,18 +1,29 @@
 """A table of parameters for the unlabeled examples, stepped by Masked Adam."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastmeta import ops
+from fastmeta.ops.found_inf import found_inf
+from fastmeta.ops.process_group import Group, check, joined_rows, rank_in, sum_over, world_size
+from fastmeta.state import Number, Stateful, entry
+
+_NAMES = ("values", "exp_avg", "exp_avg_sq", "steps")
 
 
-class MaskedAdamTable:
+class MaskedAdamTable(Stateful):
     """One row of parameters for each unlabeled example, with Masked Adam: only sampled rows move and age.
 
-    Not All Unlabeled Data Are Equal, Appendix C. The table moves to the device of the first gradient.
+    Not All Unlabeled Data Are Equal, Appendix C. The table moves to the device of the first gradient. A step whose
+    gradients are not all finite changes nothing: one of them would poison the moments of its row for ever.
+
+    Over the processes of a group a step is one on the joined batch: its rows and gradients travel to every process, in
+    the order of the ranks, and all tables stay equal. ``sharded`` keeps row i on process ``i % processes`` alone, as
+    plain attributes: what DistributedDataParallel broadcasts are buffers. A read then is a sum over the processes, and
+    ``state_dict`` gathers the complete table; every process must call it.
 
     Args:
         values: initial values ``[M]`` or ``[M, C]``.
@@ -22,7 +33,18 @@ class MaskedAdamTable:
         low: lower bound of a value.
         high: upper bound of a value.
         duplicates: of an example that comes twice in a batch, ``sum`` the gradients or use the ``last`` one.
+        process_group: processes that the batch is spread over.
+        sharded: whether a process keeps its own part of the rows alone.
+
+    Raises:
+        ValueError: ``sharded`` without a group, or an option is not one of those named.
     """
+
+    lr = Number()
+    values: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    steps: Tensor
 
     def __init__(
         self,
@@ -34,80 +56,134 @@ class MaskedAdamTable:
         low: float | None = None,
         high: float | None = None,
         duplicates: Literal["sum", "last"] = "sum",
+        process_group: Group = None,
+        sharded: bool = False,
     ) -> None:
+        super().__init__()
         if duplicates not in ("sum", "last"):
             raise ValueError(f"duplicates must be 'sum' or 'last', got {duplicates!r}")
+        check(process_group)
+        if sharded and process_group is None:
+            raise ValueError("sharded needs a process_group, got None")
         self.lr = lr
         self.betas = betas
         self.eps = eps
         self.low = low
         self.high = high
         self.duplicates = duplicates
-        self.values = values
-        self.exp_avg = torch.zeros_like(values)
-        self.exp_avg_sq = torch.zeros_like(values)
-        self.steps = torch.zeros(values.shape[0], dtype=torch.int32, device=values.device)
+        self.process_group = process_group
+        self.sharded = sharded
+        self.num_rows = len(values)
+        values = self._own(values).contiguous() if sharded else values.contiguous()
+        steps = torch.zeros(values.shape[0], dtype=torch.int32, device=values.device)
+        for name, tensor in zip(
+            _NAMES, (values, torch.zeros_like(values), torch.zeros_like(values), steps), strict=True
+        ):
+            if sharded:
+                setattr(self, name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
+    @property
+    def _held(self) -> dict[str, Any]:
+        """Where the tensors are: a lookup in it costs a tenth of an attribute of a module."""
+        return vars(self) if self.sharded else self._buffers
 
     def rows(self, index: Tensor) -> Tensor:
         """A copy of the rows ``index``."""
-        self.to(index.device)
-        return self.values[self._checked(index)]
+        self.move(index.device)
+        self._check(index)
+        if not self.sharded:
+            return self._held["values"][index]
+        (places,), counts = joined_rows([index], self.process_group)
+        place, world = rank_in(self.process_group), world_size(self.process_group)
+        own = places % world == place
+        # A row is that of its owner and 0 of the others.
+        held = self.values[torch.where(own, places // world, 0)] if len(self.values) else self.values.new_zeros(())
+        own = own.view(-1, *[1] * (self.values.dim() - 1))
+        shape = len(places), *self.values.shape[1:]
+        (found,) = sum_over([torch.where(own, held, 0).expand(shape)], self.process_group)
+        return found.split(counts)[place].clone()
 
     def step_(self, index: Tensor, gradient: Tensor) -> None:
         """One step of Masked Adam on the rows ``index [n]``; a repeated index takes one step."""
-        self.to(index.device)
-        gradient = gradient.to(self.values.dtype)
+        self.move(index.device)
+        (index, gradient), _ = joined_rows([index, gradient.to(self._held["values"].dtype)], self.process_group)
         if self.duplicates == "last":
-            gradient = gradient * last_of_each(index).to(gradient).view(-1, *[1] * (gradient.dim() - 1))
+            last = last_of_each(index).view(-1, *[1] * (gradient.dim() - 1))
+            gradient = torch.where(last, gradient, 0)
+        found = found_inf([gradient], power=2)
+        if self.sharded:
+            own = index % world_size(self.process_group) == rank_in(self.process_group)
+            index, gradient = index[own] // world_size(self.process_group), gradient[own]
+        values, exp_avg, exp_avg_sq, steps = (self._held[name] for name in _NAMES)
         ops.masked_adam_(
-            self.values,
+            values,
             index,
             gradient,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.steps,
+            exp_avg,
+            exp_avg_sq,
+            steps,
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
             low=self.low,
             high=self.high,
+            found_inf=found,
         )
 
-    def to(self, device: torch.device | str) -> None:
-        """Move the table."""
-        if self.values.device == torch.device(device):
-            return
-        for name in ("values", "exp_avg", "exp_avg_sq", "steps"):
-            setattr(self, name, getattr(self, name).to(device))
+    def complete(self, name: str = "values") -> Tensor:
+        """One of the four tensors with all rows. If they are sharded, every process must call it."""
+        tensor: Tensor = getattr(self, name)
+        if not self.sharded:
+            return tensor
+        world = world_size(self.process_group)
+        (joined,), counts = joined_rows([tensor], self.process_group)
+        found = joined.new_empty(self.num_rows, *joined.shape[1:])
+        for rank, part in enumerate(joined.split(counts)):
+            found[rank::world] = part
+        return found
 
-    def state_dict(self) -> dict[str, Any]:
-        """Values, both moments and the step count of every row."""
-        return {name: getattr(self, name).clone() for name in ("values", "exp_avg", "exp_avg_sq", "steps")}
+    def move(self, device: torch.device) -> None:
+        """Move the table to where its rows are used."""
+        if self._held["values"].device != device:
+            self.to(device)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`.
+    def entries(self) -> dict[str, Tensor]:
+        """The complete table, where it is sharded."""
+        return {name: self.complete(name) for name in _NAMES} if self.sharded else {}
 
-        Raises:
-            ValueError: a tensor is missing or of another shape.
-        """
-        for name in ("values", "exp_avg", "exp_avg_sq", "steps"):
-            own = getattr(self, name)
-            if name not in state:
-                raise ValueError(f"state must have {name!r}, got {sorted(state)}")
-            if state[name].shape != own.shape:
-                raise ValueError(f"{name} must be {list(own.shape)} like the table, got {list(state[name].shape)}")
-        for name in ("values", "exp_avg", "exp_avg_sq", "steps"):
-            own = getattr(self, name)
-            setattr(self, name, state[name].to(device=own.device, dtype=own.dtype, copy=True))
+    def check_entries(self, state: Mapping[str, Any]) -> list[str]:
+        """See :meth:`fastmeta.state.Stateful.check_entries`."""
+        if not self.sharded:
+            return []
+        for name in _NAMES:
+            entry(state, name, (self.num_rows, *getattr(self, name).shape[1:]), type(self).__name__)
+        return list(_NAMES)
 
-    def _checked(self, index: Tensor) -> Tensor:
+    def load_entries(self, entries: Mapping[str, Tensor]) -> None:
+        """Take over this process's part."""
+        for name, tensor in entries.items():
+            getattr(self, name).copy_(self._own(tensor))
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """The rows of this process."""
+        return tensor[rank_in(self.process_group) :: world_size(self.process_group)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.sharded:
+            for name in _NAMES:
+                setattr(self, name, self.keep_dtype(fn, getattr(self, name)))
+        return self
+
+    def _check(self, index: Tensor) -> None:
         # On a GPU the check would wait for the device.
         if index.is_cpu and len(index):
             low, high = int(index.min()), int(index.max())
-            if low < 0 or high >= len(self.values):
+            if low < 0 or high >= self.num_rows:
                 bad = low if low < 0 else high
-                raise IndexError(f"index must be places in the unlabeled set, in [0, {len(self.values)}), got {bad}")
-        return index
+                raise IndexError(f"index must be places in the unlabeled set, in [0, {self.num_rows}), got {bad}")
 
 
 def last_of_each(index: Tensor) -> Tensor:

@@ -54,6 +54,46 @@ def world_size(group: Group) -> int:
     return 1 if group is None else torch.distributed.get_world_size(group)
 
 
+def rank_in(group: Group) -> int:
+    """Place of this process in the group; 0 without one."""
+    return 0 if group is None else torch.distributed.get_rank(group)
+
+
+def joined_rows(tensors: Sequence[Tensor], group: Group) -> tuple[list[Tensor], list[int]]:
+    """The rows of all processes, in the order of their ranks; equal on all of them.
+
+    The host learns how many rows there are, so with a group it waits for a GPU.
+
+    Args:
+        tensors: of one length, which may differ between the processes and be 0; else of the same shapes and dtypes.
+        group: the processes.
+
+    Returns:
+        The tensors, and how many rows are whose. Without a group: the tensors themselves.
+
+    >>> joined_rows([torch.ones(2, 3)], None)[1]
+    [2]
+    """
+    count = len(tensors[0])
+    if group is None:
+        return list(tensors), [count]
+    check(group)
+    world = world_size(group)
+    sizes = torch.full((1,), count, dtype=torch.int64, device=tensors[0].device)
+    gathered = [torch.empty_like(sizes) for _ in range(world)]
+    torch.distributed.all_gather(gathered, sizes, group=group)
+    counts: list[int] = torch.cat(gathered).tolist()
+    joined = []
+    for tensor in tensors:
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[:count] = tensor.detach()
+        parts = [torch.empty_like(padded) for _ in range(world)]
+        if padded.numel():
+            torch.distributed.all_gather(parts, padded, group=group)
+        joined.append(torch.cat([part[:size] for part, size in zip(parts, counts, strict=True)]))
+    return joined, counts
+
+
 def sum_over(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     """Every tensor summed over the processes, by one all-reduce for each dtype.
 
@@ -85,11 +125,11 @@ def sum_over(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     return [summed[i] for i in range(len(tensors))]
 
 
-def joined_count(count: int, group: Group, device: torch.device | str) -> int | Tensor:
+def joined_count(count: int | Tensor, group: Group, device: torch.device | str) -> int | Tensor:
     """Number of examples over all processes.
 
     Args:
-        count: number of examples of this process.
+        count: number of examples of this process; a scalar tensor where that is counted on their device.
         group: the processes.
         device: where their tensors live; the backend of the group decides what it can sum.
 
@@ -102,6 +142,6 @@ def joined_count(count: int, group: Group, device: torch.device | str) -> int | 
     if group is None:
         return count
     check(group)
-    total = torch.full((), count, dtype=torch.int64, device=device)
+    total = torch.zeros((), dtype=torch.int64, device=device).add_(count)
     torch.distributed.all_reduce(total, group=group)
     return int(total) if total.is_cpu else total

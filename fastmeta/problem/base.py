@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta import checks, losses
+from fastmeta import checks
 from fastmeta.ops.process_group import Group, joined_count
 
 Reduction = Literal["mean", "sum"]
@@ -45,6 +45,7 @@ class ProblemBase:
     weights: Tensor | None
     mask: Tensor | None
     process_group: Group
+    labels_are_predictions: bool
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +59,7 @@ class ProblemBase:
             return self.weights if self.mask is None else self.mask
         return self.weights * self.mask
 
-    def mean_scale(self, count: int) -> float | Tensor:
+    def mean_scale(self, count: int | Tensor) -> float | Tensor:
         """``1 / N`` for this process's ``count`` of the N examples of the joined batch; 1 where there are none."""
         total = joined_count(count, self.process_group, self.device)
         return 1 / total.clamp_min(1).double() if isinstance(total, Tensor) else 1 / max(total, 1)
@@ -69,14 +70,6 @@ class ProblemBase:
         A scalar tensor where several processes count B on their GPUs, so that no host waits for them.
         """
         return rate * self.mean_scale(count) if reduction == "mean" else rate
-
-
-def probabilities(targets: Tensor, logits: Tensor) -> Tensor:
-    """Targets ``[N]`` or ``[N, C]`` of logits ``[N, C]``, checked, as probabilities in their dtype. ``[N, C]``."""
-    if isinstance(targets, Tensor) and targets.is_floating_point():
-        targets = targets.to(logits.dtype)
-    checked = checks.targets(targets, logits, logits.shape[1])
-    return losses.as_probabilities(checked, logits.shape[1], logits.dtype)
 
 
 def full_precision(logits: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastmeta import losses, ops
+from fastmeta import checks, losses, ops
 from fastmeta.ops.process_group import Group, sum_over
 from fastmeta.problem import vectors
 from fastmeta.problem.base import Curvature, How, InnerLoss, Part, ProblemBase, Reduction
 from fastmeta.problem.direction import AnyDirection, Direction, Factors, of_last_layer
+from fastmeta.problem.targets import kept
 
 
 class Rows(NamedTuple):
@@ -38,6 +39,8 @@ class LastLayerProblem(ProblemBase):
         labeled_targets: their labels.
         has_bias: whether the layer has a bias.
         process_group: the processes that the batch is spread over; None: this one alone.
+        labels_are_predictions: whether the labels are what these very logits predict: every example's loss then has no
+            gradient, and a derivative of it would be rounding noise.
     """
 
     unlabeled: Rows
@@ -50,6 +53,7 @@ class LastLayerProblem(ProblemBase):
     labeled_targets: Tensor | None = None
     has_bias: bool = True
     process_group: Group = None
+    labels_are_predictions: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -79,8 +83,8 @@ class LastLayerProblem(ProblemBase):
 
         ``bias=False`` leaves the layer's bias out of the direction.
         """
-        rows, targets, weights = self._part(part)
-        scaled = self.scaled_weights(rows, weights, reduction)
+        rows, targets, weights, count = self._part(part, loss)
+        scaled = self.scaled_weights(rows, weights, count, reduction)
         weight, grad_bias = ops.last_layer_gradient(rows.features, rows.logits, targets, scaled, loss=loss)
         return self._joined(Direction(weight, grad_bias if bias and self.has_bias else None))
 
@@ -88,11 +92,11 @@ class LastLayerProblem(ProblemBase):
         """:meth:`gradient`, not multiplied out."""
         if self.process_group is not None:
             return _factors(self.gradient(part, loss=loss, reduction=reduction, bias=bias))
-        rows, targets, weights = self._part(part)
+        rows, targets, weights, count = self._part(part, loss)
         targets = losses.as_probabilities(targets, rows.logits.shape[1], rows.logits.dtype)
         residual = losses.residual(rows.logits, targets, loss)
         residual = residual if weights is None else residual * weights.unsqueeze(-1)
-        scale = self.mean_scale(len(residual)) if reduction == "mean" else 1.0
+        scale = self.mean_scale(count) if reduction == "mean" else 1.0
         return Factors(rows.features, residual * scale, bias and self.has_bias)
 
     def label_tangent(
@@ -160,6 +164,7 @@ class LastLayerProblem(ProblemBase):
             unlabeled=move(self.unlabeled),
             holdout=move(self.holdout),
             labeled=None if self.labeled is None else move(self.labeled),
+            labels_are_predictions=False,
         )
 
     def hessian_vector_product(self, inner: InnerLoss, direction: AnyDirection) -> Direction:
@@ -195,8 +200,8 @@ class LastLayerProblem(ProblemBase):
         """
         found = []
         for part, loss, factor in inner.terms():
-            rows, targets, weights = self._part(part)
-            scaled = self.scaled_weights(rows, weights, inner.reduction)
+            rows, targets, weights, count = self._part(part, loss)
+            scaled = self.scaled_weights(rows, weights, count, inner.reduction)
             scaled = rows.logits.new_ones(len(rows.logits)) if scaled is None else scaled
             targets = losses.as_probabilities(targets, rows.logits.shape[1], rows.logits.dtype)
             scale = losses.of(loss).curvature_scale(targets)
@@ -204,20 +209,25 @@ class LastLayerProblem(ProblemBase):
             found.append((rows, targets, scaled if factor == 1 else factor * scaled, loss))
         return found
 
-    def scaled_weights(self, rows: Rows, weights: Tensor | None, reduction: Reduction) -> Tensor | None:
-        """Weights that make ``sum_i w_i l_i`` the reduced loss: ``w / N`` for a mean; None means 1. ``[N]``."""
+    def scaled_weights(
+        self, rows: Rows, weights: Tensor | None, count: int | Tensor, reduction: Reduction
+    ) -> Tensor | None:
+        """Weights that make ``sum_i w_i l_i`` the loss reduced over ``count``: ``w / N``; None means 1. ``[N]``."""
         if reduction == "sum":
             return weights
-        scale = self.mean_scale(len(rows.features))
+        scale = self.mean_scale(count)
         ones = rows.logits.new_ones(len(rows.features)) if weights is None else weights
         return ones * scale
 
-    def _part(self, part: Part) -> tuple[Rows, Tensor, Tensor | None]:
+    def _part(self, part: Part, loss: str) -> tuple[Rows, Tensor, Tensor | None, int | Tensor]:
+        """Rows, targets, weights and number of the examples of a summand whose loss this is."""
         if part == "unlabeled":
-            return self.unlabeled, self.labels, self.inner_weights
+            return self.unlabeled, self.labels, self.inner_weights, len(self.labels)
+        rows, targets, name = self.holdout, self.targets, "targets"
         if part == "labeled" and self.labeled is not None and self.labeled_targets is not None:
-            return self.labeled, self.labeled_targets, None
-        return self.holdout, self.targets, None
+            rows, targets, name = self.labeled, self.labeled_targets, "labeled_targets"
+        checks.classes_of(targets, rows.logits.shape[1], losses.of(loss), name)
+        return rows, *kept(targets, rows.logits.dtype)
 
     def _joined(self, direction: Direction) -> Direction:
         if self.process_group is None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,24 +17,13 @@ from fastmeta.problem.base import (
     ProblemBase,
     Reduction,
     full_precision,
-    probabilities,
 )
 from fastmeta.problem.direction import AnyDirection, Vector, of_model
 from fastmeta.problem.model_function import Inputs, ModelFunction, Term
+from fastmeta.problem.targets import NOTHING_GIVEN, Given, Kept, probabilities, read
+from fastmeta.problem.unlabeled_pass import UnlabeledPass
 
 _LAST_LAYER_ALONE = "factored and bias=False are for the last layer alone, got a whole model"
-
-
-class UnlabeledPass:
-    """Results of the first pass over the unlabeled inputs at theta, kept so that no second pass is made for them.
-
-    All problems at one theta share one object.
-    """
-
-    def __init__(self) -> None:
-        self.logits: Tensor | None = None  # [N, C], detached, in full precision
-        self.on_graph: Tensor | None = None  # [N, C], on the graph of the model's own parameters
-        self.labels: Tensor | None = None  # imputed labels [N, C]
 
 
 @dataclass(frozen=True)
@@ -57,6 +45,9 @@ class WholeModelProblem(ProblemBase):
         process_group: the processes that the batch is spread over; None: this one alone.
         holdout_gradient: gradient of the mean outer loss at theta over all processes, where the caller has it already.
         keep_graph: whether the first pass keeps the unlabeled logits on the graph of the model's own parameters, theta.
+        labels_are_predictions: whether the labels are what these very logits predict: every example's loss then has no
+            gradient, and a derivative of it would be rounding noise.
+        given: what must fit the unlabeled logits, which alone say what N is.
         how: how derivatives along a direction are taken, see :func:`fastmeta.label_gradient`; set by :meth:`by`.
         radius: length of the perturbation of a difference.
     """
@@ -74,6 +65,8 @@ class WholeModelProblem(ProblemBase):
     process_group: Group = None
     holdout_gradient: Vector | None = None
     keep_graph: bool = False
+    labels_are_predictions: bool = False
+    given: Given = NOTHING_GIVEN
     how: How = "jvp"
     radius: float = 0.01
     moving: tuple[str, ...] | None = None  # names of the parameters that move; None: all
@@ -119,7 +112,7 @@ class WholeModelProblem(ProblemBase):
         """Unlabeled logits ``[N, C]`` at theta on the graph of the model's own parameters; run once."""
         if self.seen.on_graph is None:
             self.seen.on_graph = self.function.logits(self.unlabeled, on_graph=True)
-        return full_precision(self.seen.on_graph)
+        return self._see(self.seen.on_graph)
 
     def gradient(self, part: Part, *, loss: str, reduction: Reduction = "mean", bias: bool = True) -> Vector:
         """Gradient of the loss of the hold-out examples, of C^U (``unlabeled``) or of C^T (``labeled``).
@@ -151,6 +144,7 @@ class WholeModelProblem(ProblemBase):
             parameters={**self.parameters, **dict(zip(step, values, strict=True))},
             holdout_gradient=None,
             keep_graph=False,
+            labels_are_predictions=False,
             start=self if self.start is None else self.start,
             seen=UnlabeledPass(),
         )
@@ -225,7 +219,7 @@ class WholeModelProblem(ProblemBase):
         reads = losses.of(loss).label_tangent_reads_targets
 
         def labels(logits: Tensor) -> Tensor | None:
-            return probabilities(self.labels, logits) if reads else None
+            return probabilities(self.labels, logits, loss) if reads else None
 
         if self.how == "jvp":
             logits, tangent = self._jvp(v, self.keep_graph)
@@ -242,10 +236,10 @@ class WholeModelProblem(ProblemBase):
             return self._mixed(total, theta, v, [weights])[0]
         if self.how == "jvp":
             logits, tangent = self._jvp(v)
-            return (losses.residual(logits, probabilities(self.labels, logits), loss) * tangent).sum(-1)
+            return (losses.residual(logits, probabilities(self.labels, logits, loss), loss) * tangent).sum(-1)
         self._impute_first()
         return self._difference(
-            lambda logits: losses.loss_per_example(logits, probabilities(self.labels, logits), loss), v
+            lambda logits: losses.loss_per_example(logits, probabilities(self.labels, logits, loss), loss), v
         )
 
     def label_and_loss_tangent(self, direction: AnyDirection, *, loss: str) -> tuple[Tensor, Tensor]:
@@ -257,13 +251,13 @@ class WholeModelProblem(ProblemBase):
             return -pulls, slopes
         if self.how == "jvp":
             logits, tangent = self._jvp(v, self.keep_graph)
-            labels = probabilities(self.labels, logits)
+            labels = probabilities(self.labels, logits, loss)
             slopes = (losses.residual(logits, labels, loss) * tangent).sum(-1)
             return losses.label_tangent(logits, tangent, loss, labels), slopes
         self._impute_first()
 
         def both(logits: Tensor) -> Tensor:
-            labels = probabilities(self.labels, logits)
+            labels = probabilities(self.labels, logits, loss)
             values = losses.loss_per_example(logits, labels, loss)
             return torch.cat([losses.label_pull(logits, loss, labels), values.unsqueeze(-1)], dim=1)
 
@@ -280,10 +274,10 @@ class WholeModelProblem(ProblemBase):
         one_sided = self.how == "forward_difference"
         minus = self.logits if one_sided else None  # run before anything is moved
         with torch.no_grad(), perturbed({name: self.parameters[name] for name in v}, v, radius) as perturbation:
-            plus = full_precision(self.function.logits(self.unlabeled, self.parameters))
+            plus = self._probe()
             if minus is None:
                 perturbation.flip()
-                minus = full_precision(self.function.logits(self.unlabeled, self.parameters))
+                minus = self._probe()
         return plus, minus, perturbation.epsilon / 2 if one_sided else perturbation.epsilon
 
     def feature_similarity(self, direction: AnyDirection, *, bias: bool, rate: float, reduction: Reduction) -> Tensor:
@@ -295,7 +289,7 @@ class WholeModelProblem(ProblemBase):
         theta = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
         with torch.enable_grad():
             logits = self._see(self.function.logits(self.unlabeled, theta, twice=True))
-            labels = probabilities(self.labels, logits).detach().clone().requires_grad_()
+            labels = probabilities(self.labels, logits, loss).detach().clone().requires_grad_()
             weights = logits.new_ones(len(logits)).requires_grad_()
             total = (weights * losses.loss_per_example(logits, labels, loss)).sum()
         return labels, weights, total, theta
@@ -333,10 +327,10 @@ class WholeModelProblem(ProblemBase):
                     self.seen.on_graph = logits
                 start = of(self._see(logits.detach()))
             with perturbed({name: self.parameters[name] for name in v}, v, self.radius) as perturbation:
-                plus = of(full_precision(function.logits(self.unlabeled, theta)))
+                plus = of(self._probe())
                 if start is None:
                     perturbation.flip()
-                    minus = of(full_precision(function.logits(self.unlabeled, theta)))
+                    minus = of(self._probe())
                     return (plus - minus) / (2 * perturbation.epsilon)
             return (plus - start) / perturbation.epsilon
 
@@ -345,9 +339,16 @@ class WholeModelProblem(ProblemBase):
         if self.how == "finite_difference":
             _ = self.labels
 
+    def _probe(self) -> Tensor:
+        """Unlabeled logits ``[N, C]`` at the parameters, which are moved, in full precision."""
+        logits = full_precision(self.function.logits(self.unlabeled, self.parameters))
+        self.given.check(logits)
+        return logits
+
     def _see(self, logits: Tensor) -> Tensor:
         """Keep the unlabeled logits ``[N, C]`` of a pass at theta; returns them in full precision."""
         logits = full_precision(logits)
+        self.given.check(logits)
         if self.seen.logits is None:
             self.seen.logits = logits.detach()
         return logits
@@ -358,37 +359,36 @@ class WholeModelProblem(ProblemBase):
     def term(self, part: Part, loss: str, reduction: Reduction, factor: float = 1.0) -> Term:
         """A reduced loss times ``factor``, as a summand of an objective."""
         unlabeled = part == "unlabeled"
-        inputs, given = (self.unlabeled, None) if unlabeled else self._labels_of(part)
-        weights = self.inner_weights if unlabeled else None
+        inputs, given, names = (self.unlabeled, None, ("", "")) if unlabeled else self._labels_of(part)
+        scales: list[float | Tensor] = []  # processes add up their counts once for each term, not for each product
 
-        def targets(logits: Tensor) -> Tensor:
-            return probabilities(self.labels if given is None else given, logits)
-
-        @cache  # processes add up their counts once for each term, not for each product
-        def scale(count: int) -> float | Tensor:
-            return factor * self.mean_scale(count) if reduction == "mean" else factor
-
-        def weighted(rows: Tensor) -> Tensor:
-            each = scale(len(rows))
+        def weighted(of: Callable[[Tensor, Tensor], Tensor], logits: Tensor) -> Tensor:
+            """Rows made of the logits and the targets, times their weights in the reduced loss."""
+            logits = self._see(logits) if unlabeled else full_precision(logits)
+            if given is None:
+                target = Kept(probabilities(self.labels, logits, loss), self.inner_weights, len(logits))
+            else:
+                target = read(given, logits, loss, *names)
+            if not scales:
+                scales.append(factor * self.mean_scale(target.number) if reduction == "mean" else factor)
+            rows, each, weights = of(logits, target.targets), scales[0], target.weights
             return rows * each if weights is None else rows * (each * weights).view(-1, *[1] * (rows.dim() - 1))
 
         def value(logits: Tensor) -> Tensor:
-            logits = self._see(logits) if unlabeled else full_precision(logits)
-            return weighted(losses.loss_per_example(logits, targets(logits), loss)).sum()
+            return weighted(lambda f, y: losses.loss_per_example(f, y, loss), logits).sum()
 
         def curvature(logits: Tensor, tangent: Tensor) -> Tensor:
-            logits = self._see(logits) if unlabeled else full_precision(logits)
-            return weighted(losses.gauss_newton(logits, targets(logits), full_precision(tangent), loss))
+            return weighted(lambda f, y: losses.gauss_newton(f, y, full_precision(tangent), loss), logits)
 
         return Term(inputs, value, curvature)
 
-    def _labels_of(self, part: Part) -> tuple[Inputs, Tensor]:
-        """Hold-out examples, or the labeled ones of the inner loss, and their targets."""
+    def _labels_of(self, part: Part) -> tuple[Inputs, Tensor, tuple[str, str]]:
+        """Hold-out examples, or the labeled ones of the inner loss, their targets, and the names of these arguments."""
         if part == "labeled" and self.labeled is not None and self.labeled_targets is not None:
-            return self.labeled, self.labeled_targets
+            return self.labeled, self.labeled_targets, ("labeled_targets", "labeled")
         if self.holdout is None or self.targets is None:
             raise ValueError("holdout and targets are needed by this direction, got None")
-        return self.holdout, self.targets
+        return self.holdout, self.targets, ("targets", "holdout")
 
     def _joined(self, gradient: Vector) -> Vector:
         if self.process_group is None:

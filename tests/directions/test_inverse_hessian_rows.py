@@ -98,8 +98,7 @@ def test_negative_weights_are_judged(draw: Draw, always: None) -> None:
     with pytest.warns(NotConvergedWarning, match=r"relative residual .* > tol 1e-12 after 1 iterations"):
         InverseHessian(damping=100.0, solver="cg", tol=1e-12, max_iter=1)(problem)
     problem.unlabeled.features[2, 1] = torch.nan
-    with pytest.raises(ValueError, match="features must be finite, got nan"):
-        InverseHessian(damping=0.01, solver="cg")(problem)
+    assert bool(vectors.flat(InverseHessian(damping=0.01, solver="cg")(problem)).isnan().all())
 
 
 def test_nothing_to_solve(draw: Draw, always: None) -> None:
@@ -122,13 +121,13 @@ def test_influence_without_the_direction(draw: Draw, always: None, how: str) -> 
         for solver in (how, "cholesky"):
             method = ExampleWeights(6, inverse_hessian=solver, dtype=torch.float64, **EXACT)
             method.refine(**layer.batch(), index=torch.arange(6), **more)
-            gradients.append(method.state_dict()["update"]["exp_avg"])
+            gradients.append(method.state_dict()["update.table.exp_avg"])
         assert_close(*gradients)
 
 
 def learned(method: ExampleWeights, batch: dict[str, Any], n: int) -> Tensor:
     method.refine(**batch, index=torch.arange(n))
-    return method.state_dict()["update"]["exp_avg"].double()
+    return method.state_dict()["update.table.exp_avg"].double()
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -186,10 +185,9 @@ def test_a_resumed_method_goes_on_bit_for_bit(draw: Draw) -> None:
 def test_the_state_of_the_direction_inside_is_saved() -> None:
     rule = InverseHessian(NormalizedGap())
     state = rule.state_dict()
-    assert set(state) == {"solver", "of"}
-    assert state["of"] is not None
+    assert set(state) == {"solver.numbers", "of.ema_labeled.count", "of.ema_fourth.count"}
     rule.load_state_dict(state)
-    assert InverseHessian().state_dict()["of"] is None
+    assert set(InverseHessian().state_dict()) == {"solver.numbers"}
 
 
 def test_a_state_in_a_file() -> None:

@@ -16,13 +16,13 @@ from whole_model_brute_force import (
     brute_force_label_gradient,
     brute_force_weight_gradient,
 )
-from whole_model_nets import NETS, NetCase, mlp, net_cases, normal
+from whole_model_nets import NETS, NetCase, batch_size, mlp, net_cases, normal
 
 from fastmeta.derivatives import ExampleWeightGradient, LabelGradient
 from fastmeta.directions import HoldoutGradient, InverseHessian, LookAhead, UnitLength
 from fastmeta.losses import LOSSES
 from fastmeta.problem import Direction, LastLayerProblem, Rows, Trajectory, WholeModelProblem, vectors
-from fastmeta.problem.model_function import ModelFunction, batch_size
+from fastmeta.problem.model_function import ModelFunction
 
 RATE = 0.05
 MODELS = [(net, mode) for net in NETS for mode in ("train", "eval") if net in ("conv", "text") or mode == "train"]

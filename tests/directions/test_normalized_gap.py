@@ -9,13 +9,13 @@ from brute_force import assert_close
 from hypothesis import given, settings
 from torch import Tensor, nn
 from whole_model_brute_force import brute_force_alignment_gradient, flatten, loss_gradient, trainable
-from whole_model_nets import NETS, NetCase, net_cases
+from whole_model_nets import NETS, NetCase, batch_size, net_cases
 
 from fastmeta import ops
 from fastmeta.derivatives import LabelGradient
 from fastmeta.directions import NormalizedGap
 from fastmeta.problem import LastLayerProblem, Problem, Rows, WholeModelProblem, vectors
-from fastmeta.problem.model_function import ModelFunction, batch_size
+from fastmeta.problem.model_function import ModelFunction
 
 DECAY, DECAY_NORM, EPSILON = 0.8, 0.6, 1e-3
 MODELS = [(net, mode) for net in NETS for mode in ("train", "eval") if net in ("conv", "text") or mode == "train"]

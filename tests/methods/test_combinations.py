@@ -22,12 +22,11 @@ from whole_model_brute_force import (
     loss_gradient,
     trainable,
 )
-from whole_model_nets import NETS, NetCase, net_cases
+from whole_model_nets import NETS, NetCase, batch_size, net_cases
 
 from fastmeta import AlignedImputation, ImplicitImputation, ImputeAndWeight, Method, Refined
 from fastmeta.derivatives import HOWS, ExampleWeightGradient, LabelAndWeightGradient, LabelGradient
 from fastmeta.directions import HoldoutGradient, InverseHessian, LookAhead, NormalizedGap, UnitLength
-from fastmeta.problem.model_function import batch_size
 from fastmeta.updates import LabelLogitStep, PullBack, PullBackAndWeights, WeightTable
 
 M, N, C = 9, 5, 3
@@ -85,12 +84,12 @@ def make_step(net: str, generator: Generator, train: bool = True) -> Step:
 
 def seen_by_adam(method: Method, index: Tensor) -> Tensor:
     """After one update the first moment is (1 - beta1) times the gradient."""
-    return method.state_dict()["update"]["exp_avg"][index] / (1 - 0.9)
+    return method.state_dict()["update.table.exp_avg"][index] / (1 - 0.9)
 
 
 def set_weights(method: ImputeAndWeight, weights: Tensor) -> None:
     state = method.state_dict()
-    state["update"]["values"] = weights.clone()
+    state["update.table.values"] = weights.clone()
     method.load_state_dict(state)
 
 
@@ -266,11 +265,11 @@ COMPOSED: dict[str, tuple[Callable[[], Method], Callable[[], Method]]] = {
         lambda: Method(InverseHessian(damping=0.3), LabelGradient("cross_entropy"), PullBack(weight=0.5)),
     ),
     "implicit V1": (
-        lambda: ImplicitImputation("V1", loss="mse_probs", label_step=3.0),
+        lambda: ImplicitImputation("V1", inner_loss="mse_probs", label_step=3.0),
         lambda: Method(UnitLength(InverseHessian(loss="mse_probs")), LabelGradient(), LabelLogitStep(step=3.0)),
     ),
     "impute and weight": (
-        lambda: ImputeAndWeight(M, look_ahead=True, loss="mse_probs"),
+        lambda: ImputeAndWeight(M, look_ahead=True, inner_loss="mse_probs"),
         lambda: Method(
             LookAhead(UnitLength()), LabelAndWeightGradient("mse_probs"), PullBackAndWeights(M, weight=0.5, **TABLE)
         ),
@@ -288,8 +287,10 @@ def test_a_name_for_three_rules(draw, named, composed):
         labels = layer.outputs(draw.normal(6, 5)).logits.softmax(-1)
         first, second = (method.refine(**layer.batch(), index=index, labels=labels) for method in (one, other))
         assert_equal(layer.weight, first, second)
-    for name, value in one.state_dict()["update"].items():
-        assert torch.equal(value, other.state_dict()["update"][name])
+    states = one.state_dict(), other.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name])
 
 
 def assert_equal(weight: Tensor, first: Refined, second: Refined) -> None:
@@ -319,12 +320,42 @@ def test_weights_and_labels_follow_their_own_rules(draw):
     assert_close(*grads)
 
 
-def test_labels_of_the_same_view_teach_no_weights(draw):
-    """As its documentation says: at z = p the gradient of every example is 0."""
+nothing_to_learn = pytest.warns(RuntimeWarning, match="learns no example weights from this batch")
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_labels_of_the_same_view_teach_no_weights(generator, how):
+    """At z = p every gradient of l_i is 0, and Adam would step as far along the rounding noise in its place."""
+    step = make_step("conv", generator)
+    joint = ImputeAndWeight(M, how=how)
+    free = Method(HoldoutGradient(), ExampleWeightGradient(how=how), WeightTable(M, lr=0.1))
+    for method in (joint, free):
+        with nothing_to_learn:
+            refined = method.refine(**step.batch(labels=None, index=torch.arange(N)))
+        assert torch.equal(refined.weights, torch.ones_like(refined.weights))
+    with nothing_to_learn:
+        surrogate = joint.refine(**step.batch(labels=None, index=torch.arange(N))).loss
+    assert float(step.of_loss(surrogate).norm()) > 0
+    joint.refine(**step.batch(index=torch.arange(N)))
+    assert bool((joint.weights[:N] != 1).all())
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse_probs", "binary_cross_entropy"])
+def test_labels_that_are_made_of_the_same_logits(draw, loss):
+    """As given by the loop, cast or not; a sharpened softmax, or a softmax for the loss of a sigmoid, teach weights."""
     layer = make_layer(draw)
-    method = ImputeAndWeight(6, dtype=torch.float64)
-    method.refine(**layer.batch(), index=torch.arange(6))
-    assert float(seen_by_adam(method, torch.arange(6)).abs().max()) < 1e-12
+    batch = layer.batch()
+    logits, index = batch["unlabeled"].logits, torch.arange(6)
+    for labels in (logits.softmax(-1), logits.float().softmax(-1).double()):
+        method = ImputeAndWeight(6, inner_loss=loss)
+        if loss == "binary_cross_entropy":
+            method.refine(**batch, index=index, labels=labels)
+        else:
+            with nothing_to_learn:
+                method.refine(**batch, index=index, labels=labels)
+        assert bool((method.weights == 1).all()) == (loss != "binary_cross_entropy")
+    method.refine(**batch, index=index, labels=(2 * logits).softmax(-1))
+    assert bool((method.weights != 1).all())
 
 
 def test_a_gradient_without_a_column_for_the_weights_is_refused(draw):
@@ -340,11 +371,11 @@ def test_a_gradient_without_a_column_for_the_weights_is_refused(draw):
         (lambda: AlignedImputation(how="vjp"), "how must be one of"),
         (lambda: AlignedImputation(mode="test"), "mode must be one of train, eval"),
         (lambda: ImplicitImputation("V3"), "variant must be one of V1, V2"),
-        (lambda: ImplicitImputation("V1", loss="mse"), "loss must be one of cross_entropy, mse_probs"),
+        (lambda: ImplicitImputation("V1", inner_loss="mse"), "inner_loss must be one of cross_entropy, mse_probs"),
         (lambda: ImplicitImputation(damping=-1.0), "damping must be >= 0"),
         (lambda: ImputeAndWeight(0), "num_examples must be >= 1"),
         (lambda: ImputeAndWeight(5, read="never"), "read must be"),
-        (lambda: ImputeAndWeight(5, loss="hinge"), "loss must be one of"),
+        (lambda: ImputeAndWeight(5, inner_loss="hinge"), "loss must be one of"),
     ],
 )
 def test_options_are_checked(make, message):

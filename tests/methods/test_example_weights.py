@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from brute_force import Layer, assert_close, make_layer, per_example
+from brute_force import Layer, assert_close, make_layer, per_example, reduced
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,7 +16,7 @@ DOUBLE = {"dtype": torch.float64}
 
 def gradient_seen_by_adam(method: ExampleWeights, index: Tensor) -> Tensor:
     """After one update the first moment is (1 - beta1) times the gradient."""
-    return method.state_dict()["update"]["exp_avg"][index] / (1 - 0.9)
+    return method.state_dict()["update.table.exp_avg"][index] / (1 - 0.9)
 
 
 def influence(
@@ -29,6 +29,8 @@ def influence(
     hessian: bool = True,
     view: Tensor | None = None,
     labeled: tuple[Tensor, Tensor] | None = None,
+    loss: str = "cross_entropy",
+    reduction: str = "mean",
 ) -> Tensor:
     """Eq. (6) with every matrix dense, over the flattened last layer."""
     c, d = layer.weight.shape
@@ -43,15 +45,14 @@ def influence(
         )
 
     def training_loss(parameters: Tensor) -> Tensor:
-        unlabeled = per_example(forward(parameters, x_u), pseudo, "cross_entropy")
-        unlabeled = unlabeled if weights is None else weights * unlabeled
-        return functional.cross_entropy(forward(parameters, x_l), y_l) + unlabeled.mean()
+        unlabeled = reduced(forward(parameters, x_u), pseudo, loss, weights, reduction)
+        return reduced(forward(parameters, x_l), one_hot(y_l), loss, None, reduction) + unlabeled
 
-    validation = functional.cross_entropy(forward(flat, layer.features_h), layer.classes)
+    validation = functional.cross_entropy(forward(flat, layer.features_h), layer.classes, reduction=reduction)
     g_val = torch.autograd.grad(validation, flat)[0]
     h = torch.autograd.functional.hessian(training_loss, flat) if hessian else torch.zeros(len(flat), len(flat))
     solved = torch.linalg.solve(h + damping * torch.eye(len(flat), dtype=torch.float64), g_val)
-    g_u = torch.autograd.functional.jacobian(lambda p: per_example(forward(p, x_u), pseudo, "cross_entropy"), flat)
+    g_u = torch.autograd.functional.jacobian(lambda p: per_example(forward(p, x_u), pseudo, loss), flat)
     return -g_u @ solved
 
 
@@ -68,6 +69,47 @@ def test_influence_is_that_of_the_dense_hessian(draw, solver, bias):
     method.refine(**layer.batch(), index=index)
     pseudo = one_hot(layer.unlabeled.logits.argmax(-1))
     assert_close(gradient_seen_by_adam(method, index), influence(layer, pseudo, damping=0.1, bias=bias))
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "cg", "pcg"])
+def test_sums_in_place_of_means(draw, solver):
+    """As Eq. (1) and (2) print them; batches of different sizes make another direction of it, not another length."""
+    layer = make_layer(draw)
+    options = {"inverse_hessian": solver, "damping": 0.1, "tol": 1e-12, "max_iter": 500, **DOUBLE}
+    pseudo = one_hot(layer.unlabeled.logits.argmax(-1))
+    for reduction in ("mean", "sum"):
+        method = ExampleWeights(6, reduction=reduction, **options)
+        method.refine(**layer.batch(), index=torch.arange(6))
+        expected = influence(layer, pseudo, damping=0.1, reduction=reduction)
+        assert_close(gradient_seen_by_adam(method, torch.arange(6)), expected)
+    means = influence(layer, pseudo, damping=0.1)
+    assert float(functional.cosine_similarity(means, expected, dim=0)) < 0.999
+
+
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "mse", "mse_probs"])
+def test_another_loss(draw, loss):
+    """Labels of a loss without a softmax are used as they are; hard ones are for probabilities."""
+    layer = make_layer(draw)
+    method = ExampleWeights(6, inner_loss=loss, inverse_hessian="identity", **DOUBLE)
+    labels = draw.probabilities(6, 4)
+    method.refine(**layer.batch(), index=torch.arange(6), labels=labels)
+    used = one_hot(labels.argmax(-1)) if loss == "mse_probs" else labels
+    expected = influence(layer, used, damping=1.0, hessian=False, loss=loss)
+    assert_close(gradient_seen_by_adam(method, torch.arange(6)), expected)
+    if loss != "mse_probs":
+        with pytest.raises(ValueError, match=r"pseudo_labels must be targets \[N, C\] for a loss without a softmax"):
+            method.refine(**layer.batch(), index=torch.arange(6), pseudo_labels=layer.classes[:6])
+        with pytest.warns(RuntimeWarning, match="ExampleWeights learns no example weights from this batch"):
+            method.refine(**layer.batch(), index=torch.arange(6))
+
+
+@pytest.mark.parametrize("loss", ["mse", "binary_cross_entropy"])
+def test_the_hessian_is_that_of_the_inner_loss(draw, loss):
+    layer = make_layer(draw)
+    method = ExampleWeights(6, inner_loss=loss, inverse_hessian="cholesky", damping=0.3, **DOUBLE)
+    labels = draw.probabilities(6, 4)
+    method.refine(**layer.batch(), index=torch.arange(6), labels=labels)
+    assert_close(gradient_seen_by_adam(method, torch.arange(6)), influence(layer, labels, damping=0.3, loss=loss))
 
 
 def test_identity_hessian(draw):
@@ -96,7 +138,7 @@ def test_strong_view_pseudo_labels_mask_and_labeled_batch(draw, masked):
     method = ExampleWeights(6, inverse_hessian="cholesky", masked=masked, **DOUBLE)
     weights = 2 * draw.uniform(6)
     state = method.state_dict()
-    state["update"]["values"] = weights
+    state["update.table.values"] = weights
     method.load_state_dict(state)
     view, mask = draw.normal(6, 5), (draw.uniform(6) > 0.4).double()
     labeled = draw.normal(3, 5), draw.classes(3, 4)
@@ -140,7 +182,7 @@ def test_weights_follow_masked_adam_and_stay_in_their_bounds(draw):
     assert bool((expected == 0).any() or (expected == 2).any())
     untouched = torch.tensor([0, 2, 5, 7])
     assert torch.equal(method.weights[untouched], torch.ones(4, dtype=torch.float64))
-    assert method.state_dict()["update"]["steps"].tolist() == [0, 5, 0, 5, 5, 0, 5, 0, 5, 5]
+    assert method.state_dict()["update.table.steps"].tolist() == [0, 5, 0, 5, 5, 0, 5, 0, 5, 5]
 
 
 def test_weights_read_before_or_after_their_update(draw):
@@ -210,7 +252,7 @@ def test_duplicates_in_a_batch(draw):
         method = ExampleWeights(10, duplicates=duplicates, inverse_hessian="identity", **DOUBLE)
         method.refine(**layer.batch(), index=index)
         assert_close(gradient_seen_by_adam(method, torch.arange(10)), gradient)
-        assert method.state_dict()["update"]["steps"].tolist() == [1, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+        assert method.state_dict()["update.table.steps"].tolist() == [1, 0, 1, 0, 0, 0, 0, 1, 0, 0]
     assert not torch.allclose(expected["sum"], expected["last"])
 
 
@@ -219,6 +261,7 @@ PRESET_DIFFERENCES = {
     "bias": {"bias": False},
     "masked": {"masked": False},
     "duplicates": {"duplicates": "last"},
+    "reduction": {"reduction": "mean"},
 }
 TWICE = torch.tensor([0, 1, 2, 3, 1, 5])
 
@@ -233,7 +276,7 @@ def test_presets_are_what_they_say(draw):
     layer = make_layer(draw, (6, 3, 4), holdout=30)
     mask = torch.tensor([1.0, 0, 1, 1, 0, 1], dtype=torch.float64)
     pseudo = one_hot(layer.unlabeled.logits.argmax(-1))
-    paper = influence(layer, pseudo, damping=5e-4, weights=mask)
+    paper = influence(layer, pseudo, damping=5e-4, weights=mask, reduction="sum")
     assert_close(preset_gradient(layer, "paper", mask, torch.arange(6)), paper * mask, 1e-8)
     code = influence(layer, pseudo, damping=1.0, weights=mask, bias=False)
     assert_close(preset_gradient(layer, "official_code", mask, torch.arange(6)), code)
@@ -269,6 +312,8 @@ def test_presets_read_the_weights_after_and_before(draw):
     ("options", "error", "message"),
     [
         ({"inverse_hessian": "lu"}, ValueError, "inverse_hessian must be one of"),
+        ({"inner_loss": "hinge"}, ValueError, "loss must be one of"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, got 'max'"),
         ({"damping": -1.0}, ValueError, "damping must be >= 0"),
         ({"interval": 0}, ValueError, "interval must be >= 1"),
         ({"read": "never"}, ValueError, "read must be"),

@@ -19,11 +19,10 @@ from whole_model_brute_force import (
     losses_of,
     trainable,
 )
-from whole_model_nets import NETS, NetCase, net_cases
+from whole_model_nets import NETS, NetCase, batch_size, net_cases
 
 import fastmeta
 from fastmeta import ExampleWeights
-from fastmeta.problem.model_function import batch_size
 
 M = 12
 DOUBLE = {"dtype": torch.float64}
@@ -84,11 +83,11 @@ class Task:
         """What Masked Adam is given, at the task's weights."""
         method = ExampleWeights(M, **DOUBLE, **options)
         state = method.state_dict()
-        state["update"]["values"] = self.weights.clone()
+        state["update.table.values"] = self.weights.clone()
         method.load_state_dict(state)
         refined = method.refine(**self.batch())
         assert_close(refined.labels, self.soft)
-        return method.state_dict()["update"]["exp_avg"][self.index] / (1 - 0.9)
+        return method.state_dict()["update.table.exp_avg"][self.index] / (1 - 0.9)
 
 
 def other_view(inputs: Any, generator: torch.Generator) -> Any:
@@ -209,7 +208,7 @@ def test_pseudo_labels_of_a_difference_are_those_at_theta(generator):
         for sign in (1, -1)
     ]
     expected = -(moved[0] - moved[1]).detach() / (2 * step)
-    assert_close(difference.state_dict()["update"]["exp_avg"][task.index] / (1 - 0.9), expected)
+    assert_close(difference.state_dict()["update.table.exp_avg"][task.index] / (1 - 0.9), expected)
 
 
 @pytest.fixture
@@ -289,7 +288,7 @@ def test_given_pseudo_labels(task, strong, classes):
     given = {"pseudo_labels": pseudo if classes else task.pseudo, "strong": task.strong if strong else None}
     refined = method.refine(**task.batch(**given))
     assert_close(refined.labels, task.soft)
-    got = method.state_dict()["update"]["exp_avg"][task.index] / (1 - 0.9)
+    got = method.state_dict()["update.table.exp_avg"][task.index] / (1 - 0.9)
     assert_close(got, identity_influence(task))
 
 
@@ -305,14 +304,14 @@ def test_the_model_is_left_as_it_was(generator):
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "strong of another size": (
-        {"strong": torch.zeros(4, 2, 5, 5)},
+        {"strong": torch.zeros(4, 2, 5, 5).double()},
         ValueError,
-        "strong must have N = 5 like unlabeled",
+        "(unlabeled|labels|index) must have N = 4 like the rows of the model's logits for strong, got 5",
     ),
     "too few pseudo-labels": (
         {"pseudo_labels": torch.zeros(4, dtype=torch.int64)},
         ValueError,
-        "pseudo_labels must have N = 5 like unlabeled, got 4",
+        r"pseudo_labels must be \[N\] = \[5\] like index, got \[4\]",
     ),
     "pseudo-labels of int32": (
         {"pseudo_labels": torch.zeros(5, dtype=torch.int32)},
@@ -322,7 +321,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "pseudo-labels of more classes": (
         {"pseudo_labels": torch.ones(5, 9)},
         ValueError,
-        r"pseudo_labels must be \[N, C\] = \[5, 3\], got \[5, 9\]",
+        r"pseudo_labels must be \[N, C\] = \[5, 3\] like the model.*, got \[5, 9\]",
     ),
     "no index": ({"index": None}, ValueError, "index is needed by ExampleWeights"),
     "no model": ({"model": None}, ValueError, "model is needed by how='jvp'"),

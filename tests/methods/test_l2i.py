@@ -241,7 +241,6 @@ def test_defaults_are_the_measured_configuration(draw):
         ({"steps": 0, "look_ahead": True}, "steps must be >= 1, got 0"),
         ({"labeled_weight": 1.0}, "steps, momentum and labeled_weight need look_ahead=True"),
         ({"radius": 0.0}, "radius must be > 0"),
-        ({"imputer": "teacher"}, "imputer must be one of base, student, got 'teacher'"),
         ({"variant": "V1", "inner_loss": "mse"}, "needs label_space='probabilities' and project=False"),
     ],
 )

@@ -52,7 +52,7 @@ def test_gradient_of_the_objective(draw, bias):
     index = torch.tensor([8, 1, 3, 0, 5, 6])
     refined = method.refine(**layer.batch(), index=index)
     expected = reference.label_logits_gradient(layer, torch.zeros(6, 4, dtype=torch.float64))
-    assert_close(method.state_dict()["update"]["exp_avg"][index] / (1 - 0.9), expected)
+    assert_close(method.state_dict()["update.table.exp_avg"][index] / (1 - 0.9), expected)
     assert torch.equal(refined.labels, torch.full((6, 4), 0.25, dtype=torch.float64))
     assert torch.equal(refined.weights, torch.ones(6, dtype=torch.float64))
     assert refined.loss.item() == 0
@@ -118,6 +118,22 @@ def test_schedule_of_the_labeled_loss(draw, separate):
     assert_close(torch.autograd.grad(own + loss, layer.weight, retain_graph=True)[0], expected)
 
 
+def test_the_schedule_needs_logits_on_the_graph(draw):
+    """Without a graph the returned loss would be a constant; under no_grad it is on that of the logits."""
+    layer = make_layer(draw)
+    method = LabelGradientAlignment(6, 4, labeled_weight=lambda step: 3.0)
+    batch = layer.batch() | {"index": torch.arange(6)}
+    with torch.no_grad():
+        assert method.refine(**batch).loss.requires_grad
+    before = method.label_logits.clone()
+    off = batch["holdout"]._replace(logits=batch["holdout"].logits.detach())
+    with pytest.raises(
+        ValueError, match=r"holdout must have logits on the graph with labeled_weight, .*torch\.no_grad"
+    ):
+        method.refine(**(batch | {"holdout": off}))
+    assert torch.equal(method.label_logits, before)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_averages_without_the_current_batch(draw, reduction):
     """Each step is along the averages of those before it; the first has none but its own."""
@@ -133,14 +149,14 @@ def test_averages_without_the_current_batch(draw, reduction):
         ema = [g.clone() for g in g_l] if ema is None else ema
         v = [e - u for e, u in zip(ema, g_u, strict=True)]
         fourth = [x**4 for x in v] if fourth is None else fourth
-        before = method.state_dict()["update"]["exp_avg"][:6]
+        before = method.state_dict()["update.table.exp_avg"][:6]
         method.refine(**layer.batch(), index=torch.arange(6))
         direction = [2 * x / (EPSILON + f.sqrt()) for x, f in zip(v, fourth, strict=True)]
         z = functional.linear(layer.features_u, *direction)
         tangent = z - (f_u.softmax(-1) * z).sum(-1, keepdim=True)
         tangent = tangent / (6 if reduction == "mean" else 1)
         expected = labels * (tangent - (labels * tangent).sum(-1, keepdim=True))
-        assert_close((method.state_dict()["update"]["exp_avg"][:6] - 0.9 * before) / 0.1, expected.detach(), 1e-8)
+        assert_close((method.state_dict()["update.table.exp_avg"][:6] - 0.9 * before) / 0.1, expected.detach(), 1e-8)
         ema = [DECAY * e + (1 - DECAY) * g for e, g in zip(ema, g_l, strict=True)]
         fourth = [DECAY_NORM * f + (1 - DECAY_NORM) * x**4 for f, x in zip(fourth, v, strict=True)]
 

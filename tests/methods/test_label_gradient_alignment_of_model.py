@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 from whole_model_brute_force import brute_force_alignment_gradient, forward, loss_gradient, reduced_loss
-from whole_model_nets import NETS, NetCase, net_cases
+from whole_model_nets import NETS, NetCase, batch_size, net_cases
 
 from fastmeta import LabelGradientAlignment
-from fastmeta.problem.model_function import batch_size
 
 M = 9
 AVERAGES = {"decay": 0.8, "decay_norm": 0.6, "epsilon": 1e-3}
@@ -66,7 +65,7 @@ def check_steps(case: NetCase, method: LabelGradientAlignment, reference: Algori
     index = torch.randperm(M, generator=case.generator)[:n]
     w = torch.randn(M, case.classes, generator=case.generator, dtype=torch.float64)
     state = method.state_dict()
-    state["update"]["values"] = w.clone()
+    state["update.table.values"] = w.clone()
     method.load_state_dict(state)
     moving = w[index].clone().requires_grad_()
     adam = torch.optim.Adam([moving], lr=method.update.table.lr)
@@ -78,7 +77,7 @@ def check_steps(case: NetCase, method: LabelGradientAlignment, reference: Algori
         assert_close(refined.labels, reference.labels_of(moving.detach()), 1e-8)
         moving.grad = reference.gradient(case, targets, moving.detach(), mask)
         adam.step()
-    moments = method.state_dict()["update"]["exp_avg"][index]
+    moments = method.state_dict()["update.table.exp_avg"][index]
     assert_close(moments, adam.state[moving]["exp_avg"], 1e-8)
     w[index] = moving.detach()
     assert_close(method.label_logits, w, 1e-8)
@@ -92,11 +91,11 @@ def test_gradient_with_respect_to_the_label_logits(generator, net, how):
     targets, w = targets_of(case), torch.randn(M, case.classes, generator=generator, dtype=torch.float64)
     method = make_method(case, how=how)
     state = method.state_dict()
-    state["update"]["values"] = w.clone()
+    state["update.table.values"] = w.clone()
     method.load_state_dict(state)
     method.refine(model=case.model, unlabeled=case.inputs, holdout=case.holdout, targets=targets, index=index)
     expected = Algorithm1().gradient(case, targets, w[index])
-    assert_close(method.state_dict()["update"]["exp_avg"][index] / (1 - 0.9), expected)
+    assert_close(method.state_dict()["update.table.exp_avg"][index] / (1 - 0.9), expected)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -115,12 +114,12 @@ def test_several_steps_are_adam_on_the_objective(generator, options):
 @exact
 def test_regression_has_the_labels_themselves_as_parameters(generator, how):
     case = make_case("mlp", generator)
-    method = make_method(case, how=how, loss="mse")
+    method = make_method(case, how=how, inner_loss="mse")
     index, targets = torch.arange(5), torch.randn(4, 3, generator=generator, dtype=torch.float64)
     refined = method.refine(model=case.model, unlabeled=case.inputs, holdout=case.holdout, targets=targets, index=index)
     assert torch.equal(refined.labels, torch.zeros(5, 3, dtype=torch.float64))
     expected = Algorithm1("mse").gradient(case, targets, torch.zeros(5, 3, dtype=torch.float64))
-    assert_close(method.state_dict()["update"]["exp_avg"][index] / (1 - 0.9), expected)
+    assert_close(method.state_dict()["update.table.exp_avg"][index] / (1 - 0.9), expected)
     moved = method.label_logits[index].clone()
     again = method.refine(model=case.model, unlabeled=case.inputs, holdout=case.holdout, targets=targets, index=index)
     assert torch.equal(again.labels, moved)
@@ -150,7 +149,7 @@ def test_differences_converge_to_the_exact_gradient(generator, how, order):
     def gradient(how: str, radius: float) -> Tensor:
         method = make_method(case, how=how, radius=radius)
         method.refine(model=case.model, unlabeled=case.inputs, holdout=case.holdout, targets=targets, index=index)
-        return method.state_dict()["update"]["exp_avg"][index]
+        return method.state_dict()["update.table.exp_avg"][index]
 
     truth = gradient("jvp", 1.0)
     coarse, fine = (float((gradient(how, radius) - truth).norm()) for radius in (2e-3, 1e-3))
@@ -162,7 +161,7 @@ def test_differences_converge_to_the_exact_gradient(generator, how, order):
 def test_schedule_of_the_labeled_loss_takes_the_loops_own_logits(generator, how, loss):
     """``own + Refined.loss`` is T(i) times the loop's own labeled loss, at no pass of the method's own."""
     case = make_case("mlp", generator)
-    method = make_method(case, how=how, loss=loss, labeled_weight=lambda step: [1.0, 3.0][step])
+    method = make_method(case, how=how, inner_loss=loss, labeled_weight=lambda step: [1.0, 3.0][step])
     targets = targets_of(case)
     targets = targets if loss == "cross_entropy" else functional.one_hot(targets, 3).double()
     batch = {"model": case.model, "unlabeled": case.inputs, "holdout": case.holdout, "targets": targets}
@@ -210,7 +209,7 @@ def test_mode_of_the_passes(generator):
         case.model.train(train)
         method.refine(model=case.model, unlabeled=case.inputs, holdout=case.holdout, targets=targets, index=index)
         assert case.model.training == train
-        return method.state_dict()["update"]["exp_avg"]
+        return method.state_dict()["update.table.exp_avg"]
 
     assert torch.equal(gradient("eval", True), gradient(None, False))
     assert torch.equal(gradient("train", False), gradient(None, True))
@@ -222,7 +221,7 @@ def test_mode_of_the_passes(generator):
     [
         ({"how": "vjp"}, "how must be one of"),
         ({"mode": "test"}, "mode must be one of train, eval"),
-        ({"loss": "mse_probs"}, "loss must be one of cross_entropy, mse"),
+        ({"inner_loss": "mse_probs"}, "inner_loss must be one of cross_entropy, mse"),
         ({"reduction": "none"}, "reduction must be one of mean, sum"),
         ({"epsilon": -1.0}, "epsilon must be >= 0"),
     ],

@@ -49,6 +49,8 @@ def shards(draw: Draw, n: int) -> Tensor:
 
 def make_batch(draw: Draw) -> JoinedBatch:
     n, nh, nl = (total for _, total in PARTS.values())
+    targets = draw.classes(nh, CLASSES)
+    targets[[1, 3]] = -100  # left out, both on process 1
     return JoinedBatch(
         unlabeled=draw.normal(n, INPUTS),
         unlabeled_labels=draw.probabilities(n, CLASSES),
@@ -56,7 +58,7 @@ def make_batch(draw: Draw) -> JoinedBatch:
         unlabeled_mask=(draw.uniform(n) > 0.3).double(),
         unlabeled_index=shards(draw, n),
         holdout=draw.normal(nh, INPUTS),
-        holdout_targets=draw.classes(nh, CLASSES),
+        holdout_targets=targets,
         labeled=draw.normal(nl, INPUTS),
         labeled_targets=draw.probabilities(nl, CLASSES),
     )
@@ -161,7 +163,7 @@ def layers(rank: int, seed: int) -> dict[str, tuple[list[Tensor], list[Tensor]]]
             for given in problems:
                 rule = make()
                 found = [tensor for problem in given for tensor in tensors(rule(problem))]
-                averages = getattr(rule, "ema_labeled", []) + getattr(rule, "ema_fourth", [])
+                averages = [*getattr(rule, "ema_labeled", []), *getattr(rule, "ema_fourth", [])]
                 pair.append(found + [tensor.clone() for tensor in averages])
             results[f"{level}, {name}"] = (pair[0], pair[1])
         for steps in (1, 3):

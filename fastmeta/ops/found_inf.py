@@ -1,0 +1,31 @@
+"""Whether a step is finite, known where the gradients are: nobody waits for a GPU to tell."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def found_inf(gradients: Sequence[Tensor], power: int) -> Tensor:
+    """Whether a power of the gradients' length is not finite: then a step along them would leave NaN or infinity.
+
+    Args:
+        gradients: of any shapes, at least one.
+        power: that a moment is kept of, 2 for Adam's second.
+
+    Returns:
+        A scalar on the first one's device: 0, or NaN where it is not finite. As the ``found_inf`` of a loss scaler it
+        is told from 0 by ``bool``.
+
+    >>> found_inf([torch.ones(2), torch.zeros(3, 0)], 2), found_inf([torch.tensor([1.0, torch.inf])], 2)
+    (tensor(0.), tensor(nan))
+    """
+    first = gradients[0]
+    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+    if len(gradients) == 1:
+        flat = first.detach().reshape(-1).to(wide)
+    else:
+        lengths = torch._foreach_norm(list(gradients), 2, wide)
+        flat = torch.stack([one if one.device == first.device else one.to(first.device) for one in lengths])
+    squares = flat.dot(flat)
+    return (squares if power == 2 else squares ** (power // 2)) * 0
