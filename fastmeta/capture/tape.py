@@ -11,7 +11,7 @@ from fastmeta.capture import recording
 from fastmeta.capture.graph_rows import by_graph
 from fastmeta.capture.outputs import Outputs
 from fastmeta.capture.recording import Call
-from fastmeta.capture.rows import NotRowsError, Rows, by_cuts, by_memory, by_values, joined
+from fastmeta.capture.rows import NotRowsError, Rows, as_rows, by_cuts, by_memory, by_values, joined
 
 _BY_HAND = "fastmeta.Outputs(features, logits, weight, bias)"
 
@@ -84,7 +84,7 @@ class FeatureTape:
         if found.call is None:
             features = joined([call.features for call in used], logits, dtype=used[0].features.dtype)[found.rows]
         else:
-            features = used[0].features.flatten(0, -2)[found.rows]
+            features = as_rows(used[0].features)[found.rows]
         return self._outputs(features, logits, found, used)
 
     def _outputs(self, features: Tensor, logits: Tensor, found: Rows, used: list[Call]) -> Outputs:
