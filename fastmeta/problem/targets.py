@@ -44,10 +44,10 @@ def kept(targets: Tensor, dtype: torch.dtype) -> Kept:
     """
     if targets.dtype != torch.int64:
         return Kept(targets, None, len(targets))
-    there = targets != checks.IGNORED
     # On a GPU, or in a graph, nobody can look whether there are any.
-    if there.is_cpu and not torch.compiler.is_compiling() and bool(there.all()):
+    if targets.is_cpu and not torch.compiler.is_compiling() and (not len(targets) or int(targets.min()) >= 0):
         return Kept(targets, None, len(targets))
+    there = targets != checks.IGNORED
     return Kept(targets * there, there.to(dtype), there.sum())
 
 
