@@ -306,8 +306,7 @@ def _rows(outputs: Outputs, dtype: torch.dtype) -> Rows:
 
 def _targets(targets: object, of: Rows) -> Tensor:
     """Targets with a row for each of these: probabilities in their dtype, or classes."""
-    rows = as_rows(targets, len(of.logits))
-    assert isinstance(rows, Tensor), "checked"
+    rows: Tensor = as_rows(targets, len(of.logits))
     return rows.detach().to(of.logits.dtype) if rows.is_floating_point() else rows
 
 

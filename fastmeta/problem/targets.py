@@ -1,7 +1,7 @@
 """Targets as rows of the logits: what fits them, token targets, and the rows that are left out."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def kept(targets: Tensor, dtype: torch.dtype) -> Kept:
     return Kept(targets * there, there.to(dtype), there.sum())
 
 
-def as_rows(targets: object, count: int) -> object:
+def as_rows(targets: Any, count: int) -> Any:
     """Token targets, ``[B, T]`` or ``[B, T, C]``, flattened to the rows of N logits; anything else as it is."""
     if isinstance(targets, Tensor) and targets.is_floating_point() and targets.dim() > 2:
         return targets.flatten(0, -2)

@@ -191,3 +191,11 @@ def test_label_smoothing_and_class_weights_are_soft_targets(how, generator):
     soft = w * ((1 - e) * functional.one_hot(y, C) + e / C) * len(y) / w[y].sum()
     wanted = labels_by_autograd(task, how, outer)
     assert_close(plain(how).refine(model=task.model, **task.batch(targets=soft)).labels, wanted, how)
+
+
+def test_verify(generator):
+    task = Task(generator)
+    report = fastmeta.verify(task.model, task.holdout, task.targets, quiet=True)
+    assert report.ok
+    with pytest.raises(ValueError, match=r"targets of int64 classes must be \[N\] = \[12\], got \[11\]"):
+        fastmeta.verify(task.model, task.holdout, task.targets.flatten()[1:], quiet=True)
