@@ -47,8 +47,8 @@ def verify(
     Args:
         model: gives logits ``[N, C]``, as for :func:`fastmeta.label_gradient`; in the mode in which it will be used.
         inputs: of N examples: a tensor, a tuple of arguments or a mapping of keyword arguments.
-        targets: int64 classes ``[N]`` or probabilities ``[N, C]``; of tokens also ``[B, T]`` or ``[B, T, C]``. None, and
-            a class of -100: the classes that the model predicts.
+        targets: int64 classes ``[N]`` or probabilities ``[N, C]``; of tokens also ``[B, T]`` or ``[B, T, C]``. None,
+            and a class of -100: the classes that the model predicts.
         methods: methods, or names of their classes, of which one step is compared with that of their definition.
         quiet: print nothing.
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device_tensors import no_wait, on_device, pretends_a_gpu
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -191,6 +192,21 @@ def test_label_smoothing_and_class_weights_are_soft_targets(how, generator):
     soft = w * ((1 - e) * functional.one_hot(y, C) + e / C) * len(y) / w[y].sum()
     wanted = labels_by_autograd(task, how, outer)
     assert_close(plain(how).refine(model=task.model, **task.batch(targets=soft)).labels, wanted, how)
+
+
+@pretends_a_gpu
+@pytest.mark.parametrize("name", ["Eq. (6)", "mse_probs"])
+def test_no_host_waits_for_ignored_tokens(name, generator):
+    """On a GPU nobody looks whether there are any: the count is a tensor, with the same result."""
+    task = Task(generator)
+    labels = normal(generator, 8, C).softmax(1).requires_grad_()
+    outputs = task.outputs(labels=labels)
+    wanted = METHODS[name]("last_layer").refine(**outputs)
+    there = {key: on_device(value) for key, value in outputs.items()}
+    with no_wait():
+        got = METHODS[name]("last_layer").refine(**there)
+    torch.testing.assert_close(got.labels.as_subclass(torch.Tensor), wanted.labels)
+    torch.testing.assert_close(got.weights.as_subclass(torch.Tensor), wanted.weights)
 
 
 def test_verify(generator):
