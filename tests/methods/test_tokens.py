@@ -175,6 +175,16 @@ def test_arguments_of_tokens_may_have_the_shape_of_the_logits(how, generator):
     assert got.labels.shape == (8, C)
 
 
+def test_labels_of_tokens_stay_on_their_graph(generator):
+    task = Task(generator)
+    labels = normal(generator, 2, T, C).softmax(-1).requires_grad_()
+    with torch.no_grad():
+        refined = L2I(how="jvp").refine(model=task.model, **task.batch(labels=labels))
+    refined.loss.backward()
+    assert labels.grad.shape == (2, T, C)
+    assert labels.grad.any()
+
+
 def test_a_class_out_of_range_beside_ignored_ones(generator):
     task = Task(generator)
     for wrong in (-1, C):
