@@ -16,6 +16,7 @@ from fastmeta.methods import (
     Refined,
 )
 from fastmeta.problem.of_model import example_weight_gradient, label_gradient
+from fastmeta.verification import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "label_gradient",
     "ops",
     "use_impl",
+    "verify",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmeta.losses import LOSSES, Loss
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IGNORED = -100  # ignore_index of torch.nn.functional.cross_entropy
 _SHAPES = {1: "1-D [N]", 2: "2-D [N, C]"}
 Result = TypeVar("Result")
 
@@ -54,8 +55,13 @@ def like(first: Tensor, first_name: str, **others: Tensor | None) -> None:
             raise TypeError(f"{name} must be {_name(first.dtype)} like {first_name}, got {_name(other.dtype)}")
 
 
-def targets(tensor: object, features: Tensor, num_classes: int, name: str = "targets") -> Tensor:
-    """``[N, C]`` probabilities in the features' dtype, or ``[N]`` int64 classes in range (checked on the CPU only)."""
+def targets(
+    tensor: object, features: Tensor, num_classes: int, name: str = "targets", *, ignored: bool = False
+) -> Tensor:
+    """``[N, C]`` probabilities in the features' dtype, or ``[N]`` int64 classes in range (checked on the CPU only).
+
+    ``ignored``: a class may also be -100.
+    """
     count = features.shape[0]
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -69,6 +75,9 @@ def targets(tensor: object, features: Tensor, num_classes: int, name: str = "tar
         # On a GPU the check would wait for the device.
         if tensor.is_cpu and count and not torch.compiler.is_compiling():
             low, high = int(tensor.min()), int(tensor.max())
+            if ignored and low == IGNORED:
+                classes = tensor[tensor != IGNORED]
+                low, high = (int(classes.min()), high) if len(classes) else (0, 0)
             if low < 0 or high >= num_classes:
                 hint = f"; use {name}.to(logits.dtype).view(-1, 1) for one output" if num_classes == 1 else ""
                 wrong = low if low < 0 else high

@@ -10,7 +10,7 @@ import tyro
 
 from fastmeta.training.compare import CompareConfig, compare, grid
 from fastmeta.training.config import RunConfig
-from fastmeta.training.doctor import doctor
+from fastmeta.training.doctor import doctor, verify_named
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
 from fastmeta.training.train import ConfigMismatch
 from fastmeta.training.workers import WorkerError
@@ -99,10 +99,16 @@ class Train(RunConfig):
 
 @dataclass(frozen=True)
 class Doctor:
-    """Print which implementation of each operator is available, and why the others are not."""
+    """Print which implementation of each operator is available, and why the others are not; or verify a model."""
+
+    model: str | None = None
+    """Verify the derivatives of a model instead: package.module:function or file.py:function. The function takes no
+    argument and returns (model, inputs) or (model, inputs, targets); a batch of a few examples is enough."""
 
     def run(self) -> int:
-        """Exit status 0."""
+        """Exit status: 0, or 1 if something is wrong with the model."""
+        if self.model is not None:
+            return 0 if verify_named(self.model).ok else 1
         print(doctor())
         return 0
 

@@ -171,6 +171,28 @@ def test_a_frozen_bias_does_not_move(inputs):
     assert not torch.allclose(refined.labels, logits.softmax(1))
 
 
+class Pooled(nn.Sequential):
+    """Logits of the last token of each text, as classifiers on language models give them."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits = super().forward(inputs[:, None] * torch.arange(1, 4)[None, :, None])
+        return logits[torch.arange(len(inputs)), torch.arange(len(inputs)) % 3]
+
+
+def test_a_pooled_head_that_starts_at_zero(inputs):
+    """Values cannot tell its rows, but ``refine`` with a model sees a graph where it needs one."""
+    model, targets = Pooled(*make(nn.Linear(D, C))), torch.tensor([0, 1, 2, 0, 1, 2])
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    with capture_features(model) as tape:
+        logits, others = model(inputs), model(inputs + 1)
+    expected = MetaGradient().refine(unlabeled=tape.outputs(others), holdout=tape.outputs(logits), targets=targets)
+    method = MetaGradient(how="last_layer")
+    got = method.refine(model=model, unlabeled=inputs + 1, holdout=inputs, targets=targets)
+    torch.testing.assert_close(got.labels, expected.labels)
+    assert not torch.allclose(got.labels, torch.full((N, C), 1 / C))
+
+
 WRAPPED = {
     "weight_norm": parametrizations.weight_norm,
     "spectral_norm": parametrizations.spectral_norm,
@@ -285,6 +307,20 @@ def test_a_forward_on_the_layer(inputs, patch):
     assert torch.equal(outputs.weight, model[2].weight)
 
 
+@pytest.mark.parametrize("patch", [patched, bound])
+def test_a_forward_on_the_layer_of_a_compiled_model(inputs, patch):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = make(nn.Linear(D, C))
+    patch(model[2])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(3):
+        with capture_features(compiled) as tape:
+            logits = [compiled(inputs), compiled(inputs)]
+        assert torch.equal(tape.outputs(logits[1][2:]).features, model[:2](inputs)[2:])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_forward_on_the_layer_that_computes_something_else(inputs):
     model = make(nn.Linear(D, C))
     forward = model[2].forward
@@ -297,6 +333,23 @@ def test_a_forward_on_the_layer_that_computes_something_else(inputs):
     message = r"did not run .* it has a forward set on the layer itself"
     with pytest.raises(RuntimeError, match=message), capture_features(model):
         model(inputs)
+
+
+def test_a_weight_that_is_taken_away_after_the_call(inputs):
+    """As offloading does it."""
+    model = make(nn.Linear(D, C))
+    forward = model[2].forward
+
+    def offloaded(input):
+        output = forward(input)
+        model[2].weight = nn.Parameter(model[2].weight.to("meta"))
+        return output
+
+    model[2].forward = offloaded
+    with capture_features(model) as tape:
+        logits = model(inputs)
+    with pytest.raises(ValueError, match="its weight is not there after the call"):
+        tape.outputs(logits)
 
 
 def test_a_patch_taken_off_in_the_block(inputs):

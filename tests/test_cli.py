@@ -199,6 +199,55 @@ def test_doctor_agrees_with_the_operators():
             assert f"no {implementation} for " in report
 
 
+MODELS = """
+import torch
+
+def good():
+    return torch.nn.Linear(3, 2), torch.ones(4, 3), torch.tensor([0, 1, 0, 1])
+
+class Detached(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + super().forward(x).detach()
+
+def wrong():
+    return Detached(3, 2), torch.ones(4, 3)
+
+def alone():
+    return torch.nn.Linear(3, 2)
+"""
+
+
+def test_doctor_verifies_a_model(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "models.py").write_text(MODELS)
+    good = run("doctor", "--model", "mine.models:good", cwd=tmp_path)
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "use how='jvp'" in good.stdout
+    wrong = run("doctor", "--model", tmp_path / "mine" / "models.py:wrong")
+    assert (wrong.returncode, wrong.stderr) == (1, "")
+    assert "wrong: your own backward pass" in wrong.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("models", "--model must be package.module:function or file.py:function, got 'models'"),
+        ("nowhere:good", "--model must name a module that can be imported from"),
+        ("nowhere.py:good", "--model must name a file that exists, got 'nowhere.py'"),
+        ("models.py:better", "--model must name a function of models.py, got 'better'"),
+        (
+            "models.py:alone",
+            "--model must name a function that returns (model, inputs) or (model, inputs, targets)",
+        ),
+    ],
+)
+def test_doctor_says_what_a_model_must_be(name, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["doctor", "--model", name]) == 2
+    assert f"fastmeta: error: {words}" in capsys.readouterr().err
+
+
 def test_training_imports_without_the_command_lines_packages():
     code = (
         "import sys; sys.modules['tyro'] = None; sys.modules['matplotlib'] = None\n"

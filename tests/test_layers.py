@@ -16,7 +16,7 @@ LAYERS = (
     ("training",),
     ("examples", "ssl", "data", "models"),
     ("__init__",),  # the public names: those above take them from here, as a user does
-    ("graph",),
+    ("graph", "verification"),
     ("methods",),
     ("directions", "derivatives", "updates"),
     ("problem",),

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import importlib
 import json
 import math
 import threading
@@ -19,6 +20,7 @@ from fastmeta.training import (
     grid,
     train,
 )
+from fastmeta.training.compare import notes
 from fastmeta.training.files import read_json, read_jsonl, write_checkpoint, write_json
 from fastmeta.training.intervals import mean_and_deviation, t_interval
 from fastmeta.training.recipes import METHODS
@@ -382,3 +384,20 @@ def test_an_update_of_the_methods_own_follows_the_bases(digits):
         torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-6, atol=1e-7)
         if name.endswith("weight"):
             assert not value.equal(after_base[name])
+
+
+def test_notes_say_what_is_not_its_papers_algorithm():
+    """A base that makes labels hard, with a method whose paper trains on soft ones."""
+    split = {"labeled": 10, "unlabeled": 1107, "validation": 200, "test": 450, "holdout": 30}
+    results = {"runs": [{"split": split}], "support_vector_test_error": {"0": 0.3}}
+
+    def lines(base: str, *methods: str) -> str:
+        return "\n".join(notes([RunConfig(base=base, method=method) for method in methods], results))
+
+    text = lines("fixmatch", "none", "l2i", "label-gradient-alignment", "meta-gradient-jvp")
+    assert "label-gradient-alignment, meta-gradient-jvp: not the paper's algorithm" in text
+    assert "python -m fastmeta.examples.label_gradient_alignment, python -m fastmeta.examples.meta_gradient" in text
+    for text in (lines("fixmatch", "none", "l2i"), lines("mean-teacher", "meta-gradient")):
+        assert "not the paper's" not in text
+    for recipe in METHODS.values():
+        assert recipe.example is None or importlib.import_module(f"fastmeta.examples.{recipe.example}")

@@ -29,28 +29,28 @@ _DATA_PARALLEL = "GatherBackward"  # of nn.DataParallel; torch.gather is GatherB
 _BASE = 32  # of row and column numbers: bfloat16 carries such digits through a rounding or two
 
 
-def by_graph(logits: Tensor, outputs: Sequence[Tensor]) -> Rows | None:
+def by_graph(logits: Tensor, outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Rows | None:
     """Rows that were moved, cast, joined, scaled by one factor or added to: ``[N, C]`` of outputs ``[..., C]``.
 
     Reads the device three times. None: the graph cannot tell, as in a compiled model or after a backward pass has
     freed it.
 
     Raises:
-        NotRowsError: they are something else.
+        NotRowsError: they are something else, or depend on the layer's parameters beside its outputs.
     """
     if logits.grad_fn is None:
         return None
     targets = {edge_of(output): call for call, output in enumerate(outputs) if output.grad_fn is not None}
-    order, names = _between(edge_of(logits), targets)
+    order, names = _between(edge_of(logits), targets, parameters)
     if not order:
         return None
     try:
-        pulled = _pulled_back(logits, outputs, targets, order)
+        with torch.no_grad():
+            rows, scale = _pulled_back(logits, outputs, targets, order)
     except RuntimeError as error:
         if "second time" in str(error):
             return None
         raise
-    rows, scale = pulled
     return Rows(None, rows, scale, offset=not _ADDS.isdisjoint(names))
 
 
@@ -62,7 +62,7 @@ def _kind(node: Any) -> str:
     return name.rstrip("0123456789").removesuffix("Backwards").removesuffix("Backward")
 
 
-def _between(root: Edge, targets: dict[Edge, int]) -> tuple[list[Any], set[str]]:
+def _between(root: Edge, targets: dict[Edge, int], parameters: Sequence[Tensor]) -> tuple[list[Any], set[str]]:
     """The nodes on the way from the logits to the outputs, each before those it leads to; their names.
 
     Empty: the graph cannot tell.
@@ -82,6 +82,8 @@ def _between(root: Edge, targets: dict[Edge, int]) -> tuple[list[Any], set[str]]
                 order.append(node)
         elif node not in leads:
             leads[node] = False
+            if any(parameter is getattr(node, "variable", None) for parameter in parameters):
+                raise NotRowsError("they depend on its parameters in another way, too")
             stack.append((node, True))
             stack += [(edge[0], False) for edge in node.next_functions if edge[0] is not None and edge not in targets]
     if not leading(root):
@@ -113,49 +115,60 @@ def _pulled_back(
 ) -> tuple[Tensor, float]:
     """Rows of all outputs ``[N]`` and the factor, found and proved by the transposed map.
 
-    Cotangents: ones give the factor, digits of the rows' numbers the rows; digits of the columns' numbers and
-    irregular numbers must come out where these say and nowhere else.
+    The columns of a cotangent carry ones, which give the factor, and the digits of the rows' numbers, which give the
+    rows. These, digits of the columns' numbers and irregular numbers must come out in these rows, times the factor,
+    and nowhere else.
     """
     num_rows, num_columns = logits.shape
-    row = torch.arange(num_rows, device=logits.device)[:, None]
-    column = torch.arange(num_columns, device=logits.device)
-    row_digits, column_digits = _digits(row, num_rows), _digits(column, num_columns)
-    irregular = ((row * num_columns + column).square() % 127 + 1) / 128  # of 7 bits, which any dtype carries
-    cotangents = [
-        value.expand(logits.shape).to(logits.dtype, memory_format=torch.contiguous_format)
-        for value in (torch.ones_like(row), *row_digits, *column_digits, irregular)
-    ]
-    with torch.no_grad():
-        pulled = [_transposed(cotangent, outputs, targets, order, edge_of(logits)) for cotangent in cotangents]
-    where = pulled[0][:, 0].nonzero().flatten() if num_columns else row.flatten()
+    if num_columns == 0:
+        raise NotRowsError("they have no columns")
+    row = torch.arange(num_rows, device=logits.device, dtype=torch.int32)[:, None]
+    column = torch.arange(num_columns, device=logits.device, dtype=torch.int32)
+
+    def pulled(cotangent: Tensor) -> Tensor:
+        return _transposed(cotangent, outputs, targets, order, edge_of(logits))
+
+    values = torch.cat([torch.ones_like(row), *_digits(row, num_rows)], 1).to(logits.dtype)
+    count = values.shape[1]
+    cotangents = [values[:, (column + start) % count] for start in range(0, count, num_columns)]
+    got = [pulled(cotangent) for cotangent in cotangents]
+    carried = [got[place // num_columns][:, place % num_columns] for place in range(count)]
+
+    where = carried[0].nonzero().flatten()
     if len(where) != num_rows:
         raise NotRowsError(f"{len(where)} of its rows, not {num_rows}, reach them, each once")
-    if num_rows == 0 or num_columns == 0:
+    if num_rows == 0:
         return where, 1.0
-    scale = float(pulled[0][where[0], 0])
+    scale = float(carried[0][where[0]])
     number = torch.zeros_like(where)
-    for power, digit in enumerate(pulled[1 : 1 + len(row_digits)]):
-        number += (digit[where, 0] / scale).round().long() * _BASE**power
+    for power, digit in enumerate(carried[1:]):
+        number += ((digit[where] / scale).round().long() - 1) * _BASE**power
     rows = where[number.argsort()]
+
     # Exact without a factor; each multiplication rounds once, in a dtype that the nodes know.
     dtypes = {logits.dtype}.union(into.dtype for node in order for into in node._input_metadata)
     num_factors = sum(_kind(node) in _SCALES | _ADDS for node in order)
     tolerance = (num_factors + bool(num_factors)) * max(torch.finfo(dtype).eps for dtype in dtypes)
-    expected = torch.zeros_like(pulled[0])
-    wrong = torch.zeros((), dtype=torch.bool, device=logits.device)
-    for cotangent, got in zip(cotangents, pulled, strict=True):
-        expected[rows] = scale * cotangent.to(expected.dtype)
-        wrong |= ~((got - expected).abs() <= tolerance * expected.abs()).all()
-    if wrong:
+    of_columns = torch.stack([torch.ones_like(column), *_digits(column, num_columns)]).to(logits.dtype)
+    cotangents.append(of_columns[row[:, 0] % len(of_columns)])
+    irregular = (row * num_columns + column).square() % 127  # of 7 bits, which any dtype carries
+    cotangents.append((irregular + 1).to(logits.dtype) / 128)
+    differs = []
+    for place, cotangent in enumerate(cotangents):
+        there = got[place] if place < len(got) else pulled(cotangent)
+        expected = scale * cotangent.to(there.dtype)
+        differs.append(~((there[rows] - expected).abs() <= tolerance * expected.abs()).all())
+        differs.append(there.index_fill_(0, rows, 0).any())
+    if torch.stack(differs).any():
         raise NotRowsError("they are other sums or multiples of its outputs than rows times one factor")
     return rows, scale
 
 
 def _digits(numbers: Tensor, count: int) -> list[Tensor]:
-    """Of integers below ``count``, the lowest first."""
+    """Of integers below ``count``, each plus 1, the lowest first."""
     digits = []
     while count > 1:
-        digits.append(numbers % _BASE)
+        digits.append(numbers % _BASE + 1)
         numbers, count = numbers // _BASE, -(-count // _BASE)
     return digits
 
@@ -179,7 +192,7 @@ def _transposed(
         (output.new_zeros(output.shape) if part is None else part).flatten(0, -2).to(cotangent.device, exact)
         for part, output in zip(parts, outputs, strict=True)
     ]
-    return torch.cat(flat)
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def _backward_of(node: Any) -> Callable[..., Sequence[Tensor | None]]:

@@ -1,6 +1,8 @@
 """Learning to Impute in a mean-teacher loop of one's own, on digits with two labels for each class.
 
-Every iteration is the published one: an update of the base, then one of the imputer at the parameters it left.
+The order of the published code: an update of the base, then one at the parameters it left, on labels that the student
+imputes from a second view. Not as published: the hold-out gradient is taken before the inner step and has length 1 (the
+published update is ``L2I.from_preset("official_code")``), and learning rate, averaging and weight decay are others.
 """
 
 import copy
@@ -38,8 +40,9 @@ def train(meta: L2I | None, steps: int, seed: int) -> float:
         loss = loss + LOOP.unlabeled_weight_at(step / steps) * (model(x_u).softmax(1) - labels).square().mean()
         _update(optimizer, loss)
         if meta is not None:
-            # At the parameters that the base's update left; the model imputes.
-            refined = meta.refine(model=model, unlabeled=x_u, holdout=x_h, targets=y_l)
+            # At the parameters that the base's update left; the student imputes.
+            labels = model(x_u2).softmax(1)
+            refined = meta.refine(model=model, unlabeled=x_u, holdout=x_h, targets=y_l, labels=labels)
             _update(optimizer, refined.loss)
         _follow(teacher, model, min(1 - 1 / (step + 1), 0.98))
 

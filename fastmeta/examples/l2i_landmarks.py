@@ -1,6 +1,6 @@
 """Learning to Impute for a regression: where in the picture is the digit? Ten pictures say it, a thousand do not.
 
-As published: mean teacher, SGD with momentum, tanh in the inner loss, an inner rate that follows the learning rate.
+As published but for the hold-out gradient, which is taken before the inner step and has length 1, and the averaging.
 """
 
 import copy
@@ -53,8 +53,8 @@ def train(meta: L2I | None, steps: int, seed: int) -> float:
         _update(optimizer, loss)
         if meta is not None:
             meta.rate = LOOP.rate_at(optimizer.param_groups[0]["lr"])
-            refined = meta.refine(model=model, unlabeled=noisy(x_u), holdout=noisy(x_l), targets=y_l)
-            _update(optimizer, refined.loss)
+            batch = {"unlabeled": noisy(x_u), "holdout": noisy(x_l), "targets": y_l, "labels": model(noisy(x_u))}
+            _update(optimizer, meta.refine(model=model, **batch).loss)
         schedule.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 0.05)

@@ -1,4 +1,7 @@
-"""Meta-Gradient, Algorithm 2: mix-up of labeled images with unlabeled ones and their refined labels, on digits."""
+"""Meta-Gradient, Algorithm 2: mix-up of labeled images with unlabeled ones and their refined labels, on digits.
+
+The steps are those of the published code; the network, the batch and the schedule of the learning rate are not.
+"""
 
 import torch
 from torch.nn import functional

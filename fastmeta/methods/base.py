@@ -16,9 +16,9 @@ from fastmeta.methods.batch import Batch, as_outputs, check_on_graph, like_param
 from fastmeta.ops.process_group import Group, running_processes
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import LastLayerProblem, Problem, WholeModelProblem, full_precision
-from fastmeta.problem.base import Given
 from fastmeta.problem.evaluation import TRACELESS
 from fastmeta.problem.model_function import Inputs, ModelFunction
+from fastmeta.problem.targets import Given
 from fastmeta.state import Stateful, entry
 from fastmeta.updates import Refined, Update
 
@@ -131,13 +131,18 @@ class Method(Stateful):
         tuple, a ``PackedSequence``, a graph) is the one argument. N is the number of rows of the model's logits.
 
         Args:
-            unlabeled: the unlabeled examples, ``tape.outputs(logits_u)``.
+            unlabeled: the unlabeled examples, ``tape.outputs(logits_u)``, in the view that the loss is taken on (the
+                strong one in FixMatch).
             holdout: the examples whose loss is to fall, ``tape.outputs(logits_l)``: labeled or validation examples.
-            targets: their labels, int64 classes ``[Nh]`` or probabilities ``[Nh, C]``.
+            targets: their labels, int64 classes ``[Nh]`` or probabilities ``[Nh, C]``; of tokens also ``[B, T]`` or
+                ``[B, T, C]``. As in ``torch.nn.functional.cross_entropy`` a class of -100 is left out, of the loss and
+                of the number that its mean is over.
             index: places of the unlabeled examples in the unlabeled set ``[N]``, int64; methods with a table need it.
-            labels: imputed labels ``[N, C]``; None: ``softmax`` of the unlabeled logits. A method that pulls the
-                gradient back through the imputer needs them on the graph.
-            mask: 0 for an unlabeled example that the training loss leaves out, else 1, ``[N]``.
+            labels: the labels that the loss is taken against ``[N, C]``, from another view, a teacher or a threshold;
+                None: the prediction of the unlabeled logits themselves. A method that pulls the gradient back through
+                the imputer needs them on the graph: hard labels with the gradient of the probabilities q are
+                ``hard + (q - q.detach())``.
+            mask: 0 for an unlabeled example that the training loss leaves out, else 1, ``[N]``; the mean is over all N.
             labeled: labeled examples of the training loss, where they are not the hold-out examples.
             labeled_targets: their labels.
             model: takes the examples as inputs.
@@ -145,6 +150,10 @@ class Method(Stateful):
                 (``{name: p.grad ...}`` after the labeled backward pass) and the model has not changed since;
                 ``holdout`` and ``targets`` may then be left out. A parameter that is missing or None has gradient 0. A
                 loss scaler's factor is not seen: ``scaler.unscale_(optimizer)`` first.
+
+        Label smoothing and class weights are soft targets of a cross-entropy, which need not sum to 1. With smoothing e
+        and class weights w, ``F.cross_entropy(logits, y, weight=w, label_smoothing=e)`` has the targets
+        ``w * ((1 - e) * F.one_hot(y, C) + e / C) * len(y) / w[y].sum()``.
 
         Returns:
             Labels ``[N, C]`` and weights ``[N]``, detached, and a loss to be added to the step's.
@@ -170,6 +179,9 @@ class Method(Stateful):
         )
 
     def _refine(self, batch: Batch) -> Refined:
+        if torch.is_inference_mode_enabled():  # where no graph could be recorded, and tables would become unusable
+            with torch.inference_mode(False):
+                return self._refine(batch)
         if self._graphs is not None:
             return self._graphs.refine(self, batch)
         self._check(batch)

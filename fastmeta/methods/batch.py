@@ -11,8 +11,8 @@ from fastmeta import checks, losses
 from fastmeta.capture import Outputs
 from fastmeta.ops.process_group import Group
 from fastmeta.problem import LastLayerProblem, Rows, WholeModelProblem
-from fastmeta.problem.base import Given
 from fastmeta.problem.model_function import Inputs, ModelFunction
+from fastmeta.problem.targets import Given, as_rows, check_targets
 
 Examples = Outputs | Inputs
 
@@ -34,6 +34,12 @@ class Batch:
     labeled_targets: Tensor | None = None
     model: nn.Module | None = None
     holdout_gradient: Mapping[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name, dimensions in (("index", 1), ("mask", 1), ("labels", 2)):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.dim() > dimensions:  # of tokens, like their logits
+                object.__setattr__(self, name, value.flatten(0, -dimensions))
 
     @property
     def per_example(self) -> dict[str, Tensor]:
@@ -100,8 +106,10 @@ class Batch:
         if (self.labeled is None) != (self.labeled_targets is None):
             raise ValueError("labeled and labeled_targets must be given together")
         if self.labeled is not None:
-            _check_targets(self.labeled_targets, "labeled_targets", check_rows(self.labeled, "labeled", unlabeled))
-        _check_targets(self.targets, "targets", holdout)
+            check_targets(
+                self.labeled_targets, check_rows(self.labeled, "labeled", unlabeled).logits, "labeled_targets"
+            )
+        check_targets(self.targets, holdout.logits, "targets")
 
     def _check_inputs(self, how: str, learns: bool) -> None:
         """Check inputs of a model, before the model runs."""
@@ -110,10 +118,12 @@ class Batch:
         for name in ("unlabeled", "holdout", "labeled"):
             if isinstance(getattr(self, name), Outputs):
                 raise TypeError(f"{name} must be inputs of the model where model is given, got Outputs")
-        if (self.labeled is None) != (self.labeled_targets is None):
-            raise ValueError("labeled and labeled_targets must be given together")
-        if (self.holdout is None) != (self.targets is None):
-            raise ValueError("holdout and targets must be given together")
+        if self.unlabeled is None:
+            raise TypeError("unlabeled must be inputs of the model, got None")
+        for pair in (("holdout", "targets"), ("labeled", "labeled_targets")):
+            missing = [name for name in pair if getattr(self, name) is None]
+            if len(missing) == 1:
+                raise ValueError(f"{' and '.join(pair)} must be given together, got {missing[0]}=None")
         if learns and self.holdout is None and self.holdout_gradient is None:
             raise ValueError("holdout must be inputs of the model, or holdout_gradient given, got None")
         for name in ("targets", "labeled_targets"):
@@ -185,15 +195,17 @@ class Batch:
         """The step's problem, everything detached and in the dtype of the labels ``[N, C]`` of the inner loss."""
         unlabeled = as_outputs(self.unlabeled, "unlabeled")
         dtype = labels.dtype
+        holdout = _rows(as_outputs(self.holdout, "holdout"), dtype)
+        labeled = None if self.labeled is None else _rows(as_outputs(self.labeled, "labeled"), dtype)
         return LastLayerProblem(
             unlabeled=_rows(unlabeled, dtype),
             labels=labels,
-            holdout=_rows(as_outputs(self.holdout, "holdout"), dtype),
-            targets=_detached(self.targets, dtype),
+            holdout=holdout,
+            targets=_targets(self.targets, holdout),
             weights=weights,
             mask=None if self.mask is None else self.mask.detach().to(labels),
-            labeled=None if self.labeled is None else _rows(as_outputs(self.labeled, "labeled"), dtype),
-            labeled_targets=None if self.labeled_targets is None else _detached(self.labeled_targets, dtype),
+            labeled=labeled,
+            labeled_targets=None if labeled is None else _targets(self.labeled_targets, labeled),
             has_bias=unlabeled.bias is not None,
             process_group=group,
             labels_are_predictions=labels_are_predictions,
@@ -288,22 +300,15 @@ def check_rows(given: object, name: str, like: Outputs | None = None) -> Outputs
     return outputs
 
 
-def _check_targets(targets: object, name: str, of: Outputs) -> None:
-    try:
-        checks.targets(_detached(targets, of.logits.dtype), of.logits, of.logits.shape[1])
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("targets", name, 1)) from None
-
-
 def _rows(outputs: Outputs, dtype: torch.dtype) -> Rows:
     return Rows(outputs.features.detach().to(dtype), outputs.logits.detach().to(dtype))
 
 
-def _detached(targets: object, dtype: torch.dtype) -> Tensor:
-    """Probabilities in this dtype; classes, and what is no tensor, as they are."""
-    if isinstance(targets, Tensor) and targets.is_floating_point():
-        return targets.detach().to(dtype)
-    return targets  # type: ignore[return-value]
+def _targets(targets: object, of: Rows) -> Tensor:
+    """Targets with a row for each of these: probabilities in their dtype, or classes."""
+    rows = as_rows(targets, len(of.logits))
+    assert isinstance(rows, Tensor), "checked"
+    return rows.detach().to(of.logits.dtype) if rows.is_floating_point() else rows
 
 
 def _kind(value: object) -> object:

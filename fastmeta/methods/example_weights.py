@@ -74,6 +74,8 @@ class TwoViews(Batch):
 
     def check(self, how: str, needs_index: bool, learns: bool, method: str) -> None:
         """See :meth:`Batch.check`."""
+        if self.pseudo_labels is not None and not isinstance(self.pseudo_labels, Tensor):
+            raise TypeError(f"pseudo_labels must be a tensor, got {type(self.pseudo_labels).__name__}")
         super().check(how, needs_index, learns, method)
         if self.strong is None:
             return
@@ -117,6 +119,7 @@ class TwoViews(Batch):
             if not self.harden:
                 raise ValueError(f"pseudo_labels must be targets [N, C] for a loss without a softmax, got {got}")
             raise ValueError(f"pseudo_labels must be int64 classes [N] or probabilities [N, C], got {got}")
+        checks.targets(classes, labels, labels.shape[1], "pseudo_labels")
         return torch.nn.functional.one_hot(classes, labels.shape[1]).to(labels.dtype)
 
 

@@ -16,6 +16,7 @@ from fastmeta.methods.base import Method
 from fastmeta.methods.batch import Batch, as_outputs
 from fastmeta.ops.process_group import Group
 from fastmeta.problem import Reduction
+from fastmeta.problem.targets import check_targets, read
 from fastmeta.state import PartNumber
 from fastmeta.updates import LabelTable, Refined
 
@@ -67,6 +68,13 @@ class ScheduledBatch(Batch):
     """A batch with the loop's own logits of its labeled examples."""
 
     labeled_logits: Tensor | None = None
+
+    def check(self, how: str, needs_index: bool, learns: bool, method: str) -> None:
+        """See :meth:`Batch.check`."""
+        super().check(how, needs_index, learns, method)
+        if self.labeled_logits is not None:
+            name = "targets" if self.labeled_targets is None else "labeled_targets"
+            check_targets(getattr(self, name), checks.matrix(self.labeled_logits, "labeled_logits", "[N, C]"), name)
 
     def check_labeled_logits(self) -> None:
         """Raise unless the logits whose loss T(i) multiplies are on the graph."""
@@ -227,7 +235,11 @@ class LabelGradientAlignment(Method):
         assert targets is not None, "needed with labeled_weight"
         with torch.enable_grad():
             logits = logits.to(refined.labels.dtype)
-            targets = losses.as_probabilities(targets, logits.shape[1], logits.dtype).to(logits.dtype)
-            per_example = losses.loss_per_example(logits, targets, self.inner_loss)
-            total = per_example.mean() if self.reduction == "mean" else per_example.sum()
+            labeled = read(targets, logits, self.inner_loss)
+            per_example = losses.loss_per_example(logits, labeled.targets, self.inner_loss)
+            if labeled.weights is not None:
+                per_example = per_example * labeled.weights
+            total = per_example.sum()
+            if self.reduction == "mean":
+                total = per_example.mean() if labeled.weights is None else total / labeled.weights.sum().clamp_min(1)
             return refined._replace(loss=(weight - 1) * total)

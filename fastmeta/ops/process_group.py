@@ -132,11 +132,11 @@ def sum_over(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     return [summed[i] for i in range(len(tensors))]
 
 
-def joined_count(count: int, group: Group, device: torch.device | str) -> int | Tensor:
+def joined_count(count: int | Tensor, group: Group, device: torch.device | str) -> int | Tensor:
     """Number of examples over all processes.
 
     Args:
-        count: number of examples of this process.
+        count: number of examples of this process; a scalar tensor where that is counted on their device.
         group: the processes.
         device: where their tensors live; the backend of the group decides what it can sum.
 
@@ -149,6 +149,6 @@ def joined_count(count: int, group: Group, device: torch.device | str) -> int | 
     if group is None:
         return count
     check(group)
-    total = torch.full((), count, dtype=torch.int64, device=device)
+    total = torch.zeros((), dtype=torch.int64, device=device).add_(count)
     torch.distributed.all_reduce(total, group=group)
     return int(total) if total.is_cpu else total

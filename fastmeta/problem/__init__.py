@@ -21,7 +21,6 @@ from fastmeta.problem.base import (
     Reduction,
     check_how,
     full_precision,
-    probabilities,
 )
 from fastmeta.problem.direction import (
     AnyDirection,
@@ -35,6 +34,7 @@ from fastmeta.problem.direction import (
     steps_of,
 )
 from fastmeta.problem.last_layer import LastLayerProblem, Rows
+from fastmeta.problem.targets import probabilities
 from fastmeta.problem.whole_model import WholeModelProblem
 
 Problem: TypeAlias = LastLayerProblem | WholeModelProblem

@@ -1,12 +1,11 @@
 """What both problems share: the inner loss that a step descends, its means over examples, and the options' names."""
 
-from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmeta import checks, losses
+from fastmeta import checks
 from fastmeta.ops.process_group import Group, joined_count
 
 Reduction = Literal["mean", "sum"]
@@ -60,7 +59,7 @@ class ProblemBase:
             return self.weights if self.mask is None else self.mask
         return self.weights * self.mask
 
-    def mean_scale(self, count: int) -> float | Tensor:
+    def mean_scale(self, count: int | Tensor) -> float | Tensor:
         """``1 / N`` for this process's ``count`` of the N examples of the joined batch; 1 where there are none."""
         total = joined_count(count, self.process_group, self.device)
         return 1 / total.clamp_min(1).double() if isinstance(total, Tensor) else 1 / max(total, 1)
@@ -71,37 +70,6 @@ class ProblemBase:
         A scalar tensor where several processes count B on their GPUs, so that no host waits for them.
         """
         return rate * self.mean_scale(count) if reduction == "mean" else rate
-
-
-class Given(NamedTuple):
-    """The arguments of a call that must have a row for each row of the model's unlabeled logits."""
-
-    rows: Mapping[str, Tensor]  # [N] or [N, C] by the argument's name
-    view: str = "unlabeled"  # the argument that the model runs on
-
-    def check(self, logits: Tensor) -> None:
-        """Raise ValueError unless they fit the logits ``[N, C]``."""
-        for name, value in self.rows.items():
-            if len(value) != len(logits):
-                raise ValueError(not_as_many(name, logits, self.view, value))
-            if value.dim() == 2 and value.shape != logits.shape:
-                shapes = f"[N, C] = {list(logits.shape)} like the model's logits for {self.view}"
-                raise ValueError(f"{name} must be {shapes}, got {list(value.shape)}")
-
-
-def not_as_many(name: str, logits: Tensor, view: str, value: Tensor) -> str:
-    """Words the error of an argument with another number of rows than the logits ``[N, C]``."""
-    return f"{name} must have N = {len(logits)} like the rows of the model's logits for {view}, got {len(value)}"
-
-
-def probabilities(targets: Tensor, logits: Tensor, loss: str, name: str = "targets") -> Tensor:
-    """Targets ``[N]`` or ``[N, C]`` of logits ``[N, C]``, checked, as probabilities in their dtype. ``[N, C]``."""
-    if isinstance(targets, Tensor) and targets.is_floating_point():
-        targets = targets.to(logits.dtype)
-    elif isinstance(targets, Tensor):
-        checks.classes_of(targets, logits.shape[1], losses.of(loss), name)
-    checked = checks.targets(targets, logits, logits.shape[1], name)
-    return losses.as_probabilities(checked, logits.shape[1], logits.dtype)
 
 
 def full_precision(logits: Tensor) -> Tensor:

@@ -2,13 +2,18 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
+
+from fastmeta.problem.checkpointing import differentiable_checkpoints
+from fastmeta.problem.module_state import ModuleState, put_back
+from fastmeta.problem.random_state import RandomState
+from fastmeta.problem.scripted import unoptimized_script
 
 Mode = Literal["train", "eval"]
 Arguments = ParamSpec("Arguments")
@@ -34,25 +39,6 @@ def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     return torch.compiler.disable(run, reason=TRACELESS)
 
 
-class RandomState:
-    """Torch's random state at one moment, of the CPU and of the CUDA devices among those named."""
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
-
-    def is_current(self) -> bool:
-        """Whether no random number has been drawn since."""
-        on_cuda = (state.equal(torch.cuda.get_rng_state(device)) for device, state in self._cuda.items())
-        return self._cpu.equal(torch.get_rng_state()) and all(on_cuda)
-
-    def restore(self) -> None:
-        """Set torch's random state back to it."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)
-
-
 class Evaluator:
     """Evaluates a module at other parameters and on copies of its buffers, always from the same random state.
 
@@ -67,29 +53,21 @@ class Evaluator:
     def __init__(self, module: nn.Module, mode: Mode | None) -> None:
         self._module = module
         self._mode = mode
-        self._modules = list(module.modules())
-        for part in self._modules:
+        self._state = ModuleState(module)
+        for part in self._state.parts:
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
                 raise ValueError(f"model must not change its parameters as it runs, but {part} does: it has max_norm")
-        names = {id(parameter): name for name, parameter in module.named_parameters()}  # one name of a tied parameter
-        self._parameters: list[tuple[dict[str, Any], str, str]] = [
-            (part._parameters, key, names[id(parameter)])
-            for part in self._modules
-            for key, parameter in part._parameters.items()
-            if parameter is not None
-        ]
-        self._buffers: list[tuple[dict[str, Any], str, Tensor]] = [
-            (part._buffers, key, buffer)
-            for part in self._modules
-            for key, buffer in part._buffers.items()
-            if buffer is not None
-        ]
-        self._recurrent = any(isinstance(part, nn.RNNBase) for part in self._modules)
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in self._state.parts)
         self._devices = {parameter.device for parameter in module.parameters()}
-        self._random = RandomState(self._devices)
+        self._random = self._random_state()
+
+    def _random_state(self) -> RandomState:
+        return RandomState(self._devices, self._state.generators)
 
     @contextlib.contextmanager
-    def evaluation(self, parameters: Mapping[str, Tensor], *, derivative: bool = False) -> Iterator[None]:
+    def evaluation(
+        self, parameters: Mapping[str, Tensor], *, derivative: bool = False, on_graph: bool = False
+    ) -> Iterator[None]:
         """In the block, the module has these parameters.
 
         Run backward passes in it, too: activation checkpointing calls the module again.
@@ -97,7 +75,12 @@ class Evaluator:
         Args:
             parameters: theta by name; one that is left out stays the module's own.
             derivative: use only kernels that have a forward-mode derivative and can be differentiated twice.
+            on_graph: the graph outlives the block. Where the module's mode in the block is another than its own, a
+                checkpointed block would be recomputed in the wrong one: its activations are kept.
         """
+        other_mode = self._mode is not None and any(
+            part.training != (self._mode == "train") for part in self._state.parts
+        )
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._same_randomness())
             stack.enter_context(self._in_mode())
@@ -105,7 +88,9 @@ class Evaluator:
             # Compiled parts would draw other dropout masks and lose tangents.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(_settings())
+            stack.enter_context(differentiable_checkpoints(straight=on_graph and other_mode))
             if derivative:
+                stack.enter_context(unoptimized_script())
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
                 if self._recurrent:
                     stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -114,7 +99,7 @@ class Evaluator:
 
     @contextlib.contextmanager
     def _same_randomness(self) -> Iterator[None]:
-        before = RandomState(self._devices)
+        before = self._random_state()
         self._random.restore()
         try:
             yield
@@ -123,7 +108,7 @@ class Evaluator:
 
     @contextlib.contextmanager
     def _in_mode(self) -> Iterator[None]:
-        before = [part.training for part in self._modules]
+        before = [part.training for part in self._state.parts]
         try:
             if self._mode is not None:
                 self._module.train(self._mode == "train")
@@ -132,28 +117,21 @@ class Evaluator:
             # A module may do more in train() than set the flag.
             if self._module.training != before[0]:
                 self._module.train(before[0])
-            for part, training in zip(self._modules, before, strict=True):
+            for part, training in zip(self._state.parts, before, strict=True):
                 if part.training != training:
                     part.training = training
 
     @contextlib.contextmanager
     def _at(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        owns = [values[key] for values, key, _ in self._parameters]
-        copies: dict[int, Tensor] = {}  # a buffer under two names stays one tensor
+        before, versions = self._state.snapshot(), _versions(parameters)
         try:
-            for values, key, name in self._parameters:
-                if name in parameters:
-                    values[key] = parameters[name]
-            for values, key, buffer in self._buffers:
-                if id(buffer) not in copies:
-                    copies[id(buffer)] = buffer.detach().clone()
-                values[key] = copies[id(buffer)]
+            self._state.replace(parameters)
             yield
         finally:
-            for (values, key, _), own in zip(self._parameters, owns, strict=True):
-                values[key] = own
-            for values, key, buffer in self._buffers:
-                values[key] = buffer
+            put_back(before)
+        for name, version in _versions(parameters).items():
+            if version != versions[name]:
+                raise ValueError(f"model must not change its parameters as it runs, but it has changed {name}")
 
 
 @contextlib.contextmanager
@@ -171,6 +149,11 @@ def _settings() -> Iterator[None]:
         parametrize._cache_enabled = parametrized
         torch.set_autocast_cache_enabled(cache)
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _versions(parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """They count changes in place."""
+    return {name: value._version for name, value in parameters.items() if not value.is_inference()}
 
 
 def _without_mkldnn() -> contextlib.AbstractContextManager[None]:

@@ -1,14 +1,15 @@
-"""Forward mode through any module: PyTorch's dual tensors, and three repairs.
+"""Forward mode through any module: PyTorch's dual tensors, and four repairs.
 
 A dual tensor carries its tangent along. While a model runs on dual tensors:
 
 * what it computes in ``torch.no_grad`` is a constant; PyTorch would propagate tangents there;
+* a ``torch.autograd.Function`` that reads a moving tensor beside its arguments raises; its tangent would be lost;
 * an operator that is not PyTorch's own (``torch.library.custom_op``, C++) and drops the tangent raises; PyTorch would
   not say so;
 * functions without a forward-mode derivative, or with a slow one, are replaced by those in ``RULES``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,14 +19,32 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fastmeta.problem.hidden_reads import has_tensor, refuse_hidden, tensors
+
 
 class ForwardMode(TorchFunctionMode):
-    """The mode in which a model runs on dual tensors; see above."""
+    """The mode in which a model runs on dual tensors; see above.
+
+    Attributes:
+        saw_hooks: whether a part of the model ran under hooks of its own for the tensors that autograd saves, as
+            checkpointed blocks do. A backward pass of what was recorded with tangents cannot recompute these.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saw_hooks = False
+        self._hooks_outside = _saved_tensors_hooks()
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not torch._C._is_fwd_grad_enabled():  # in a Function's forward, or in torch.inference_mode
+            result = function(*args, **kwargs)
+            if has_tensor(result):
+                refuse_hidden([tensor for tensor in tensors([*args, *kwargs.values()]) if _moves(tensor)])
+            return result
+        self.saw_hooks = self.saw_hooks or _saved_tensors_hooks() != self._hooks_outside
         if not torch.is_grad_enabled():
             with forward_ad._set_fwd_grad_enabled(False):
                 return function(*args, **kwargs)
@@ -95,25 +114,31 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def _parts(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    if torch.is_inference_mode_enabled():  # where nothing moves
+        return tensor, None
     primal, tangent = forward_ad.unpack_dual(tensor)
     return primal, tangent
+
+
+def _moves(tensor: Tensor) -> bool:
+    """Whether it has a tangent, also where forward mode is off."""
+    with forward_ad._set_fwd_grad_enabled(True):
+        return _parts(tensor)[1] is not None
+
+
+def _saved_tensors_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _check_tangents(operator: OpOverload | OpOverloadPacket, arguments: list[Any], result: Any) -> None:
     """Raise if an operator took tangents and returned none."""
     name = str(operator)
-    if name.startswith("aten.") or not any(_parts(tensor)[1] is not None for tensor in _tensors(arguments)):
+    if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.ADInplaceOrView):
+        return  # inside of another operator, which autograd has dealt with
+    if name.startswith("aten.") or not any(_parts(tensor)[1] is not None for tensor in tensors(arguments)):
         return
     overload = operator if isinstance(operator, OpOverload) else getattr(operator, operator.overloads()[0])
-    results = [tensor for tensor in _tensors([result]) if tensor.is_floating_point()]
+    results = [tensor for tensor in tensors([result]) if tensor.is_floating_point()]
     lost = results and all(_parts(tensor)[1] is None for tensor in results)
     if lost or overload._schema.is_mutable:
         raise NotImplementedError(f"{name} has no forward-mode derivative")
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)

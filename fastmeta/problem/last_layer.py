@@ -14,6 +14,7 @@ from fastmeta.ops.process_group import Group, sum_over
 from fastmeta.problem import vectors
 from fastmeta.problem.base import Curvature, How, InnerLoss, Part, ProblemBase, Reduction
 from fastmeta.problem.direction import AnyDirection, Direction, Factors, of_last_layer
+from fastmeta.problem.targets import kept
 
 
 class Rows(NamedTuple):
@@ -82,8 +83,8 @@ class LastLayerProblem(ProblemBase):
 
         ``bias=False`` leaves the layer's bias out of the direction.
         """
-        rows, targets, weights = self._part(part, loss)
-        scaled = self.scaled_weights(rows, weights, reduction)
+        rows, targets, weights, count = self._part(part, loss)
+        scaled = self.scaled_weights(rows, weights, count, reduction)
         weight, grad_bias = ops.last_layer_gradient(rows.features, rows.logits, targets, scaled, loss=loss)
         return self._joined(Direction(weight, grad_bias if bias and self.has_bias else None))
 
@@ -91,11 +92,11 @@ class LastLayerProblem(ProblemBase):
         """:meth:`gradient`, not multiplied out."""
         if self.process_group is not None:
             return _factors(self.gradient(part, loss=loss, reduction=reduction, bias=bias))
-        rows, targets, weights = self._part(part, loss)
+        rows, targets, weights, count = self._part(part, loss)
         targets = losses.as_probabilities(targets, rows.logits.shape[1], rows.logits.dtype)
         residual = losses.residual(rows.logits, targets, loss)
         residual = residual if weights is None else residual * weights.unsqueeze(-1)
-        scale = self.mean_scale(len(residual)) if reduction == "mean" else 1.0
+        scale = self.mean_scale(count) if reduction == "mean" else 1.0
         return Factors(rows.features, residual * scale, bias and self.has_bias)
 
     def label_tangent(
@@ -199,8 +200,8 @@ class LastLayerProblem(ProblemBase):
         """
         found = []
         for part, loss, factor in inner.terms():
-            rows, targets, weights = self._part(part, loss)
-            scaled = self.scaled_weights(rows, weights, inner.reduction)
+            rows, targets, weights, count = self._part(part, loss)
+            scaled = self.scaled_weights(rows, weights, count, inner.reduction)
             scaled = rows.logits.new_ones(len(rows.logits)) if scaled is None else scaled
             targets = losses.as_probabilities(targets, rows.logits.shape[1], rows.logits.dtype)
             scale = losses.of(loss).curvature_scale(targets)
@@ -208,23 +209,25 @@ class LastLayerProblem(ProblemBase):
             found.append((rows, targets, scaled if factor == 1 else factor * scaled, loss))
         return found
 
-    def scaled_weights(self, rows: Rows, weights: Tensor | None, reduction: Reduction) -> Tensor | None:
-        """Weights that make ``sum_i w_i l_i`` the reduced loss: ``w / N`` for a mean; None means 1. ``[N]``."""
+    def scaled_weights(
+        self, rows: Rows, weights: Tensor | None, count: int | Tensor, reduction: Reduction
+    ) -> Tensor | None:
+        """Weights that make ``sum_i w_i l_i`` the loss reduced over ``count``: ``w / N``; None means 1. ``[N]``."""
         if reduction == "sum":
             return weights
-        scale = self.mean_scale(len(rows.features))
+        scale = self.mean_scale(count)
         ones = rows.logits.new_ones(len(rows.features)) if weights is None else weights
         return ones * scale
 
-    def _part(self, part: Part, loss: str) -> tuple[Rows, Tensor, Tensor | None]:
-        """Rows, targets and weights of a summand whose loss this is."""
+    def _part(self, part: Part, loss: str) -> tuple[Rows, Tensor, Tensor | None, int | Tensor]:
+        """Rows, targets, weights and number of the examples of a summand whose loss this is."""
         if part == "unlabeled":
-            return self.unlabeled, self.labels, self.inner_weights
+            return self.unlabeled, self.labels, self.inner_weights, len(self.labels)
         rows, targets, name = self.holdout, self.targets, "targets"
         if part == "labeled" and self.labeled is not None and self.labeled_targets is not None:
             rows, targets, name = self.labeled, self.labeled_targets, "labeled_targets"
         checks.classes_of(targets, rows.logits.shape[1], losses.of(loss), name)
-        return rows, targets, None
+        return rows, *kept(targets, rows.logits.dtype)
 
     def _joined(self, direction: Direction) -> Direction:
         if self.process_group is None:

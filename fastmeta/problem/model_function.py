@@ -18,9 +18,12 @@ from fastmeta.capture import Outputs, capture_features, last_linear
 from fastmeta.problem.direction import Vector
 from fastmeta.problem.evaluation import Evaluator, Mode
 from fastmeta.problem.forward_mode import ForwardMode
+from fastmeta.problem.hidden_reads import HiddenReadError, HiddenReads, refuse_foreign
+from fastmeta.problem.input_copies import InputCopies
 
 # Arguments of the model: an exact tuple's are positional, a mapping's are by name, anything else is one argument.
 Inputs = Any
+_NAMED = "return the logits alone, or an object or dict that names them logits"
 LossOfLogits = Callable[[Tensor], Tensor]  # [N, C] to a scalar
 
 
@@ -42,7 +45,8 @@ class ModelFunction:
     states of other libraries, are not restored.
 
     Args:
-        model: the module; it gives logits ``[N, C]``, or an object or dict with ``logits``.
+        model: the module; it gives logits ``[N, C]``, or ``[B, T, C]``, whose N = B T rows are those of its tokens; by
+            themselves, in an object or dict as ``logits``, or as the only such tensor of a tuple.
         mode: ``train`` or ``eval`` for the evaluations; None: as the model stands.
 
     Raises:
@@ -120,14 +124,9 @@ class ModelFunction:
         """The direction's weight ``[C, D]`` and bias ``[C]`` of the last linear layer.
 
         Raises:
-            ValueError: it moves other parameters, or not the weight.
+            ValueError: it moves other parameters, or the weight is tied to another layer's.
         """
-        layer, description = last_linear(self.module)
-        # Of a parametrized layer the weight is no parameter, and reading it could move its state.
-        weight = layer._parameters.get("weight")
-        uses = [part for part in self.module.modules() if any(p is weight for p in part._parameters.values())]
-        if weight is not None and len(uses) > 1:
-            raise ValueError(f"how='last_layer' cannot move {description}: its weight is tied to another layer's")
+        layer = self._last_layer()
         names = {
             name: name_of
             for name, value in self._own.items()
@@ -141,6 +140,15 @@ class ModelFunction:
         if "weight" not in parts:
             parts["weight"] = parts["bias"].new_zeros(layer.out_features, layer.in_features)
         return parts["weight"].detach(), parts.get("bias")
+
+    def _last_layer(self) -> nn.Linear:
+        layer, description = last_linear(self.module)
+        # Of a parametrized layer the weight is no parameter, and reading it could move its state.
+        weight = layer._parameters.get("weight")
+        uses = [part for part in self.module.modules() if any(p is weight for p in part._parameters.values())]
+        if weight is not None and len(uses) > 1:
+            raise ValueError(f"how='last_layer' cannot move {description}: its weight is tied to another layer's")
+        return layer
 
     def logits(
         self, inputs: Inputs, parameters: Vector | None = None, *, on_graph: bool = False, twice: bool = False
@@ -158,7 +166,16 @@ class ModelFunction:
             return self._call(theta, inputs, derivative=twice, on_graph=on_graph)
 
     def outputs(self, inputs: Inputs, *, on_graph: bool = False) -> Outputs:
-        """Features and logits of the last linear layer at the model's own parameters."""
+        """Features and logits of the last linear layer at the model's own parameters.
+
+        Runs once more, on the graph, where values alone do not show the rows: equal logits of different features, as
+        of a head that starts at zero, or something constant added to them.
+
+        Raises:
+            ValueError: the layer does not move, or not by itself, or computes something else.
+            RuntimeError: its outputs are not the logits.
+        """
+        self._last_layer()
         with torch.set_grad_enabled(on_graph), capture_features(self.module) as tape:
             logits = self._call(self._own, inputs, on_graph=on_graph)
         try:
@@ -166,7 +183,6 @@ class ModelFunction:
         except RuntimeError:
             if on_graph:
                 raise
-        # Rows that values cannot tell, or a constant added to them: a graph shows it.
         outputs = self.outputs(inputs, on_graph=True)
         return outputs._replace(logits=outputs.logits.detach())
 
@@ -214,7 +230,7 @@ class ModelFunction:
         on_graph = [place for place, value in enumerate(values) if value.requires_grad]
         if not on_graph:
             return {name: torch.zeros_like(value) for name, value in by.items()}
-        with self._evaluator.evaluation(theta, derivative=create_graph):
+        with self._evaluator.evaluation(theta, derivative=create_graph), torch.set_grad_enabled(create_graph):
             grads = torch.autograd.grad(
                 [values[place] for place in on_graph],
                 list(by.values()),
@@ -223,7 +239,8 @@ class ModelFunction:
                 retain_graph=retain_graph,
                 materialize_grads=True,
             )
-        return dict(zip(by, grads, strict=True))
+            dense = [grad if grad.layout == torch.strided else grad.to_dense() for grad in grads]
+        return dict(zip(by, dense, strict=True))
 
     def jvp(
         self, inputs: Inputs, direction: Vector, parameters: Vector | None = None, *, on_graph: bool = False
@@ -235,16 +252,21 @@ class ModelFunction:
         theta = self._own if on_graph else self.parameters if parameters is None else parameters
         # Not torch.func.jvp: its dropout draws another mask than a plain pass where a tensor is not contiguous.
         # Gradients are enabled only so that ForwardMode sees where the model itself is in torch.no_grad.
+        mode = ForwardMode()
         with torch.enable_grad(), forward_ad.dual_level():
             moving = {name: forward_ad.make_dual(theta[name], v) for name, v in direction.items()}
             try:
-                dual = self._call({**theta, **moving}, inputs, derivative=True, on_graph=on_graph, inside=ForwardMode())
+                dual = self._call({**theta, **moving}, inputs, derivative=True, on_graph=on_graph, inside=mode)
+            except HiddenReadError:
+                raise
             except NotImplementedError as error:
                 raise NotImplementedError(
                     "how='jvp' needs forward mode in every part of the model, use how='double_backward' or "
                     f"how='finite_difference'; {str(error).splitlines()[0]}"
                 ) from error
             logits, tangent = forward_ad.unpack_dual(dual)
+        if on_graph and mode.saw_hooks:
+            logits = self.logits(inputs, on_graph=True)
         return logits, torch.zeros_like(logits) if tangent is None else tangent.detach()
 
     def hessian(
@@ -320,24 +342,27 @@ class ModelFunction:
         inside: contextlib.AbstractContextManager[Any] | None = None,
     ) -> Tensor:
         """Logits ``[N, C]`` at the parameters; ``on_graph``: the inputs are not detached."""
-
-        def prepared(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            value = value if on_graph else value.detach()
-            return value.clone() if value.is_inference() else value  # autograd cannot save an inference tensor
-
+        copied = InputCopies(on_graph=on_graph)
         positional: tuple[Any, ...] = ()
         keywords: dict[str, Any] = {}
         if isinstance(inputs, Mapping):
             for name in inputs:
                 if not isinstance(name, str):
                     raise TypeError(f"inputs must be a mapping of keyword arguments by name, got the name {name!r}")
-            keywords = {name: prepared(value) for name, value in inputs.items()}
+            keywords = {name: copied(value) for name, value in inputs.items()}
         else:
-            positional = tuple(map(prepared, inputs if type(inputs) is tuple else (inputs,)))
-        with self._evaluator.evaluation(parameters, derivative=derivative), inside or contextlib.nullcontext():
-            return _logits_of(self.module(*positional, **keywords))
+            positional = tuple(map(copied, inputs if type(inputs) is tuple else (inputs,)))
+        if inside is None and torch.is_grad_enabled():
+            inside = HiddenReads([value for value in parameters.values() if value.requires_grad])
+        with (
+            self._evaluator.evaluation(parameters, derivative=derivative, on_graph=on_graph),
+            inside or contextlib.nullcontext(),
+        ):
+            logits = _logits_of(self.module(*positional, **keywords))
+        copied.check_unchanged()
+        if logits.requires_grad and not on_graph:
+            refuse_foreign(logits, parameters.values())
+        return logits
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -351,9 +376,17 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _logits_of(output: Any) -> Tensor:
+    """The logits ``[N, C]`` in what a model returns; those of tokens, ``[B, T, C]``, as rows."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(logits, (tuple, list)):  # (loss, logits, ...), without a loss the logits come first
+        possible = [part for part in logits if isinstance(part, Tensor) and part.is_floating_point() and part.dim() > 1]
+        if len(possible) > 1:
+            shapes = " and ".join(str(list(part.shape)) for part in possible)
+            raise TypeError(f"model must give logits alone, got {type(output).__name__} of {shapes}; {_NAMED}")
+        logits = possible[0] if possible else None
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"model must give logits, or an object or dict with logits, got {type(output).__name__}")
-    if logits.dim() != 2:
-        raise ValueError(f"model must give logits [N, C], got {list(logits.shape)}")
-    return logits
+        raise TypeError(f"model must give logits, got {type(output).__name__}; {_NAMED}")
+    if logits.dim() < 2:
+        hint = "; give those of one output as logits.unsqueeze(-1)" if logits.dim() == 1 else ""
+        raise ValueError(f"model must give logits [N, C], got {list(logits.shape)}{hint}")
+    return logits.flatten(0, -2)

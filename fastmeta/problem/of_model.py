@@ -3,10 +3,11 @@
 from torch import Tensor, nn
 
 from fastmeta import checks, losses, ops
-from fastmeta.problem.base import How, check_how, full_precision, probabilities
+from fastmeta.problem.base import How, check_how, full_precision
 from fastmeta.problem.direction import Vector
 from fastmeta.problem.evaluation import eager
 from fastmeta.problem.model_function import Inputs, ModelFunction
+from fastmeta.problem.targets import kept, probabilities
 from fastmeta.problem.whole_model import WholeModelProblem
 
 
@@ -52,7 +53,8 @@ def label_gradient(
     part is in its precision. Inside torch.compile it breaks the graph and runs uncompiled, as do compiled models.
 
     Args:
-        model: gives logits ``[N, C]``, or an object or dict with ``logits``; may be wrapped for data parallelism or
+        model: gives logits ``[N, C]``, or ``[B, T, C]`` of tokens, which are N = B T rows; by themselves, as ``logits``
+            of an object or dict, or as the only such tensor of a tuple. May be wrapped for data parallelism or
             compiled.
         inputs: of N examples, N the rows of the logits: a tuple of positional arguments, a mapping of keyword
             arguments, or the one argument: a tensor, a list, a named tuple, a ``PackedSequence``, any object.
@@ -116,7 +118,8 @@ def example_weight_gradient(
     Args:
         model: see :func:`label_gradient`, also for everything that is not said here.
         inputs: of N examples.
-        targets: y, int64 classes ``[N]`` or probabilities ``[N, C]``.
+        targets: y, int64 classes ``[N]`` or probabilities ``[N, C]``; of tokens also ``[B, T]`` or ``[B, T, C]``. A
+            class of -100 is left out: its row is 0.
         direction: v, tensors by parameter name.
         loss: one of :data:`fastmeta.losses.LOSSES`.
         scale: factor of the result.
@@ -145,9 +148,12 @@ def example_weight_gradient(
     if how == "last_layer":
         features, logits, weight, bias = _last_layer(function, inputs, direction)
         y = probabilities(targets, logits, loss)
-        return -scale * ops.per_example_dot(features, logits, y, weight, bias, loss=loss)
-    problem = WholeModelProblem(function, inputs, targets, how=how, radius=radius)
-    return -scale * problem.loss_tangent(direction, loss=loss)
+        gradient = -scale * ops.per_example_dot(features, logits, y, weight, bias, loss=loss)
+    else:
+        problem = WholeModelProblem(function, inputs, targets, how=how, radius=radius)
+        gradient = -scale * problem.loss_tangent(direction, loss=loss)
+    weights = kept(targets, gradient.dtype).weights
+    return gradient if weights is None else gradient * weights.flatten()
 
 
 def _last_layer(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,34 +11,19 @@ from fastmeta.ops.perturbed import perturbed
 from fastmeta.ops.process_group import Group, sum_over
 from fastmeta.problem.base import (
     Curvature,
-    Given,
     How,
     InnerLoss,
     Part,
     ProblemBase,
     Reduction,
     full_precision,
-    not_as_many,
-    probabilities,
 )
 from fastmeta.problem.direction import AnyDirection, Vector, of_model
 from fastmeta.problem.model_function import Inputs, ModelFunction, Term
+from fastmeta.problem.targets import NOTHING_GIVEN, Given, Kept, probabilities, read
+from fastmeta.problem.unlabeled_pass import UnlabeledPass
 
 _LAST_LAYER_ALONE = "factored and bias=False are for the last layer alone, got a whole model"
-
-_NOTHING_GIVEN = Given({})
-
-
-class UnlabeledPass:
-    """Results of the first pass over the unlabeled inputs at theta, kept so that no second pass is made for them.
-
-    All problems at one theta share one object.
-    """
-
-    def __init__(self) -> None:
-        self.logits: Tensor | None = None  # [N, C], detached, in full precision
-        self.on_graph: Tensor | None = None  # [N, C], on the graph of the model's own parameters
-        self.labels: Tensor | None = None  # imputed labels [N, C]
 
 
 @dataclass(frozen=True)
@@ -82,7 +66,7 @@ class WholeModelProblem(ProblemBase):
     holdout_gradient: Vector | None = None
     keep_graph: bool = False
     labels_are_predictions: bool = False
-    given: Given = _NOTHING_GIVEN
+    given: Given = NOTHING_GIVEN
     how: How = "jvp"
     radius: float = 0.01
     moving: tuple[str, ...] | None = None  # names of the parameters that move; None: all
@@ -375,42 +359,36 @@ class WholeModelProblem(ProblemBase):
     def term(self, part: Part, loss: str, reduction: Reduction, factor: float = 1.0) -> Term:
         """A reduced loss times ``factor``, as a summand of an objective."""
         unlabeled = part == "unlabeled"
-        inputs, given, name = (self.unlabeled, None, "labels") if unlabeled else self._labels_of(part)
-        weights = self.inner_weights if unlabeled else None
+        inputs, given, names = (self.unlabeled, None, ("", "")) if unlabeled else self._labels_of(part)
+        scales: list[float | Tensor] = []  # processes add up their counts once for each term, not for each product
 
-        def targets(logits: Tensor) -> Tensor:
+        def weighted(of: Callable[[Tensor, Tensor], Tensor], logits: Tensor) -> Tensor:
+            """Rows made of the logits and the targets, times their weights in the reduced loss."""
+            logits = self._see(logits) if unlabeled else full_precision(logits)
             if given is None:
-                return probabilities(self.labels, logits, loss)
-            if len(given) != len(logits):
-                view = "holdout" if name == "targets" else "labeled"
-                raise ValueError(not_as_many(name, logits, view, given))
-            return probabilities(given, logits, loss, name)
-
-        @cache  # processes add up their counts once for each term, not for each product
-        def scale(count: int) -> float | Tensor:
-            return factor * self.mean_scale(count) if reduction == "mean" else factor
-
-        def weighted(rows: Tensor) -> Tensor:
-            each = scale(len(rows))
+                target = Kept(probabilities(self.labels, logits, loss), self.inner_weights, len(logits))
+            else:
+                target = read(given, logits, loss, *names)
+            if not scales:
+                scales.append(factor * self.mean_scale(target.number) if reduction == "mean" else factor)
+            rows, each, weights = of(logits, target.targets), scales[0], target.weights
             return rows * each if weights is None else rows * (each * weights).view(-1, *[1] * (rows.dim() - 1))
 
         def value(logits: Tensor) -> Tensor:
-            logits = self._see(logits) if unlabeled else full_precision(logits)
-            return weighted(losses.loss_per_example(logits, targets(logits), loss)).sum()
+            return weighted(lambda f, y: losses.loss_per_example(f, y, loss), logits).sum()
 
         def curvature(logits: Tensor, tangent: Tensor) -> Tensor:
-            logits = self._see(logits) if unlabeled else full_precision(logits)
-            return weighted(losses.gauss_newton(logits, targets(logits), full_precision(tangent), loss))
+            return weighted(lambda f, y: losses.gauss_newton(f, y, full_precision(tangent), loss), logits)
 
         return Term(inputs, value, curvature)
 
-    def _labels_of(self, part: Part) -> tuple[Inputs, Tensor, str]:
-        """Hold-out examples, or the labeled ones of the inner loss, their targets and the name of these."""
+    def _labels_of(self, part: Part) -> tuple[Inputs, Tensor, tuple[str, str]]:
+        """Hold-out examples, or the labeled ones of the inner loss, their targets, and the names of these arguments."""
         if part == "labeled" and self.labeled is not None and self.labeled_targets is not None:
-            return self.labeled, self.labeled_targets, "labeled_targets"
+            return self.labeled, self.labeled_targets, ("labeled_targets", "labeled")
         if self.holdout is None or self.targets is None:
             raise ValueError("holdout and targets are needed by this direction, got None")
-        return self.holdout, self.targets, "targets"
+        return self.holdout, self.targets, ("targets", "holdout")
 
     def _joined(self, gradient: Vector) -> Vector:
         if self.process_group is None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmeta import checks
-from fastmeta.problem.evaluation import RandomState
+from fastmeta.problem.random_state import RandomState
 from fastmeta.ssl.base import Refiner, StepLoss, TrainingBatch, features_for, frozen_statistics, kl_divergence, refine
 
 

@@ -17,7 +17,7 @@ from fastmeta.data import load_digits
 from fastmeta.ssl import BASES
 from fastmeta.training.config import RunConfig
 from fastmeta.training.files import read_json, read_jsonl, write_json, write_jsonl
-from fastmeta.training.recipes import METHODS
+from fastmeta.training.recipes import BASE_RECIPES, METHODS
 from fastmeta.training.reference import support_vector_error
 from fastmeta.training.summary import summarize, table
 from fastmeta.training.timing import interleaved_seconds
@@ -178,6 +178,15 @@ def notes(runs: Sequence[RunConfig], results: dict[str, Any]) -> list[str]:
     if any(METHODS[run.method].uses_holdout for run in runs):
         names = ", ".join(sorted({run.method for run in runs if METHODS[run.method].uses_holdout}))
         lines.append(f"{names} also learns from {split['holdout']} hold-out labels that the other rows do not see.")
+    hardened = {run.method: METHODS[run.method].example for run in runs if hasattr(BASE_RECIPES[run.base], "threshold")}
+    loops = sorted({example for example in hardened.values() if example is not None})
+    if loops:
+        names = ", ".join(sorted(method for method, example in hardened.items() if example is not None))
+        programs = ", ".join(f"python -m fastmeta.examples.{loop}" for loop in loops)
+        lines.append(
+            f"{names}: not the paper's algorithm, which trains on the soft labels; the base makes them hard by "
+            f"threshold and argmax. The paper's loop: {programs}."
+        )
     return lines
 
 

@@ -1,11 +1,20 @@
-"""Which implementation of each operator this installation has, and why the others are missing."""
+"""Which implementation of each operator this installation has, and which derivatives of a user's model are right."""
 
+import importlib
+import importlib.util
+import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
+import fastmeta
 from fastmeta import _extension, ops
 from fastmeta.dispatch import IMPLEMENTATIONS, Operator
+from fastmeta.verification import Report
 
 
 def availability() -> dict[str, dict[str, bool]]:
@@ -64,6 +73,62 @@ def doctor() -> str:
             "extension: " + ", ".join(f"{key.replace('_', ' ')} {_words(value)}" for key, value in info.items())
         )
     return "\n".join(lines)
+
+
+def verify_named(name: str) -> Report:
+    """:func:`fastmeta.verify` of what a user's function returns; prints its table.
+
+    Args:
+        name: ``package.module:function``, with the current folder importable, or ``path/to/file.py:function``. The
+            function takes no argument and returns ``(model, inputs)`` or ``(model, inputs, targets)``.
+
+    Raises:
+        ValueError: there is no such function, or it returns something else.
+    """
+    returned = _function(name)()
+    if not isinstance(returned, tuple) or len(returned) not in (2, 3) or not isinstance(returned[0], torch.nn.Module):
+        got = type(returned).__name__
+        if isinstance(returned, tuple):
+            got = f"({', '.join(type(part).__name__ for part in returned)})"
+        raise ValueError(
+            f"model must name a function that returns (model, inputs) or (model, inputs, targets), got {got}"
+        )
+    return fastmeta.verify(*returned)
+
+
+def _function(name: str) -> Callable[[], Any]:
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise ValueError(f"model must be package.module:function or file.py:function, got {name!r}")
+    try:
+        module = _file(Path(place)) if place.endswith(".py") else _module(place)
+    except ModuleNotFoundError as error:
+        if error.name is None or not place.startswith(error.name):
+            raise  # the user's module is there, and lacks another
+        raise ValueError(f"model must name a module that can be imported from {os.getcwd()}, got {place!r}") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"model must name a function of {place}, got {attribute!r}")
+    return function
+
+
+def _module(name: str) -> ModuleType:
+    if os.getcwd() not in sys.path:  # as ``python -m`` has it
+        sys.path.insert(0, os.getcwd())
+    return importlib.import_module(name)
+
+
+def _file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"model must name a file that exists, got {str(path)!r}")
+    sys.path.insert(0, str(path.resolve().parent))  # as ``python file.py`` has it
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules.setdefault(path.stem, module)
+    specification.loader.exec_module(module)
+    return module
 
 
 def _words(value: object) -> str:

@@ -57,6 +57,8 @@ class Recipe:
         passes: see :class:`fastmeta.ssl.Refiner`.
         own_update: the method's loss has an update of its own, after the base's and at the parameters it left.
         uses_holdout: its outer loss reads the hold-out part of the split and not the labeled batch.
+        example: the program whose loop is the paper's, which trains on the labels as the method leaves them. A base
+            that makes them hard by threshold and argmax trains another algorithm with it.
     """
 
     make: Callable[..., Method] | None = None
@@ -66,6 +68,7 @@ class Recipe:
     passes: Literal["shared", "own"] = "shared"
     own_update: bool = False
     uses_holdout: bool = False
+    example: str | None = None
 
     def build(self, num_unlabeled: int, num_classes: int) -> Refiner | None:
         """The method for a data set; None for the base alone."""
@@ -87,7 +90,9 @@ _L2I = Recipe(
     lambda num_unlabeled, num_classes, **settings: L2I(**settings),
     {"variant": "V2", "unit_length": True, "weight": 1.0},
 )
-_META_GRADIENT = Recipe(lambda num_unlabeled, num_classes, **settings: MetaGradient(**settings), {"step": 10.0})
+_META_GRADIENT = Recipe(
+    lambda num_unlabeled, num_classes, **settings: MetaGradient(**settings), {"step": 10.0}, example="meta_gradient"
+)
 
 
 def _own_passes(recipe: Recipe, *, own_update: bool = False, **settings: Any) -> Recipe:
@@ -107,7 +112,10 @@ METHODS: dict[str, Recipe] = {
         uses_holdout=True,
     ),
     "label-gradient-alignment": Recipe(
-        LabelGradientAlignment, {"lr": 0.5, "decay": 0.9, "decay_norm": 0.9}, view="learned"
+        LabelGradientAlignment,
+        {"lr": 0.5, "decay": 0.9, "decay_norm": 0.9},
+        view="learned",
+        example="label_gradient_alignment",
     ),
     # Combinations that no paper has.
     "aligned-imputation": Recipe(

@@ -198,7 +198,7 @@ def rows(**changed):
     [
         (rows(labels=torch.ones(5, C)), r"labels must be \[N, C\] = \[7, C\] like index, got \[5, 3\]"),
         (rows(mask=torch.ones(5)), r"mask must be \[N\] = \[7\] like index, got \[5\]"),
-        (rows(mask=torch.ones(N, 1)), r"mask must be \[N\] = \[7\] like index, got \[7, 1\]"),
+        (rows(mask=torch.ones(())), r"mask must be \[N\] = \[7\] like index, got \[\]"),
         ({"labels": torch.ones(5)}, r"labels must be \[N, C\], got \[5\]"),
         ({"targets": torch.tensor([0.0, 1.0, 0.0, 1.0])}, r"targets must .* got torch.float32 \[4\]; use"),
         ({"targets": torch.tensor(1)}, r"targets must be \[N, C\] probabilities or \[N\] int64 classes, got"),
@@ -263,6 +263,25 @@ def test_views_that_disagree(generator):
         with pytest.raises(ValueError, match=r"unlabeled must have N = 4 like the rows .* for strong, got 7"):
             method.refine(**batch, strong=holdout)
         assert torch.equal(method.weights, torch.ones(20))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
+        ({"unlabeled": None}, TypeError, "unlabeled must be inputs of the model, got None"),
+        ({"holdout": None}, ValueError, "holdout and targets must be given together, got holdout=None"),
+        ({"targets": None}, ValueError, "holdout and targets must be given together, got targets=None"),
+        ({"pseudo_labels": [0] * N}, TypeError, "pseudo_labels must be a tensor, got list"),
+        ({"pseudo_labels": torch.full((N,), -100)}, ValueError, r"pseudo_labels must be classes in \[0, 3\), got -100"),
+        ({"index": list(range(N))}, TypeError, "index must be an int64 tensor, got list"),
+        ({"mask": [1] * N}, TypeError, "mask must be a tensor, got list"),
+    ],
+)
+def test_what_is_missing_or_no_tensor(given, error, match, generator):
+    model, unlabeled, holdout, targets = make("lstm", generator)
+    batch = {"model": model, "unlabeled": unlabeled, "holdout": holdout, "targets": targets, "index": torch.arange(N)}
+    with pytest.raises(error, match=match):
+        ExampleWeights(20, how="jvp").refine(**(batch | given))
 
 
 def test_names_of_a_dict_are_strings(generator):

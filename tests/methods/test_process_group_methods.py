@@ -42,6 +42,8 @@ class JoinedBatch(dict[str, Tensor]):
 
 def make_batch(draw: Draw) -> JoinedBatch:
     n, nh, nl = (total for _, total in PARTS.values())
+    targets = draw.classes(nh, CLASSES)
+    targets[[1, 3]] = -100  # left out, both on process 1
     return JoinedBatch(
         unlabeled=draw.normal(n, INPUTS),
         unlabeled_labels=draw.probabilities(n, CLASSES),
@@ -49,7 +51,7 @@ def make_batch(draw: Draw) -> JoinedBatch:
         unlabeled_mask=(draw.uniform(n) > 0.3).double(),
         unlabeled_index=torch.randint(EXAMPLES, (n,), generator=draw.generator),
         holdout=draw.normal(nh, INPUTS),
-        holdout_targets=draw.classes(nh, CLASSES),
+        holdout_targets=targets,
         labeled=draw.normal(nl, INPUTS),
         labeled_targets=draw.probabilities(nl, CLASSES),
     )

@@ -31,6 +31,9 @@ class Wrapped(nn.Module):
         lambda logits: SimpleNamespace(loss=None, logits=logits),
         lambda logits: {"hidden": 0, "logits": logits},
         lambda logits: UserDict(logits=logits),
+        lambda logits: (logits,),
+        lambda logits: [logits.square().mean(), logits, (logits + 1, logits + 2)],  # loss, logits, hidden states
+        lambda logits: (None, logits.argmax(1), logits),
     ],
 )
 @pytest.mark.parametrize("how", WAYS)
@@ -45,11 +48,13 @@ def test_logits_in_an_object(make, how, generator):
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda logits: (logits,), TypeError, "must give logits, .* got tuple"),
-        (lambda logits: {"scores": logits}, TypeError, "must give logits, .* got dict"),
+        (lambda logits: (logits, logits), TypeError, r"logits alone, got tuple of \[3, 3\] and \[3, 3\]"),
+        (lambda logits: (logits.argmax(1),), TypeError, "must give logits, got tuple; return the logits alone"),
+        (lambda logits: None, TypeError, "must give logits, got NoneType"),
+        (lambda logits: {"scores": logits}, TypeError, "must give logits, got dict; .* names them logits"),
         (lambda logits: logits.argmax(1), TypeError, "must give logits"),
-        (lambda logits: logits[:, 0], ValueError, r"\[N, C\], got \[3\]"),
-        (lambda logits: logits.unsqueeze(1), ValueError, r"\[N, C\], got \[3, 1, 3\]"),
+        (lambda logits: logits[:, 0], ValueError, r"\[N, C\], got \[3\]; .* as logits.unsqueeze\(-1\)"),
+        (lambda logits: logits.mean(), ValueError, r"\[N, C\], got \[\]"),
     ],
 )
 def test_no_logits(make, error, match, generator):
@@ -115,6 +120,9 @@ def test_last_layer_tied_to_another(generator):
     fastmeta.label_gradient(model, make_inputs(3), v)
     with pytest.raises(ValueError, match="tied to another layer"):
         fastmeta.label_gradient(model, make_inputs(3), v, how="last_layer")
+    x, targets = make_inputs(3), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="tied to another layer"):
+        fastmeta.MetaGradient(how="last_layer").refine(model=model, unlabeled=x, holdout=x, targets=targets)
 
 
 BAD_DIRECTIONS = [
