@@ -19,7 +19,7 @@ from fastmeta.capture import last_linear
 PAGE = (Path(__file__).parents[1] / "docs" / "loops.md").read_text()
 BLOCKS = {
     heading: code
-    for heading, code in re.findall(r"^## (.*?)\n(?:(?!^## ).)*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
+    for heading, code in re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
 }
 M, C, N = 8, 3, 4
 
