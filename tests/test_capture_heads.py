@@ -307,6 +307,20 @@ def test_a_forward_on_the_layer(inputs, patch):
     assert torch.equal(outputs.weight, model[2].weight)
 
 
+@pytest.mark.parametrize("patch", [patched, bound])
+def test_a_forward_on_the_layer_of_a_compiled_model(inputs, patch):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = make(nn.Linear(D, C))
+    patch(model[2])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(3):
+        with capture_features(compiled) as tape:
+            logits = [compiled(inputs), compiled(inputs)]
+        assert torch.equal(tape.outputs(logits[1][2:]).features, model[:2](inputs)[2:])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_forward_on_the_layer_that_computes_something_else(inputs):
     model = make(nn.Linear(D, C))
     forward = model[2].forward
@@ -319,6 +333,23 @@ def test_a_forward_on_the_layer_that_computes_something_else(inputs):
     message = r"did not run .* it has a forward set on the layer itself"
     with pytest.raises(RuntimeError, match=message), capture_features(model):
         model(inputs)
+
+
+def test_a_weight_that_is_taken_away_after_the_call(inputs):
+    """As offloading does it."""
+    model = make(nn.Linear(D, C))
+    forward = model[2].forward
+
+    def offloaded(input):
+        output = forward(input)
+        model[2].weight = nn.Parameter(model[2].weight.to("meta"))
+        return output
+
+    model[2].forward = offloaded
+    with capture_features(model) as tape:
+        logits = model(inputs)
+    with pytest.raises(ValueError, match="its weight is not there after the call"):
+        tape.outputs(logits)
 
 
 def test_a_patch_taken_off_in_the_block(inputs):

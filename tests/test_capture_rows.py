@@ -264,6 +264,22 @@ def test_what_is_no_selection_is_refused(inputs, case, zero):
     assert "fastmeta.Outputs(features, logits, weight, bias)" in str(error.value)
 
 
+WITH_PARAMETERS = {
+    "divided by the norm": lambda f, fc: f / fc.weight.norm(),
+    "bias twice": lambda f, fc: f + fc.bias,
+    "mean of the weight": lambda f, fc: f[SHUFFLED] - fc.weight.mean(1),
+}
+
+
+@pytest.mark.parametrize("change", WITH_PARAMETERS.values(), ids=WITH_PARAMETERS)
+def test_logits_that_depend_on_the_parameters_otherwise_are_refused(inputs, change):
+    net = Net().double()
+    with capture_features(net) as tape:
+        logits = change(net(inputs), net.fc)
+    with pytest.raises(RuntimeError, match="they depend on its parameters in another way, too"):
+        tape.outputs(logits)
+
+
 def test_the_search_leaves_no_trace(inputs):
     """Neither hooks of others nor retained gradients see it, and the graph stays for the backward pass."""
     net = Net().double()

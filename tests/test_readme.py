@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 import fastmeta
@@ -47,19 +49,23 @@ def run(meta: Method | None, draw: torch.Generator, code: str = LOOP) -> dict[st
 
 
 class Trained:
-    """The losses of the loop as functions of the last layer's parameters, the labels and the weights."""
+    """The losses of the loop as functions of the parameters that move, the labels and the weights."""
 
-    def __init__(self, names: dict[str, Any]) -> None:
-        model = names["model"]
-        self.theta = torch.cat([model.fc.weight.detach().flatten(), model.fc.bias.detach()]).requires_grad_()
-        with torch.no_grad():
-            self.labeled, self.strong = (model.body(names[name]).tanh() for name in ("x_l", "x_strong"))
+    def __init__(self, names: dict[str, Any], moving: str) -> None:
+        self.model = names["model"]
+        self.moving = [name for name, _ in self.model.named_parameters() if name.startswith(moving)]
+        own = dict(self.model.named_parameters())
+        self.shapes = [own[name].shape for name in self.moving]
+        self.theta = torch.cat([own[name].detach().flatten() for name in self.moving]).requires_grad_()
+        self.labeled, self.strong = names["x_l"], names["x_strong"]
         self.targets, self.mask = names["y_l"], names["mask"]
         self.labels = names["labels_given"].detach().requires_grad_()
         self.weights = torch.ones(N, dtype=torch.float64, requires_grad=True)
 
-    def logits(self, features: Tensor, theta: Tensor) -> Tensor:
-        return functional.linear(features, theta[: C * D].view(C, D), theta[C * D :])
+    def logits(self, inputs: Tensor, theta: Tensor) -> Tensor:
+        parts = theta.split([shape.numel() for shape in self.shapes])
+        values = {name: part.view(shape) for name, part, shape in zip(self.moving, parts, self.shapes, strict=True)}
+        return functional_call(self.model, values, (inputs,))
 
     def holdout(self, theta: Tensor) -> Tensor:
         return functional.cross_entropy(self.logits(self.labeled, theta), self.targets)
@@ -117,45 +123,41 @@ def of_table(trained: Trained) -> Tensor:
     return trained.gap(w.softmax(1), w)
 
 
-Case = tuple[Callable[[], Method], Callable[[dict[str, Any], Any], Tensor], Callable[[Trained], Tensor]]
+Case = tuple[Callable[..., Method], Callable[[dict[str, Any], Any], Tensor], Callable[[Trained], Tensor]]
 DOUBLE = {"dtype": torch.float64}
+
+
+def label_gradient(trained: Trained) -> Tensor:
+    return trained.along(trained.gradient(trained.holdout), trained.labels)
+
+
 CASES: dict[str, Case] = {
-    "L2I": (
-        lambda: fastmeta.L2I(inner_loss="cross_entropy"),
-        surrogate,
-        lambda t: t.along(t.gradient(t.holdout), t.labels),
-    ),
-    "L2I V1": (lambda: fastmeta.L2I("V1", inner_loss="cross_entropy"), logit_step, of_logits),
+    "L2I": (partial(fastmeta.L2I, inner_loss="cross_entropy"), surrogate, label_gradient),
+    "L2I V1": (partial(fastmeta.L2I, "V1", inner_loss="cross_entropy"), logit_step, of_logits),
     "MetaGradient": (
-        lambda: fastmeta.MetaGradient(inner_loss="cross_entropy", project=False),
+        partial(fastmeta.MetaGradient, inner_loss="cross_entropy", project=False),
         step,
-        lambda t: t.along(t.gradient(t.holdout), t.labels),
+        label_gradient,
     ),
+    "LabelGradientAlignment": (partial(fastmeta.LabelGradientAlignment, M, C, **DOUBLE), table, of_table),
+    "AlignedImputation": (fastmeta.AlignedImputation, surrogate, lambda t: t.gap(t.labels, t.labels)),
+    "ImputeAndWeight": (partial(fastmeta.ImputeAndWeight, M, **DOUBLE), surrogate, label_gradient),
+    "ImputeAndWeight's weights": (
+        partial(fastmeta.ImputeAndWeight, M, **DOUBLE),
+        table,
+        lambda t: t.along(t.gradient(t.holdout), t.weights),
+    ),
+}
+LAST_LAYER: dict[str, Case] = {
     "ExampleWeights": (
-        lambda: fastmeta.ExampleWeights(M, inverse_hessian="cholesky", **DOUBLE),
+        partial(fastmeta.ExampleWeights, M, inverse_hessian="cholesky", **DOUBLE),
         table,
         lambda t: t.along(t.solved(0.1), t.weights),
     ),
-    "LabelGradientAlignment": (lambda: fastmeta.LabelGradientAlignment(M, C, **DOUBLE), table, of_table),
-    "AlignedImputation": (
-        lambda: fastmeta.AlignedImputation(),
-        surrogate,
-        lambda t: t.gap(t.labels, t.labels),
-    ),
     "ImplicitImputation": (
-        lambda: fastmeta.ImplicitImputation(solver="cholesky"),
+        partial(fastmeta.ImplicitImputation, solver="cholesky"),
         surrogate,
         lambda t: t.along(t.solved(0.1), t.labels),
-    ),
-    "ImputeAndWeight": (
-        lambda: fastmeta.ImputeAndWeight(M, **DOUBLE),
-        surrogate,
-        lambda t: t.along(t.gradient(t.holdout), t.labels),
-    ),
-    "ImputeAndWeight's weights": (
-        lambda: fastmeta.ImputeAndWeight(M, **DOUBLE),
-        table,
-        lambda t: t.along(t.gradient(t.holdout), t.weights),
     ),
 }
 
@@ -165,22 +167,36 @@ def given_labels(names: dict[str, Any], name: str) -> Tensor:
     return q if name == "L2I V1" else names["hard"] + (q - q.detach())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_gradient_is_that_of_the_loss_that_is_trained(generator, name):
-    make, seen, expected = CASES[name]
-    method = make()
-    code = LOOP.replace("labels=hard + (q - q.detach())", "labels=q") if name == "L2I V1" else LOOP
+def check(generator: torch.Generator, name: str, method: Method, case: Case, code: str, moving: str) -> None:
+    _, seen, expected = case
+    if name == "L2I V1":
+        code = code.replace("labels=hard + (q - q.detach())", "labels=q")
     names = run(method, generator, code)
     assert 0 < float(names["mask"].sum()) < N
     names["labels_given"] = given_labels(names, name)
-    got, wanted = seen(names, method).flatten(), expected(Trained(names)).flatten()
+    got, wanted = seen(names, method).flatten(), expected(Trained(names, moving)).flatten()
     assert float(wanted.norm()) > 0
     assert abs(float(functional.cosine_similarity(got, wanted, dim=0)) - 1) < 1e-10
 
 
+@pytest.mark.parametrize("name", [*CASES, *LAST_LAYER])
+def test_the_gradient_is_that_of_the_loss_that_is_trained(generator, name):
+    case = {**CASES, **LAST_LAYER}[name]
+    check(generator, name, case[0](), case, LOOP, moving="fc")
+
+
+@pytest.mark.parametrize("how", ["jvp", "double_backward"])
 @pytest.mark.parametrize("name", CASES)
+def test_the_gradient_of_the_whole_model(generator, name, how):
+    """``refine`` is given the inputs of the views in place of their outputs."""
+    code = LOOP.replace("unlabeled=tape.outputs(logits_s)", "model=model, unlabeled=x_strong")
+    code = code.replace("holdout=tape.outputs(logits_l)", "holdout=x_l")
+    check(generator, name, CASES[name][0](how=how), CASES[name], code, moving="")
+
+
+@pytest.mark.parametrize("name", [*CASES, *LAST_LAYER])
 def test_the_loss_is_fixmatch_and_what_the_method_makes_of_it(generator, name):
-    names = run(CASES[name][0](), generator)
+    names = run({**CASES, **LAST_LAYER}[name][0](), generator)
     model, refined = names["model"], names["refined"]
     with torch.no_grad():
         weak, strong = model(names["x_weak"]).softmax(1), model(names["x_strong"])

@@ -1,4 +1,4 @@
-"""Runs a function in two processes that share a group: gloo, on the CPU, one thread each."""
+"""Runs a function in processes that share a group, two if not said otherwise: gloo, on the CPU, one thread each."""
 
 import datetime
 import importlib
@@ -17,7 +17,7 @@ WORLD_SIZE = 2
 TIME_LIMIT = 300.0  # s
 
 
-def run(calls: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+def run(calls: dict[str, tuple[Any, ...]], world_size: int = WORLD_SIZE) -> list[dict[str, Any]]:
     """What each ``function(rank, *arguments)`` returns in each process, in the order of their ranks.
 
     A start takes some seconds: let it do many checks. The processes meet at a file of their own, so any number of
@@ -26,6 +26,7 @@ def run(calls: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
     Args:
         calls: ``(function, *arguments)`` by a name; functions at the top level of a test module, arguments
             that ``torch.save`` takes.
+        world_size: number of processes.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -35,32 +36,32 @@ def run(calls: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         processes = []
         try:
-            for rank in range(WORLD_SIZE):
+            for rank in range(world_size):
                 with open(folder / f"output-{rank}", "w") as output:
-                    command = [sys.executable, "-X", "faulthandler", __file__, name, str(rank)]
+                    command = [sys.executable, "-X", "faulthandler", __file__, name, str(rank), str(world_size)]
                     processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
             codes = [process.wait(TIME_LIMIT) for process in processes]
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-        said = [(folder / f"output-{rank}").read_text()[-5000:] for rank in range(WORLD_SIZE)]
-        assert not any(codes), "\n".join(f"process {rank} ({codes[rank]}):\n{said[rank]}" for rank in range(WORLD_SIZE))
-        return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(WORLD_SIZE)]
+        said = [(folder / f"output-{rank}").read_text()[-5000:] for rank in range(world_size)]
+        assert not any(codes), "\n".join(f"process {rank} ({codes[rank]}):\n{said[rank]}" for rank in range(world_size))
+        return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(world_size)]
 
 
 def _place(function: Callable[..., Any]) -> tuple[str, str]:
     return function.__code__.co_filename, function.__name__
 
 
-def _main(folder: Path, rank: int) -> None:
+def _main(folder: Path, rank: int, world_size: int) -> None:
     torch.set_num_threads(1)
     calls = torch.load(folder / "calls", weights_only=False)
     torch.distributed.init_process_group(
         "gloo",
         init_method=(folder / "meeting").as_uri(),
         rank=rank,
-        world_size=WORLD_SIZE,
+        world_size=world_size,
         timeout=datetime.timedelta(seconds=60),
     )
     results = {}
@@ -73,4 +74,4 @@ def _main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), int(sys.argv[2]))
+    _main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

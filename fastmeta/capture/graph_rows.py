@@ -29,19 +29,19 @@ _DATA_PARALLEL = "GatherBackward"  # of nn.DataParallel; torch.gather is GatherB
 _BASE = 32  # of row and column numbers: bfloat16 carries such digits through a rounding or two
 
 
-def by_graph(logits: Tensor, outputs: Sequence[Tensor]) -> Rows | None:
+def by_graph(logits: Tensor, outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Rows | None:
     """Rows that were moved, cast, joined, scaled by one factor or added to: ``[N, C]`` of outputs ``[..., C]``.
 
     Reads the device three times. None: the graph cannot tell, as in a compiled model or after a backward pass has
     freed it.
 
     Raises:
-        NotRowsError: they are something else.
+        NotRowsError: they are something else, or depend on the layer's parameters beside its outputs.
     """
     if logits.grad_fn is None:
         return None
     targets = {edge_of(output): call for call, output in enumerate(outputs) if output.grad_fn is not None}
-    order, names = _between(edge_of(logits), targets)
+    order, names = _between(edge_of(logits), targets, parameters)
     if not order:
         return None
     try:
@@ -62,7 +62,7 @@ def _kind(node: Any) -> str:
     return name.rstrip("0123456789").removesuffix("Backwards").removesuffix("Backward")
 
 
-def _between(root: Edge, targets: dict[Edge, int]) -> tuple[list[Any], set[str]]:
+def _between(root: Edge, targets: dict[Edge, int], parameters: Sequence[Tensor]) -> tuple[list[Any], set[str]]:
     """The nodes on the way from the logits to the outputs, each before those it leads to; their names.
 
     Empty: the graph cannot tell.
@@ -82,6 +82,8 @@ def _between(root: Edge, targets: dict[Edge, int]) -> tuple[list[Any], set[str]]
                 order.append(node)
         elif node not in leads:
             leads[node] = False
+            if any(parameter is getattr(node, "variable", None) for parameter in parameters):
+                raise NotRowsError("they depend on its parameters in another way, too")
             stack.append((node, True))
             stack += [(edge[0], False) for edge in node.next_functions if edge[0] is not None and edge not in targets]
     if not leading(root):

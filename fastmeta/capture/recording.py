@@ -9,7 +9,7 @@ import contextlib
 import copy
 import copyreg
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -136,31 +136,25 @@ def start(layer: Any) -> None:
     own[_CALLS], own[_REPLICAS] = None, []
     if "forward" in own:
         # It hides the class's forward.
-        theirs = own["forward"]
-        own["forward"] = ours = _recorded_forward(layer, theirs)
-        own[_PATCHED] = theirs, ours
+        theirs = own[_PATCHED] = own["forward"]
+        is_bound = getattr(theirs, "__func__", None) is _LINEAR_FORWARD and theirs.__self__ is layer
+        own["forward"] = types.MethodType(_RecordingLinear.forward if is_bound else _patched_forward, layer)
     layer.__class__ = _recording_class(type(layer))
 
 
-def _recorded_forward(layer: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-    if getattr(forward, "__func__", None) is _LINEAR_FORWARD and forward.__self__ is layer:  # type: ignore[attr-defined]
-        return types.MethodType(_RecordingLinear.forward, layer)
-
-    def recorded_forward(*args: Any, **kwargs: Any) -> Any:
-        result = forward(*args, **kwargs)
-        _record(layer, args, kwargs, result)
-        return result
-
-    return recorded_forward
+def _patched_forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of a forward that others have set on the layer. No closure: torch.compile would compile each anew."""
+    result = layer._fastmeta_patched(*args, **kwargs)
+    _record(layer, args, kwargs, result)
+    return result
 
 
 def stop(layer: Any) -> dict[str, Any]:
     """The layer is as it was; what :func:`_as_before` takes to let it record again."""
     own = layer.__dict__
     taken = {name: own.pop(name) for name in _OURS if name in own}
-    theirs, ours = taken.get(_PATCHED, (None, None))
-    if ours is not None and own.get("forward") is ours:
-        taken["forward"], own["forward"] = ours, theirs
+    if getattr(own.get("forward"), "__func__", None) in (_patched_forward, _RecordingLinear.forward):
+        taken["forward"], own["forward"] = own["forward"], taken[_PATCHED]
     layer.__class__ = layer._fastmeta_plain
     return taken
 

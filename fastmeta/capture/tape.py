@@ -108,11 +108,15 @@ class FeatureTape:
         if found is not None:
             return found
         try:
-            found = by_graph(logits, outputs) or by_values(logits, outputs, [call.features for call in calls])
+            parameters = list(self._layer.parameters())
+            found = by_graph(logits, outputs, parameters) or by_values(
+                logits, outputs, [call.features for call in calls]
+            )
         except NotRowsError as error:
             raise self._not_rows(logits, calls, str(error)) from None
         if found is None:
-            raise self._not_rows(logits, calls)
+            no_graph = "they have no graph, as in torch.no_grad, and none of its rows has the same values"
+            raise self._not_rows(logits, calls, "" if logits.requires_grad else no_graph)
         return found
 
     def _given(self, logits: Tensor, calls: list[Call], rows: Tensor | slice) -> Rows:
@@ -148,9 +152,11 @@ class FeatureTape:
                 "its features give; use an operation that returns a new tensor"
             )
         if not call.is_linear and not _is_linear(call):
+            there = call.weight is not None and not call.weight.is_meta
+            what = "it is not" if there else "its weight is not there after the call to check it"
             raise ValueError(
                 f"the output of {self._description} must be features weight^T + bias, but with "
-                f"{recording.forward_name(self._layer)} it is not, so the derivative of a last layer would be wrong. "
+                f"{recording.forward_name(self._layer)} {what}. "
                 f"Use how='jvp' with model=..., or build {_BY_HAND} by hand"
             )
 
@@ -184,7 +190,8 @@ def capture_features(module: nn.Module) -> Iterator[FeatureTape]:
 
     Works for a layer anywhere inside a nested, compiled, DataParallel- or DistributedDataParallel-wrapped model, with
     hooks, parametrizations or a forward set by other libraries. A compiled model is compiled once more, without a graph
-    break, when it first runs in such a block. Blocks may be nested; copies made in a block are of the plain model.
+    break, when it first runs in such a block. Blocks may be nested; copies made in a block are of the plain model. Of a
+    layer under ``torch.nn.utils.parametrize`` it is the weight that the forward used which moves.
 
     Args:
         module: the last ``nn.Linear`` itself, or a model; then the ``nn.Linear`` defined last in it.

@@ -16,7 +16,7 @@ from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState
 from fastmeta.ops.solve import conjugate_gradient as cg
 from fastmeta.ops.solve import few_rows
 from fastmeta.ops.solve.kronecker import OutputFactor
-from fastmeta.ops.solve_hessian import NotFiniteError
+from fastmeta.ops.solve.system import NotFiniteError
 from fastmeta.problem import (
     AnyDirection,
     Curvature,

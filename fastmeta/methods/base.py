@@ -13,7 +13,7 @@ from fastmeta.capture import Outputs
 from fastmeta.derivatives import Derivative
 from fastmeta.directions import DirectionRule
 from fastmeta.methods.batch import Batch, as_outputs, check_on_graph, like_parameters
-from fastmeta.ops.process_group import Group
+from fastmeta.ops.process_group import Group, running_processes
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import LastLayerProblem, Problem, WholeModelProblem, full_precision
 from fastmeta.problem.evaluation import TRACELESS
@@ -31,10 +31,12 @@ class _Graphs(Protocol):
 class _Count:
     """A number in an object of its own: torch.compile takes the numbers of a module for constants."""
 
-    __slots__ = ("number",)
+    __slots__ = ("number", "told")
 
     def __init__(self) -> None:
         self.number = 0
+        self.told = False
+        """whether the user has heard what :meth:`Method._tell` says, or need not"""
 
 
 class Method(Stateful):
@@ -50,7 +52,8 @@ class Method(Stateful):
         direction: a rule of :mod:`fastmeta.directions`.
         derivative: one of :mod:`fastmeta.derivatives`.
         update: one of :mod:`fastmeta.updates`; it must fit the derivative (labels or example weights).
-        process_group: processes that the batch is spread over, whose gradients are summed; None: this one alone.
+        process_group: processes that the batch is spread over, whose gradients are summed; None: this one alone, of
+            which a warning tells where several run.
 
     >>> import torch
     >>> from fastmeta import capture_features
@@ -118,14 +121,17 @@ class Method(Stateful):
         tuple, a ``PackedSequence``, a graph) is the one argument. N is the number of rows of the model's logits.
 
         Args:
-            unlabeled: the unlabeled examples, ``tape.outputs(logits_u)``.
+            unlabeled: the unlabeled examples, ``tape.outputs(logits_u)``, in the view that the loss is taken on (the
+                strong one in FixMatch).
             holdout: the examples whose loss is to fall, ``tape.outputs(logits_l)``: labeled or validation examples.
             targets: their labels, int64 classes ``[Nh]`` or probabilities ``[Nh, C]``; of tokens also ``[B, T]`` or
                 ``[B, T, C]``. As in ``torch.nn.functional.cross_entropy`` a class of -100 is left out, of the loss and
                 of the number that its mean is over.
             index: places of the unlabeled examples in the unlabeled set ``[N]``, int64; methods with a table need it.
-            labels: imputed labels ``[N, C]``; None: ``softmax`` of the unlabeled logits. A method that pulls the
-                gradient back through the imputer needs them on the graph.
+            labels: the labels that the loss is taken against ``[N, C]``, from another view, a teacher or a threshold;
+                None: the prediction of the unlabeled logits themselves. A method that pulls the gradient back through
+                the imputer needs them on the graph: hard labels with the gradient of the probabilities q are
+                ``hard + (q - q.detach())``.
             mask: 0 for an unlabeled example that the training loss leaves out, else 1, ``[N]``; the mean is over all N.
             labeled: labeled examples of the training loss, where they are not the hold-out examples.
             labeled_targets: their labels.
@@ -163,9 +169,14 @@ class Method(Stateful):
         )
 
     def _refine(self, batch: Batch) -> Refined:
+        if torch.is_inference_mode_enabled():  # where no graph could be recorded, and tables would become unusable
+            with torch.inference_mode(False):
+                return self._refine(batch)
         if self._graphs is not None:
             return self._graphs.refine(self, batch)
         self._check(batch)
+        if not self._calls.told and not torch.compiler.is_compiling():
+            self._tell()
         if batch.model is not None:
             return self._refine_model(batch)
         # A GEMM of float32 must not become one of bfloat16 because the caller trains under autocast.
@@ -174,6 +185,23 @@ class Method(Stateful):
             with torch.no_grad():
                 computed = self._step(*self._problem(imputed.detach(), batch))
             return self._finish(computed, imputed, batch)
+
+    def _tell(self) -> None:
+        """Warn once where several processes run and the method knows of none.
+
+        Outputs of a tape do not tell whether DistributedDataParallel, or what else joins gradients, wraps the model.
+        """
+        self._calls.told = True
+        processes = 1 if self.process_group is not None else running_processes()
+        if processes > 1:
+            table = " and keeps a table of its own" if self.update.needs_index else ""
+            warnings.warn(
+                f"{type(self).__name__} has no process_group, and {processes} processes run: each refines its part of "
+                f"the batch by itself{table}; process_group=torch.distributed.group.WORLD refines as one process would "
+                "on the joined batch",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _check(self, batch: Batch) -> None:
         batch.check(self.derivative.how, self.update.needs_index, self.learns(), type(self).__name__)

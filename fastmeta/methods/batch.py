@@ -118,10 +118,12 @@ class Batch:
         for name in ("unlabeled", "holdout", "labeled"):
             if isinstance(getattr(self, name), Outputs):
                 raise TypeError(f"{name} must be inputs of the model where model is given, got Outputs")
-        if (self.labeled is None) != (self.labeled_targets is None):
-            raise ValueError("labeled and labeled_targets must be given together")
-        if (self.holdout is None) != (self.targets is None):
-            raise ValueError("holdout and targets must be given together")
+        if self.unlabeled is None:
+            raise TypeError("unlabeled must be inputs of the model, got None")
+        for pair in (("holdout", "targets"), ("labeled", "labeled_targets")):
+            missing = [name for name in pair if getattr(self, name) is None]
+            if len(missing) == 1:
+                raise ValueError(f"{' and '.join(pair)} must be given together, got {missing[0]}=None")
         if learns and self.holdout is None and self.holdout_gradient is None:
             raise ValueError("holdout must be inputs of the model, or holdout_gradient given, got None")
         for name in ("targets", "labeled_targets"):

@@ -74,6 +74,8 @@ class TwoViews(Batch):
 
     def check(self, how: str, needs_index: bool, learns: bool, method: str) -> None:
         """See :meth:`Batch.check`."""
+        if self.pseudo_labels is not None and not isinstance(self.pseudo_labels, Tensor):
+            raise TypeError(f"pseudo_labels must be a tensor, got {type(self.pseudo_labels).__name__}")
         super().check(how, needs_index, learns, method)
         if self.strong is None:
             return

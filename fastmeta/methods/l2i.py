@@ -201,8 +201,9 @@ class L2I(Method):
             ``refine(model=...)``.
         derivative: ``exact``, or ``eq6`` (last layer alone): Eq. (6) of the journal version as printed (feature
             similarity, no bias, no softmax Jacobian).
-        inner_loss: of the unlabeled examples, one of :data:`fastmeta.losses.LOSSES`; the labels are imputed as its
-            prediction. ``mse_tanh``, ``|tanh f - tanh z|^2``, is that of the published landmarks.
+        inner_loss: of the unlabeled examples, as the loop trains it, one of :data:`fastmeta.losses.LOSSES`: the papers'
+            is ``mse_probs``, FixMatch's ``cross_entropy``. Labels are imputed as its prediction. ``mse_tanh``,
+            ``|tanh f - tanh z|^2``, is that of the published landmarks.
         outer_loss: of the hold-out examples, and of the labeled ones in the inner loss.
         reduction: of the inner losses over their examples, ``mean`` or ``sum``.
         outer_reduction: of the hold-out loss; ``sum`` as printed in the papers, Eq. (6) included.
@@ -213,7 +214,8 @@ class L2I(Method):
         labeled_weight: weight of the labeled loss C^T in the inner step. It is on ``labeled`` where that is given, else
             on the hold-out examples.
         unit_length: scale the hold-out gradient to length 1.
-        label_space: V1: step on the labels themselves (``probabilities``) or on their ``logits`` (the code).
+        label_space: V1: step on the labels themselves (``probabilities``) or on their ``logits`` (the code). A hard
+            label has no finite logits, and stays: give soft ones.
         label_step: V1: size of that step.
         project: V1 on probabilities: bring the result back to a probability.
         weight: V2: of the surrogate.

@@ -169,6 +169,7 @@ class MetaGradient(Method):
         super().__init__(
             HoldoutGradient(outer_loss), gradient, update, process_group=process_group if synchronize else None
         )
+        self._calls.told = not synchronize  # as published: each process by itself
 
     @property
     def step(self) -> float:

@@ -54,6 +54,13 @@ def world_size(group: Group) -> int:
     return 1 if group is None else torch.distributed.get_world_size(group)
 
 
+def running_processes() -> int:
+    """Number of processes of the default group; 1 if there is none."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
 def rank_in(group: Group) -> int:
     """Place of this process in the group; 0 without one."""
     return 0 if group is None else torch.distributed.get_rank(group)

@@ -58,10 +58,6 @@ class HessianSolution(_Fields):
             raise indefinite_error(int(self[2]))
 
 
-class NotFiniteError(ValueError):
-    """An argument of :func:`solve_hessian` has numbers that are not finite."""
-
-
 class NotConvergedWarning(UserWarning):
     """The residual of :func:`solve_hessian` stayed above ``tol``."""
 
@@ -400,5 +396,5 @@ def _not_finite(tensors: dict[str, Tensor | None]) -> ValueError | None:
         bad = tensor.isfinite().logical_not()
         if bool(bad.any()):
             at = bad.nonzero()[0].tolist()
-            return NotFiniteError(f"{name} must be finite, got {tensor[tuple(at)].item()} at {at}")
+            return system.NotFiniteError(f"{name} must be finite, got {tensor[tuple(at)].item()} at {at}")
     return None

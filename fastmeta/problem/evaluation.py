@@ -123,12 +123,15 @@ class Evaluator:
 
     @contextlib.contextmanager
     def _at(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        before = self._state.snapshot()
+        before, versions = self._state.snapshot(), _versions(parameters)
         try:
             self._state.replace(parameters)
             yield
         finally:
             put_back(before)
+        for name, version in _versions(parameters).items():
+            if version != versions[name]:
+                raise ValueError(f"model must not change its parameters as it runs, but it has changed {name}")
 
 
 @contextlib.contextmanager
@@ -146,6 +149,11 @@ def _settings() -> Iterator[None]:
         parametrize._cache_enabled = parametrized
         torch.set_autocast_cache_enabled(cache)
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _versions(parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """They count changes in place."""
+    return {name: value._version for name, value in parameters.items() if not value.is_inference()}
 
 
 def _without_mkldnn() -> contextlib.AbstractContextManager[None]:

@@ -1,16 +1,18 @@
-"""Finds what autograd cannot see: a ``torch.autograd.Function`` that reads a parameter which is not its argument.
+"""Finds parameters that a derivative would miss.
 
-Inside of ``Function.forward`` nothing is recorded and no tangent moves. What it reads there beside its arguments, such
-as the parameters of a block that a checkpoint of another library runs, has the derivative 0, without a word.
+There are two kinds. One the model reaches other than by its own attributes (a global list, a closure), where it stays
+as it is while theta moves. The other a ``torch.autograd.Function`` reads, although it is not its argument: inside of
+``Function.forward`` nothing is recorded and no tangent moves, so that what it reads there, such as the parameters of a
+block that a checkpoint of another library runs, has the derivative 0, without a word.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -58,6 +60,29 @@ def refuse_hidden(read: list[Tensor]) -> None:
                     "differences, with a gradient of your own: how='finite_difference', holdout_gradient=..."
                 )
         frame = frame.f_back
+
+
+def refuse_foreign(output: Tensor, parameters: Iterable[Tensor]) -> None:
+    """Raise if a result depends on an ``nn.Parameter`` that is not among these; a walk over its graph.
+
+    Raises:
+        ValueError: so it is.
+    """
+    known = {id(parameter) for parameter in parameters}
+    seen, left = set(), [output.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
+            raise ValueError(
+                f"model must read its parameters from its own attributes, but its output depends on one "
+                f"{list(leaf.shape)} that it has from elsewhere (a closure, a global variable, an object that is no "
+                "module), where no derivative could move it; keep it as an nn.Parameter of a module inside of the model"
+            )
+        left += [following for following, _ in node.next_functions]
 
 
 def _memory(tensor: Tensor) -> int:

@@ -18,7 +18,7 @@ from fastmeta.capture import Outputs, capture_features, last_linear
 from fastmeta.problem.direction import Vector
 from fastmeta.problem.evaluation import Evaluator, Mode
 from fastmeta.problem.forward_mode import ForwardMode
-from fastmeta.problem.hidden_reads import HiddenReadError, HiddenReads
+from fastmeta.problem.hidden_reads import HiddenReadError, HiddenReads, refuse_foreign
 from fastmeta.problem.input_copies import InputCopies
 
 # Arguments of the model: an exact tuple's are positional, a mapping's are by name, anything else is one argument.
@@ -360,6 +360,8 @@ class ModelFunction:
         ):
             logits = _logits_of(self.module(*positional, **keywords))
         copied.check_unchanged()
+        if logits.requires_grad and not on_graph:
+            refuse_foreign(logits, parameters.values())
         return logits
 
 

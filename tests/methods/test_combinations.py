@@ -95,15 +95,16 @@ def set_weights(method: ImputeAndWeight, weights: Tensor) -> None:
 
 @exact
 @nets
-def test_aligned_imputation_is_the_gradient_of_eq_2_through_the_imputer(generator, net, how):
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse_probs"])
+def test_aligned_imputation_is_the_gradient_of_eq_2_through_the_imputer(generator, net, how, loss):
     step = make_step(net, generator)
-    refined = AlignedImputation(how=how, unit_length=False, weight=0.7).refine(**step.batch())
+    refined = AlignedImputation(how=how, inner_loss=loss, unit_length=False, weight=0.7).refine(**step.batch())
     labels = step.labels.detach()
-    g_l = loss_gradient(step.model, step.holdout, step.targets)
-    g_u = loss_gradient(step.model, step.unlabeled, labels)
+    g_l = loss_gradient(step.model, step.holdout, step.targets, loss)
+    g_u = loss_gradient(step.model, step.unlabeled, labels, loss)
     fourth = {name: (g_l[name] - g_u[name]) ** 4 for name in g_l}
     gradient = brute_force_alignment_gradient(
-        step.model, step.unlabeled, labels, g_l, fourth, labels_of=lambda labels: labels
+        step.model, step.unlabeled, labels, g_l, fourth, loss=loss, labels_of=lambda labels: labels
     )
     assert_close(step.of_loss(refined.loss), step.pulled_back(0.7 * gradient))
     assert torch.equal(refined.labels, labels)

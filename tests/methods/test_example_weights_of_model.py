@@ -1,6 +1,7 @@
 """Influence weights of the whole model: against a dense solve, and what a step runs."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,6 +126,15 @@ def test_influence_is_that_of_the_dense_hessian(generator, net, train, how, laye
     assert_close(got, brute_force_influence(task.problem, damping, names))
 
 
+def test_influence_of_the_sums_of_eq_1_and_2(generator):
+    task = make_task("mlp", generator)
+    problem = replace(task.problem, reduction="sum")
+    hessian = dense_hessian(problem)
+    damping = 1 - min(0.0, float(torch.linalg.eigvalsh((hessian + hessian.T) / 2)[0]))
+    got = task.gradient(how="jvp", inverse_hessian="cg", reduction="sum", damping=damping, **HESSIAN)
+    assert_close(got, batch_size(task.holdout) * brute_force_influence(problem, damping), 1e-8)
+
+
 LAST = ("fc.weight", "fc.bias")
 CHOICES: dict[str, tuple[dict[str, Any], tuple[str, ...] | None]] = {
     "Ren et al.: last layer, exact": ({"how": "last_layer", "inverse_hessian": "cholesky"}, LAST),
@@ -223,7 +233,7 @@ def runs(task: Task) -> Iterator[list[str]]:
     known = {"weak": task.weak, "strong": task.strong, "holdout": task.holdout, "labeled": task.labeled}
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        made.append(next(name for name, value in known.items() if value.data_ptr() == arguments[0].data_ptr()))
+        made.append(next(name for name, value in known.items() if value.equal(arguments[0])))
 
     handle = task.model.register_forward_pre_hook(hook)
     yield made

@@ -265,6 +265,25 @@ def test_views_that_disagree(generator):
         assert torch.equal(method.weights, torch.ones(20))
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
+        ({"unlabeled": None}, TypeError, "unlabeled must be inputs of the model, got None"),
+        ({"holdout": None}, ValueError, "holdout and targets must be given together, got holdout=None"),
+        ({"targets": None}, ValueError, "holdout and targets must be given together, got targets=None"),
+        ({"pseudo_labels": [0] * N}, TypeError, "pseudo_labels must be a tensor, got list"),
+        ({"pseudo_labels": torch.full((N,), -100)}, ValueError, r"pseudo_labels must be classes in \[0, 3\), got -100"),
+        ({"index": list(range(N))}, TypeError, "index must be an int64 tensor, got list"),
+        ({"mask": [1] * N}, TypeError, "mask must be a tensor, got list"),
+    ],
+)
+def test_what_is_missing_or_no_tensor(given, error, match, generator):
+    model, unlabeled, holdout, targets = make("lstm", generator)
+    batch = {"model": model, "unlabeled": unlabeled, "holdout": holdout, "targets": targets, "index": torch.arange(N)}
+    with pytest.raises(error, match=match):
+        ExampleWeights(20, how="jvp").refine(**(batch | given))
+
+
 def test_names_of_a_dict_are_strings(generator):
     model, unlabeled, *_ = make("mapping", generator)
     v = {"fc.bias": torch.ones(C, dtype=torch.float64)}

@@ -69,6 +69,41 @@ def test_exact_step_of_any_net(case, how, rate):
     assert_close(refined.labels - labels, -0.7 * (1.0 if rate is None else rate / len(labels)) * slope, 1e-8)
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse", "binary_cross_entropy"])
+def test_another_loss_that_is_trained(draw, loss):
+    """Of a cross-entropy the label gradient has ``D_v log p``; without a softmax labels are no probabilities."""
+    task = Task(draw)
+    pulls = {"cross_entropy": lambda f: f.log_softmax(-1), "mse": lambda f: 2 * f, "binary_cross_entropy": lambda f: f}
+    slope = brute_force_directional(task.model, task.unlabeled, task.gradient(), pulls[loss])
+    labels = draw.probabilities(5, 3)
+    for how in ("jvp", "double_backward"):
+        method = MetaGradient(how=how, inner_loss=loss, step=0.7, project=False)
+        assert_close(task.refine(method, labels=labels), labels - 0.7 * slope)
+    for how, order in (("finite_difference", 2), ("forward_difference", 1)):
+        coarse, fine = (
+            float(
+                (
+                    task.refine(
+                        MetaGradient(how=how, inner_loss=loss, step=1.0, radius=radius, project=False), labels=labels
+                    )
+                    - labels
+                    + slope
+                ).norm()
+            )
+            for radius in (2e-3, 1e-3)
+        )
+        assert 0.8 * 2**order < coarse / fine < 1.2 * 2**order
+    if loss != "cross_entropy":
+        with pytest.raises(ValueError, match=f"project must be False for {loss}"):
+            MetaGradient(inner_loss=loss)
+    with pytest.raises(ValueError, match="inner_loss must be mse_probs for how='last_layer_difference'"):
+        MetaGradient(how="last_layer_difference", inner_loss=loss, project=False)
+    with pytest.raises(ValueError, match="inner_loss must be mse_probs, which the theorem is about"):
+        MetaGradient(inner_loss=loss, project=False, rate=0.1).step_condition(
+            model=task.model, unlabeled=task.unlabeled, holdout=task.holdout, targets=task.targets
+        )
+
+
 @pytest.mark.parametrize("name", list(NETS))
 @pytest.mark.parametrize("how", ["finite_difference", "forward_difference"])
 @pytest.mark.parametrize("radius", [1e-3, 0.01, 0.3])

@@ -172,6 +172,46 @@ def test_inputs_are_left_as_they_were(model, make):
             assert torch.equal(t, old)
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["labels", "no labels"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@all_methods
+def test_without_gradients_around_it(model, make, mode, given):
+    """Where loops make their pseudo-labels: what is on a graph stays there, and tables are as ever."""
+    outside, inside = make(), make()
+    for seed in range(2):
+        batch = batch_of(model, seed)
+        if not given:
+            del batch["labels"]
+        expected = outside.refine(**batch)
+        with mode():
+            got = inside.refine(**batch)
+        for one, other in zip(expected, got, strict=True):
+            assert torch.equal(one, other)
+            assert one.requires_grad == other.requires_grad
+        if got.loss.requires_grad:
+            grads = [torch.autograd.grad(r.loss, model.fc.weight, retain_graph=True)[0] for r in (expected, got)]
+            assert torch.equal(*grads)
+    for name, value in outside.state_dict().items():
+        assert torch.equal(value, inside.state_dict()[name])
+        assert not inside.state_dict()[name].is_inference()
+
+
+@all_methods
+def test_outputs_without_a_graph(model, make):
+    """A method that pulls back says what made them and what to do; every other works."""
+    method = make()
+    with torch.no_grad():
+        batch = batch_of(model)
+    if method.update.needs_graph:
+        with pytest.raises(ValueError, match=r"labels must be on the graph, got .*torch\.no_grad.*L2I\('V1'\)"):
+            method.refine(**batch)
+        del batch["labels"]
+        with pytest.raises(ValueError, match=r"unlabeled\.logits must be on the graph, got .*torch\.no_grad"):
+            method.refine(**batch)
+    else:
+        assert method.refine(**batch).labels.shape == (7, C)
+
+
 @all_methods
 def test_empty_batches(model, make):
     batch = batch_of(model)

@@ -40,13 +40,6 @@ class JoinedBatch(dict[str, Tensor]):
         )
 
 
-def shards(draw: Draw, n: int) -> Tensor:
-    """Every process draws from its own half of the unlabeled set."""
-    halves = [torch.randperm(EXAMPLES // 2, generator=draw.generator) for _ in range(2)]
-    first = PARTS["unlabeled"][0]
-    return torch.cat([halves[0][:first], EXAMPLES // 2 + halves[1][: n - first]])
-
-
 def make_batch(draw: Draw) -> JoinedBatch:
     n, nh, nl = (total for _, total in PARTS.values())
     targets = draw.classes(nh, CLASSES)
@@ -56,7 +49,7 @@ def make_batch(draw: Draw) -> JoinedBatch:
         unlabeled_labels=draw.probabilities(n, CLASSES),
         unlabeled_weights=2 * draw.uniform(n),
         unlabeled_mask=(draw.uniform(n) > 0.3).double(),
-        unlabeled_index=shards(draw, n),
+        unlabeled_index=torch.randint(EXAMPLES, (n,), generator=draw.generator),
         holdout=draw.normal(nh, INPUTS),
         holdout_targets=targets,
         labeled=draw.normal(nl, INPUTS),
@@ -350,12 +343,8 @@ def test_methods(results: list[dict[str, Any]]) -> None:
         for one, other, whole in zip(first["gradients"], second["gradients"], alone["gradients"], strict=True):
             assert same((one + other) / 2, whole), name
         for one, other, whole in zip(first["state"], second["state"], alone["state"], strict=True):
-            if whole.dim() and len(whole) == EXAMPLES:  # each process has the rows that it draws
-                half = EXAMPLES // 2
-                assert same(torch.cat([one[:half], other[half:]]).double(), whole.double()), name
-            else:
-                assert same(one.double(), whole.double()), name
-                assert same(other.double(), whole.double()), name
+            assert same(one.double(), whole.double()), name
+            assert same(other.double(), whole.double()), name
 
 
 def test_distributed_data_parallel(results: list[dict[str, Any]]) -> None:

@@ -98,9 +98,6 @@ def numpy_random(m, mean):
     return float(np.random.randn())
 
 
-ONES = (6,)
-
-
 def states():
     """Update and state; made anew for every test."""
     ones = lambda: torch.ones(6, dtype=torch.float64)  # noqa: E731
@@ -326,3 +323,42 @@ def test_sparse_gradients(generator):
                 found.append((refined.labels, refined.weights))
         results.append(found)
     torch.testing.assert_close(results[1], results[0])
+
+
+class Elsewhere:
+    """No module, so that its parameter is no one's."""
+
+    def __init__(self):
+        self.scale = nn.Parameter(torch.full((6,), 2.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("how", WAYS[:2])
+def test_parameters_from_elsewhere(how, registered, generator):
+    """From a closure or an object: it would stay where it is; where it is a constant, it may."""
+    held = Elsewhere()
+    model = Stateful(lambda m, mean: held.scale, generator)
+    if registered:
+        model.scale = held.scale
+    x, v = normal(generator, 5, 4), direction_of(model, generator)
+    with pytest.raises(ValueError, match=r"its output depends on one \[6\] that it has from elsewhere"):
+        fastmeta.label_gradient(model, x, v, how=how)
+    with pytest.raises(ValueError, match="from elsewhere"):
+        ModelFunction(model).gradient(x, torch.sum)
+    model.update = lambda m, mean: held.scale.detach()
+    assert fastmeta.label_gradient(model, x, v, how=how).norm() > 0
+
+
+def test_parameters_that_the_model_changes(generator):
+    """Theta would be another in each pass."""
+
+    def normalize(m, mean):
+        with torch.no_grad():
+            m.a.weight.div_(m.a.weight.norm())
+        return mean
+
+    model = Stateful(normalize, generator)
+    x, v = normal(generator, 5, 4), direction_of(model, generator)
+    for how in WAYS:
+        with pytest.raises(ValueError, match=r"must not change its parameters .* changed a.weight"):
+            fastmeta.label_gradient(model, x, v, how=how)

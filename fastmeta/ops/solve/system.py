@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 SAME = 1e-6
 
 
+class NotFiniteError(ValueError):
+    """An argument of :func:`fastmeta.ops.solve_hessian` has numbers that are not finite."""
+
+
 class Joined:
     """The processes that share a system.
 
@@ -101,7 +105,7 @@ def meet(
     for other, row in enumerate(every):
         if row[2]:
             tensors = "features, logits, rhs, weights and targets"
-            raise ValueError(f"{tensors} must be finite on every process, not on {other}")
+            raise NotFiniteError(f"{tensors} must be finite on every process, not on {other}")
         if abs(row[3] - every[0][3]) > SAME * every[0][3]:
             raise ValueError(
                 "rhs_weight and rhs_bias must be the same on every process of process_group, their norm is "
