@@ -98,7 +98,7 @@ class ModelFunction:
             entry = f"{argument}[{given!r}]"
             checks.shaped(value, entry, "the parameter's shape", self.parameters[name].shape)
             checks.like(self.parameters[name], "the parameter", **{entry: value})
-            checked[name] = value.detach()
+            checked[name] = value.detach() if value.layout == torch.strided else value.detach().to_dense()
         return checked
 
     def check_gradient(self, gradient: object, argument: str) -> Vector:
