@@ -1,5 +1,6 @@
 """Tables of several processes, whose samplers draw anew from the whole set, against one table of the joined batch."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -97,7 +98,7 @@ def train(
     results: dict[str, dict[str, Any]] = {}
     for name, make in METHODS.items():
         for sharded in (False, True):
-            method = make(torch.distributed.group.WORLD, sharded)
+            method = copy.deepcopy(make(torch.distributed.group.WORLD, sharded))
             if states is not None:
                 method.load_state_dict(states[name])
             rows = [refine(method, model, part_of(joined[step], step, rank, world)) for step in steps]
