@@ -15,7 +15,7 @@ help:
 	@grep -hE '^# make' $(MAKEFILE_LIST)
 
 demo: $(READY)
-	$(RUN) -m fastmeta compare
+	$(RUN) -m fastmeta compare --seeds 3
 
 test: $(READY)
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal

@@ -1,13 +1,17 @@
-"""The command line: ``fastmeta compare``, ``fastmeta train``, ``fastmeta doctor``."""
+"""The command line: ``fastmeta compare``, ``fastmeta train``, ``fastmeta doctor``, ``fastmeta --version``."""
 
+import contextlib
+import io
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
+import torch
 import tyro
 
+import fastmeta
 from fastmeta.training.compare import CompareConfig, compare, grid
 from fastmeta.training.config import RunConfig
 from fastmeta.training.doctor import doctor, verify_named
@@ -33,17 +37,18 @@ class Compare:
     """
 
     base: Base = "fixmatch"
-    """Base algorithm."""
+    """Base algorithm; vat is virtual adversarial training."""
     methods: tuple[Method, ...] = DEFAULT_METHODS
-    """Methods on top of it; the base alone ("none") is always among them."""
+    """Methods on top of it; the base alone ("none") is always among them. -jvp: the whole model moves, not the last
+    layer alone; -alternating: an update of its own, after the base's."""
     labels: int = 1
-    """Labeled images per class."""
-    seeds: int | None = None
-    """Number of seeds: 0, 1, ... (default: 3; 5 with --full)"""
+    """Labeled images per class, at least 1; what is left of a class is unlabeled."""
+    seeds: int = 7
+    """Number of seeds: 0, 1, ..., at least 1. Few are fast and seldom show a difference."""
     steps: int = 1000
-    """Training steps of a run."""
+    """Training steps of a run, at least 1."""
     full: bool = False
-    """All bases with the default methods and 5 seeds."""
+    """All bases with the default methods."""
     out: Path | None = None
     """Folder for the results (default: a name under runs/ made from the settings)."""
     workers: int | None = None
@@ -68,8 +73,7 @@ class Compare:
                 chosen = " ".join(self.methods)
                 raise ValueError(f"methods must be none for base supervised (it imputes no labels), got {chosen}")
             methods = ["none"]
-        seeds = self.seeds if self.seeds is not None else (5 if self.full else 3)
-        runs = grid(bases, methods, range(seeds), labels=self.labels, steps=self.steps, device=self.device)
+        runs = grid(bases, methods, range(self.seeds), labels=self.labels, steps=self.steps, device=self.device)
         name = f"{'full' if self.full else self.base}-{self.labels}-per-class-{self.steps}-steps"
         out = self.out if self.out is not None else Path("runs") / name
         results = compare(CompareConfig(runs, out, self.workers))
@@ -113,6 +117,7 @@ class Doctor:
         return 0
 
 
+_DESCRIPTION = "Meta-gradient semi-supervised learning. fastmeta --version prints the versions."
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
@@ -122,14 +127,54 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    command = tyro.cli(Command, prog="fastmeta", args=arguments)  # type: ignore[call-overload]
+    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        print(f"fastmeta {fastmeta.__version__}, torch {torch.__version__}")
+        return 0
     try:
-        return command.run()
+        return _parsed(arguments).run()
     except (ValueError, ConfigMismatch, WorkerError) as error:
-        # the libraries name an argument, the command line its flag
-        text = re.sub(r"^\w+(?= must )", lambda match: "--" + match[0].replace("_", "-"), str(error))
-        print(f"fastmeta: error: {text}", file=sys.stderr)
+        print(f"fastmeta: error: {_with_flag(str(error))}", file=sys.stderr)
         return 2
+
+
+def _parsed(arguments: list[str] | None) -> Compare | Train | Doctor:
+    """The command.
+
+    Raises:
+        ValueError: an option is not what it must be, in one line in place of tyro's frame.
+    """
+    words = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(words):
+            return tyro.cli(Command, prog="fastmeta", description=_DESCRIPTION, args=arguments)  # type: ignore[call-overload]
+    except SystemExit as leaving:
+        if leaving.code in (None, 0):
+            raise  # --help
+        message = _one_line(words.getvalue())
+    raise ValueError(message)
+
+
+def _one_line(words: str) -> str:
+    """What tyro says, without its frame, title and help text."""
+    lines = [line.strip(" │") for line in words.splitlines()]
+    text = " ".join(line for line in lines if line and not set(line) <= set("─-╭╮╰╯"))
+    text = re.split(r" Argument helptext:| For full helptext| Arguments similar to| Perhaps you meant", text)[0]
+    text = re.sub(r"^[^:]*?(Error parsing|invalid choice|Unrecognized options:|Required )", r"\1", text)
+    number = re.fullmatch(r"Error parsing (--\S+): .*?: ('.*')", text)
+    if number is not None:
+        return f"{number[1]} must be a {'whole ' if 'int()' in text else ''}number, got {number[2]}"
+    choice = re.fullmatch(r"invalid choice (.*?) for argument '(--\S+)'. Expected one of \((.*)\)\.", text)
+    if choice is not None:
+        return f"{choice[2]} must be one of {choice[3].replace(chr(39), '')}, got {choice[1]}"
+    text = text.replace(" Available subcommands:", "; the commands are").replace(
+        "subcommand Expected", "command, expected"
+    )
+    return re.sub(r"^Error parsing \w+: ", "", text)
+
+
+def _with_flag(text: str) -> str:
+    """The libraries name an argument, the command line its flag."""
+    return re.sub(r"^\w+(?= must )", lambda match: "--" + match[0].replace("_", "-"), text)
 
 
 if __name__ == "__main__":

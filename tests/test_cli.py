@@ -11,8 +11,10 @@ import torch
 
 tyro = pytest.importorskip("tyro")
 
+import fastmeta  # noqa: E402
 from fastmeta import cli  # noqa: E402
 from fastmeta.training.doctor import availability, doctor  # noqa: E402
+from fastmeta.training.recipes import BASE_RECIPES, METHODS  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
@@ -154,17 +156,28 @@ def test_a_killed_process_resumes_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["compare", "--base", "mixmatch"], ["--base", "mixmatch", "fixmatch"]),
-        (["compare", "--labels", "few"], ["--labels", "few"]),
+        (
+            ["compare", "--base", "mixmatch"],
+            ["--base must be one of supervised, pseudo-label, ", ", got 'mixmatch'"],
+        ),
+        (["compare", "--labels", "few"], ["--labels must be a whole number, got 'few'"]),
+        (["compare", "--labels", "500"], ["--labels must be at most 110, because class 0 has 134 images", "got 500"]),
+        (["train", "--labels", "500"], ["--labels must be at most 110, because class 0 has 134 images", "got 500"]),
+        (
+            ["compare", "--out", "/dev/null/here"],
+            ["--out must be a folder that can be written to, got '/dev/null/here'"],
+        ),
+        (["train", "--out", "/dev/null"], ["--out must be a folder that can be written to, got '/dev/null'"]),
         (["compare", "--labels", "0"], ["--labels must be at least 1, got 0"]),
         (["compare", "--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["compare", "--steps", "0"], ["--steps must be at least 1, got 0"]),
         (["compare", "--workers", "0"], ["--workers must be at least 1, got 0"]),
-        (["compare", "--methods", "maml"], ["--methods", "maml"]),
+        (["compare", "--methods", "maml"], ["--methods must be one of none, l2i, ", ", got 'maml'"]),
+        (["compare", "--rounds", "3"], ["Unrecognized options: --rounds, 3"]),
         (["compare", "--base", "supervised", "--methods", "l2i"], ["--methods must be none for base supervised"]),
         (["compare", "--device", "cuda"], ["--device must be cpu"]),
         (["compare", "--full", "--base", "supervised"], ["--full must be given without base"]),
-        (["train", "--learning-rate", "-1"], ["learning_rate must be above 0, got -1.0"]),
+        (["train", "--learning-rate", "-1"], ["--learning-rate must be above 0 and finite, got -1.0"]),
     ],
 )
 def test_bad_flags_say_what_was_expected(arguments, words, tmp_path, monkeypatch, capsys):
@@ -177,14 +190,39 @@ def test_bad_flags_say_what_was_expected(arguments, words, tmp_path, monkeypatch
         status = leaving.code
     captured = capsys.readouterr()
     assert status == 2
+    assert captured.out == ""
+    assert captured.err.startswith("fastmeta: error: ")
+    assert captured.err.count("\n") == 1
     for word in words:
-        assert word in captured.err + captured.out
+        assert word in captured.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_doctor_agrees_with_the_operators():
-    import fastmeta
+def test_a_folder_that_cannot_be_written_is_refused_before_any_training(tmp_path, monkeypatch, capsys):
+    def no_space(*args, **options):
+        raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr("tempfile.TemporaryFile", no_space)
+    assert cli.main(["compare", "--out", str(tmp_path / "a" / "b")]) == 2
+    captured = capsys.readouterr()
+    words = f"--out must be a folder that can be written to, got '{tmp_path}/a/b': No space left on device"
+    assert captured.err == f"fastmeta: error: {words}\n"
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version_and_help_say_what_there_is(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastmeta {fastmeta.__version__}, torch {torch.__version__}\n"
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["compare", "--help"])
+    assert leaving.value.code == 0
+    words = capsys.readouterr().out
+    for word in (*BASE_RECIPES, *METHODS, "(default: 7)"):
+        assert word in words.replace("\n", " ")
+
+
+def test_doctor_agrees_with_the_operators():
     report = doctor()
     found = availability()
     assert {"label_gradient", "hessian_vector_product", "masked_adam_", "perturbed"} <= set(found)

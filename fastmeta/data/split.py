@@ -70,9 +70,10 @@ def make_split(
         members = members[num_test:]
         needed = labels_per_class + holdout_per_class + validation_per_class + 1
         if len(members) < needed:
+            rest = needed - labels_per_class
             raise ValueError(
-                f"labels_per_class={labels_per_class} needs {needed} images of class {label} outside the test set, "
-                f"got {len(members)}"
+                f"labels_per_class must be at most {len(members) - rest}, because class {label} has {len(members)} "
+                f"images outside of the test set and {rest} are for the other parts, got {labels_per_class}"
             )
         members = members[torch.randperm(len(members), generator=generator_for(seed, "split", label))]
         holdout_end = holdout_per_class

@@ -150,10 +150,11 @@ class Method(Stateful):
             labeled: labeled examples of the training loss, where they are not the hold-out examples.
             labeled_targets: their labels.
             model: takes the examples as inputs.
-            holdout_gradient: gradient of the mean hold-out loss by parameter name, where the loop has taken it already
+            holdout_gradient: gradient of the hold-out loss by parameter name, where the loop has taken it already
                 (``{name: p.grad ...}`` after the labeled backward pass) and the model has not changed since;
-                ``holdout`` and ``targets`` may then be left out. A parameter that is missing or None has gradient 0. A
-                loss scaler's factor is not seen: ``scaler.unscale_(optimizer)`` first.
+                ``holdout`` and ``targets`` may then be left out. It is that of the mean, or of the sum for a method
+                with a hold-out loss that is one. A parameter that is missing or None has gradient 0. A loss scaler's
+                factor is not seen: ``scaler.unscale_(optimizer)`` first.
 
         Label smoothing and class weights are soft targets of a cross-entropy, which need not sum to 1. With smoothing e
         and class weights w, ``F.cross_entropy(logits, y, weight=w, label_smoothing=e)`` has the targets

@@ -13,10 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastmeta.data import load_digits
+from fastmeta.data import ImageDataset, load_digits, make_split
 from fastmeta.ssl import BASES
 from fastmeta.training.config import RunConfig
-from fastmeta.training.files import read_json, read_jsonl, write_json, write_jsonl
+from fastmeta.training.files import make_folder, read_json, read_jsonl, write_json, write_jsonl
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
 from fastmeta.training.reference import support_vector_error
 from fastmeta.training.summary import summarize, table
@@ -72,12 +72,14 @@ def compare(config: CompareConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     Raises:
         ConfigMismatch: a run's folder holds other settings.
+        ValueError: a class has fewer images than labels are asked for, or nothing can be written to the folder.
         WorkerError: a run failed.
     """
     jobs = [Job(run, run_folder(config.out, run)) for run in config.runs]
+    check_labels(config.runs, load_digits())
     for job in jobs:
         check_folder(job.config, job.folder)
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_folder(config.out)
     workers = config.workers if config.workers is not None else available_cores()
     write_json(config.out / "config.json", {"runs": [run.as_dict() for run in config.runs]})
     pending = [job for job in jobs if not (job.folder / "results.json").exists()]
@@ -100,6 +102,15 @@ def compare(config: CompareConfig, *, quiet: bool = False) -> dict[str, Any]:
     if not quiet:
         _report(config, results, stopped)
     return results
+
+
+def check_labels(runs: Sequence[RunConfig], dataset: ImageDataset) -> None:
+    """Raise ValueError if a class of the images has fewer than a run labels."""
+    for labels in {run.labels for run in runs}:
+        try:
+            make_split(dataset, labels, seed=0)
+        except ValueError as error:
+            raise ValueError(str(error).replace("labels_per_class", "labels")) from None
 
 
 def run_folder(out: Path, run: RunConfig) -> Path:

@@ -1,7 +1,9 @@
 """Files that are whole or not there: written to a temporary name first, then renamed over the old one."""
 
+import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,26 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder with its parents, and see that files can be written to it.
+
+    Raises:
+        ValueError: they cannot; nothing is left behind.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        for place in missing:  # the innermost first
+            with contextlib.suppress(OSError):
+                place.rmdir()
+        raise ValueError(
+            f"out must be a folder that can be written to, got {str(folder)!r}: {error.strerror}"
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -76,52 +76,65 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _errors(folder: Path, rows: list[dict[str, Any]]) -> Path | None:
-    """Test error of the averaged weights over steps: mean of the seeds, band from the lowest to the highest seed."""
+    """Test error of the averaged weights over steps, a panel for each method: mean of the seeds, and their range.
+
+    Each panel has the base alone, too, in black.
+    """
     from matplotlib import pyplot
 
     if not rows:
         return None
-    bases = list(dict.fromkeys(row["base"] for row in rows))
-    figure, panels = pyplot.subplots(
-        1, len(bases), figsize=(max(8.4, 2.2 + 4.2 * len(bases)), 4.2), sharey=True, squeeze=False, layout="constrained"
+    curves: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for row in rows:
+        by_step = curves.setdefault((row["base"], row["method"]), {})
+        by_step.setdefault(row["step"], []).append(100 * row["test_error_average"])
+    bases = list(dict.fromkeys(base for base, _ in curves))
+    methods = [name for name in dict.fromkeys([*_STYLES, *(name for _, name in curves)]) if name != "none"]
+    panels = {base: [name for name in methods if (base, name) in curves] or ["none"] for base in bases}
+    places = [(base, name) for base in bases for name in panels[base]]
+    columns = max(map(len, panels.values())) if len(bases) > 1 else min(4, len(places))
+    lines = len(bases) if len(bases) > 1 else math.ceil(len(places) / columns)
+    figure, grid = pyplot.subplots(
+        lines,
+        columns,
+        figsize=(1.2 + 2.7 * columns, 0.6 + 2.4 * lines),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for base, axes in zip(bases, panels[0], strict=True):
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for number, (base, method) in enumerate(places):
+        line = bases.index(base) if len(bases) > 1 else number // columns
+        column = panels[base].index(method) if len(bases) > 1 else number % columns
+        axes = grid[line][column]
+        axes.set_visible(True)
         _style(axes)
-        for method in dict.fromkeys([*_STYLES, *(row["method"] for row in rows)]):
-            color, line = _STYLES.get(method, _OTHER_STYLE)
-            by_step: dict[int, list[float]] = {}
-            for row in rows:
-                if (row["base"], row["method"]) == (base, method):
-                    by_step.setdefault(row["step"], []).append(100 * row["test_error_average"])
-            if not by_step:
-                continue
-            steps = sorted(by_step)
-            means = [sum(by_step[step]) / len(by_step[step]) for step in steps]
-            label = "base alone" if method == "none" else f"+ {method}"
-            axes.plot(steps, means, color=color, linestyle=line, linewidth=2, label=label)
-            axes.fill_between(
-                steps,
-                [min(by_step[step]) for step in steps],
-                [max(by_step[step]) for step in steps],
-                color=color,
-                alpha=0.12,
-                linewidth=0,
-            )
-        axes.set_xlabel("training step")
-        axes.set_title(base)
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
-    panels[0][0].set_ylabel("test error of the averaged weights, %")
-    handles, labels = max((axes.get_legend_handles_labels() for axes in panels[0]), key=lambda pair: len(pair[0]))
-    figure.legend(
-        handles,
-        labels,
-        loc="outside right upper",
-        frameon=False,
-        title="mean and range\nof the seeds",
-        alignment="left",
-    )
+        for name in dict.fromkeys(["none", method]):
+            if (base, name) in curves:
+                _curve(axes, curves[base, name], name)
+        axes.set_title(base if method == "none" else f"{base} + {method}", fontsize="small")
+        axes.tick_params(labelbottom=True, labelleft=column == 0)
+    grid[0][0].set_ylim(bottom=0)  # all panels share their axes
+    grid[0][0].set_xlim(left=0)
+    figure.supxlabel("training step", fontsize="medium")
+    figure.supylabel("test error, %", fontsize="medium")
+    alone = "" if all(method == "none" for _, method in places) else " (black: the base alone)"
+    figure.suptitle(f"averaged weights: mean and range of the seeds{alone}", fontsize="medium")
     return _save(figure, folder / "errors.png")
+
+
+def _curve(axes: Any, by_step: dict[int, list[float]], method: str) -> None:
+    color, line = _STYLES.get(method, _OTHER_STYLE)
+    steps = sorted(by_step)
+    means = [sum(by_step[step]) / len(by_step[step]) for step in steps]
+    low, high = ([of(by_step[step]) for step in steps] for of in (min, max))
+    if len(steps) == 1:  # a line of one point is not drawn
+        axes.errorbar(steps, means, [[means[0] - low[0]], [high[0] - means[0]]], fmt="o", color=color, capsize=3)
+        return
+    axes.plot(steps, means, color=color, linestyle=line, linewidth=1.8)
+    axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def _differences(folder: Path, results: dict[str, Any]) -> Path | None:

@@ -57,7 +57,6 @@ def test_a_good_model_in_half_precision_is_verified_in_a_copy():
 # Models that defeat the package by design, and what the report has to say.
 SEEN = {
     "generator": (traps.GlobalGenerator, "global GENERATOR"),
-    "calls": (traps.ByCalls, "attribute calls"),
     "closure": (traps.by_calls_in_a_closure, "closure calls"),
     "clock": (traps.Clock, "two passes from the same state"),
     "global weights": (traps.GlobalWeights, "global WEIGHTS[0]"),
