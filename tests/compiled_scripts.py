@@ -1,6 +1,7 @@
 """Run by test_compile.py in processes of their own: torch.compile keeps state between calls."""
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -186,6 +187,47 @@ def head_in_a_module() -> None:
             return fastmeta.ops.per_example_dot(h, Head(layer.weight, layer.bias), y, v)
 
     torch.testing.assert_close(torch.compile(function, fullgraph=True, backend=BACKEND)(h), function(h))
+
+
+def steps_of_methods() -> None:
+    """Whole steps from a cold start, averages and tables included; after some steps nothing is compiled anew."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    x_l, x_u, labels, targets = torch.randn(4, 6), torch.randn(5, 6), torch.randn(5, 3), torch.randint(3, (4,))
+
+    def step(method: fastmeta.Method, strong: Tensor) -> tuple[Tensor, ...]:
+        imputed = (labels + 0 * model(strong)).softmax(-1)
+        with fastmeta.capture_features(model) as tape:
+            logits_l, logits_u = model(x_l), model(strong)
+        return method.refine(
+            unlabeled=tape.outputs(logits_u),
+            holdout=tape.outputs(logits_l),
+            targets=targets,
+            labels=imputed,
+            index=torch.arange(5),
+        )
+
+    makers: dict[str, Callable[[], fastmeta.Method]] = {
+        "LabelGradientAlignment": lambda: fastmeta.LabelGradientAlignment(10, 3),
+        "L2I": fastmeta.L2I,
+        "ExampleWeights": lambda: fastmeta.ExampleWeights(10, interval=2, inverse_hessian="identity"),
+    }
+    for name, make in makers.items():
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("inductor" if name == "LabelGradientAlignment" else BACKEND)
+        methods, compiled = (make(), make()), torch.compile(step, backend=counter)
+        frames = []
+        for count in range(7):
+            strong = x_u + 0.1 * count
+            expected, got = step(methods[0], strong), compiled(methods[1], strong)
+            for one, other in zip(got, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+            frames.append(counter.frame_count)
+        assert frames[4] == frames[6], (name, frames)
+        states = methods[0].state_dict(), methods[1].state_dict()
+        assert states[0].keys() == states[1].keys()
+        for key, value in states[0].items():
+            torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5)
 
 
 if __name__ == "__main__":

@@ -162,6 +162,37 @@ def test_rows_of_several_calls(inputs):
     assert torch.equal(tape.outputs(logits, rows=rows).features, outputs.features)
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_one_example_at_a_time(inputs, grad):
+    net = Net().double()
+    with capture_features(net) as tape, torch.set_grad_enabled(grad):
+        logits = [net(example) for example in inputs]
+    features = torch.stack([net.body(example) for example in inputs])
+    assert torch.equal(tape.outputs(torch.stack(logits)[SHUFFLED]).features, features[SHUFFLED])
+    assert torch.equal(tape.outputs(logits[3][None]).features, features[3:4])
+    assert torch.equal(tape.outputs(torch.stack(logits), rows=torch.arange(N)).features, features)
+
+
+def test_rows_in_inference_mode(inputs):
+    net = Net().double()
+    with capture_features(net) as tape, torch.inference_mode():
+        logits = net(inputs)[SHUFFLED]
+    for rows in (None, SHUFFLED):
+        assert torch.equal(tape.outputs(logits, rows=rows).features, net.body(inputs)[SHUFFLED])
+
+
+def test_rows_chosen_in_a_compiled_model(inputs):
+    """Its graph is hidden; the values tell."""
+    torch._dynamo.reset()
+    net = Net().double()
+    compiled = torch.compile(lambda x: net(x)[SHUFFLED].float(), backend="aot_eager")
+    with capture_features(net) as tape:
+        logits = compiled(inputs)
+    outputs = tape.outputs(logits[2:])
+    torch.testing.assert_close(outputs.features, net.body(inputs)[SHUFFLED][2:].detach())
+    assert outputs.logits.requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_many_rows_and_columns(inputs, dtype):
     """Their numbers take several digits, each of which half precision carries."""

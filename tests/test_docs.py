@@ -19,7 +19,7 @@ from fastmeta.capture import last_linear
 PAGE = (Path(__file__).parents[1] / "docs" / "loops.md").read_text()
 BLOCKS = {
     heading: code
-    for heading, code in re.findall(r"^## (.*?)\n(?:(?!^## ).)*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
+    for heading, code in re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
 }
 M, C, N = 8, 3, 4
 
@@ -267,3 +267,16 @@ def test_timm(name, monkeypatch):
     before = small.get_classifier().weight.clone()
     assert bool(names["step"](**make_batch(shape=(3, 32, 32))).isfinite())
     assert not torch.equal(small.get_classifier().weight, before)
+
+
+def test_the_function_compiled():
+    loss_of = printed()["fixmatch_loss"]
+    compiled = torch.compile(loss_of, backend="eager")
+    net, plain, traced = make_net(), *(fastmeta.ImputeAndWeight(M, lr=0.1) for _ in range(2))
+    for seed in range(2):
+        losses = loss_of(net, plain, **make_batch(seed)), compiled(net, traced, **make_batch(seed))
+        grads = [torch.autograd.grad(loss, net[0].weight)[0] for loss in losses]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*grads)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(traced.state_dict()[name], value)

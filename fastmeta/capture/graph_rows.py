@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.capture.rows import Edge, NotRowsError, Rows, edge_of
+from fastmeta.capture.rows import Edge, NotRowsError, Rows, as_rows, edge_of
 
 _MOVES = {
     *("Alias", "AsStrided", "Cat", "Clone", "ConstantPadNd", "Copy", "CopySlices", "Expand", "Flip", "Gather", "Index"),
@@ -82,8 +82,6 @@ def _between(root: Edge, targets: dict[Edge, int], parameters: Sequence[Tensor])
                 order.append(node)
         elif node not in leads:
             leads[node] = False
-            if any(parameter is getattr(node, "variable", None) for parameter in parameters):
-                raise NotRowsError("they depend on its parameters in another way, too")
             stack.append((node, True))
             stack += [(edge[0], False) for edge in node.next_functions if edge[0] is not None and edge not in targets]
     if not leading(root):
@@ -99,6 +97,9 @@ def _between(root: Edge, targets: dict[Edge, int], parameters: Sequence[Tensor])
             raise NotRowsError(f"{node.name()} lies between")
         if kind in _SCALES and (count > 1 or (kind == "Div" and not leading(node.next_functions[0]))):
             raise NotRowsError(f"{node.name()} of several outputs lies between")
+    leaves = [node.variable for node in leads if _kind(node) == "AccumulateGrad"]
+    if any(leaf is parameter for leaf in leaves for parameter in parameters):
+        raise NotRowsError("they depend on its parameters in another way, too")
     return order[::-1], {_kind(node) for node in order}
 
 
@@ -189,7 +190,7 @@ def _transposed(
     exact = torch.float64 if cotangent.dtype == torch.float64 else torch.float32
     parts = [gathered.get(edge_of(output)) for output in outputs]
     flat = [
-        (output.new_zeros(output.shape) if part is None else part).flatten(0, -2).to(cotangent.device, exact)
+        as_rows(output.new_zeros(output.shape) if part is None else part).to(cotangent.device, exact)
         for part, output in zip(parts, outputs, strict=True)
     ]
     return flat[0] if len(flat) == 1 else torch.cat(flat)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 _LINEAR_FORWARD = nn.Linear.forward
 # In the layer's __dict__, and not set by nn.Module.__setattr__: the model's state must not change.
-_CALLS, _REPLICAS, _PATCHED = _OURS = "_fastmeta_calls", "_fastmeta_replicas", "_fastmeta_patched"
+_CALLS, _REPLICAS, _PATCHED = "_fastmeta_calls", "_fastmeta_replicas", "_fastmeta_patched"
 
 
 class Call(NamedTuple):
@@ -149,26 +149,27 @@ def _patched_forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def stop(layer: Any) -> dict[str, Any]:
-    """The layer is as it was; what :func:`_as_before` takes to let it record again."""
+def stop(layer: Any) -> None:
+    """The layer is as it was."""
     own = layer.__dict__
-    taken = {name: own.pop(name) for name in _OURS if name in own}
-    if getattr(own.get("forward"), "__func__", None) in (_patched_forward, _RecordingLinear.forward):
-        taken["forward"], own["forward"] = own["forward"], taken[_PATCHED]
+    if _PATCHED in own:
+        theirs = own.pop(_PATCHED)
+        if getattr(own.get("forward"), "__func__", None) in (_patched_forward, _RecordingLinear.forward):
+            own["forward"] = theirs
+    del own[_CALLS], own[_REPLICAS]
     layer.__class__ = layer._fastmeta_plain
-    return taken
 
 
 @contextlib.contextmanager
 def _as_before(layer: Any) -> Iterator[None]:
     """In the block the layer is as it was before it recorded."""
-    recording = type(layer)
-    taken = stop(layer)
+    recording, own = type(layer), dict(layer.__dict__)
+    stop(layer)
     try:
         yield
     finally:
         layer.__class__ = recording
-        layer.__dict__.update(taken)
+        layer.__dict__.update(own)
 
 
 class Position(NamedTuple):
@@ -186,15 +187,14 @@ def position(layer: nn.Module) -> Position:
 
 def calls_since(layer: nn.Module, before: Position) -> list[Call]:
     """In order; those of replicas after the layer's own."""
-    replicas = layer.__dict__[_REPLICAS][before.num_replicas :]
-    calls: list[Call] = []
-    for one, link in ((layer, before.last), *((replica, None) for replica in replicas)):
-        calls += _unlinked(one.__dict__[_CALLS], link)
+    calls = _unlinked(layer, before.last)
+    for replica in layer.__dict__[_REPLICAS][before.num_replicas :]:
+        calls += _unlinked(replica, None)
     return calls
 
 
-def _unlinked(link: Any, before: Any) -> list[Call]:
-    calls = []
+def _unlinked(layer: nn.Module, before: Any) -> list[Call]:
+    link, calls = layer.__dict__[_CALLS], []
     while link is not before:
         calls.append(Call(*link[:-1]))
         link = link[-1]

@@ -114,8 +114,13 @@ def _bits(values: Tensor) -> Tensor:
 
 def joined(parts: Sequence[Tensor], like: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Parts ``[..., C]`` one below the other ``[M, C]``, where ``like`` is and in its dtype."""
-    flat = [part.detach().flatten(0, -2).to(like.device, dtype or like.dtype) for part in parts]
+    flat = [as_rows(part.detach()).to(like.device, dtype or like.dtype) for part in parts]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """``[..., C]`` as ``[M, C]``."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
 
 
 def edge_of(tensor: Tensor) -> Edge:

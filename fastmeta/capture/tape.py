@@ -11,7 +11,7 @@ from fastmeta.capture import recording
 from fastmeta.capture.graph_rows import by_graph
 from fastmeta.capture.outputs import Outputs
 from fastmeta.capture.recording import Call
-from fastmeta.capture.rows import NotRowsError, Rows, by_cuts, by_memory, by_values, joined
+from fastmeta.capture.rows import NotRowsError, Rows, as_rows, by_cuts, by_memory, by_values, joined
 
 _BY_HAND = "fastmeta.Outputs(features, logits, weight, bias)"
 
@@ -84,7 +84,7 @@ class FeatureTape:
         if found.call is None:
             features = joined([call.features for call in used], logits, dtype=used[0].features.dtype)[found.rows]
         else:
-            features = used[0].features.flatten(0, -2)[found.rows]
+            features = as_rows(used[0].features)[found.rows]
         return self._outputs(features, logits, found, used)
 
     def _outputs(self, features: Tensor, logits: Tensor, found: Rows, used: list[Call]) -> Outputs:
@@ -96,17 +96,20 @@ class FeatureTape:
                     logits, used, f"they are {found.scale:.6g} times its rows, and its bias, which moves too, would be"
                 )
             features = features * found.scale
-        same_weight = all(call.weight is first.weight for call in used)
-        weight = first.weight if same_weight and not found.offset and bias is first.bias else None
-        return Outputs(features, logits, *(None if part is None else part.detach() for part in (weight, bias)))
+        weight = first.weight
+        if found.offset or bias is not first.bias or any(call.weight is not weight for call in used[1:]):
+            weight = None
+        return Outputs(
+            features, logits, None if weight is None else weight.detach(), None if bias is None else bias.detach()
+        )
 
     def _found(self, logits: Tensor, calls: list[Call]) -> Rows:
         outputs = [call.output for call in calls]
-        if all(output.shape[-1] != logits.shape[1] for output in outputs):
-            raise self._not_rows(logits, calls)
         found = by_memory(logits, outputs) or by_cuts(logits, outputs)
         if found is not None:
             return found
+        if all(output.shape[-1] != logits.shape[1] for output in outputs):
+            raise self._not_rows(logits, calls)
         try:
             parameters = list(self._layer.parameters())
             found = by_graph(logits, outputs, parameters) or by_values(
@@ -219,7 +222,7 @@ def capture_features(module: nn.Module) -> Iterator[FeatureTape]:
         tape._close()
         if outermost:
             recording.stop(layer)
-    if not tape.calls:
+    if not tape._closed:
         raise RuntimeError(
             f"{description} did not run in the capture_features block{tape._patched()}; run the model inside it, or "
             "name the layer that gives the logits: capture_features(model.fc)"

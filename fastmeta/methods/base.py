@@ -29,7 +29,7 @@ class _Graphs(Protocol):
 
 
 class _Count:
-    """A number in an object of its own: torch.compile takes the numbers of a module for constants."""
+    """The number of calls. torch.compile takes the numbers of a module for constants, and would compile every step."""
 
     __slots__ = ("number", "told")
 
@@ -37,6 +37,14 @@ class _Count:
         self.number = 0
         self.told = False
         """whether the user has heard what :meth:`Method._tell` says, or need not"""
+
+    @torch.compiler.disable(reason="compiled code would take the number for a constant")
+    def read(self) -> int:
+        return self.number
+
+    @torch.compiler.disable(reason="compiled code would take the number for a constant")
+    def add(self) -> None:
+        self.number += 1
 
 
 class Method(Stateful):
@@ -92,8 +100,10 @@ class Method(Stateful):
 
     @property
     def calls(self) -> int:
-        """How often :meth:`refine` was called."""
-        return self._calls.number
+        """How often :meth:`refine` was called; for methods where it decides anything."""
+        if not self.counts:
+            raise AttributeError(f"a {type(self).__name__} does not count its calls")
+        return self._calls.read()
 
     def forward(self, **batch: Any) -> Refined:
         """See :meth:`refine`."""
@@ -136,10 +146,11 @@ class Method(Stateful):
             labeled: labeled examples of the training loss, where they are not the hold-out examples.
             labeled_targets: their labels.
             model: takes the examples as inputs.
-            holdout_gradient: gradient of the mean hold-out loss by parameter name, where the loop has taken it already
+            holdout_gradient: gradient of the hold-out loss by parameter name, where the loop has taken it already
                 (``{name: p.grad ...}`` after the labeled backward pass) and the model has not changed since;
-                ``holdout`` and ``targets`` may then be left out. A parameter that is missing or None has gradient 0. A
-                loss scaler's factor is not seen: ``scaler.unscale_(optimizer)`` first.
+                ``holdout`` and ``targets`` may then be left out. It is that of the mean, or of the sum for a method
+                with a hold-out loss that is one. A parameter that is missing or None has gradient 0. A loss scaler's
+                factor is not seen: ``scaler.unscale_(optimizer)`` first.
 
         Label smoothing and class weights are soft targets of a cross-entropy, which need not sum to 1. With smoothing e
         and class weights w, ``F.cross_entropy(logits, y, weight=w, label_smoothing=e)`` has the targets
@@ -321,7 +332,8 @@ class Method(Stateful):
 
     def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
         """The rest of the step: what depends on the caller's autograd graph, and the count."""
-        self._calls.number += 1
+        if self.counts:
+            self._calls.add()
         if isinstance(computed, Refined):
             return computed
         with torch.no_grad():

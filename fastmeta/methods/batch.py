@@ -39,7 +39,8 @@ class Batch:
         for name, dimensions in (("index", 1), ("mask", 1), ("labels", 2)):
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.dim() > dimensions:  # of tokens, like their logits
-                object.__setattr__(self, name, value.flatten(0, -dimensions))
+                with torch.enable_grad():  # the caller's labels stay on their graph
+                    object.__setattr__(self, name, value.flatten(0, -dimensions))
 
     @property
     def per_example(self) -> dict[str, Tensor]:
@@ -306,8 +307,7 @@ def _rows(outputs: Outputs, dtype: torch.dtype) -> Rows:
 
 def _targets(targets: object, of: Rows) -> Tensor:
     """Targets with a row for each of these: probabilities in their dtype, or classes."""
-    rows = as_rows(targets, len(of.logits))
-    assert isinstance(rows, Tensor), "checked"
+    rows: Tensor = as_rows(targets, len(of.logits))
     return rows.detach().to(of.logits.dtype) if rows.is_floating_point() else rows
 
 

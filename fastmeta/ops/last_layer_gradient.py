@@ -52,7 +52,7 @@ def last_layer_gradient(
     Args:
         features: input of the last layer, ``[N, D]``.
         logits: its output ``[N, C]``, or a :class:`fastmeta.Head` from which it is computed inside.
-        targets: probabilities ``[N, C]`` or int64 classes ``[N]``.
+        targets: probabilities ``[N, C]`` or int64 classes ``[N]``; class k is the row with a 1 at k, for every loss.
         weights: example weights ``[N]``; None means 1.
         loss: one of :data:`fastmeta.losses.LOSSES`.
         impl: implementation to use; see :func:`fastmeta.use_impl`.

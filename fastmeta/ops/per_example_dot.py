@@ -50,7 +50,7 @@ def per_example_dot(
     Args:
         features: input of the last layer, ``[N, D]``.
         logits: its output ``[N, C]``, or a :class:`fastmeta.Head` from which it is computed inside.
-        targets: probabilities ``[N, C]`` or int64 classes ``[N]``.
+        targets: probabilities ``[N, C]`` or int64 classes ``[N]``; class k is the row with a 1 at k, for every loss.
         direction_weight: ``V``, ``[C, D]``.
         direction_bias: ``b``, ``[C]``; None means the bias does not move.
         loss: one of :data:`fastmeta.losses.LOSSES`.

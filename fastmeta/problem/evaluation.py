@@ -8,6 +8,7 @@ from typing import Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks
 from torch.nn.utils import parametrize
 
 from fastmeta.problem.checkpointing import differentiable_checkpoints
@@ -64,6 +65,11 @@ class Evaluator:
     def _random_state(self) -> RandomState:
         return RandomState(self._devices, self._state.generators)
 
+    def has_backward_hooks(self) -> bool:
+        """Whether a backward pass would call hooks of modules."""
+        everywhere = _global_backward_hooks or _global_backward_pre_hooks
+        return bool(everywhere) or any(part._backward_hooks or part._backward_pre_hooks for part in self._state.parts)
+
     @contextlib.contextmanager
     def evaluation(
         self, parameters: Mapping[str, Tensor], *, derivative: bool = False, on_graph: bool = False
@@ -84,6 +90,8 @@ class Evaluator:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._same_randomness())
             stack.enter_context(self._in_mode())
+            if on_graph:
+                stack.enter_context(self._same_gradients())
             stack.enter_context(self._at(parameters))
             # Compiled parts would draw other dropout masks and lose tangents.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -132,6 +140,18 @@ class Evaluator:
         for name, version in _versions(parameters).items():
             if version != versions[name]:
                 raise ValueError(f"model must not change its parameters as it runs, but it has changed {name}")
+
+    @contextlib.contextmanager
+    def _same_gradients(self) -> Iterator[None]:
+        """A model that calls ``backward`` itself, for an energy, would add to ``.grad``."""
+        before = [(parameter, parameter.grad) for parameter in self._module.parameters() if parameter.is_leaf]
+        try:
+            for parameter, _ in before:
+                parameter.grad = None
+            yield
+        finally:
+            for parameter, gradient in before:
+                parameter.grad = gradient
 
 
 @contextlib.contextmanager

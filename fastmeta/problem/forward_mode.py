@@ -52,6 +52,8 @@ class ForwardMode(TorchFunctionMode):
             result = function(*args, **kwargs)
             _check_tangents(function, [*args, *kwargs.values()], result)
             return result
+        if function in _FREEZING and (*args[1:], *kwargs.values()) == (False,) and _moves(args[0]):
+            raise NotImplementedError("requires_grad is turned off inside of the model, which a tangent does not see")
         rule = RULES.get(function)
         return function(*args, **kwargs) if rule is None else rule(*args, **kwargs)
 
@@ -106,11 +108,27 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _embedding_bag(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Sums and means are linear in the weight; a maximum is left to PyTorch, which refuses it."""
+    (w, dw), mode = _parts(weight), kwargs.get("mode", args[4] if len(args) > 4 else "mean")
+    weighted = kwargs.get("per_sample_weights", args[6] if len(args) > 6 else None)
+    if dw is None or mode == "max" or (weighted is not None and _moves(weighted)):
+        return functional.embedding_bag(input, weight, *args, **kwargs)
+    with torch.no_grad():
+        tangent = functional.embedding_bag(input, dw, *args, **kwargs)
+    return forward_ad.make_dual(functional.embedding_bag(input, w, *args, **kwargs), tangent)
+
+
 # Functions without a forward-mode derivative, or with a slow one.
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.batch_norm: _batch_norm,
+    functional.embedding_bag: _embedding_bag,
     torch._weight_norm: _weight_norm,
 }
+
+
+# x.requires_grad = False, x.requires_grad_(False)
+_FREEZING = (Tensor.requires_grad.__set__, Tensor.requires_grad_)  # type: ignore[attr-defined]
 
 
 def _parts(tensor: Tensor) -> tuple[Tensor, Tensor | None]:

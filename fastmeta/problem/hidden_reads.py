@@ -8,11 +8,13 @@ block that a checkpoint of another library runs, has the derivative 0, without a
 
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 
@@ -69,12 +71,7 @@ def refuse_foreign(output: Tensor, parameters: Iterable[Tensor]) -> None:
         ValueError: so it is.
     """
     known = {id(parameter) for parameter in parameters}
-    seen, left = set(), [output.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _nodes(output):
         leaf = getattr(node, "variable", None)
         if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
             raise ValueError(
@@ -82,7 +79,41 @@ def refuse_foreign(output: Tensor, parameters: Iterable[Tensor]) -> None:
                 f"{list(leaf.shape)} that it has from elsewhere (a closure, a global variable, an object that is no "
                 "module), where no derivative could move it; keep it as an nn.Parameter of a module inside of the model"
             )
-        left += [following for following, _ in node.next_functions]
+
+
+def refuse_cut_gradients(output: Tensor) -> None:
+    """Have a backward pass raise where the backward of a Function cuts the graph of a second derivative.
+
+    Autograd raises for ``once_differentiable`` only on the way to what the Function itself has read, and never for a
+    backward under ``torch.no_grad`` or in NumPy.
+    """
+    for node in _nodes(output):
+        if isinstance(node, BackwardCFunction):
+            name = node._forward_cls.__name__  # type: ignore[attr-defined]
+            node.register_hook(partial(_refuse_cut, name))
+
+
+def _refuse_cut(name: str, gradients: tuple[Tensor | None, ...], arrived: tuple[Tensor | None, ...]) -> None:
+    kept = [one for one in gradients if one is not None and one.requires_grad and one.grad_fn is not None]
+    cut = not any(one.grad_fn.name() != "torch::autograd::Error" for one in kept if one.grad_fn is not None)
+    if cut and torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in arrived):
+        raise NotImplementedError(
+            f"how='double_backward' and Hessian products differentiate twice, but the backward of the "
+            f"torch.autograd.Function {name} can be differentiated only once (once_differentiable, torch.no_grad). "
+            "Give it a jvp and use how='jvp', or use how='finite_difference'"
+        )
+
+
+def _nodes(output: Tensor) -> Iterator[Any]:
+    """The graph that gave a tensor, node by node."""
+    seen: set[Any] = set()
+    left = [output.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            left += [following for following, _ in node.next_functions]
 
 
 def _memory(tensor: Tensor) -> int:

@@ -1,7 +1,8 @@
 """A model as a pure function of its parameters: predictions, gradients, forward-mode derivatives, Hessian products.
 
-Nothing of the model changes: every evaluation works on copies of its buffers, starts from the same random state (so
-that dropout draws the same mask) and leaves parameters, ``.grad``, mode and random state as they were.
+Nothing of the model changes: every evaluation works on copies of its inputs and buffers, starts from the same random
+state (so that dropout draws the same mask) and leaves parameters, ``.grad``, mode, attributes and random state as they
+were.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from fastmeta.capture import Outputs, capture_features, last_linear
 from fastmeta.problem.direction import Vector
 from fastmeta.problem.evaluation import Evaluator, Mode
 from fastmeta.problem.forward_mode import ForwardMode
-from fastmeta.problem.hidden_reads import HiddenReadError, HiddenReads, refuse_foreign
+from fastmeta.problem.hidden_reads import HiddenReadError, HiddenReads, refuse_cut_gradients, refuse_foreign
 from fastmeta.problem.input_copies import InputCopies
 
 # Arguments of the model: an exact tuple's are positional, a mapping's are by name, anything else is one argument.
@@ -41,8 +42,9 @@ class ModelFunction:
 
     It runs in the module's mode, from its buffers as they are and from the random state at the time this object is
     made. Wrappers (DistributedDataParallel, DataParallel, torch.compile) are taken off, and compiled parts run
-    uncompiled. Forward hooks run in every evaluation. Tensors that are neither parameters nor buffers, and the random
-    states of other libraries, are not restored.
+    uncompiled, TorchScript unoptimized, reentrant checkpoints as non-reentrant ones. Forward hooks run in every
+    evaluation. Attributes of modules and the random states of torch, Python, NumPy and of generators among these
+    attributes are put back; what a model changes in global variables, closures and objects of other classes is not.
 
     Args:
         model: the module; it gives logits ``[N, C]``, or ``[B, T, C]``, whose N = B T rows are those of its tokens; by
@@ -51,7 +53,8 @@ class ModelFunction:
 
     Raises:
         TypeError: not a module, or one of TorchScript.
-        ValueError: no parameter requires grad, one is not initialized yet, or the model changes one as it runs.
+        ValueError: no parameter requires grad, one is not initialized yet, or the model changes one as it runs; or a
+            tensor among the attributes requires grad and is no parameter.
     """
 
     def __init__(self, model: nn.Module, *, mode: Mode | None = None) -> None:
@@ -95,7 +98,7 @@ class ModelFunction:
             entry = f"{argument}[{given!r}]"
             checks.shaped(value, entry, "the parameter's shape", self.parameters[name].shape)
             checks.like(self.parameters[name], "the parameter", **{entry: value})
-            checked[name] = value.detach()
+            checked[name] = value.detach() if value.layout == torch.strided else value.detach().to_dense()
         return checked
 
     def check_gradient(self, gradient: object, argument: str) -> Vector:
@@ -247,11 +250,14 @@ class ModelFunction:
     ) -> tuple[Tensor, Tensor]:
         """``f(theta)`` and ``D_v f(theta)`` in one pass of forward mode, both ``[N, C]``, the second without a graph.
 
-        ``on_graph``: at the model's own parameters, with the logits on their graph.
+        ``on_graph``: at the model's own parameters, with the logits on their graph. Where the model has checkpointed
+        blocks, these logits come from a second pass, without tangents, which the backward pass can recompute.
         """
         theta = self._own if on_graph else self.parameters if parameters is None else parameters
         # Not torch.func.jvp: its dropout draws another mask than a plain pass where a tensor is not contiguous.
         # Gradients are enabled only so that ForwardMode sees where the model itself is in torch.no_grad.
+        if on_graph and self._evaluator.has_backward_hooks():  # they have no forward mode, and only a graph has them
+            return self.logits(inputs, on_graph=True), self.jvp(inputs, direction, parameters)[1]
         mode = ForwardMode()
         with torch.enable_grad(), forward_ad.dual_level():
             moving = {name: forward_ad.make_dual(theta[name], v) for name, v in direction.items()}
@@ -362,6 +368,8 @@ class ModelFunction:
         copied.check_unchanged()
         if logits.requires_grad and not on_graph:
             refuse_foreign(logits, parameters.values())
+            if derivative:
+                refuse_cut_gradients(logits)
         return logits
 
 

@@ -48,9 +48,11 @@ def label_gradient(
 
     The model runs in its mode as it stands: in train mode BatchNorm takes the statistics of this batch, so that
     examples act on each other, and all of that is in the result. Every pass draws the dropout masks that a call of the
-    model would draw next, except in fused attention kernels on a GPU. Parameters, buffers, ``.grad``, mode and random
-    state are left as they were, after an exception too; forward hooks run in every pass. Under autocast the model's
-    part is in its precision. Inside torch.compile it breaks the graph and runs uncompiled, as do compiled models.
+    model would draw next, except in fused attention kernels on a GPU, and gets a copy of the inputs. Parameters,
+    buffers, other attributes of its modules, ``.grad``, mode and random state (torch's, Python's, NumPy's, that of
+    generators which a module holds) are left as they were, after an exception too; forward hooks run in every pass.
+    Under autocast the model's part is in its precision. Inside torch.compile it breaks the graph and runs uncompiled,
+    as do compiled models; TorchScript runs unoptimized. Checkpointed blocks stay checkpointed, also reentrant ones.
 
     Args:
         model: gives logits ``[N, C]``, or ``[B, T, C]`` of tokens, which are N = B T rows; by themselves, as ``logits``
@@ -72,8 +74,10 @@ def label_gradient(
     Raises:
         TypeError: the direction is no dict, a dtype does not fit, or the model gives no logits.
         ValueError: a name, shape or device in the direction does not fit, an option is unknown, the loss needs targets,
-            or the logits are not 2-D.
-        NotImplementedError: ``jvp`` meets an operator without a forward-mode derivative.
+            or the logits are not 2-D; or the model has parameters outside of ``named_parameters``, or changes them.
+        NotImplementedError: ``jvp`` meets an operator without a forward-mode derivative; or the model has a
+            ``torch.autograd.Function`` that reads parameters which are not its arguments (a checkpoint of another
+            library), whose derivative ``jvp`` and ``double_backward`` would take for 0.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 2, bias=False)

@@ -1,7 +1,7 @@
 """Targets as rows of the logits: what fits them, token targets, and the rows that are left out."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,14 +44,14 @@ def kept(targets: Tensor, dtype: torch.dtype) -> Kept:
     """
     if targets.dtype != torch.int64:
         return Kept(targets, None, len(targets))
-    there = targets != checks.IGNORED
     # On a GPU, or in a graph, nobody can look whether there are any.
-    if there.is_cpu and not torch.compiler.is_compiling() and bool(there.all()):
+    if targets.is_cpu and not torch.compiler.is_compiling() and (not len(targets) or int(targets.min()) >= 0):
         return Kept(targets, None, len(targets))
+    there = targets != checks.IGNORED
     return Kept(targets * there, there.to(dtype), there.sum())
 
 
-def as_rows(targets: object, count: int) -> object:
+def as_rows(targets: Any, count: int) -> Any:
     """Token targets, ``[B, T]`` or ``[B, T, C]``, flattened to the rows of N logits; anything else as it is."""
     if isinstance(targets, Tensor) and targets.is_floating_point() and targets.dim() > 2:
         return targets.flatten(0, -2)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from fastmeta import checks
 from fastmeta.methods import Method
 from fastmeta.problem.model_function import _unwrapped
+from fastmeta.problem.targets import check_targets
 from fastmeta.verification.causes import notes_on, problems_of
 from fastmeta.verification.judge import Judge
 from fastmeta.verification.methods import made, row_of
@@ -48,7 +48,8 @@ def verify(
     Args:
         model: gives logits ``[N, C]``, as for :func:`fastmeta.label_gradient`; in the mode in which it will be used.
         inputs: of N examples: a tensor, a tuple of arguments or a mapping of keyword arguments.
-        targets: int64 classes ``[N]`` or probabilities ``[N, C]``; None: the classes that the model predicts.
+        targets: int64 classes ``[N]`` or probabilities ``[N, C]``; of tokens also ``[B, T]`` or ``[B, T, C]``. None,
+            and a class of -100: the classes that the model predicts.
         methods: methods, or names of their classes with default settings: one step of a copy of each, with the batch as
             unlabeled and as hold-out examples, is compared with the same step by ``how="double_backward"``.
         quiet: print nothing.
@@ -79,7 +80,7 @@ def verify(
         warnings.simplefilter("ignore")  # of passes that nobody trains with
         witness = Witness(module, inputs, targets, backward=not _has_gradient_hooks(model))
         if targets is not None:
-            checks.targets(targets, witness.logits, witness.logits.shape[1])
+            check_targets(targets, witness.logits, "targets")
         twin = None if witness.logits.dtype == torch.float64 else _double(module, inputs, targets)
         other = None if twin is None else Judge(twin)
         judge = Judge(witness, differences=twin is None)

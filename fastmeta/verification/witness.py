@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastmeta import checks
 from fastmeta.problem.direction import Vector
 from fastmeta.problem.model_function import _logits_of
+from fastmeta.problem.targets import as_rows
 from fastmeta.verification.state import State
 
 # Of differences, relative to the length of the parameters; more are tried where the first three do not agree.
@@ -97,8 +99,12 @@ class Witness:
 
     @property
     def targets(self) -> Tensor:
-        """Given, or predicted."""
-        return self.logits.argmax(1) if self._given is None else self._given
+        """Given, or predicted, as are those of class -100. ``[N]`` or ``[N, C]``."""
+        predicted = self.logits.argmax(1)
+        if self._given is None:
+            return predicted
+        given = as_rows(self._given, len(predicted))
+        return given if given.is_floating_point() else torch.where(given == checks.IGNORED, predicted, given)
 
     @property
     def is_soft(self) -> bool:

@@ -162,3 +162,17 @@ def test_another_model_s_gradient_is_refused(generator):
     ):
         with pytest.raises(error, match=match):
             L2I(how="jvp").refine(**batch, holdout_gradient=gradient)
+
+
+def test_a_sparse_holdout_gradient_is_its_dense_one(generator):
+    model = nn.Sequential(nn.EmbeddingBag(10, 6, sparse=True), nn.Linear(6, 3)).double()
+    x_l, x_u = (torch.randint(10, (n, 4), generator=generator) for n in (4, 5))
+    functional.cross_entropy(model(x_l), torch.tensor([0, 1, 2, 0])).backward()
+    gradient = {name: p.grad for name, p in model.named_parameters()}
+    assert gradient["0.weight"].is_sparse
+    dense = gradient | {"0.weight": gradient["0.weight"].to_dense()}
+    got, wanted = (
+        L2I("V1", how="forward_difference").refine(model=model, unlabeled=x_u, holdout_gradient=g)
+        for g in (gradient, dense)
+    )
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)

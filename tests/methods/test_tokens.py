@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device_tensors import no_wait, on_device, pretends_a_gpu
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -174,6 +175,16 @@ def test_arguments_of_tokens_may_have_the_shape_of_the_logits(how, generator):
     assert got.labels.shape == (8, C)
 
 
+def test_labels_of_tokens_stay_on_their_graph(generator):
+    task = Task(generator)
+    labels = normal(generator, 2, T, C).softmax(-1).requires_grad_()
+    with torch.no_grad():
+        refined = L2I(how="jvp").refine(model=task.model, **task.batch(labels=labels))
+    refined.loss.backward()
+    assert labels.grad.shape == (2, T, C)
+    assert labels.grad.any()
+
+
 def test_a_class_out_of_range_beside_ignored_ones(generator):
     task = Task(generator)
     for wrong in (-1, C):
@@ -191,3 +202,26 @@ def test_label_smoothing_and_class_weights_are_soft_targets(how, generator):
     soft = w * ((1 - e) * functional.one_hot(y, C) + e / C) * len(y) / w[y].sum()
     wanted = labels_by_autograd(task, how, outer)
     assert_close(plain(how).refine(model=task.model, **task.batch(targets=soft)).labels, wanted, how)
+
+
+@pretends_a_gpu
+@pytest.mark.parametrize("name", ["Eq. (6)", "mse_probs"])
+def test_no_host_waits_for_ignored_tokens(name, generator):
+    """On a GPU nobody looks whether there are any: the count is a tensor, with the same result."""
+    task = Task(generator)
+    labels = normal(generator, 8, C).softmax(1).requires_grad_()
+    outputs = task.outputs(labels=labels)
+    wanted = METHODS[name]("last_layer").refine(**outputs)
+    there = {key: on_device(value) for key, value in outputs.items()}
+    with no_wait():
+        got = METHODS[name]("last_layer").refine(**there)
+    torch.testing.assert_close(got.labels.as_subclass(torch.Tensor), wanted.labels)
+    torch.testing.assert_close(got.weights.as_subclass(torch.Tensor), wanted.weights)
+
+
+def test_verify(generator):
+    task = Task(generator)
+    report = fastmeta.verify(task.model, task.holdout, task.targets, quiet=True)
+    assert report.ok
+    with pytest.raises(ValueError, match=r"targets of int64 classes must be \[N\] = \[12\], got \[11\]"):
+        fastmeta.verify(task.model, task.holdout, task.targets.flatten()[1:], quiet=True)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
     "names",
     [
         "one_opaque_call named_cpp dynamic_shapes head_in_a_module use_impl errors inductor",
+        "steps_of_methods",
         "gradients transforms kernel_under_compiled_jvp",
     ],
 )

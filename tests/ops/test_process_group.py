@@ -150,8 +150,9 @@ def test_the_processes_decide_together(results: tuple[dict, Results]) -> None:
     assert on_host[0][1] == on_host[1][1], "whoever stops first ends the solve"
     assert on_device[0][1] == on_device[1][1], "on a GPU as well"
     nan, rhs, damping, negative, derivative, graph = zip(*(result["faults"] for result in every), strict=True)
-    assert nan[0] == "ValueError: features, logits, rhs, weights and targets must be finite on every process, not on 1"
-    assert nan[1].startswith("ValueError: features must be finite, got nan at [11, 0]")
+    tensors = "features, logits, rhs, weights and targets"
+    assert nan[0] == f"NotFiniteError: {tensors} must be finite on every process, not on 1"
+    assert nan[1].startswith("NotFiniteError: features must be finite, got nan at [11, 0]")
     for said, words in (
         (rhs, "ValueError: rhs_weight and rhs_bias must be the same on every process of process_group, their norm is"),
         (damping, "ValueError: damping must be the same on every process of process_group"),
