@@ -15,6 +15,7 @@ from fastmeta.problem.model_function import _unwrapped
 from fastmeta.problem.targets import check_targets
 from fastmeta.verification.causes import notes_on, problems_of
 from fastmeta.verification.judge import Judge
+from fastmeta.verification.methods import made, row_of
 from fastmeta.verification.passes import Passes
 from fastmeta.verification.report import Report, Row
 from fastmeta.verification.witness import Witness
@@ -49,7 +50,8 @@ def verify(
         inputs: of N examples: a tensor, a tuple of arguments or a mapping of keyword arguments.
         targets: int64 classes ``[N]`` or probabilities ``[N, C]``; of tokens also ``[B, T]`` or ``[B, T, C]``. None,
             and a class of -100: the classes that the model predicts.
-        methods: methods, or names of their classes, of which one step is compared with that of their definition.
+        methods: methods, or names of their classes with default settings: one step of a copy of each, with the batch as
+            unlabeled and as hold-out examples, is compared with the same step by ``how="double_backward"``.
         quiet: print nothing.
 
     Returns:
@@ -82,10 +84,13 @@ def verify(
         twin = None if witness.logits.dtype == torch.float64 else _double(module, inputs, targets)
         other = None if twin is None else Judge(twin)
         judge = Judge(witness, differences=twin is None)
-        rows = Passes(model, judge).rows()
+        chosen = [made(method, judge) for method in methods or ()]
+        passes = Passes(model, judge)
+        rows = passes.rows()
         if twin is not None and other is not None:
             in_double = Passes(twin.module, other).rows()
             rows = [_joined(own, exact) for own, exact in zip(rows, in_double, strict=True)]
+        rows += [row_of(method, passes) for method in chosen]
         problems, notes = problems_of(judge, rows, other), notes_on(judge, other)
         witness.state.restore()
     report = Report(_described(module, witness, other), tuple(rows), tuple(problems), tuple(notes))

@@ -23,13 +23,15 @@ _DEFAULT_RADIUS = 0.01
 _OTHER_RADIUS = 1e-4
 
 
-class _Judged(NamedTuple):
+class Judged(NamedTuple):
+    """A verdict without a name."""
+
     verdict: Verdict
     error: float | None
     note: str = ""
 
 
-_UNKNOWN = _Judged("unknown", None, "there is nothing to hold it against")
+_UNKNOWN = Judged("unknown", None, "there is nothing to hold it against")
 
 
 class Passes:
@@ -48,27 +50,28 @@ class Passes:
     def rows(self) -> list[Row]:
         """A row for each ``how``, and for what else reads the model."""
         return [
-            *(self._row(how, functools.partial(self._how, how)) for how in HOWS),
-            self._row("capture_features", self._capture),
-            self._row("jvp and logits on a graph", self._on_graph),
-            self._row("hold-out gradient", self._gradient),
-            self._row("Hessian product", self._hessian),
+            *(self.row(how, functools.partial(self._how, how)) for how in HOWS),
+            self.row("capture_features", self._capture),
+            self.row("jvp and logits on a graph", self._on_graph),
+            self.row("hold-out gradient", self._gradient),
+            self.row("Hessian product", self._hessian),
         ]
 
-    def _row(self, name: str, run: Callable[[], _Judged]) -> Row:
+    def row(self, name: str, run: Callable[[], Judged]) -> Row:
+        """The row of what ``run`` finds; whatever it raises is a refusal."""
         self._touched: dict[str, bool] = {}
         try:
             judged = run()
         except Exception as error:  # whatever a user's model raises
             text = " ".join(str(error).split()) or "no message"
-            judged = _Judged("refused", None, f"{type(error).__name__}: {text[:400]}")
+            judged = Judged("refused", None, f"{type(error).__name__}: {text[:400]}")
         finally:
             self.witness.state.restore()
         harmless = bool(self._touched) and not any(self._touched.values())
         note = "; ".join(filter(None, ("without effect on the logits" if harmless else "", judged.note)))
         return Row(name, judged.verdict, judged.error, note, tuple(self._touched), harmless)
 
-    def _observed(self, run: Callable[[], Result]) -> Result:
+    def observed(self, run: Callable[[], Result]) -> Result:
         """What it returns; what it leaves changed is noted and put back."""
         state = self.witness.state
         try:
@@ -90,7 +93,7 @@ class Passes:
         except Exception:
             return False
 
-    def _how(self, how: How) -> _Judged:
+    def _how(self, how: How) -> Judged:
         if how == "last_layer":
             if self._of_head is None:
                 _, description = last_linear(self.witness.module)
@@ -109,16 +112,16 @@ class Passes:
             inputs = self.witness.inputs
             return label_gradient(self.model, inputs, direction, loss="mse", scale=0.5, how=how, radius=radius)
 
-        return self._observed(run)
+        return self.observed(run)
 
-    def _judged(self, references: dict[str, Reference], how: How) -> _Judged:
+    def _judged(self, references: dict[str, Reference], how: How) -> Judged:
         results = [
             self._verdict(reference, self._tangent(reference.direction, how), f"along {name} ")
             for name, reference in references.items()
         ]
         return max(results, key=lambda judged: (judged.verdict == "disagrees", judged.error or 0.0))
 
-    def _verdict(self, reference: Reference, tangent: Tensor, where: str = "") -> _Judged:
+    def _verdict(self, reference: Reference, tangent: Tensor, where: str = "") -> Judged:
         """Compare with whichever witnesses there are."""
         judge = self.judge
         backward = reference.by_backward(tangent)
@@ -128,15 +131,15 @@ class Passes:
         fits_backward = backward is None or backward <= judge.tolerance.backward
         fits_difference = difference is None or difference <= judge.allowance(reference)
         if fits_backward and fits_difference:
-            return _Judged("exact", difference if backward is None else backward)
+            return Judged("exact", difference if backward is None else backward)
         if fits_backward and backward is not None:
-            return _Judged("exact", backward, f"as your own backward pass; {where}{difference:.1e} off the differences")
+            return Judged("exact", backward, f"as your own backward pass; {where}{difference:.1e} off the differences")
         error = max(value for value in (backward, difference) if value is not None)
         if fits_difference and difference is not None:
-            return _Judged("disagrees", error, f"{where}it is what differences give, and not your own backward pass")
-        return _Judged("disagrees", error, f"{where}it is {error:.0%} off")
+            return Judged("disagrees", error, f"{where}it is what differences give, and not your own backward pass")
+        return Judged("disagrees", error, f"{where}it is {error:.0%} off")
 
-    def _difference(self, how: How) -> _Judged:
+    def _difference(self, how: How) -> Judged:
         """Whether it is the difference of the forward pass at the same radius; its error is that of the derivative."""
         judge = self.judge
         reference = judge.references["a random direction"]
@@ -154,17 +157,17 @@ class Passes:
             errors[radius] = next((error for error in found if error is not None), float("nan"))
         first = errors[_DEFAULT_RADIUS]
         if off > judge.tolerance.difference:
-            return _Judged("disagrees", first, f"{off:.0%} off the difference of two forward passes at the same radius")
+            return Judged("disagrees", first, f"{off:.0%} off the difference of two forward passes at the same radius")
         if judge.dispute is not None:
-            return _Judged("disagrees", first, "it is not your own backward pass, as no difference is")
+            return Judged("disagrees", first, "it is not your own backward pass, as no difference is")
         if first <= judge.tolerance.backward and judge.tolerance.backward < 1e-6:
-            return _Judged("exact", first)
+            return Judged("exact", first)
         others = "".join(
             f"; {error:.1e} at {radius:g}" for radius, error in errors.items() if radius != _DEFAULT_RADIUS
         )
-        return _Judged("approximate", first, f"at radius {_DEFAULT_RADIUS}{others}")
+        return Judged("approximate", first, f"at radius {_DEFAULT_RADIUS}{others}")
 
-    def _capture(self) -> _Judged:
+    def _capture(self) -> Judged:
         """Whether ``features V^T + b`` is how the logits move with the captured layer."""
         witness = self.witness
         with witness.restored(), torch.enable_grad():
@@ -179,10 +182,10 @@ class Passes:
         finally:
             witness.state.restore()
         if touched:
-            return _Judged("disagrees", None, f"reading the head changes {', '.join(touched)} beyond what a pass does")
+            return Judged("disagrees", None, f"reading the head changes {', '.join(touched)} beyond what a pass does")
         names = _head(witness.module)
         if "weight" in layer._parameters and not layer.weight.requires_grad:
-            return _Judged("disagrees", None, f"{description} is frozen and never moves: use how='jvp' with model=")
+            return Judged("disagrees", None, f"{description} is frozen and never moves: use how='jvp' with model=")
         features, weight, bias = (None if t is None else t.detach() for t in (outputs.features, *outputs[2:]))
         assert features is not None
         assert weight is not None
@@ -191,7 +194,7 @@ class Passes:
             product = functional.linear(features, weight.to(features), None if bias is None else bias.to(features))
             error = relative(product, logits.detach())
             verdict: Verdict = "exact" if error <= self.judge.tolerance.backward else "disagrees"
-            return _Judged(verdict, error, "" if verdict == "exact" else "features W^T + b are not the logits")
+            return Judged(verdict, error, "" if verdict == "exact" else "features W^T + b are not the logits")
         moved = {kind: self._of_head.direction[name].to(features.dtype) for name, kind in own.items()}
         judged = self._verdict(self._of_head, functional.linear(features, moved["weight"], moved.get("bias")))
         if judged.verdict == "disagrees":
@@ -199,11 +202,11 @@ class Passes:
             return judged._replace(note=note)
         return judged
 
-    def _on_graph(self) -> _Judged:
+    def _on_graph(self) -> Judged:
         """The pass that gives a derivative and logits for the user's own backward pass."""
         if not self.judge.gradients or not self.judge.repeats:
             return _UNKNOWN
-        worst = _Judged("exact", 0.0)
+        worst = Judged("exact", 0.0)
         reference = self.judge.references["a random direction"]
         for cotangent, expected in self.judge.gradients * (2 if self.witness.graph().scripted else 1):
 
@@ -216,7 +219,7 @@ class Passes:
                     value = (problem.logits_on_graph * cotangent).sum()
                 return tangent, self.witness.gradient_of(value)
 
-            tangent, found = self._observed(run)
+            tangent, found = self.observed(run)
             for judged in (
                 self._verdict(reference, tangent),
                 self._flat(found, expected, self.judge.tolerance.backward, "your own backward pass"),
@@ -227,14 +230,14 @@ class Passes:
                     return worst
         return worst
 
-    def _gradient(self) -> _Judged:
+    def _gradient(self) -> Judged:
         if not self.judge.loss_gradient or not self.judge.repeats:
             return _UNKNOWN
         function = ModelFunction(self.model)
-        found, _ = self._observed(lambda: function.gradient(self.witness.inputs, self.witness.loss))
+        found, _ = self.observed(lambda: function.gradient(self.witness.inputs, self.witness.loss))
         return self._flat(found, self.judge.loss_gradient, self.judge.tolerance.backward, "your own backward pass")
 
-    def _hessian(self) -> _Judged:
+    def _hessian(self) -> Judged:
         if not self.judge.loss_gradient or not self.judge.repeats:
             return _UNKNOWN
         witness = self.witness
@@ -244,7 +247,7 @@ class Passes:
             labels, loss = witness.targets, "cross_entropy"
         direction = self.judge.references["a random direction"].direction
         problem = WholeModelProblem(ModelFunction(self.model), witness.inputs, labels)
-        found = self._observed(lambda: problem.hessian_vector_product(InnerLoss(loss), direction))
+        found = self.observed(lambda: problem.hessian_vector_product(InnerLoss(loss), direction))
         if not self.judge.takes_differences:
             return _UNKNOWN
         expected = witness.hessian_product(direction)
@@ -252,18 +255,18 @@ class Passes:
         error = relative(flat, expected.value)
         allowance = max(self.judge.tolerance.difference, 10 * expected.error)
         if expected.error > 0.1:
-            return _Judged("unknown", None, "differences of your own gradients do not settle, as at kinks (ReLU)")
+            return Judged("unknown", None, "differences of your own gradients do not settle, as at kinks (ReLU)")
         if error <= allowance:
-            return _Judged("exact", error)
-        return _Judged("disagrees", error, "it is not the difference of your own gradients")
+            return Judged("exact", error)
+        return Judged("disagrees", error, "it is not the difference of your own gradients")
 
-    def _flat(self, found: Vector, expected: Vector, allowance: float, what: str) -> _Judged:
+    def _flat(self, found: Vector, expected: Vector, allowance: float, what: str) -> Judged:
         zeros = {name: torch.zeros_like(p) for name, p in self.witness.parameters.items()}
         first, second = (
             torch.cat([dense({**zeros, **part}[name]).flatten() for name in zeros]) for part in (found, expected)
         )
         error = relative(first, second)
-        return _Judged("exact", error) if error <= allowance else _Judged("disagrees", error, f"it is not {what}")
+        return Judged("exact", error) if error <= allowance else Judged("disagrees", error, f"it is not {what}")
 
 
 def _head(module: nn.Module) -> dict[str, str]:

@@ -75,9 +75,14 @@ class Report:
     def __str__(self) -> str:
         names = max(len(row.name) for row in self.rows)
         lines = [self.model, "", f"{''.ljust(names)}  {'verdict':<11}  {'error':<7}  what is left changed; notes"]
+        said: dict[str, str] = {}
         for row in self.rows:
+            note = row.note
+            if row.verdict == "refused":
+                first = said.setdefault(note, row.name)
+                note = note if first == row.name else f"as {first}"
             touched = ", ".join(row.touched) if row.touched else "" if row.verdict == "refused" else "nothing"
-            text = "; ".join(part for part in (touched, row.note) if part)
+            text = "; ".join(part for part in (touched, note) if part)
             error = "" if row.error is None else f"{row.error:.1e}"
             lines += _wrapped(f"{row.name.ljust(names)}  {row.verdict:<11}  {error:<7}  ", text)
         lines.append("")

@@ -265,3 +265,34 @@ def test_inputs_by_name_and_a_single_output(outputs):
     model, x = made(Named)
     report = fastmeta.verify(model, {"images": x, "scale": 0.5}, quiet=True)
     assert report.ok, report
+
+
+class DropsTangent(fastmeta.derivatives.LabelGradient):
+    """A derivative that is right by double backward alone."""
+
+    def at(self, problem, direction):
+        return super().at(problem, direction) * (1 if self.how == "double_backward" else 1.1)
+
+
+def test_a_step_of_each_method_is_compared_with_its_definition():
+    model, x = made(traps.Plain)
+    names = ["L2I", "MetaGradient", "ExampleWeights", "LabelGradientAlignment", "AlignedImputation"]
+    good = [*names, fastmeta.L2I(how="jvp"), fastmeta.ExampleWeights(5, how="jvp")]
+    report = fastmeta.verify(model, x, torch.tensor([0, 1, 2, 0, 1]), methods=good, quiet=True)
+    assert report.ok, report
+    assert [row.name for row in report.rows[-7:]] == [*names, "L2I", "ExampleWeights"]
+    assert all(row.verdict == "exact" for row in report.rows[-7:]), report
+    probe = fastmeta.MetaGradient(how="finite_difference")
+    wrong = fastmeta.MetaGradient(how="jvp")
+    wrong.derivative = DropsTangent(how="jvp")
+    report = fastmeta.verify(model, x, methods=[probe, wrong], quiet=True)
+    assert [row.verdict for row in report.rows[-2:]] == ["unknown", "disagrees"]
+    assert not report.ok
+
+
+def test_methods_must_be_methods_or_their_names():
+    model, x = made(traps.Plain)
+    with pytest.raises(ValueError, match=r"methods must be methods or names of their classes \(.*L2I.*\), got 'L3I'"):
+        fastmeta.verify(model, x, methods=["L3I"])
+    with pytest.raises(TypeError, match="methods must be methods or names of their classes, got int"):
+        fastmeta.verify(model, x, methods=[3])
