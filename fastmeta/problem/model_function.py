@@ -21,10 +21,10 @@ from fastmeta.problem.evaluation import Evaluator, Mode
 from fastmeta.problem.forward_mode import ForwardMode
 from fastmeta.problem.hidden_reads import HiddenReadError, HiddenReads, refuse_cut_gradients, refuse_foreign
 from fastmeta.problem.input_copies import InputCopies
+from fastmeta.problem.model_logits import logits_of
 
 # Arguments of the model: an exact tuple's are positional, a mapping's are by name, anything else is one argument.
 Inputs = Any
-_NAMED = "return the logits alone, or an object or dict that names them logits"
 LossOfLogits = Callable[[Tensor], Tensor]  # [N, C] to a scalar
 
 
@@ -154,7 +154,13 @@ class ModelFunction:
         return layer
 
     def logits(
-        self, inputs: Inputs, parameters: Vector | None = None, *, on_graph: bool = False, twice: bool = False
+        self,
+        inputs: Inputs,
+        parameters: Vector | None = None,
+        *,
+        on_graph: bool = False,
+        twice: bool = False,
+        moved: bool = False,
     ) -> Tensor:
         """``f(theta) [N, C]``, on the graph of ``parameters`` where they require grad.
 
@@ -163,10 +169,11 @@ class ModelFunction:
             parameters: theta; None: the model's own.
             on_graph: on the graph of the model's own parameters, so that a backward pass reaches their ``.grad``.
             twice: with kernels that can be differentiated twice.
+            moved: these parameters are moved in place; the model must not give them other memory.
         """
         theta = self._own if on_graph else self.parameters if parameters is None else parameters
         with torch.enable_grad() if on_graph else contextlib.nullcontext():
-            return self._call(theta, inputs, derivative=twice, on_graph=on_graph)
+            return self._call(theta, inputs, derivative=twice, on_graph=on_graph, moved=moved)
 
     def outputs(self, inputs: Inputs, *, on_graph: bool = False) -> Outputs:
         """Features and logits of the last linear layer at the model's own parameters.
@@ -345,7 +352,8 @@ class ModelFunction:
         *,
         derivative: bool = False,
         on_graph: bool = False,
-        inside: contextlib.AbstractContextManager[Any] | None = None,
+        inside: ForwardMode | None = None,
+        moved: bool = False,
     ) -> Tensor:
         """Logits ``[N, C]`` at the parameters; ``on_graph``: the inputs are not detached."""
         copied = InputCopies(on_graph=on_graph)
@@ -358,11 +366,11 @@ class ModelFunction:
             keywords = {name: copied(value) for name, value in inputs.items()}
         else:
             positional = tuple(map(copied, inputs if type(inputs) is tuple else (inputs,)))
-        if inside is None:
-            recorded = torch.is_grad_enabled()
-            inside = HiddenReads(list(parameters.values())) if recorded else contextlib.nullcontext()
-        with self._evaluator.evaluation(parameters, derivative=derivative, on_graph=on_graph), inside:
-            logits = _logits_of(self.module(*positional, **keywords))
+        leaves = list(parameters.values()) if torch.is_grad_enabled() else []
+        mode = inside or HiddenReads(leaves, parameters if moved else {})
+        with self._evaluator.evaluation(parameters, derivative=derivative, on_graph=on_graph), mode:
+            logits = logits_of(self.module(*positional, **keywords))
+        mode.changes.check({**self._evaluator.frozen, **parameters})
         copied.check_unchanged()
         if logits.requires_grad and not on_graph:
             refuse_foreign(logits, parameters.values())
@@ -379,20 +387,3 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-def _logits_of(output: Any) -> Tensor:
-    """The logits ``[N, C]`` in what a model returns; those of tokens, ``[B, T, C]``, as rows."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(logits, (tuple, list)):  # (loss, logits, ...), without a loss the logits come first
-        possible = [part for part in logits if isinstance(part, Tensor) and part.is_floating_point() and part.dim() > 1]
-        if len(possible) > 1:
-            shapes = " and ".join(str(list(part.shape)) for part in possible)
-            raise TypeError(f"model must give logits alone, got {type(output).__name__} of {shapes}; {_NAMED}")
-        logits = possible[0] if possible else None
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"model must give logits, got {type(output).__name__}; {_NAMED}")
-    if logits.dim() < 2:
-        hint = "; give those of one output as logits.unsqueeze(-1)" if logits.dim() == 1 else ""
-        raise ValueError(f"model must give logits [N, C], got {list(logits.shape)}{hint}")
-    return logits.flatten(0, -2)

@@ -341,7 +341,7 @@ class WholeModelProblem(ProblemBase):
 
     def _probe(self) -> Tensor:
         """Unlabeled logits ``[N, C]`` at the parameters, which are moved, in full precision."""
-        logits = full_precision(self.function.logits(self.unlabeled, self.parameters))
+        logits = full_precision(self.function.logits(self.unlabeled, self.parameters, moved=True))
         self.given.check(logits)
         return logits
 
