@@ -1,5 +1,6 @@
 """Modules with state: buffers that keep their dtype, and a state that is taken over whole or not at all."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +143,13 @@ class Stateful(nn.Module):
         else:
             missing_keys.extend(prefix + name for name in self.entries())
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        group = vars(self).get("process_group")
+        memo[id(group)] = group  # it cannot be copied: the copy works in the same one
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return super()._apply(lambda tensor: self.keep_dtype(fn, tensor), recurse)

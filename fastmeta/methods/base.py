@@ -56,6 +56,10 @@ class Method(Stateful):
     ``weight``, ``lr``, ``damping``, ``step``, ``label_step``) are attributes of the methods that have them, to be set
     between calls.
 
+    A step that is not finite, of which a loss scaler skips the backward pass, leaves tables, moments and averages as
+    they were, whichever example is at fault and whether or not ``mask`` leaves it out. Weights and labels of tables
+    come back as they were before it; ``calls`` counts it.
+
     Args:
         direction: a rule of :mod:`fastmeta.directions`.
         derivative: one of :mod:`fastmeta.derivatives`.

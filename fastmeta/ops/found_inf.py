@@ -11,7 +11,7 @@ def found_inf(gradients: Sequence[Tensor], power: int) -> Tensor:
 
     Args:
         gradients: of any shapes, at least one.
-        power: that a moment is kept of, 2 for Adam's second.
+        power: that a moment is kept of, 2 or 4.
 
     Returns:
         A scalar on the first one's device: 0, or NaN where it is not finite. As the ``found_inf`` of a loss scaler it
@@ -22,10 +22,16 @@ def found_inf(gradients: Sequence[Tensor], power: int) -> Tensor:
     """
     first = gradients[0]
     wide = torch.float64 if first.dtype == torch.float64 else torch.float32
-    if len(gradients) == 1:
-        flat = first.detach().reshape(-1).to(wide)
-    else:
+    if len(gradients) > 1 and not first.is_cpu:  # few launches
         lengths = torch._foreach_norm(list(gradients), 2, wide)
-        flat = torch.stack([one if one.device == first.device else one.to(first.device) for one in lengths])
-    squares = flat.dot(flat)
-    return (squares if power == 2 else squares ** (power // 2)) * 0
+        gradients = [torch.stack([one if one.device == first.device else one.to(first.device) for one in lengths])]
+    squares: Tensor | None = None
+    for gradient in gradients:
+        flat = gradient.reshape(-1)
+        if flat.dtype != wide:
+            flat = flat.to(wide)
+        square = flat.dot(flat)
+        squares = square if squares is None else squares + square
+    assert squares is not None, "at least one"
+    total = squares if power == 2 else squares * squares
+    return total - total

@@ -12,7 +12,7 @@ from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre
 from torch.nn.utils import parametrize
 
 from fastmeta.problem.checkpointing import differentiable_checkpoints
-from fastmeta.problem.module_state import ModuleState, put_back
+from fastmeta.problem.module_state import ModuleState
 from fastmeta.problem.random_state import RandomState
 from fastmeta.problem.scripted import unoptimized_script
 
@@ -136,7 +136,7 @@ class Evaluator:
             self._state.replace(parameters)
             yield
         finally:
-            put_back(before)
+            self._state.put_back(before)
         for name, version in _versions(parameters).items():
             if version != versions[name]:
                 raise ValueError(f"model must not change its parameters as it runs, but it has changed {name}")

@@ -26,11 +26,15 @@ _APPLY = torch.autograd.Function.apply.__code__  # type: ignore[attr-defined]
 
 
 class HiddenReads(TorchFunctionMode):
-    """The mode in which a model runs while autograd records; raises where a Function reads one of the leaves unseen."""
+    """The mode in which a model runs while autograd records; raises where a Function reads one of the leaves unseen.
+
+    Args:
+        leaves: theta; those that require grad count.
+    """
 
     def __init__(self, leaves: list[Tensor]) -> None:
         super().__init__()
-        self._leaves = {id(leaf) for leaf in leaves}
+        self._leaves = {id(leaf) for leaf in leaves if leaf.requires_grad}
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -358,12 +358,10 @@ class ModelFunction:
             keywords = {name: copied(value) for name, value in inputs.items()}
         else:
             positional = tuple(map(copied, inputs if type(inputs) is tuple else (inputs,)))
-        if inside is None and torch.is_grad_enabled():
-            inside = HiddenReads([value for value in parameters.values() if value.requires_grad])
-        with (
-            self._evaluator.evaluation(parameters, derivative=derivative, on_graph=on_graph),
-            inside or contextlib.nullcontext(),
-        ):
+        if inside is None:
+            recorded = torch.is_grad_enabled()
+            inside = HiddenReads(list(parameters.values())) if recorded else contextlib.nullcontext()
+        with self._evaluator.evaluation(parameters, derivative=derivative, on_graph=on_graph), inside:
             logits = _logits_of(self.module(*positional, **keywords))
         copied.check_unchanged()
         if logits.requires_grad and not on_graph:

@@ -36,15 +36,16 @@ class ModuleState:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.parts: list[nn.Module] = list(module.modules())
+        paths = {part: f"{name}." if name else "" for name, part in module.named_modules()}
+        self.parts: list[nn.Module] = list(paths)
         self.generators: list[Any] = []
         # One name of a tied parameter.
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._containers: list[Any] = []  # each is put back as it was, entry by entry
         self._tensors: list[tuple[Any, Any, Any]] = []  # container, key, and a tensor or a tuple with tensors
         self._seen = {id(part) for part in self.parts}
-        for name, part in module.named_modules():
-            self._search(part, f"{name}." if name else "")
+        for part, path in paths.items():
+            self._search(part, path)
 
     def _search(self, part: nn.Module, path: str) -> None:
         self._containers += [part.__dict__, part._parameters, part._buffers]
@@ -57,8 +58,9 @@ class ModuleState:
         for key, buffer in part._buffers.items():
             if buffer is not None and self._holds_tensor(buffer, path + key):
                 self._tensors.append((part._buffers, key, buffer))
-        for key, value in list(part.__dict__.items()):
-            if type(value) not in _HOLD_NOTHING and key not in _OF_EVERY_MODULE and not key.startswith(_RECORDING):
+        for key in part.__dict__.keys() - _OF_EVERY_MODULE:
+            value = part.__dict__[key]
+            if type(value) not in _HOLD_NOTHING and not key.startswith(_RECORDING):
                 self._search_entry(part.__dict__, key, value, path + key)
 
     def _search_entry(self, container: Any, key: Any, value: Any, path: str) -> None:
@@ -119,6 +121,19 @@ class ModuleState:
         for container, key, value in self._tensors:
             container[key] = self._replaced(value, parameters, copies)
 
+    def put_back(self, snapshot: Iterable[tuple[Any, Any]]) -> None:
+        """Give every container the entries that it had at the snapshot."""
+        for container, key, value in self._tensors:
+            if isinstance(container, dict):
+                container[key] = value  # for nearly all that is all, so that the comparison is quick
+        for container, before in snapshot:
+            if isinstance(before, dict):
+                if len(container) != len(before) or not all(map(is_, container.values(), before.values())):
+                    _put_back(container, before)
+            elif len(container) != len(before) or not all(map(is_, container, before)):
+                container.clear()
+                container.update(before) if isinstance(container, set) else container.extend(before)
+
     def _replaced(self, value: Any, parameters: Mapping[str, Tensor], copies: dict[int, Tensor]) -> Any:
         if isinstance(value, tuple):
             entries = [self._replaced(entry, parameters, copies) for entry in value]
@@ -131,17 +146,6 @@ class ModuleState:
         if id(value) not in copies:
             copies[id(value)] = value.detach().clone()
         return copies[id(value)]
-
-
-def put_back(snapshot: Iterable[tuple[Any, Any]]) -> None:
-    """Give every container the entries that it had at the snapshot."""
-    for container, before in snapshot:
-        if isinstance(before, dict):
-            if len(container) != len(before) or not all(map(is_, container.values(), before.values())):
-                _put_back(container, before)
-        elif len(container) != len(before) or not all(map(is_, container, before)):
-            container.clear()
-            container.update(before) if isinstance(container, set) else container.extend(before)
 
 
 def _put_back(container: Any, before: dict[Any, Any]) -> None:
