@@ -136,8 +136,8 @@ class Batch:
                 got = f"{_kind(targets)} {list(targets.shape)}"
                 hint = f"use {name}.unsqueeze(1) for one output, {name}.long() for classes"
                 raise ValueError(f"{name} must be [N, C] probabilities or [N] int64 classes, got {got}; {hint}")
-        if self.labels is not None and not isinstance(self.labels, Tensor):
-            raise TypeError(f"labels must be a tensor, got {type(self.labels).__name__}")
+        if self.labels is not None:
+            checks.floating(self.labels, "labels")
 
     def imputed(self, loss: str, on_graph: bool) -> Tensor:
         """Imputed labels ``[N, C]`` in float32 or float64: those given, or what the last layer predicts."""

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fastmeta.problem.hidden_reads import DATA, DataChanges, has_tensor, refuse_hidden, tensors
+from fastmeta.problem.hidden_reads import GET_DATA, DataChanges, has_tensor, refuse_hidden, tensors
 
 
 class ForwardMode(TorchFunctionMode):
@@ -34,14 +34,14 @@ class ForwardMode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.saw_hooks = False
-        self.changes = DataChanges({})
+        self.changes = DataChanges()
         self._hooks_outside = _saved_tensors_hooks()
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function in DATA:
+        if function == GET_DATA:
             return self.changes.run(function, args)
         if not torch._C._is_fwd_grad_enabled():  # in a Function's forward, or in torch.inference_mode
             result = function(*args, **kwargs)

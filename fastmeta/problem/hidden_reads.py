@@ -5,7 +5,7 @@ as it is while theta moves. The other a ``torch.autograd.Function`` reads, altho
 ``Function.forward`` nothing is recorded and no tangent moves, so that what it reads there, such as the parameters of a
 block that a checkpoint of another library runs, has the derivative 0, without a word.
 
-Changes of parameters by ``theta.data``, which no version counter of theta tells, are found here, too.
+Changes of parameters in place by ``theta.data``, which no version counter of theta tells, are found here, too.
 """
 
 import sys
@@ -27,30 +27,19 @@ class HiddenReadError(NotImplementedError):
 _APPLY = torch.autograd.Function.apply.__code__  # type: ignore[attr-defined]
 
 
-DATA = {torch.Tensor.data.__get__, torch.Tensor.data.__set__}  # type: ignore[attr-defined]
+GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class DataChanges:
-    """Finds changes of parameters by ``theta.data``.
+    """Finds changes of parameters in place by ``theta.data``."""
 
-    Args:
-        moved: parameters that are moved in place, by name: given other memory, they could not be moved back.
-    """
-
-    def __init__(self, moved: Mapping[str, Tensor]) -> None:
-        self._moved = {id(parameter): name for name, parameter in moved.items()}
+    def __init__(self) -> None:
         self._read: list[tuple[Tensor, int]] = []
 
     def run(self, function: Any, args: tuple[Any, ...]) -> Any:
-        """Run one of ``DATA``.
-
-        Raises:
-            ValueError: it gives a parameter that is moved other memory.
-        """
-        if len(args) > 1 and id(args[0]) in self._moved:
-            raise _changed(self._moved[id(args[0])])
+        """Run ``GET_DATA``."""
         result = function(*args)
-        if isinstance(result, Tensor) and not result.is_inference():
+        if not result.is_inference():
             self._read.append((result, result._version))
         return result
 
@@ -59,34 +48,32 @@ class DataChanges:
         changed = {_memory(data) for data, version in self._read if data._version != version}
         for name, parameter in parameters.items() if changed else ():
             if _memory(parameter) in changed:
-                raise _changed(name)
-
-
-def _changed(name: str) -> ValueError:
-    return ValueError(
-        f"model must not change its parameters as it runs, but it changes {name} by its .data; do that after "
-        "optimizer.step(), or make it a parametrization (torch.nn.utils.parametrize)"
-    )
+                raise ValueError(
+                    f"model must not change its parameters as it runs, but it changes {name} by its .data; do that "
+                    "after optimizer.step(), or make it a parametrization (torch.nn.utils.parametrize)"
+                )
 
 
 class HiddenReads(TorchFunctionMode):
-    """The mode in which a model runs; raises where a Function reads one of the leaves unseen while autograd records.
+    """The mode in which a model runs while autograd records; raises where a Function reads one of the leaves unseen.
 
     Args:
         leaves: theta; those that require grad count.
-        moved: see :class:`DataChanges`.
+
+    Attributes:
+        changes: of parameters, by their ``.data``.
     """
 
-    def __init__(self, leaves: list[Tensor], moved: Mapping[str, Tensor]) -> None:
+    def __init__(self, leaves: list[Tensor]) -> None:
         super().__init__()
         self._leaves = {id(leaf) for leaf in leaves if leaf.requires_grad}
-        self.changes = DataChanges(moved)
+        self.changes = DataChanges()
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function in DATA:
+        if function == GET_DATA:
             return self.changes.run(function, args)
         result = function(*args, **kwargs)
         if not torch._C._is_fwd_grad_enabled() and has_tensor(result):

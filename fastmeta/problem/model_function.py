@@ -154,13 +154,7 @@ class ModelFunction:
         return layer
 
     def logits(
-        self,
-        inputs: Inputs,
-        parameters: Vector | None = None,
-        *,
-        on_graph: bool = False,
-        twice: bool = False,
-        moved: bool = False,
+        self, inputs: Inputs, parameters: Vector | None = None, *, on_graph: bool = False, twice: bool = False
     ) -> Tensor:
         """``f(theta) [N, C]``, on the graph of ``parameters`` where they require grad.
 
@@ -169,11 +163,10 @@ class ModelFunction:
             parameters: theta; None: the model's own.
             on_graph: on the graph of the model's own parameters, so that a backward pass reaches their ``.grad``.
             twice: with kernels that can be differentiated twice.
-            moved: these parameters are moved in place; the model must not give them other memory.
         """
         theta = self._own if on_graph else self.parameters if parameters is None else parameters
         with torch.enable_grad() if on_graph else contextlib.nullcontext():
-            return self._call(theta, inputs, derivative=twice, on_graph=on_graph, moved=moved)
+            return self._call(theta, inputs, derivative=twice, on_graph=on_graph)
 
     def outputs(self, inputs: Inputs, *, on_graph: bool = False) -> Outputs:
         """Features and logits of the last linear layer at the model's own parameters.
@@ -353,7 +346,6 @@ class ModelFunction:
         derivative: bool = False,
         on_graph: bool = False,
         inside: ForwardMode | None = None,
-        moved: bool = False,
     ) -> Tensor:
         """Logits ``[N, C]`` at the parameters; ``on_graph``: the inputs are not detached."""
         copied = InputCopies(on_graph=on_graph)
@@ -366,11 +358,15 @@ class ModelFunction:
             keywords = {name: copied(value) for name, value in inputs.items()}
         else:
             positional = tuple(map(copied, inputs if type(inputs) is tuple else (inputs,)))
-        leaves = list(parameters.values()) if torch.is_grad_enabled() else []
-        mode = inside or HiddenReads(leaves, parameters if moved else {})
-        with self._evaluator.evaluation(parameters, derivative=derivative, on_graph=on_graph), mode:
-            logits = logits_of(self.module(*positional, **keywords))
-        mode.changes.check({**self._evaluator.frozen, **parameters})
+        mode: ForwardMode | HiddenReads | None = inside
+        if mode is None and torch.is_grad_enabled():
+            mode = HiddenReads(list(parameters.values()))
+        with self._evaluator.evaluation(parameters, derivative=derivative, on_graph=on_graph):
+            with mode or contextlib.nullcontext():
+                output = self.module(*positional, **keywords)
+            logits = logits_of(output)
+        if mode is not None:
+            mode.changes.check({**self._evaluator.frozen, **parameters})
         copied.check_unchanged()
         if logits.requires_grad and not on_graph:
             refuse_foreign(logits, parameters.values())
