@@ -93,11 +93,17 @@ def targets(
 
 
 def classes_of(tensor: Tensor, num_classes: int, loss: Loss, name: str = "targets") -> None:
-    """Not int64 classes for one output without a softmax, whose labels 0 and 1 they would not be.
+    """Not int64 classes for one output, whose labels 0 and 1 they would not be.
 
-    The operators themselves take class k for the row with a 1 at k, whatever the loss.
+    The softmax of one output is 1 whatever the model does. The operators themselves take class k for the row with a 1
+    at k, whatever the loss.
     """
-    if tensor.dtype == torch.int64 and num_classes == 1 and not loss.has_softmax:
+    if tensor.dtype == torch.int64 and num_classes == 1:
+        if loss.has_softmax:
+            raise ValueError(
+                f"{name} are classes of one output, whose softmax is always 1: use the loss binary_cross_entropy with "
+                f"{name}.to(logits.dtype).view(-1, 1)"
+            )
         raise ValueError(
             f"{name} must be floating [N, 1] for one output, got int64 classes {list(tensor.shape)}; "
             f"use {name}.to(logits.dtype).view(-1, 1)"

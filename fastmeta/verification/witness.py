@@ -196,6 +196,12 @@ class Witness:
             noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
             size = value.float().norm().item() or 1.0
             direction[name] = noise * (size / max(noise.float().norm().item(), 1e-30))
+        for part in self.module.modules():
+            # No gradient ever moves the row of an embedding's padding, though the logits may depend on it.
+            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.padding_idx is not None:
+                for name, value in self.parameters.items():
+                    if value is part.weight and name in direction:
+                        direction[name][part.padding_idx] = 0
         return direction
 
     def steps(self, direction: Vector) -> list[float]:

@@ -24,7 +24,7 @@ from fastmeta.losses import LOSSES
 from fastmeta.problem import Direction, LastLayerProblem, Rows, Trajectory, WholeModelProblem, vectors
 from fastmeta.problem.model_function import ModelFunction
 
-RATE = 0.05
+RATE = 0.01  # five steps on a sum, with momentum, must not diverge for any draw
 MODELS = [(net, mode) for net in NETS for mode in ("train", "eval") if net in ("conv", "text") or mode == "train"]
 # Every number of steps, with and without momentum, C^T, and both reductions.
 INNER: list[dict[str, Any]] = [

@@ -58,6 +58,14 @@ def test_classes_of_one_output(loss, how, generator):
         method.refine(**batch, labeled=x, labeled_targets=classes)
 
 
+@pytest.mark.parametrize("how", ["jvp", "last_layer"])
+def test_the_softmax_of_one_output_is_refused(how, generator):
+    model, make_inputs = mlp(generator, classes=1)
+    x = make_inputs(4)
+    with pytest.raises(ValueError, match="targets are classes of one output, whose softmax is always 1"):
+        fastmeta.MetaGradient(how=how).refine(model=model, unlabeled=x, holdout=x, targets=torch.zeros(4).long())
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("how", ["jvp", "last_layer"])
 def test_classes_of_several_outputs_are_one_hot_rows(loss, how, generator):

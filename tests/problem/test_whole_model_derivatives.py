@@ -138,7 +138,7 @@ def test_order_of_convergence(draw, name, training, how):
     model, make_inputs = make_net(draw, name, training)
     inputs, labels = make_inputs(5), draw.probabilities(5, 3)
     direction = any_direction(draw, model)
-    for loss in LOSSES:
+    for loss in LOSSES.keys() - {"huber"}:  # a kink of it within the radius has no order
         functions: dict[str, tuple[Callable[[float], Tensor], Tensor]] = {
             "labels": (
                 lambda radius, loss=loss: label_gradient(

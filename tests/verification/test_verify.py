@@ -296,3 +296,20 @@ def test_methods_must_be_methods_or_their_names():
         fastmeta.verify(model, x, methods=["L3I"])
     with pytest.raises(TypeError, match="methods must be methods or names of their classes, got int"):
         fastmeta.verify(model, x, methods=[3])
+
+
+def test_the_padding_of_an_embedding_never_moves():
+    class OfTokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(9, 8, padding_idx=0)
+            nn.init.normal_(self.embedding.weight)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, tokens):
+            return self.head(torch.tanh(self.embedding(tokens)).mean(1))
+
+    model, _ = made(OfTokens)
+    report = fastmeta.verify(model, torch.tensor([[0, 1, 2], [3, 0, 0]]), quiet=True)
+    assert report.ok, report
+    assert report["jvp"].verdict == "exact"
