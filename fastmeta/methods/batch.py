@@ -61,6 +61,9 @@ class Batch:
             ValueError: a shape does not fit, or something that the method needs is missing.
             TypeError: a dtype or the kind of an argument does not fit.
         """
+        if isinstance(self.labels, Tensor) and not self.labels.is_floating_point():
+            kind = _kind(self.labels)
+            raise TypeError(f"labels must be floating [N, C], got {kind}; of classes F.one_hot(classes, C).float()")
         if self.model is not None:
             self._check_inputs(how, learns)
         else:

@@ -149,8 +149,8 @@ class MetaGradient(Method):
         check_group(process_group)
         alpha = 1.0 if rate is None else checks.number(rate, "rate", low=0.0)
         reduction: Literal["mean", "sum"] = "sum" if rate is None else "mean"
-        checks.loss_code(inner_loss)
-        checks.loss_code(outer_loss)
+        checks.loss_code(inner_loss, "inner_loss")
+        checks.loss_code(outer_loss, "outer_loss")
         if how == "last_layer_difference" and inner_loss != "mse_probs":
             raise ValueError(f"inner_loss must be mse_probs for how='last_layer_difference', got {inner_loss!r}")
         if project and not losses.of(inner_loss).has_softmax:
