@@ -158,7 +158,7 @@ class MetaGradient(Method):
         gradient: LabelGradient | FiniteDifference
         if how == "last_layer_difference":
             gradient = FiniteDifference(radius=radius, rate=alpha, reduction=reduction)
-        elif (how == "finite_difference" or how == "forward_difference") and inner_loss == "mse_probs":
+        elif how in ("finite_difference", "forward_difference") and inner_loss == "mse_probs":
             gradient = FiniteDifference(radius=radius, rate=alpha, reduction=reduction, how=how)
         else:
             gradient = LabelGradient(inner_loss, rate=alpha, reduction=reduction, how=how, radius=radius)
@@ -169,7 +169,7 @@ class MetaGradient(Method):
         super().__init__(
             HoldoutGradient(outer_loss), gradient, update, process_group=process_group if synchronize else None
         )
-        self._calls.told = not synchronize  # as published: each process by itself
+        self._calls.processes_checked = not synchronize  # as published: each process by itself
 
     @property
     def step(self) -> float:
