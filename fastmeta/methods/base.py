@@ -212,8 +212,8 @@ class Method(Stateful):
             table = " and keeps a table of its own" if self.update.needs_index else ""
             warnings.warn(
                 f"{type(self).__name__} has no process_group, and {processes} processes run: each refines its part of "
-                f"the batch by itself{table}; process_group=torch.distributed.group.WORLD refines as one process would "
-                "on the joined batch",
+                f"the batch by itself{table}; process_group=torch.distributed.group.WORLD, which is None before "
+                "init_process_group, refines as one process would on the joined batch",
                 RuntimeWarning,
                 stacklevel=4,
             )
