@@ -137,10 +137,10 @@ def _double(module: nn.Module, inputs: Any, targets: Tensor | None) -> Witness |
         twin = copy.deepcopy(module).double()
         arguments = dict(inputs) if isinstance(inputs, Mapping) else inputs
         witness = Witness(twin, _pytree.tree_map(doubled, arguments), targets, backward=True)
-        own = set(map(id, twin.parameters()))
-        others = set(map(id, module.parameters()))
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         leaves = set(map(id, witness.graph().leaves))
-        is_whole = witness.logits.dtype == torch.float64 and not leaves & others and bool(leaves & own)
+        is_own = leaves.isdisjoint(map(id, module.parameters())) and not leaves.isdisjoint(map(id, twin.parameters()))
+        is_whole = witness.logits.dtype == torch.float64 and is_own and witness.parameters.keys() == trained
     except Exception:  # code that names a dtype or a device, an object without a copy
         return None
     return witness if is_whole else None

@@ -26,9 +26,8 @@ _LIBRARIES = tuple({sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib
 _TABLES = {"_parameters": "parameter", "_buffers": "buffer", "_modules": None}  # of a module, with their words
 _MISSING = object()
 
-Place = tuple[str, str]  # the word before a name, and the name
-Found = tuple[str, str, Any]  # a place, and what is there
 Entries = dict[Any, Any]
+Found = tuple[str, Any]  # a name and what has it
 
 
 def is_identical(now: Any, before: Any) -> bool:
@@ -62,7 +61,7 @@ def is_equal(now: Any, before: Any) -> bool:
 class Saved:
     """The entries of one object: what they were, which of them have changed, and the way back."""
 
-    place: Callable[[Any], Place]  # of the entry with a key
+    label: Callable[[Any], str]  # name of the entry with a key, after a word that says what it is
     read: Callable[[], Entries]
     write: Callable[[Entries], Any]
     same: Callable[[Any, Any], bool] = is_equal  # whether the report takes an entry for unchanged
@@ -75,12 +74,11 @@ class Saved:
 
     def found(self) -> list[Found]:
         """What there is to look at inside."""
-        return [] if self.is_copy else [(*self.place(key), value) for key, value in self.before.items()]
+        return [] if self.is_copy else [(self.label(key), value) for key, value in self.before.items()]
 
     def changed(self) -> list[str]:
         """Names of the entries that are not as they were."""
-        names = [self.name or _label(*self.place(key)) for key in self._differing(self.same)]
-        return list(dict.fromkeys(names))
+        return [self.name or self.label(key) for key in self._differing(self.same)]
 
     def restore(self) -> None:
         """Put every entry back."""
@@ -114,17 +112,17 @@ class Snapshot:
         self.tensors: dict[int, tuple[str, Tensor]] = {}  # all that were seen, with their names, by id
         self._saved = list(_random_states())
         seen: dict[int, Any] = {}  # keeps objects alive, so that no id is used twice
-        todo: list[Found] = [("", "inputs", inputs), ("attribute", "", model)]
+        todo: list[Found] = [("inputs", inputs), ("attribute ", model)]
         while todo and len(seen) < _MOST_OBJECTS:
-            word, name, value = todo.pop()
+            label, value = todo.pop()
             if isinstance(value, _PLAIN) or id(value) in seen:
                 continue
             seen[id(value)] = value
             if isinstance(value, Tensor):
-                self.tensors[id(value)] = _label(word, name), value
+                self.tensors[id(value)] = label, value
             if isinstance(value, nn.Module):  # its tables have words of their own
-                seen.update({id(vars(value)[table]): vars(value)[table] for table in _TABLES})
-            parts = list(_parts(value, word, name))
+                seen.update({id(vars(value).get(table)): vars(value).get(table) for table in _TABLES})
+            parts = list(_parts(value, label))
             self._saved += parts
             todo += reversed([found for part in parts for found in part.found()])
 
@@ -143,49 +141,52 @@ def is_promised(name: str) -> bool:
     return not name.startswith(("attribute ", "global ", "closure ", "class attribute "))
 
 
-def _parts(value: Any, word: str, name: str) -> Iterator[Saved]:
+def _parts(value: Any, label: str) -> Iterator[Saved]:
     """What an object consists of."""
     if isinstance(value, Tensor):
-        yield from _of_tensor(value, (word, name))
+        yield from _of_tensor(value, label)
     elif isinstance(value, numpy.ndarray) and value.dtype != object:
-        yield _whole((word, name), value.copy, lambda before: numpy.copyto(value, before))
+        yield _whole(label, value.copy, lambda before: numpy.copyto(value, before))
     elif isinstance(value, numpy.random.Generator):
-        yield _attributes(value.bit_generator, ["state"], _always(word, name), is_copy=True)
+        bits: Any = value.bit_generator
+        yield _whole(label, lambda: bits.state, lambda before: setattr(bits, "state", before))
     elif isinstance(value, random.Random):
-        yield _whole((word, name), value.getstate, value.setstate)
+        yield _whole(label, value.getstate, value.setstate)
     elif isinstance(value, (torch.Generator, numpy.random.RandomState)):
-        yield _whole((word, name), value.get_state, value.set_state)
+        yield _whole(label, value.get_state, value.set_state)
     elif isinstance(value, functools.partial):
-        yield _fixed(_always("closure", name), value.func, *value.args, *value.keywords.values())
+        yield _fixed(label, value.func, *value.args, *value.keywords.values())
     elif isinstance(value, types.MethodType):
-        yield _fixed(_always("closure", name), value.__self__, value.__func__)
+        yield _fixed(label, value.__self__, value.__func__)
     elif isinstance(value, types.FunctionType):
         yield from _of_function(value)
     elif isinstance(value, type):
         yield from _of_class(value)
     elif isinstance(value, dict):
-        yield _entries(value, lambda key: (word, f"{name}[{key!r}]"))
+        yield _entries(value, lambda key: f"{label}[{key!r}]")
     elif isinstance(value, (list, deque, set)):
-        yield _of_container(value, word, name)
+        yield _of_container(value, label)
     elif isinstance(value, (tuple, frozenset)):
-        yield _fixed(lambda key: (word, f"{name}[{key}]"), *value)
+        yield from (_fixed(f"{label}[{index}]", item) for index, item in enumerate(value))
+    elif isinstance(value, torch.jit.ScriptModule):  # its other attributes are made anew when they are read
+        yield from (_fixed(f"{label}.{name}", item) for name, item in value.state_dict(keep_vars=True).items())
     elif isinstance(value, nn.Module) or _is_plain_object(value):
-        yield from _of_object(value, word, name)
-    elif isinstance(value, Mapping) and not word:  # inputs by name
-        yield _fixed(lambda key: (word, f"{name}[{list(value)[key]!r}]"), *value.values())
+        yield from _of_object(value, label)
+    elif isinstance(value, Mapping) and label.startswith("inputs"):
+        yield from (_fixed(f"{label}[{key!r}]", item) for key, item in value.items())
 
 
-def _whole(place: Place, read: Callable[[], Any], write: Callable[[Any], Any]) -> Saved:
+def _whole(label: str, read: Callable[[], Any], write: Callable[[Any], Any]) -> Saved:
     """A single value, of which reading makes a copy."""
-    return Saved(_always(*place), lambda: {"": read()}, lambda before: write(before[""]), is_copy=True)
+    return Saved(lambda key: label, lambda: {"": read()}, lambda before: write(before[""]), is_copy=True)
 
 
-def _fixed(place: Callable[[Any], Place], *inside: Any) -> Saved:
+def _fixed(label: str, *inside: Any) -> Saved:
     """What cannot change, and holds what can."""
-    return Saved(place, lambda: dict(enumerate(inside)), lambda before: None)
+    return Saved(lambda key: label, lambda: dict(enumerate(inside)), lambda before: None)
 
 
-def _entries(owner: Entries, place: Callable[[Any], Place], keys: Collection[Any] | None = None) -> Saved:
+def _entries(owner: Entries, label: Callable[[Any], str], keys: Collection[Any] | None = None) -> Saved:
     """Of a dictionary; under some keys alone."""
 
     def read() -> Entries:
@@ -196,20 +197,14 @@ def _entries(owner: Entries, place: Callable[[Any], Place], keys: Collection[Any
             del owner[key]
         owner.update(before)
 
-    return Saved(place, read, write)
+    return Saved(label, read, write)
 
 
-def _attributes(owner: Any, names: Collection[str], place: Callable[[Any], Place], **options: Any) -> Saved:
-    """Some that an object always has."""
-
-    def write(before: Entries) -> None:
-        for name, value in before.items():
-            setattr(owner, name, value)
-
-    return Saved(place, lambda: {name: getattr(owner, name) for name in names}, write, **options)
+def _attribute(owner: Any, name: str, label: str) -> Saved:
+    return Saved(lambda key: label, lambda: {"": getattr(owner, name)}, lambda before: setattr(owner, name, before[""]))
 
 
-def _of_container(value: Any, word: str, name: str) -> Saved:
+def _of_container(value: Any, label: str) -> Saved:
     is_set = isinstance(value, set)
 
     def read() -> Entries:
@@ -219,53 +214,57 @@ def _of_container(value: Any, word: str, name: str) -> Saved:
         value.clear()
         (value.update if is_set else value.extend)(before.values())
 
-    return Saved(lambda key: (word, f"{name}[{key!r}]"), read, write, name=_label(word, name))
+    return Saved(lambda key: f"{label}[{key!r}]", read, write, name=label)
 
 
-def _of_tensor(tensor: Tensor, place: Place) -> Iterator[Saved]:
+def _of_tensor(tensor: Tensor, label: str) -> Iterator[Saved]:
+    """Its values and, of a leaf, its flag and its gradient."""
+
     def write(before: Tensor) -> None:
         if tensor.shape == before.shape:
             tensor.data.copy_(before)
         else:
             tensor.data = before.clone()
 
+    def read_leaf() -> Entries:
+        return {"requires_grad": tensor.requires_grad, "grad": tensor.grad}
+
     def write_leaf(before: Entries) -> None:
-        if not (tensor.is_leaf or tensor._is_view()):
+        if not tensor.is_leaf and not tensor._is_view():
             tensor.detach_()
-        for key, value in before.items() if tensor.is_leaf else ():
-            setattr(tensor, key, value)
+        if tensor.is_leaf:
+            tensor.requires_grad, tensor.grad = before.values()
 
     if tensor.is_leaf:
-        names = ("requires_grad", "grad")
-        yield Saved(
-            _always(*place), lambda: {name: getattr(tensor, name) for name in names}, write_leaf, same=is_identical
-        )
+        yield Saved(lambda key: label, read_leaf, write_leaf, same=is_identical)
     if _has_values(tensor):
-        yield _whole(place, lambda: tensor.detach().clone(), write)
+        yield _whole(label, lambda: tensor.detach().clone(), write)
 
 
-def _of_object(value: Any, word: str, name: str) -> Iterator[Saved]:
+def _of_object(value: Any, label: str) -> Iterator[Saved]:
     """Its attributes, its classes and, of a module, its tables."""
-    is_module = isinstance(value, nn.Module)
+    word, _, name = label.partition(" ")
+    prefix = f"{label}." if name or not label.endswith(" ") else label
 
-    def place(key: str, word: str = word) -> Place:
-        if is_module and key == "training":
-            return "mode of", name or "the model"
-        return word, f"{name}.{key}".lstrip(".")
+    def attribute(key: str) -> str:
+        if isinstance(value, nn.Module) and key == "training":
+            return f"mode of {name or 'the model'}"
+        return prefix + key
 
-    for table, kind in _TABLES.items() if is_module else ():
-        yield _entries(vars(value)[table], functools.partial(place, word=kind or word))
-    yield _entries(vars(value), place)
-    classes = [cls for cls in type(value).__mro__ if not _is_library(cls.__module__)]
-    yield _fixed(_always("", ""), *classes)
+    for table, kind in _TABLES.items() if isinstance(value, nn.Module) else ():
+        yield _entries(vars(value)[table], f"{kind or word}{prefix[len(word) :]}".__add__)
+    yield _entries(vars(value), attribute)
+    yield _fixed("", *(cls for cls in type(value).__mro__ if not _is_library(cls.__module__)))
 
 
 def _of_class(cls: type) -> Iterator[Saved]:
     """Its attributes that are no functions, and those that are."""
-    own = {key: getattr(item, "__func__", getattr(item, "fget", item)) for key, item in vars(cls).items()}
-    plain = [key for key, item in own.items() if not (key[:2] == "__" or callable(item) or hasattr(item, "__get__"))]
-    yield _attributes(cls, plain, _under("class attribute", f"{cls.__name__}."))
-    yield _fixed(_always("", ""), *(item for item in own.values() if isinstance(item, types.FunctionType)))
+    for key, item in vars(cls).items():
+        function = getattr(item, "__func__", getattr(item, "fget", item))
+        if isinstance(function, types.FunctionType):
+            yield _fixed("", function)
+        elif not (key.startswith("__") or callable(function) or hasattr(function, "__get__")):
+            yield _attribute(cls, key, f"class attribute {cls.__name__}.{key}")
 
 
 def _of_function(function: types.FunctionType) -> Iterator[Saved]:
@@ -273,39 +272,24 @@ def _of_function(function: types.FunctionType) -> Iterator[Saved]:
     code, own = function.__code__, function.__qualname__
     for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         if cell != types.CellType():  # of an empty one nothing can be read
-            yield _attributes(cell, ["cell_contents"], _always("closure", f"{variable} of {own}"))
+            yield _attribute(cell, "cell_contents", f"closure {variable} of {own}")
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    yield _fixed(_always("closure", f"default of {own}"), *defaults)
+    yield _fixed(f"closure default of {own}", *defaults)
     names = sorted(_names(code))
-    spaces = {"": function.__globals__}
-    for name in names:
-        if isinstance(module := function.__globals__.get(name), types.ModuleType):
-            spaces[f"{name}."] = vars(module)
-    for prefix, space in spaces.items():
-        if not _is_library(space["__name__"]):
+    modules = {f"{name}.": function.__globals__.get(name) for name in names}
+    spaces = {prefix: vars(module) for prefix, module in modules.items() if isinstance(module, types.ModuleType)}
+    for prefix, space in {"": function.__globals__, **spaces}.items():
+        if not _is_library(space.get("__name__")):
             keys = [name for name in names if not isinstance(space.get(name), (types.ModuleType, type))]
-            yield _entries(space, _under("global", prefix), keys)
+            yield _entries(space, f"global {prefix}".__add__, keys)
 
 
 def _random_states() -> Iterator[Saved]:
-    word = "random state of"
-    yield _whole((word, "torch"), torch.get_rng_state, torch.set_rng_state)
-    yield _whole((word, "Python"), random.getstate, random.setstate)
-    yield _whole((word, "NumPy"), numpy.random.get_state, numpy.random.set_state)
+    yield _whole("random state of torch", torch.get_rng_state, torch.set_rng_state)
+    yield _whole("random state of Python", random.getstate, random.setstate)
+    yield _whole("random state of NumPy", numpy.random.get_state, numpy.random.set_state)
     if torch.cuda.is_initialized():
-        yield _whole((word, "CUDA"), torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
-
-
-def _always(word: str, name: str) -> Callable[[Any], Place]:
-    return lambda key: (word, name)
-
-
-def _under(word: str, prefix: str) -> Callable[[Any], Place]:
-    return lambda key: (word, prefix + key)
-
-
-def _label(word: str, name: str) -> str:
-    return f"{word} {name}".strip()
+        yield _whole("random state of CUDA", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -143,6 +143,18 @@ def test_a_head_that_is_no_linear_layer_is_never_exact_in_silence(make):
         assert any("capture_features" in problem for problem in report.problems)
 
 
+def test_a_scripted_part_is_verified_without_a_copy():
+    def scripted_part():
+        model = traps.Plain()
+        model.hidden = torch.jit.script(model.hidden)
+        return model
+
+    report = verified(scripted_part)
+    assert report.ok, report
+    assert "copy" not in report.model  # a copy of TorchScript forgets which parameters train
+    assert report["finite_difference"].verdict == "approximate"
+
+
 def test_a_head_with_a_constant_is_exact():
     model, x = made(traps.Plain)
     model.head.bias.requires_grad_(False)
