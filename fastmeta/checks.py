@@ -124,11 +124,11 @@ def target_kind(tensor: object, name: str) -> Tensor:
     return tensor
 
 
-def loss_code(loss: object) -> int:
+def loss_code(loss: object, name: str = "loss") -> int:
     """The kernels' number of a loss."""
     code = LOSSES.get(loss) if isinstance(loss, str) else None
     if code is None:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+        raise ValueError(f"{name} must be one of {', '.join(LOSSES)}, got {loss!r}")
     return code
 
 

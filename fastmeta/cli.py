@@ -1,7 +1,5 @@
 """The command line: ``fastmeta compare``, ``fastmeta train``, ``fastmeta doctor``, ``fastmeta --version``."""
 
-import contextlib
-import io
 import re
 import sys
 from dataclasses import dataclass
@@ -91,6 +89,9 @@ class Train(RunConfig):
     out: Path | None = None
     """Folder for the results (default: a name under runs/ made from the settings)."""
 
+    def __post_init__(self) -> None:
+        """Nothing: ``run`` checks, where an error is one line and not a frame of tyro's."""
+
     def run(self) -> int:
         """Exit status: 0, or 130 if it was interrupted."""
         run = RunConfig(**{name: getattr(self, name) for name in RunConfig.__dataclass_fields__})
@@ -130,46 +131,12 @@ def main(arguments: list[str] | None = None) -> int:
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
         print(f"fastmeta {fastmeta.__version__}, torch {torch.__version__}")
         return 0
+    command = tyro.cli(Command, prog="fastmeta", description=_DESCRIPTION, args=arguments)  # type: ignore[call-overload]
     try:
-        return _parsed(arguments).run()
+        return command.run()
     except (ValueError, ConfigMismatch, WorkerError) as error:
         print(f"fastmeta: error: {_with_flag(str(error))}", file=sys.stderr)
         return 2
-
-
-def _parsed(arguments: list[str] | None) -> Compare | Train | Doctor:
-    """The command.
-
-    Raises:
-        ValueError: an option is not what it must be, in one line in place of tyro's frame.
-    """
-    words = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(words):
-            return tyro.cli(Command, prog="fastmeta", description=_DESCRIPTION, args=arguments)  # type: ignore[call-overload]
-    except SystemExit as leaving:
-        if leaving.code in (None, 0):
-            raise  # --help
-        message = _one_line(words.getvalue())
-    raise ValueError(message)
-
-
-def _one_line(words: str) -> str:
-    """What tyro says, without its frame, title and help text."""
-    lines = [line.strip(" │") for line in words.splitlines()]
-    text = " ".join(line for line in lines if line and not set(line) <= set("─-╭╮╰╯"))
-    text = re.split(r" Argument helptext:| For full helptext| Arguments similar to| Perhaps you meant", text)[0]
-    text = re.sub(r"^[^:]*?(Error parsing|invalid choice|Unrecognized options:|Required )", r"\1", text)
-    number = re.fullmatch(r"Error parsing (--\S+): .*?: ('.*')", text)
-    if number is not None:
-        return f"{number[1]} must be a {'whole ' if 'int()' in text else ''}number, got {number[2]}"
-    choice = re.fullmatch(r"invalid choice (.*?) for argument '(--\S+)'. Expected one of \((.*)\)\.", text)
-    if choice is not None:
-        return f"{choice[2]} must be one of {choice[3].replace(chr(39), '')}, got {choice[1]}"
-    text = text.replace(" Available subcommands:", "; the commands are").replace(
-        "subcommand Expected", "command, expected"
-    )
-    return re.sub(r"^Error parsing \w+: ", "", text)
 
 
 def _with_flag(text: str) -> str:

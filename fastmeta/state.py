@@ -98,8 +98,7 @@ class Stateful(nn.Module):
         for path, module in reversed(list(self.named_modules())):  # a part before those that look into it
             place = f"{prefix}{path}." if path else prefix
             own, name = _below(state, place), type(self).__name__
-            kept = {key: tensor for key, tensor in (*module._buffers.items(), *module._parameters.items())}
-            for key, tensor in kept.items():
+            for key, tensor in {**module._buffers, **module._parameters}.items():
                 if tensor is not None and key not in module._non_persistent_buffers_set:
                     entry(own, key, tensor.shape, name, place)
                     taken.add(place + key)

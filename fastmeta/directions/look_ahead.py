@@ -63,7 +63,7 @@ class LookAhead(Stateful):
     ) -> None:
         super().__init__()
         checks.loss_code(loss)
-        checks.loss_code(labeled_loss)
+        checks.loss_code(labeled_loss, "labeled_loss")
         if steps < 1:
             raise ValueError(f"steps must be >= 1, got {steps}")
         self.of: DirectionRule = HoldoutGradient() if of is None else of

@@ -69,7 +69,7 @@ class AlignedImputation(Method):
         process_group: Group = None,
     ) -> None:
         check_group(process_group)
-        checks.loss_code(inner_loss)
+        checks.loss_code(inner_loss, "inner_loss")
         if mode is not None:
             checks.choice(mode, "mode", "train", "eval")
         direction: DirectionRule = NormalizedGap(

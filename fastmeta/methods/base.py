@@ -16,7 +16,7 @@ from fastmeta.methods.batch import Batch, as_outputs, check_on_graph, like_param
 from fastmeta.ops.process_group import Group, running_processes
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import LastLayerProblem, Problem, WholeModelProblem, full_precision
-from fastmeta.problem.evaluation import TRACELESS
+from fastmeta.problem.evaluation import WHY_NOT_TRACED
 from fastmeta.problem.model_function import Inputs, ModelFunction
 from fastmeta.problem.targets import Given
 from fastmeta.state import Stateful, entry
@@ -28,15 +28,15 @@ class _Graphs(Protocol):
         """One step, in place of :meth:`Method._refine`."""
 
 
-class _Count:
-    """The number of calls. torch.compile takes the numbers of a module for constants, and would compile every step."""
+class _Calls:
+    """What changes with the calls. torch.compile takes a module's numbers for constants and would compile each step."""
 
-    __slots__ = ("number", "told")
+    __slots__ = ("number", "processes_checked")
 
     def __init__(self) -> None:
         self.number = 0
-        self.told = False
-        """whether the user has heard what :meth:`Method._tell` says, or need not"""
+        self.processes_checked = False
+        """whether :meth:`Method._warn_of_other_processes` has run, or need not"""
 
     @torch.compiler.disable(reason="compiled code would take the number for a constant")
     def read(self) -> int:
@@ -100,7 +100,7 @@ class Method(Stateful):
         self.update = update
         self.process_group = process_group
         self._graphs: _Graphs | None = None  # set by fastmeta.graph
-        self._calls = _Count()
+        self._calls = _Calls()
 
     @property
     def calls(self) -> int:
@@ -190,8 +190,8 @@ class Method(Stateful):
         if self._graphs is not None:
             return self._graphs.refine(self, batch)
         self._check(batch)
-        if not self._calls.told and not torch.compiler.is_compiling():
-            self._tell()
+        if not self._calls.processes_checked and not torch.compiler.is_compiling():
+            self._warn_of_other_processes()
         if batch.model is not None:
             return self._refine_model(batch)
         # A GEMM of float32 must not become one of bfloat16 because the caller trains under autocast.
@@ -201,19 +201,19 @@ class Method(Stateful):
                 computed = self._step(*self._problem(imputed.detach(), batch))
             return self._finish(computed, imputed, batch)
 
-    def _tell(self) -> None:
+    def _warn_of_other_processes(self) -> None:
         """Warn once where several processes run and the method knows of none.
 
         Outputs of a tape do not tell whether DistributedDataParallel, or what else joins gradients, wraps the model.
         """
-        self._calls.told = True
+        self._calls.processes_checked = True
         processes = 1 if self.process_group is not None else running_processes()
         if processes > 1:
             table = " and keeps a table of its own" if self.update.needs_index else ""
             warnings.warn(
                 f"{type(self).__name__} has no process_group, and {processes} processes run: each refines its part of "
-                f"the batch by itself{table}; process_group=torch.distributed.group.WORLD refines as one process would "
-                "on the joined batch",
+                f"the batch by itself{table}; process_group=torch.distributed.group.WORLD, which is None before "
+                "init_process_group, refines as one process would on the joined batch",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -245,7 +245,7 @@ class Method(Stateful):
         )
         return problem, index, labels
 
-    @torch.compiler.disable(reason=TRACELESS)
+    @torch.compiler.disable(reason=WHY_NOT_TRACED)
     def _refine_model(self, batch: Batch) -> Refined:
         """One step with the model's inputs."""
         assert batch.model is not None

@@ -61,6 +61,11 @@ class Batch:
             ValueError: a shape does not fit, or something that the method needs is missing.
             TypeError: a dtype or the kind of an argument does not fit.
         """
+        if self.labels is not None and not isinstance(self.labels, Tensor):
+            raise TypeError(f"labels must be a tensor, got {_kind(self.labels)}")
+        if self.labels is not None and not self.labels.is_floating_point():
+            kind = _kind(self.labels)
+            raise TypeError(f"labels must be floating [N, C], got {kind}; of classes F.one_hot(classes, C).float()")
         if self.model is not None:
             self._check_inputs(how, learns)
         else:
@@ -136,8 +141,6 @@ class Batch:
                 got = f"{_kind(targets)} {list(targets.shape)}"
                 hint = f"use {name}.unsqueeze(1) for one output, {name}.long() for classes"
                 raise ValueError(f"{name} must be [N, C] probabilities or [N] int64 classes, got {got}; {hint}")
-        if self.labels is not None:
-            checks.floating(self.labels, "labels")
 
     def imputed(self, loss: str, on_graph: bool) -> Tensor:
         """Imputed labels ``[N, C]`` in float32 or float64: those given, or what the last layer predicts."""

@@ -213,8 +213,8 @@ class ExampleWeights(Method):
     ) -> None:
         checks.choice(inverse_hessian, "inverse_hessian", *get_args(Solver), "identity")
         checks.number(damping, "damping", low=0.0)
-        checks.loss_code(inner_loss)
-        checks.loss_code(outer_loss)
+        checks.loss_code(inner_loss, "inner_loss")
+        checks.loss_code(outer_loss, "outer_loss")
         checks.choice(reduction, "reduction", "mean", "sum")
         if mode is not None:
             checks.choice(mode, "mode", "train", "eval")

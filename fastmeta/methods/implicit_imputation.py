@@ -86,10 +86,10 @@ class ImplicitImputation(Method):
         checks.choice(variant, "variant", "V1", "V2")
         if mode is not None:
             checks.choice(mode, "mode", "train", "eval")
-        checks.loss_code(inner_loss)
+        checks.loss_code(inner_loss, "inner_loss")
         if variant == "V1":
             checks.choice(inner_loss, "inner_loss", "cross_entropy", "mse_probs")
-        checks.loss_code(outer_loss)
+        checks.loss_code(outer_loss, "outer_loss")
         if how == "last_layer" and layers is not None:
             raise ValueError(f"layers must be None for how='last_layer', got {layers}")
         direction: DirectionRule = InverseHessian(

@@ -95,7 +95,8 @@ class ImputeAndWeight(Method):
         check_group(process_group)
         if mode is not None:
             checks.choice(mode, "mode", "train", "eval")
-        checks.loss_code(outer_loss)
+        checks.loss_code(inner_loss, "inner_loss")
+        checks.loss_code(outer_loss, "outer_loss")
         checks.number(rate, "rate", low=0.0)
         direction: DirectionRule = HoldoutGradient(loss=outer_loss)
         if unit_length:

@@ -149,8 +149,8 @@ class MetaGradient(Method):
         check_group(process_group)
         alpha = 1.0 if rate is None else checks.number(rate, "rate", low=0.0)
         reduction: Literal["mean", "sum"] = "sum" if rate is None else "mean"
-        checks.loss_code(inner_loss)
-        checks.loss_code(outer_loss)
+        checks.loss_code(inner_loss, "inner_loss")
+        checks.loss_code(outer_loss, "outer_loss")
         if how == "last_layer_difference" and inner_loss != "mse_probs":
             raise ValueError(f"inner_loss must be mse_probs for how='last_layer_difference', got {inner_loss!r}")
         if project and not losses.of(inner_loss).has_softmax:
@@ -158,7 +158,7 @@ class MetaGradient(Method):
         gradient: LabelGradient | FiniteDifference
         if how == "last_layer_difference":
             gradient = FiniteDifference(radius=radius, rate=alpha, reduction=reduction)
-        elif (how == "finite_difference" or how == "forward_difference") and inner_loss == "mse_probs":
+        elif how in ("finite_difference", "forward_difference") and inner_loss == "mse_probs":
             gradient = FiniteDifference(radius=radius, rate=alpha, reduction=reduction, how=how)
         else:
             gradient = LabelGradient(inner_loss, rate=alpha, reduction=reduction, how=how, radius=radius)
@@ -169,7 +169,7 @@ class MetaGradient(Method):
         super().__init__(
             HoldoutGradient(outer_loss), gradient, update, process_group=process_group if synchronize else None
         )
-        self._calls.told = not synchronize  # as published: each process by itself
+        self._calls.processes_checked = not synchronize  # as published: each process by itself
 
     @property
     def step(self) -> float:

@@ -20,8 +20,7 @@ Mode = Literal["train", "eval"]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-# Why torch.compile must not trace an evaluation.
-TRACELESS = (
+WHY_NOT_TRACED = (
     "it sets and puts back state of the process, which a graph does not hold; do not compile with fullgraph=True"
 )
 
@@ -37,7 +36,7 @@ def eager(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         with torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)
 
-    return torch.compiler.disable(run, reason=TRACELESS)
+    return torch.compiler.disable(run, reason=WHY_NOT_TRACED)
 
 
 class Evaluator:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.jit._script import OrderedDictWrapper
 
 from fastmeta.problem.random_state import is_generator
 
@@ -114,7 +113,8 @@ class ModuleState:
     def snapshot(self) -> list[tuple[Any, Any]]:
         """Every container of the state, with its entries as they are now."""
         return [
-            (container, dict(container.items()) if isinstance(container, OrderedDictWrapper) else container.copy())
+            # Parameters and buffers of a TorchScript module are no dict and have no copy().
+            (container, container.copy() if hasattr(container, "copy") else dict(container.items()))
             for container in self._containers
         ]
 

@@ -44,8 +44,10 @@ class RandomState:
 class _NumpyState:
     """The state of ``numpy.random``'s functions.
 
-    NumPy takes 40 us to read it and 60 to set it. A read of its memory, 0.6 us, says whether it has changed: whoever
-    draws moves the generator, except for the second of two normal numbers, which was kept from the first's draw.
+    NumPy takes 40 us to read it and 60 to set it: ``refine`` of a small network (64 inputs, 128 hidden units, 64
+    examples) would take 2.4 ms in place of 2.0 with ``how="jvp"`` and 3.7 in place of 2.9 with ``"double_backward"``.
+    A read of its memory, 0.6 us, says whether it has changed: whoever draws moves the generator, except for the second
+    of two normal numbers, which was kept from the first's draw.
     """
 
     _MT19937_BYTES = 625 * 4  # 624 words and the position

@@ -1,10 +1,12 @@
 """Which implementation of each operator this installation has, and which derivatives of a user's model are right."""
 
+import contextlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,9 +85,16 @@ def verify_named(name: str) -> Report:
             function takes no argument and returns ``(model, inputs)`` or ``(model, inputs, targets)``.
 
     Raises:
-        ValueError: there is no such function, or it returns something else.
+        ValueError: there is no such function, or it takes or returns something else.
+        RuntimeError: the user's code raised a ValueError, which is the cause.
     """
-    returned = _function(name)()
+    function = _function(name)
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ValueError(f"model must name a function that takes no argument, got {name!r}: {error}") from error
+    with _code_of(name):
+        returned = function()
     if not isinstance(returned, tuple) or len(returned) not in (2, 3) or not isinstance(returned[0], torch.nn.Module):
         got = type(returned).__name__
         if isinstance(returned, tuple):
@@ -96,12 +105,24 @@ def verify_named(name: str) -> Report:
     return fastmeta.verify(*returned)
 
 
+@contextlib.contextmanager
+def _code_of(name: str) -> Iterator[None]:
+    """The command line shows a ValueError in one line; one of the user's own code needs its traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError(f"the code of {name} raised {type(error).__name__}: {error}") from error
+
+
 def _function(name: str) -> Callable[[], Any]:
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
         raise ValueError(f"model must be package.module:function or file.py:function, got {name!r}")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ValueError(f"model must name a file that exists, got {place!r}")
     try:
-        module = _file(Path(place)) if place.endswith(".py") else _module(place)
+        with _code_of(name):
+            module = _file(Path(place)) if place.endswith(".py") else _module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not place.startswith(error.name):
             raise  # the user's module is there, and lacks another
@@ -119,8 +140,6 @@ def _module(name: str) -> ModuleType:
 
 
 def _file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ValueError(f"model must name a file that exists, got {str(path)!r}")
     sys.path.insert(0, str(path.resolve().parent))  # as ``python file.py`` has it
     specification = importlib.util.spec_from_file_location(path.stem, path)
     assert specification is not None

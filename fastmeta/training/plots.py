@@ -120,8 +120,10 @@ def _errors(folder: Path, rows: list[dict[str, Any]]) -> Path | None:
     grid[0][0].set_xlim(left=0)
     figure.supxlabel("training step", fontsize="medium")
     figure.supylabel("test error, %", fontsize="medium")
-    alone = "" if all(method == "none" for _, method in places) else " (black: the base alone)"
-    figure.suptitle(f"averaged weights: mean and range of the seeds{alone}", fontsize="medium")
+    title = "averaged weights: mean and range of the seeds"
+    if any(method != "none" and (base, "none") in curves for base, method in places):
+        title += (" " if columns > 1 else "\n") + "(black: the base alone)"
+    figure.suptitle(title, fontsize="medium")
     return _save(figure, folder / "errors.png")
 
 
@@ -178,29 +180,36 @@ def _differences(folder: Path, results: dict[str, Any]) -> Path | None:
 
 
 def _weights(folder: Path, details: Details) -> Path | None:
-    """Histogram of the final example weights, images whose imputed label is right and wrong apart."""
+    """Histograms of the final example weights, a column for each method, all seeds together.
+
+    Images whose imputed label is right and wrong are apart.
+    """
     from matplotlib import pyplot
 
-    right: list[float] = []
-    wrong: list[float] = []
-    for detail in details.values():
+    arms: dict[str, dict[bool, list[float]]] = {}
+    for (base, method, _), detail in details.items():
         if detail["weights"] is not None:
+            by_outcome = arms.setdefault(f"{base} + {method}", {True: [], False: []})
             for weight, label, target in zip(detail["weights"], detail["imputed"], detail["target"], strict=True):
-                (right if label == target else wrong).append(weight)
-    if not right and not wrong:
+                by_outcome[label == target].append(weight)
+    if not arms:
         return None
-    figure, panels = pyplot.subplots(2, 1, figsize=(6.4, 4.4), sharex=True, layout="constrained")
-    groups = ((right, _RIGHT, "right"), (wrong, _WRONG, "wrong"))
-    for axes, (weights, color, name) in zip(panels, groups, strict=True):
-        _style(axes)
-        axes.hist(weights, bins=40, range=(0, 2), color=color, weights=[100 / max(1, len(weights))] * len(weights))
-        axes.axvline(1, color="0.3", linewidth=1, linestyle=":")
-        mean = sum(weights) / len(weights) if weights else math.nan
-        axes.set_title(
-            f"label imputed at the end is {name}: {len(weights)} images, mean weight {mean:.2f}", fontsize="medium"
-        )
-        axes.set_ylabel("% of them")
-    panels[1].set_xlabel("weight of an unlabeled image at the end (1 at the start)")
+    figure, grid = pyplot.subplots(
+        2, len(arms), figsize=(1 + 4.4 * len(arms), 4.6), sharex=True, squeeze=False, layout="constrained"
+    )
+    for column, (arm, by_outcome) in enumerate(arms.items()):
+        for axes, right in zip(grid[:, column], (True, False), strict=True):
+            weights = by_outcome[right]
+            _style(axes)
+            share = [100 / max(1, len(weights))] * len(weights)
+            axes.hist(weights, bins=40, range=(0, 2), color=_RIGHT if right else _WRONG, weights=share)
+            axes.axvline(1, color="0.3", linewidth=1, linestyle=":")
+            mean = sum(weights) / len(weights) if weights else math.nan
+            outcome = "right" if right else "wrong"
+            title = f"label imputed at the end is {outcome}: {len(weights)} images, mean {mean:.2f}"
+            axes.set_title(f"{arm}\n{title}" if right else title, fontsize="small")
+            axes.set_ylabel("% of them" if column == 0 else "")
+    figure.supxlabel("weight of an unlabeled image at the end (1 at the start)", fontsize="medium")
     return _save(figure, folder / "weights.png")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastmeta.data import ImageDataset, load_digits
-from fastmeta.methods import ExampleWeights
+from fastmeta.methods import ExampleWeights, ImputeAndWeight
 from fastmeta.training.config import RunConfig
 from fastmeta.training.files import (
     append_jsonl,
@@ -126,7 +126,7 @@ def _details(run: Run) -> dict[str, Any]:
     imputed = run.impute_all().cpu()
     confidence, label = imputed.max(dim=1)
     method = None if run.refiner is None else run.refiner.method
-    weights = method.weights.tolist() if isinstance(method, ExampleWeights) else None
+    weights = method.weights.tolist() if isinstance(method, (ExampleWeights, ImputeAndWeight)) else None
     return {
         "unlabeled": places.tolist(),
         "target": run.dataset.targets.cpu()[places].tolist(),

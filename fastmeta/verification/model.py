@@ -14,9 +14,7 @@ from fastmeta.methods import Method
 from fastmeta.problem.model_function import _unwrapped
 from fastmeta.problem.targets import check_targets
 from fastmeta.verification.causes import notes_on, problems_of
-from fastmeta.verification.judge import Judge
-from fastmeta.verification.methods import made, row_of
-from fastmeta.verification.passes import Passes
+from fastmeta.verification.passes import Passes, method_of
 from fastmeta.verification.report import Report, Row
 from fastmeta.verification.witness import Witness
 
@@ -82,18 +80,16 @@ def verify(
         if targets is not None:
             check_targets(targets, witness.logits, "targets")
         twin = None if witness.logits.dtype == torch.float64 else _double(module, inputs, targets)
-        other = None if twin is None else Judge(twin)
-        judge = Judge(witness, differences=twin is None)
-        chosen = [made(method, judge) for method in methods or ()]
-        passes = Passes(model, judge)
+        witness.testify(differences=twin is None)
+        chosen = [method_of(method, witness) for method in methods or ()]
+        passes = Passes(model, witness)
         rows = passes.rows()
-        if twin is not None and other is not None:
-            in_double = Passes(twin.module, other).rows()
-            rows = [_joined(own, exact) for own, exact in zip(rows, in_double, strict=True)]
-        rows += [row_of(method, passes) for method in chosen]
-        problems, notes = problems_of(judge, rows, other), notes_on(judge, other)
-        witness.state.restore()
-    report = Report(_described(module, witness, other), tuple(rows), tuple(problems), tuple(notes))
+        if twin is not None:
+            twin.testify(differences=True)
+            rows = [_joined(*pair) for pair in zip(rows, Passes(twin.module, twin).rows(), strict=True)]
+        rows += [passes.method_row(method) for method in chosen]
+        problems, notes = tuple(problems_of(witness, rows, twin)), tuple(notes_on(witness, twin))
+    report = Report(_described(witness, twin), tuple(rows), problems, notes)
     if not quiet:
         print(report)
     return report
@@ -116,15 +112,15 @@ def _joined(own: Row, exact: Row) -> Row:
     return replace(own, verdict=exact.verdict, error=error, note=exact.note)
 
 
-def _described(module: nn.Module, witness: Witness, other: Judge | None) -> str:
+def _described(witness: Witness, twin: Witness | None) -> str:
     """What was looked at, in a line."""
     count = sum(value.numel() for value in witness.parameters.values())
-    mode = "training" if module.training else "evaluation"
-    where = " and on a copy in float64" if other is not None else ""
-    examples, classes = witness.logits.shape
+    mode = "training" if witness.module.training else "evaluation"
+    dtype = str(witness.logits.dtype).removeprefix("torch.")
     return (
-        f"{type(module).__name__} in {mode} mode, {count:,} parameters that train, logits [{examples}, {classes}] "
-        f"in {str(witness.logits.dtype).removeprefix('torch.')}{where}; errors are relative"
+        f"{type(witness.module).__name__} in {mode} mode, {count:,} parameters that train, logits "
+        f"{list(witness.logits.shape)} in {dtype}{'' if twin is None else ' and on a copy in float64'}; errors are "
+        "relative"
     )
 
 
@@ -141,10 +137,10 @@ def _double(module: nn.Module, inputs: Any, targets: Tensor | None) -> Witness |
         twin = copy.deepcopy(module).double()
         arguments = dict(inputs) if isinstance(inputs, Mapping) else inputs
         witness = Witness(twin, _pytree.tree_map(doubled, arguments), targets, backward=True)
-        own = set(map(id, twin.parameters()))
-        others = set(map(id, module.parameters()))
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         leaves = set(map(id, witness.graph().leaves))
-        is_whole = witness.logits.dtype == torch.float64 and not leaves & others and bool(leaves & own)
+        is_own = leaves.isdisjoint(map(id, module.parameters())) and not leaves.isdisjoint(map(id, twin.parameters()))
+        is_whole = witness.logits.dtype == torch.float64 and is_own and witness.parameters.keys() == trained
     except Exception:  # code that names a dtype or a device, an object without a copy
         return None
     return witness if is_whole else None

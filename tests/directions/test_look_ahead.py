@@ -251,7 +251,7 @@ def test_bad_settings():
         ({"steps": 0}, "steps must be >= 1, got 0"),
         ({"momentum": -0.1}, "momentum must be >= 0.0, got -0.1"),
         ({"loss": "hinge"}, "loss must be one of"),
-        ({"labeled_loss": "hinge"}, "loss must be one of"),
+        ({"labeled_loss": "hinge"}, "labeled_loss must be one of"),
         ({"rate": float("inf")}, "rate must be finite"),
     ):
         with pytest.raises(ValueError, match=message):

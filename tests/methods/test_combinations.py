@@ -376,7 +376,7 @@ def test_a_gradient_without_a_column_for_the_weights_is_refused(draw):
         (lambda: ImplicitImputation(damping=-1.0), "damping must be >= 0"),
         (lambda: ImputeAndWeight(0), "num_examples must be >= 1"),
         (lambda: ImputeAndWeight(5, read="never"), "read must be"),
-        (lambda: ImputeAndWeight(5, inner_loss="hinge"), "loss must be one of"),
+        (lambda: ImputeAndWeight(5, inner_loss="hinge"), "inner_loss must be one of"),
     ],
 )
 def test_options_are_checked(make, message):

@@ -312,7 +312,7 @@ def test_presets_read_the_weights_after_and_before(draw):
     ("options", "error", "message"),
     [
         ({"inverse_hessian": "lu"}, ValueError, "inverse_hessian must be one of"),
-        ({"inner_loss": "hinge"}, ValueError, "loss must be one of"),
+        ({"inner_loss": "hinge"}, ValueError, "inner_loss must be one of"),
         ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, got 'max'"),
         ({"damping": -1.0}, ValueError, "damping must be >= 0"),
         ({"interval": 0}, ValueError, "interval must be >= 1"),

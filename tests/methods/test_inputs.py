@@ -275,6 +275,11 @@ def test_views_that_disagree(generator):
         ({"pseudo_labels": torch.full((N,), -100)}, ValueError, r"pseudo_labels must be classes in \[0, 3\), got -100"),
         ({"index": list(range(N))}, TypeError, "index must be an int64 tensor, got list"),
         ({"mask": [1] * N}, TypeError, "mask must be a tensor, got list"),
+        (
+            {"labels": torch.arange(N)},
+            TypeError,
+            r"labels must be floating \[N, C\], got torch.int64; of classes F.one_hot",
+        ),
     ],
 )
 def test_what_is_missing_or_no_tensor(given, error, match, generator):

@@ -232,7 +232,7 @@ def test_defaults_are_the_measured_configuration(draw):
         ({"variant": "V3"}, "variant must be one of V1, V2, got 'V3'"),
         ({"derivative": "eq5"}, "derivative must be one of exact, eq6"),
         ({"reduction": "max"}, "reduction must be one of mean, sum"),
-        ({"inner_loss": "hinge"}, "loss must be one of"),
+        ({"inner_loss": "hinge"}, "inner_loss must be one of"),
         ({"rate": -1.0}, "rate must be >= 0"),
         ({"how": "exact"}, "how must be one of double_backward, jvp"),
         ({"how": "jvp", "derivative": "eq6"}, "derivative='eq6' needs how='last_layer', got 'jvp'"),
@@ -257,4 +257,6 @@ def test_v2_needs_the_graph(draw):
         L2I("V2").refine(**batch)
     with pytest.raises(ValueError, match="labels must be on the graph"):
         L2I("V2").refine(**batch, labels=draw.probabilities(6, 4))
+    with pytest.raises(TypeError, match=r"labels must be floating .* of classes F\.one_hot"):
+        L2I("V1").refine(**batch, labels=torch.zeros(6, dtype=torch.int64))
     assert L2I("V1").refine(**batch).labels.shape == (6, 4)
