@@ -6,7 +6,6 @@ were.
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from fastmeta.problem.forward_mode import ForwardMode
 from fastmeta.problem.hidden_reads import HiddenReadError, HiddenReads, refuse_cut_gradients, refuse_foreign
 from fastmeta.problem.input_copies import InputCopies
 from fastmeta.problem.model_logits import logits_of
+from fastmeta.problem.sharded import refuse_sharded
 
 # Arguments of the model: an exact tuple's are positional, a mapping's are by name, anything else is one argument.
 Inputs = Any
@@ -69,7 +69,7 @@ class ModelFunction:
         lazy = [name for name, parameter in own.items() if is_lazy(parameter)]
         if lazy:
             raise ValueError(f"model must be initialized, but {lazy[0]} is lazy; run the model once before")
-        _refuse_sharded(self.module)
+        refuse_sharded(self.module)
         self._own: Vector = {name: parameter for name, parameter in own.items() if parameter.requires_grad}
         if not self._own:
             raise ValueError(f"model must have parameters that require grad, got none in {type(model).__name__}")
@@ -177,12 +177,17 @@ class ModelFunction:
         of a head that starts at zero, or something constant added to them.
 
         Raises:
-            ValueError: the layer does not move, or not by itself, or computes something else.
+            ValueError: the layer does not move, or not by itself, computes something else, or more than the logits.
             RuntimeError: its outputs are not the logits.
         """
         self._last_layer()
         with torch.set_grad_enabled(on_graph), capture_features(self.module) as tape:
             logits = self._call(self._own, inputs, on_graph=on_graph)
+        if len(tape.calls) > 1 and sum(output[..., 0].numel() for _, output in tape.calls) > len(logits):
+            raise ValueError(
+                "how='last_layer' needs a last layer that gives the logits alone, but this one runs "
+                f"{len(tape.calls)} times, and what else it gives moves with it; use how='jvp'"
+            )
         try:
             return tape.outputs(logits)
         except RuntimeError:
@@ -375,17 +380,6 @@ class ModelFunction:
             if derivative:
                 refuse_cut_gradients(logits)
         return logits
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    """A process has a part of such a parameter alone, and the model puts it together as it runs."""
-    tensor, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
-    sharded = tensor is not None and any(isinstance(parameter, tensor.DTensor) for parameter in model.parameters())
-    if sharded or (fsdp and any(isinstance(part, fsdp.FullyShardedDataParallel) for part in model.modules())):
-        raise ValueError(
-            "model must have whole parameters, but those of this one are sharded over processes; use "
-            "how='last_layer' with tape.outputs(logits) of capture_features(model.fc)"
-        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

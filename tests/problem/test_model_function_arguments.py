@@ -210,6 +210,28 @@ def test_scripted_model():
         ModelFunction(model)
 
 
+def test_a_last_layer_that_is_used_twice(generator):
+    """One call after the other is refused, each for a part of the logits is taken."""
+
+    class Twice(nn.Module):
+        def __init__(self, after):
+            super().__init__()
+            self.after, self.fc = after, nn.Linear(4, 4)
+
+        def forward(self, x):
+            if self.after:
+                return self.fc(self.fc(x).tanh())
+            return torch.cat([self.fc(part) for part in x.tanh().chunk(2)])
+
+    x = normal(generator, 6, 4)
+    v = {"fc.weight": normal(generator, 4, 4)}
+    with pytest.raises(ValueError, match="gives the logits alone, but this one runs 2 times"):
+        fastmeta.label_gradient(Twice(True).double(), x, v, how="last_layer")
+    model = Twice(False).double()
+    expected = fastmeta.label_gradient(model, x, v, how="double_backward")
+    torch.testing.assert_close(fastmeta.label_gradient(model, x, v, how="last_layer"), expected)
+
+
 def test_sharded_parameters_are_refused(generator):
     """The last layer of such a model goes by its features."""
     from torch.distributed.fsdp import fully_shard
