@@ -74,7 +74,8 @@ def label_gradient(
     Raises:
         TypeError: the direction is no dict, a dtype does not fit, or the model gives no logits.
         ValueError: a name, shape or device in the direction does not fit, an option is unknown, the loss needs targets,
-            or the logits are not 2-D; or the model has parameters outside of ``named_parameters``, or changes them.
+            or the logits are not 2-D; or the model has parameters outside of ``named_parameters``, or changes them (in
+            place by their ``.data``: ``jvp`` and ``double_backward`` see it, differences do not).
         NotImplementedError: ``jvp`` meets an operator without a forward-mode derivative; or the model has a
             ``torch.autograd.Function`` that reads parameters which are not its arguments (a checkpoint of another
             library), whose derivative ``jvp`` and ``double_backward`` would take for 0.
