@@ -134,6 +134,21 @@ def test_logits_changed_in_place_are_refused(model):
         tape.outputs(logits[:3])
 
 
+def test_features_changed_in_place_are_an_error() -> None:
+    """As of a backbone without a graph that writes into one buffer, where no backward pass would say so."""
+    layer, buffer = nn.Linear(4, 3), torch.zeros(6, 4)
+    with capture_features(layer) as tape:
+        buffer.normal_()
+        first = layer(buffer)
+        buffer.normal_()
+        second = layer(buffer)
+    tape.outputs(second)
+    with pytest.raises(
+        ValueError, match=r"the features that went into the layer .* were changed in place after the call"
+    ):
+        tape.outputs(first)
+
+
 def test_more_dimensions(model):
     inputs = torch.randn(2, 5, 4)
     with capture_features(model) as tape:

@@ -29,11 +29,16 @@ class Call(NamedTuple):
     weight: Tensor | None  # [C, D], that the call used; None where only a forward of the layer's own knows it
     bias: Tensor | None  # [C], that the call used
     version: int | None  # of the output at the call; None where it cannot be read
+    features_version: int | None  # of the features
     is_linear: bool  # the output is features weight^T + bias by nn.Linear's own forward
 
     def is_changed(self) -> bool:
         """Whether the output was changed in place since."""
         return self.version is not None and self.output._version != self.version
+
+    def has_other_features(self) -> bool:
+        """Whether the features were changed in place since, as in a buffer that is used again."""
+        return self.features_version is not None and self.features._version != self.features_version
 
 
 class _Recording:
@@ -71,9 +76,9 @@ class _RecordingLinear(_Recording):
         # Read once, as nn.Linear does: reading the weight of a layer under spectral_norm moves its state.
         weight, bias = self.weight, self.bias  # type: ignore[attr-defined]
         output = functional.linear(input, weight, bias)
-        version = None if torch.compiler.is_compiling() or output.is_inference() else output._version
         # A linked list: torch.compile guards the length of a Python list and would recompile at every call.
-        self._fastmeta_calls = (input.detach(), output, weight, bias, version, True, self._fastmeta_calls)  # type: ignore[has-type]
+        versions, before = (_version(output), _version(input)), self._fastmeta_calls  # type: ignore[has-type]
+        self._fastmeta_calls = (input.detach(), output, weight, bias, *versions, True, before)
         return output
 
 
@@ -90,8 +95,13 @@ def _record(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: A
     features, output = _first_tensor((kwargs.get("input"), args, kwargs)), _first_tensor(result)
     if features is not None and output is not None:
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        version = None if torch.compiler.is_compiling() or output.is_inference() else output._version
-        layer._fastmeta_calls = (features.detach(), output, weight, bias, version, False, layer._fastmeta_calls)
+        versions = _version(output), _version(features)
+        layer._fastmeta_calls = (features.detach(), output, weight, bias, *versions, False, layer._fastmeta_calls)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """It counts changes in place."""
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _first_tensor(value: Any) -> Tensor | None:

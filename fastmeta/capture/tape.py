@@ -53,8 +53,9 @@ class FeatureTape:
 
         Raises:
             RuntimeError: the layer has not run, did not give these logits, or their values cannot tell the rows.
-            ValueError: ``logits`` is not 2-D, or was changed in place; ``rows`` do not fit; the layer's weight does not
-                require grad, so that it never moves; its output is not ``features weight^T + bias``.
+            ValueError: ``logits`` is not 2-D, or it or its features were changed in place; ``rows`` do not fit; the
+                layer's weight does not require grad, so that it never moves; its output is not
+                ``features weight^T + bias``.
 
         >>> import torch
         >>> layer = torch.nn.Linear(3, 2)
@@ -153,6 +154,11 @@ class FeatureTape:
             raise ValueError(
                 f"the output of {self._description} was changed in place after the call, so logits are not what "
                 "its features give; use an operation that returns a new tensor"
+            )
+        if call.has_other_features():
+            raise ValueError(
+                f"the features that went into {self._description} were changed in place after the call; use an "
+                "operation that returns a new tensor, or give the layer a copy of a buffer that is used again"
             )
         if not call.is_linear and not _is_linear(call):
             there = call.weight is not None and not call.weight.is_meta

@@ -64,6 +64,11 @@ class Evaluator:
     def _random_state(self) -> RandomState:
         return RandomState(self._devices, self._state.generators)
 
+    @property
+    def frozen(self) -> Mapping[str, Tensor]:
+        """Parameters of the module and of those that it hides which do not require grad."""
+        return self._state.frozen
+
     def has_backward_hooks(self) -> bool:
         """Whether a backward pass would call hooks of modules."""
         everywhere = _global_backward_hooks or _global_backward_pre_hooks
@@ -130,13 +135,14 @@ class Evaluator:
 
     @contextlib.contextmanager
     def _at(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        before, versions = self._state.snapshot(), _versions(parameters)
+        held = {**self._state.frozen, **parameters}
+        before, versions = self._state.snapshot(), _versions(held)
         try:
             self._state.replace(parameters)
             yield
         finally:
             self._state.put_back(before)
-        for name, version in _versions(parameters).items():
+        for name, version in _versions(held).items():
             if version != versions[name]:
                 raise ValueError(f"model must not change its parameters as it runs, but it has changed {name}")
 

@@ -19,13 +19,14 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fastmeta.problem.hidden_reads import has_tensor, refuse_hidden, tensors
+from fastmeta.problem.hidden_reads import GET_DATA, DataChanges, has_tensor, refuse_hidden, tensors
 
 
 class ForwardMode(TorchFunctionMode):
     """The mode in which a model runs on dual tensors; see above.
 
     Attributes:
+        changes: of parameters, by their ``.data``.
         saw_hooks: whether a part of the model ran under hooks of its own for the tensors that autograd saves, as
             checkpointed blocks do. A backward pass of what was recorded with tangents cannot recompute these.
     """
@@ -33,12 +34,15 @@ class ForwardMode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.saw_hooks = False
+        self.changes = DataChanges()
         self._hooks_outside = _saved_tensors_hooks()
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function == GET_DATA:
+            return self.changes.run(function, args)
         if not torch._C._is_fwd_grad_enabled():  # in a Function's forward, or in torch.inference_mode
             result = function(*args, **kwargs)
             if has_tensor(result):

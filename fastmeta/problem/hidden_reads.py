@@ -4,10 +4,12 @@ There are two kinds. One the model reaches other than by its own attributes (a g
 as it is while theta moves. The other a ``torch.autograd.Function`` reads, although it is not its argument: inside of
 ``Function.forward`` nothing is recorded and no tangent moves, so that what it reads there, such as the parameters of a
 block that a checkpoint of another library runs, has the derivative 0, without a word.
+
+Changes of parameters in place by ``theta.data``, which no version counter of theta tells, are found here, too.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -25,21 +27,54 @@ class HiddenReadError(NotImplementedError):
 _APPLY = torch.autograd.Function.apply.__code__  # type: ignore[attr-defined]
 
 
+GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+class DataChanges:
+    """Finds changes of parameters in place by ``theta.data``."""
+
+    def __init__(self) -> None:
+        self._read: list[tuple[Tensor, int]] = []
+
+    def run(self, function: Any, args: tuple[Any, ...]) -> Any:
+        """Run ``GET_DATA``."""
+        result = function(*args)
+        if not result.is_inference():
+            self._read.append((result, result._version))
+        return result
+
+    def check(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raise ValueError if the model has changed memory of these that it took by ``.data``."""
+        changed = {_memory(data) for data, version in self._read if data._version != version}
+        for name, parameter in parameters.items() if changed else ():
+            if _memory(parameter) in changed:
+                raise ValueError(
+                    f"model must not change its parameters as it runs, but it changes {name} by its .data; do that "
+                    "after optimizer.step(), or make it a parametrization (torch.nn.utils.parametrize)"
+                )
+
+
 class HiddenReads(TorchFunctionMode):
     """The mode in which a model runs while autograd records; raises where a Function reads one of the leaves unseen.
 
     Args:
         leaves: theta; those that require grad count.
+
+    Attributes:
+        changes: of parameters, by their ``.data``.
     """
 
     def __init__(self, leaves: list[Tensor]) -> None:
         super().__init__()
         self._leaves = {id(leaf) for leaf in leaves if leaf.requires_grad}
+        self.changes = DataChanges()
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function == GET_DATA:
+            return self.changes.run(function, args)
         result = function(*args, **kwargs)
         if not torch._C._is_fwd_grad_enabled() and has_tensor(result):
             refuse_hidden([tensor for tensor in tensors([*args, *kwargs.values()]) if id(tensor) in self._leaves])
@@ -81,7 +116,8 @@ def refuse_foreign(output: Tensor, parameters: Iterable[Tensor]) -> None:
             raise ValueError(
                 f"model must read its parameters from its own attributes, but its output depends on one "
                 f"{list(leaf.shape)} that it has from elsewhere (a closure, a global variable, an object that is no "
-                "module), where no derivative could move it; keep it as an nn.Parameter of a module inside of the model"
+                "module, an attribute computed from a parameter before), where no derivative could move it; keep it as "
+                "an nn.Parameter of a module inside of the model, and compute with it in forward"
             )
 
 

@@ -2,17 +2,20 @@
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 from torch import Tensor
 
+from fastmeta.problem.module_state import entries_of
+
 
 class InputCopies:
     """Copies inputs, and finds out whether a model has changed what could not be copied.
 
-    Tensors are copied inside dicts, lists, tuples and dataclasses, and objects with a method ``clone()`` by that (graph
-    batches, tensor dicts). Any other object goes to the model itself.
+    Tensors and NumPy arrays are copied inside dicts, lists, tuples and dataclasses, and objects with a method
+    ``clone()`` by that (graph batches, tensor dicts). Any other object goes to the model itself.
 
     Args:
         on_graph: whether copies stay on the graph of autograd; else they are detached.
@@ -21,7 +24,8 @@ class InputCopies:
     def __init__(self, *, on_graph: bool) -> None:
         self._on_graph = on_graph
         self._copies: dict[int, Any] = {}  # one tensor in two places stays one
-        self._originals: list[tuple[Any, str, Tensor, int]] = []  # owner, attribute, tensor and version
+        # Object, path in it, where the tensor is and under which key, tensor and version.
+        self._originals: list[tuple[Any, str, Any, Any, Tensor, int]] = []
 
     def __call__(self, value: Any) -> Any:
         """A copy of the inputs, or of a part of them."""
@@ -34,6 +38,8 @@ class InputCopies:
     def _copied(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return (value if self._on_graph else value.detach()).clone()
+        if "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].ndarray):
+            return value.copy()
         if isinstance(value, tuple):
             entries = [self(entry) for entry in value]
             return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
@@ -54,22 +60,32 @@ class InputCopies:
             for field in dataclasses.fields(value):
                 object.__setattr__(copied, field.name, self(getattr(value, field.name)))
             return copied
-        for name, tensor in _tensors_of(value):
-            self._originals.append((value, name, tensor, tensor._version))
+        if isinstance(value, Iterator):
+            raise TypeError(
+                f"inputs must be there for several passes, got {type(value).__name__}, an iterator; use a list"
+            )
+        for container, key, path, tensor in _tensors_of(getattr(value, "__dict__", {}), ""):
+            self._originals.append((value, path, container, key, tensor, tensor._version))
         return value
 
     def check_unchanged(self) -> None:
         """Raise ValueError if the model has changed a tensor of an object that could not be copied."""
-        for owner, name, tensor, version in self._originals:
-            if tensor._version != version or getattr(owner, name) is not tensor:
+        for owner, path, container, key, tensor, version in self._originals:
+            there = container.get(key) if isinstance(container, dict) else dict(enumerate(container)).get(key)
+            if tensor._version != version or there is not tensor:
                 kind = type(owner).__name__
                 raise ValueError(
-                    f"model must not change its inputs in place, but it changed {kind}.{name}; give the tensors in a "
+                    f"model must not change its inputs in place, but it changed {kind}{path}; give the tensors in a "
                     f"dict, or {kind} a method clone()"
                 )
 
 
-def _tensors_of(value: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, entry in getattr(value, "__dict__", {}).items():
-        if isinstance(entry, Tensor) and not entry.is_inference():  # an inference tensor has no version
-            yield name, entry
+def _tensors_of(container: Any, path: str) -> Iterator[tuple[Any, Any, str, Tensor]]:
+    """The tensors in an object's attributes, and in the dicts, lists and tuples among these."""
+    for key, entry, entry_path in entries_of(container, path):
+        place = entry_path if path else f".{key}"
+        if isinstance(entry, Tensor):
+            if not entry.is_inference():  # it has no version
+                yield container, key, place, entry
+        elif isinstance(entry, (dict, list, tuple)):
+            yield from _tensors_of(entry, place)

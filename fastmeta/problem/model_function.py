@@ -21,10 +21,10 @@ from fastmeta.problem.evaluation import Evaluator, Mode
 from fastmeta.problem.forward_mode import ForwardMode
 from fastmeta.problem.hidden_reads import HiddenReadError, HiddenReads, refuse_cut_gradients, refuse_foreign
 from fastmeta.problem.input_copies import InputCopies
+from fastmeta.problem.model_logits import logits_of
 
 # Arguments of the model: an exact tuple's are positional, a mapping's are by name, anything else is one argument.
 Inputs = Any
-_NAMED = "return the logits alone, or an object or dict that names them logits"
 LossOfLogits = Callable[[Tensor], Tensor]  # [N, C] to a scalar
 
 
@@ -345,7 +345,7 @@ class ModelFunction:
         *,
         derivative: bool = False,
         on_graph: bool = False,
-        inside: contextlib.AbstractContextManager[Any] | None = None,
+        inside: ForwardMode | None = None,
     ) -> Tensor:
         """Logits ``[N, C]`` at the parameters; ``on_graph``: the inputs are not detached."""
         copied = InputCopies(on_graph=on_graph)
@@ -358,11 +358,15 @@ class ModelFunction:
             keywords = {name: copied(value) for name, value in inputs.items()}
         else:
             positional = tuple(map(copied, inputs if type(inputs) is tuple else (inputs,)))
-        if inside is None:
-            recorded = torch.is_grad_enabled()
-            inside = HiddenReads(list(parameters.values())) if recorded else contextlib.nullcontext()
-        with self._evaluator.evaluation(parameters, derivative=derivative, on_graph=on_graph), inside:
-            logits = _logits_of(self.module(*positional, **keywords))
+        mode: ForwardMode | HiddenReads | None = inside
+        if mode is None and torch.is_grad_enabled():
+            mode = HiddenReads(list(parameters.values()))
+        with self._evaluator.evaluation(parameters, derivative=derivative, on_graph=on_graph):
+            with mode or contextlib.nullcontext():
+                output = self.module(*positional, **keywords)
+            logits = logits_of(output)
+        if mode is not None:
+            mode.changes.check({**self._evaluator.frozen, **parameters})
         copied.check_unchanged()
         if logits.requires_grad and not on_graph:
             refuse_foreign(logits, parameters.values())
@@ -379,20 +383,3 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-def _logits_of(output: Any) -> Tensor:
-    """The logits ``[N, C]`` in what a model returns; those of tokens, ``[B, T, C]``, as rows."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(logits, (tuple, list)):  # (loss, logits, ...), without a loss the logits come first
-        possible = [part for part in logits if isinstance(part, Tensor) and part.is_floating_point() and part.dim() > 1]
-        if len(possible) > 1:
-            shapes = " and ".join(str(list(part.shape)) for part in possible)
-            raise TypeError(f"model must give logits alone, got {type(output).__name__} of {shapes}; {_NAMED}")
-        logits = possible[0] if possible else None
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"model must give logits, got {type(output).__name__}; {_NAMED}")
-    if logits.dim() < 2:
-        hint = "; give those of one output as logits.unsqueeze(-1)" if logits.dim() == 1 else ""
-        raise ValueError(f"model must give logits [N, C], got {list(logits.shape)}{hint}")
-    return logits.flatten(0, -2)

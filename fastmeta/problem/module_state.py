@@ -28,6 +28,7 @@ class ModuleState:
 
     Attributes:
         parts: the module, its submodules, and those that are hidden in attributes.
+        frozen: parameters that do not require grad, by their paths.
         generators: generators of random numbers that the parts hold.
 
     Raises:
@@ -38,6 +39,7 @@ class ModuleState:
         paths = {part: f"{name}." if name else "" for name, part in module.named_modules()}
         self.parts: list[nn.Module] = list(paths)
         self.generators: list[Any] = []
+        self.frozen: dict[str, Tensor] = {}
         # One name of a tied parameter.
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._containers: list[Any] = []  # each is put back as it was, entry by entry
@@ -51,9 +53,10 @@ class ModuleState:
         if not isinstance(part, torch.jit.ScriptModule):
             self._containers.append(part._modules)
         for key, parameter in part._parameters.items():
-            # A parameter that is not among the module's own is a hidden module's, and frozen: no copy is needed.
-            if parameter is not None and self._holds_tensor(parameter, path + key) and id(parameter) in self._names:
+            if parameter is not None and self._holds_tensor(parameter, path + key):
                 self._tensors.append((part._parameters, key, parameter))
+                if not parameter.requires_grad:
+                    self.frozen[path + key] = parameter
         for key, buffer in part._buffers.items():
             if buffer is not None and self._holds_tensor(buffer, path + key):
                 self._tensors.append((part._buffers, key, buffer))
@@ -77,7 +80,7 @@ class ModuleState:
                 )
             return True
         if isinstance(value, tuple):
-            held = [self._holds_tensor(entry, entry_path) for _, entry, entry_path in _entries(value, path)]
+            held = [self._holds_tensor(entry, entry_path) for _, entry, entry_path in entries_of(value, path)]
             return any(held)
         if isinstance(value, _CHANGEABLE):
             self._search_container(value, path)
@@ -92,7 +95,7 @@ class ModuleState:
         if id(container) not in self._seen:
             self._seen.add(id(container))
             self._containers.append(container)
-            for key, entry, entry_path in _entries(container, path):
+            for key, entry, entry_path in entries_of(container, path):
                 self._search_entry(container, key, entry, entry_path)
 
     def _take_up(self, hidden: nn.Module, path: str) -> None:
@@ -116,7 +119,11 @@ class ModuleState:
         ]
 
     def replace(self, parameters: Mapping[str, Tensor]) -> None:
-        """Put in these parameters, by name, and a copy of every other tensor; a tensor in two places stays one."""
+        """Put in these parameters, by name, and a copy of every other tensor; a tensor in two places stays one.
+
+        Frozen parameters are not copied, but an assignment to their ``.data`` does not reach them. What the module has
+        computed from parameters before depends on an ``nn.Parameter`` of its own: no derivative sees it move.
+        """
         copies: dict[int, Tensor] = {}
         for container, key, value in self._tensors:
             container[key] = self._replaced(value, parameters, copies)
@@ -141,11 +148,22 @@ class ModuleState:
         if not isinstance(value, Tensor):
             return value
         name = self._names.get(id(value))
-        if name is not None:
-            return parameters.get(name, value)
+        if name is not None and name in parameters:
+            return parameters[name]
         if id(value) not in copies:
-            copies[id(value)] = value.detach().clone()
+            copies[id(value)] = _copied(value)
         return copies[id(value)]
+
+
+def _copied(value: Tensor) -> Tensor:
+    if isinstance(value, nn.Parameter):
+        # Subclasses, and attributes set on a parameter, are how other libraries quantize.
+        plain = type(value) is nn.Parameter and not value.requires_grad and not value.__dict__
+        return value.detach() if plain else value
+    if not value.requires_grad:
+        return value.detach().clone()
+    with torch.enable_grad():
+        return nn.Parameter(value.detach()).clone()
 
 
 def _put_back(container: Any, before: dict[Any, Any]) -> None:
@@ -161,7 +179,7 @@ def _put_back(container: Any, before: dict[Any, Any]) -> None:
         container.update(before)
 
 
-def _entries(container: Any, path: str) -> Iterator[tuple[Any, Any, str]]:
+def entries_of(container: Any, path: str) -> Iterator[tuple[Any, Any, str]]:
     """Key, entry and path of what may hold a tensor."""
     of_dict = isinstance(container, dict)
     if _HOLD_NOTHING.issuperset(map(type, container.values() if of_dict else container)):

@@ -9,15 +9,7 @@ from torch import Tensor
 from fastmeta import losses
 from fastmeta.ops.perturbed import perturbed
 from fastmeta.ops.process_group import Group, sum_over
-from fastmeta.problem.base import (
-    Curvature,
-    How,
-    InnerLoss,
-    Part,
-    ProblemBase,
-    Reduction,
-    full_precision,
-)
+from fastmeta.problem.base import Curvature, How, InnerLoss, Part, ProblemBase, Reduction, full_precision
 from fastmeta.problem.direction import AnyDirection, Vector, of_model
 from fastmeta.problem.model_function import Inputs, ModelFunction, Term
 from fastmeta.problem.targets import NOTHING_GIVEN, Given, Kept, probabilities, read
@@ -341,7 +333,8 @@ class WholeModelProblem(ProblemBase):
 
     def _probe(self) -> Tensor:
         """Unlabeled logits ``[N, C]`` at the parameters, which are moved, in full precision."""
-        logits = full_precision(self.function.logits(self.unlabeled, self.parameters))
+        views = {name: value.detach() for name, value in self.parameters.items()}  # the model may set their .data
+        logits = full_precision(self.function.logits(self.unlabeled, views))
         self.given.check(logits)
         return logits
 

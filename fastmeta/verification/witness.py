@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fastmeta import checks
 from fastmeta.problem.direction import Vector
-from fastmeta.problem.model_function import _logits_of
+from fastmeta.problem.model_logits import logits_of
 from fastmeta.problem.targets import as_rows
 from fastmeta.verification.state import State
 
@@ -88,7 +88,7 @@ class Witness:
                 output = self.module(**self.inputs)
             else:
                 output = self.module(*(self.inputs if type(self.inputs) is tuple else (self.inputs,)))
-        return _logits_of(output)
+        return logits_of(output)
 
     def loss(self, logits: Tensor) -> Tensor:
         """Mean cross-entropy, or the mean square of a single output: a smooth function of the logits."""

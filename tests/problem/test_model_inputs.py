@@ -112,10 +112,41 @@ def test_what_cannot_be_copied(generator):
     for how in WAYS:
         with pytest.raises(ValueError, match=r"model must not change its inputs in place, .* Opaque.x"):
             fastmeta.label_gradient(model, (Opaque(x),), v, how=how)
+        nested = Opaque({"parts": [x]})
+        model.find = lambda given: given.x["parts"][0]
+        with pytest.raises(ValueError, match=r"it changed Opaque.x\['parts'\]\[0\]"):
+            fastmeta.label_gradient(model, nested, v, how=how)
+        model.find = lambda given: given.x
     model.find = lambda given: given.x.clone()
     got = fastmeta.label_gradient(model, (Opaque(x),), v)
     model.find = lambda given: given
     torch.testing.assert_close(got, fastmeta.label_gradient(model, x, v))
+
+
+def test_numpy(generator):
+    model = InPlace(lambda given: torch.from_numpy(given).mul_(2), False, generator)
+    x, v = normal(generator, 5, 4), direction_of(model, generator)
+    array = x.clone().numpy()
+    results = [fastmeta.label_gradient(model, array, v, how=how, radius=1e-5) for how in WAYS]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-3)
+    assert (array == x.numpy()).all()
+
+
+def test_an_iterator_is_used_up_by_one_pass(generator):
+    model = InPlace(lambda given: torch.stack(list(given)), False, generator)
+    v = direction_of(model, generator)
+    with pytest.raises(
+        TypeError, match="inputs must be there for several passes, got generator, an iterator; use a list"
+    ):
+        fastmeta.label_gradient(model, (row for row in normal(generator, 5, 4)), v)
+
+
+def test_logits_of_pixels(generator):
+    model = nn.Conv2d(2, 3, 1).double()
+    v = {"weight": normal(generator, 3, 2, 1, 1)}
+    with pytest.raises(ValueError, match=r"logits \[N, C\] or \[B, T, C\], got \[4, 3, 3, 3\]; give those of pixels"):
+        fastmeta.label_gradient(model, normal(generator, 4, 2, 3, 3), v)
 
 
 def test_gradients_go_through_a_copy(generator):
