@@ -53,7 +53,7 @@ def notes_on(witness: Witness, twin: Witness | None) -> Iterator[str]:
     if changes:
         yield f"one forward of the model changes {_listed(changes)}"
     if witness.tolerance > 1e-6 and twin is None:
-        yield f"the model has no copy in float64, so an error below {witness.tolerance:.0e} may be rounding"
+        yield f"no copy in float64, or a slow one: an error below {witness.tolerance:.0e} may be rounding"
 
 
 def _foreign(witness: Witness, graph: Graph) -> list[str]:

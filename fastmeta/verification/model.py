@@ -1,6 +1,7 @@
 """``fastmeta.verify``: which derivatives of a user's model are right."""
 
 import copy
+import time
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -17,6 +18,9 @@ from fastmeta.verification.causes import notes_on, problems_of
 from fastmeta.verification.passes import Passes, method_of
 from fastmeta.verification.report import Report, Row
 from fastmeta.verification.witness import Witness
+
+# Of two passes of the copy in float64; a hundred follow.
+_MOST_SECONDS = 2.0
 
 
 def verify(
@@ -37,9 +41,10 @@ def verify(
         \frac{f(x; \theta + \epsilon v) - f(x; \theta - \epsilon v)}{2 \epsilon}
 
     at the radius where they depend on it least. The same for the features and logits of the last linear layer, the
-    gradient of a loss and products with its Hessian. A model that can be copied is verified in float64, too, where an
-    error stands out from rounding. After each of them parameters, buffers, ``.grad``, modes, attributes, random
-    states, inputs, closures and the globals that the model's code reads are compared with what they were, and put back.
+    gradient of a loss and products with its Hessian. A model of which a copy in float64 runs, within a second, is
+    verified there, too, where an error stands out from rounding. After each of them parameters, buffers, ``.grad``,
+    modes, attributes, random states, inputs, closures and the globals that the model's code reads are compared with
+    what they were, and put back.
 
     It is meant for a batch of a few examples, once, when a loop is set up: it takes about a hundred passes.
 
@@ -125,7 +130,10 @@ def _described(witness: Witness, twin: Witness | None) -> str:
 
 
 def _double(module: nn.Module, inputs: Any, targets: Tensor | None) -> Witness | None:
-    """The witness of a copy in float64, in which an error stands out from rounding; None if the model has no copy."""
+    """The witness of a copy in float64, in which an error stands out from rounding; None if it has none, or a slow one.
+
+    Convolutions in float64 take many times as long as in float32.
+    """
 
     def doubled(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -136,7 +144,10 @@ def _double(module: nn.Module, inputs: Any, targets: Tensor | None) -> Witness |
     try:
         twin = copy.deepcopy(module).double()
         arguments = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        begin = time.perf_counter()
         witness = Witness(twin, _pytree.tree_map(doubled, arguments), targets, backward=True)
+        if time.perf_counter() - begin > _MOST_SECONDS:
+            return None
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         leaves = set(map(id, witness.graph().leaves))
         is_own = leaves.isdisjoint(map(id, module.parameters())) and not leaves.isdisjoint(map(id, twin.parameters()))

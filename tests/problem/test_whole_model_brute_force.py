@@ -93,7 +93,8 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 @modes
 @pytest.mark.parametrize(("steps", "momentum"), [(1, 0.0), (2, 0.0), (3, 0.8)])
 def test_label_and_weight_gradients_are_those_of_training(draw, name, training, steps, momentum):
-    loss = draw.choice(INNER_LOSSES)
+    # A difference can cross the kinks of huber's derivative, where it is no yardstick.
+    loss = draw.choice([loss for loss in INNER_LOSSES if loss != "huber"])
     reduction = draw.choice(("mean", "sum"))
     rate = 0.03 if reduction == "mean" else 0.006  # of training that does not diverge: differences mean something
     problem = problem_of(
