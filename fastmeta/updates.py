@@ -206,10 +206,9 @@ class WeightTable(_TableUpdate):
 
     def forward(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
         """The labels as they were, and the weights."""
-        weights = self.weights(labels, index)
+        before = self.weights(labels, index) if self.read == "before" else None
         self._step(gradient, index)
-        if self.read == "after":
-            weights = self.weights(labels, index)
+        weights = self.weights(labels, index) if before is None else before
         return Refined(labels, weights, labels.new_zeros(()))
 
     def _step(self, gradient: Tensor, index: Tensor | None) -> None:

@@ -6,6 +6,7 @@ were.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,8 +54,8 @@ class ModelFunction:
 
     Raises:
         TypeError: not a module, or one of TorchScript.
-        ValueError: no parameter requires grad, one is not initialized yet, or the model changes one as it runs; or a
-            tensor among the attributes requires grad and is no parameter.
+        ValueError: no parameter requires grad, one is not initialized yet or sharded, or the model changes one as it
+            runs; or a tensor among the attributes requires grad and is no parameter.
     """
 
     def __init__(self, model: nn.Module, *, mode: Mode | None = None) -> None:
@@ -68,6 +69,7 @@ class ModelFunction:
         lazy = [name for name, parameter in own.items() if is_lazy(parameter)]
         if lazy:
             raise ValueError(f"model must be initialized, but {lazy[0]} is lazy; run the model once before")
+        _refuse_sharded(self.module)
         self._own: Vector = {name: parameter for name, parameter in own.items() if parameter.requires_grad}
         if not self._own:
             raise ValueError(f"model must have parameters that require grad, got none in {type(model).__name__}")
@@ -373,6 +375,17 @@ class ModelFunction:
             if derivative:
                 refuse_cut_gradients(logits)
         return logits
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """A process has a part of such a parameter alone, and the model puts it together as it runs."""
+    tensor, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
+    sharded = tensor is not None and any(isinstance(parameter, tensor.DTensor) for parameter in model.parameters())
+    if sharded or (fsdp and any(isinstance(part, fsdp.FullyShardedDataParallel) for part in model.modules())):
+        raise ValueError(
+            "model must have whole parameters, but those of this one are sharded over processes; use "
+            "how='last_layer' with tape.outputs(logits) of capture_features(model.fc)"
+        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

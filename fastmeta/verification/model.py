@@ -1,6 +1,7 @@
 """``fastmeta.verify``: which derivatives of a user's model are right."""
 
 import copy
+import time
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -14,11 +15,12 @@ from fastmeta.methods import Method
 from fastmeta.problem.model_function import _unwrapped
 from fastmeta.problem.targets import check_targets
 from fastmeta.verification.causes import notes_on, problems_of
-from fastmeta.verification.judge import Judge
-from fastmeta.verification.methods import made, row_of
-from fastmeta.verification.passes import Passes
+from fastmeta.verification.passes import Passes, method_of
 from fastmeta.verification.report import Report, Row
 from fastmeta.verification.witness import Witness
+
+# Of two passes of the copy in float64; a hundred follow.
+_MOST_SECONDS = 2.0
 
 
 def verify(
@@ -39,9 +41,10 @@ def verify(
         \frac{f(x; \theta + \epsilon v) - f(x; \theta - \epsilon v)}{2 \epsilon}
 
     at the radius where they depend on it least. The same for the features and logits of the last linear layer, the
-    gradient of a loss and products with its Hessian. A model that can be copied is verified in float64, too, where an
-    error stands out from rounding. After each of them parameters, buffers, ``.grad``, modes, attributes, random
-    states, inputs, closures and the globals that the model's code reads are compared with what they were, and put back.
+    gradient of a loss and products with its Hessian. A model of which a copy in float64 runs, within a second, is
+    verified there, too, where an error stands out from rounding. After each of them parameters, buffers, ``.grad``,
+    modes, attributes, random states, inputs, closures and the globals that the model's code reads are compared with
+    what they were, and put back.
 
     It is meant for a batch of a few examples, once, when a loop is set up: it takes about a hundred passes.
 
@@ -82,18 +85,16 @@ def verify(
         if targets is not None:
             check_targets(targets, witness.logits, "targets")
         twin = None if witness.logits.dtype == torch.float64 else _double(module, inputs, targets)
-        other = None if twin is None else Judge(twin)
-        judge = Judge(witness, differences=twin is None)
-        chosen = [made(method, judge) for method in methods or ()]
-        passes = Passes(model, judge)
+        witness.testify(differences=twin is None)
+        chosen = [method_of(method, witness) for method in methods or ()]
+        passes = Passes(model, witness)
         rows = passes.rows()
-        if twin is not None and other is not None:
-            in_double = Passes(twin.module, other).rows()
-            rows = [_joined(own, exact) for own, exact in zip(rows, in_double, strict=True)]
-        rows += [row_of(method, passes) for method in chosen]
-        problems, notes = problems_of(judge, rows, other), notes_on(judge, other)
-        witness.state.restore()
-    report = Report(_described(module, witness, other), tuple(rows), tuple(problems), tuple(notes))
+        if twin is not None:
+            twin.testify(differences=True)
+            rows = [_joined(*pair) for pair in zip(rows, Passes(twin.module, twin).rows(), strict=True)]
+        rows += [passes.method_row(method) for method in chosen]
+        problems, notes = tuple(problems_of(witness, rows, twin)), tuple(notes_on(witness, twin))
+    report = Report(_described(witness, twin), tuple(rows), problems, notes)
     if not quiet:
         print(report)
     return report
@@ -116,20 +117,23 @@ def _joined(own: Row, exact: Row) -> Row:
     return replace(own, verdict=exact.verdict, error=error, note=exact.note)
 
 
-def _described(module: nn.Module, witness: Witness, other: Judge | None) -> str:
+def _described(witness: Witness, twin: Witness | None) -> str:
     """What was looked at, in a line."""
     count = sum(value.numel() for value in witness.parameters.values())
-    mode = "training" if module.training else "evaluation"
-    where = " and on a copy in float64" if other is not None else ""
-    examples, classes = witness.logits.shape
+    mode = "training" if witness.module.training else "evaluation"
+    dtype = str(witness.logits.dtype).removeprefix("torch.")
     return (
-        f"{type(module).__name__} in {mode} mode, {count:,} parameters that train, logits [{examples}, {classes}] "
-        f"in {str(witness.logits.dtype).removeprefix('torch.')}{where}; errors are relative"
+        f"{type(witness.module).__name__} in {mode} mode, {count:,} parameters that train, logits "
+        f"{list(witness.logits.shape)} in {dtype}{'' if twin is None else ' and on a copy in float64'}; errors are "
+        "relative"
     )
 
 
 def _double(module: nn.Module, inputs: Any, targets: Tensor | None) -> Witness | None:
-    """The witness of a copy in float64, in which an error stands out from rounding; None if the model has no copy."""
+    """The witness of a copy in float64, in which an error stands out from rounding; None if it has none, or a slow one.
+
+    Convolutions in float64 take many times as long as in float32.
+    """
 
     def doubled(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -140,11 +144,14 @@ def _double(module: nn.Module, inputs: Any, targets: Tensor | None) -> Witness |
     try:
         twin = copy.deepcopy(module).double()
         arguments = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        begin = time.perf_counter()
         witness = Witness(twin, _pytree.tree_map(doubled, arguments), targets, backward=True)
-        own = set(map(id, twin.parameters()))
-        others = set(map(id, module.parameters()))
+        if time.perf_counter() - begin > _MOST_SECONDS:
+            return None
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         leaves = set(map(id, witness.graph().leaves))
-        is_whole = witness.logits.dtype == torch.float64 and not leaves & others and bool(leaves & own)
+        is_own = leaves.isdisjoint(map(id, module.parameters())) and not leaves.isdisjoint(map(id, twin.parameters()))
+        is_whole = witness.logits.dtype == torch.float64 and is_own and witness.parameters.keys() == trained
     except Exception:  # code that names a dtype or a device, an object without a copy
         return None
     return witness if is_whole else None

@@ -4,8 +4,6 @@ import textwrap
 from dataclasses import dataclass
 from typing import Literal
 
-from fastmeta.problem import HOWS
-
 Verdict = Literal["exact", "approximate", "disagrees", "refused", "unknown"]
 # The cheapest first, of those that move the whole model.
 _PREFERRED = ("jvp", "double_backward", "finite_difference", "forward_difference", "last_layer")
@@ -94,11 +92,6 @@ class Report:
         else:
             lines.append(f"use how={self.best!r}" + ("" if self.ok else ", once the above is settled"))
         return "\n".join(line.rstrip() for line in lines)
-
-
-def is_how(name: str) -> bool:
-    """Whether a row is that of a ``how``."""
-    return name in HOWS
 
 
 def _wrapped(start: str, text: str) -> list[str]:

@@ -208,3 +208,24 @@ def test_scripted_model():
         model = torch.jit.script(nn.Linear(4, 3))
     with pytest.raises(TypeError, match="model must be a module in Python"):
         ModelFunction(model)
+
+
+def test_sharded_parameters_are_refused(generator):
+    """The last layer of such a model goes by its features."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), torch.randn(5, 4, generator=generator)
+        targets = torch.tensor([0, 1, 1, 0, 1])
+        expected = fastmeta.MetaGradient(how="last_layer").refine(model=model, unlabeled=x, holdout=x, targets=targets)
+        fully_shard(model)
+        for how in WAYS:
+            with pytest.raises(ValueError, match="must have whole parameters, but those of this one are sharded"):
+                fastmeta.MetaGradient(how=how).refine(model=model, unlabeled=x, holdout=x, targets=targets)
+        with fastmeta.capture_features(model[2]) as tape:
+            outputs = tape.outputs(model(x))
+        got = fastmeta.MetaGradient().refine(unlabeled=outputs, holdout=outputs, targets=targets)
+        torch.testing.assert_close(got.labels, expected.labels)
+    finally:
+        torch.distributed.destroy_process_group()

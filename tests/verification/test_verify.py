@@ -143,6 +143,41 @@ def test_a_head_that_is_no_linear_layer_is_never_exact_in_silence(make):
         assert any("capture_features" in problem for problem in report.problems)
 
 
+def test_a_scripted_part_is_verified_without_a_copy():
+    def scripted_part():
+        model = traps.Plain()
+        model.hidden = torch.jit.script(model.hidden)
+        return model
+
+    report = verified(scripted_part)
+    assert report.ok, report
+    assert "copy" not in report.model  # a copy of TorchScript forgets which parameters train
+    assert report["finite_difference"].verdict == "approximate"
+
+
+def test_a_head_with_a_constant_is_exact():
+    model, x = made(traps.Plain)
+    model.head.bias.requires_grad_(False)
+    report = fastmeta.verify(model, x, quiet=True)
+    assert report["capture_features"].verdict == "exact", report
+
+
+def test_inputs_that_the_model_puts_on_its_graph_are_taken_off_it():
+    class ScalesInput(traps.Plain):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return super().forward(x.mul_(self.scale))
+
+    model, x = made(ScalesInput)
+    report = fastmeta.verify(model, x, quiet=True)
+    assert report.ok, report
+    assert report.notes == ("one forward of the model changes inputs",)
+    assert x.is_leaf
+
+
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("make", [traps.Plain, lambda: traps.Plain().double()])
 def test_a_value_that_is_10_percent_off_is_seen(how, make, monkeypatch):
