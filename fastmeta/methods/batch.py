@@ -281,7 +281,10 @@ def _before_casts(node: Any, place: int) -> tuple[Any, int]:
 def as_outputs(outputs: object, name: str) -> Outputs:
     """Raise unless it is :class:`fastmeta.Outputs`."""
     if not isinstance(outputs, Outputs):
-        raise TypeError(f"{name} must be Outputs, from tape.outputs(logits), got {type(outputs).__name__}")
+        got = type(outputs).__name__
+        raise TypeError(
+            f"{name} must be Outputs, from tape.outputs(logits), or inputs together with model=..., got {got}"
+        )
     return outputs
 
 

@@ -269,7 +269,11 @@ def narrower(outputs: Outputs) -> Outputs:
 
 
 WRONG: dict[str, tuple[Callable[[dict], dict], type[Exception], str]] = {
-    "raw logits": (lambda b: {"unlabeled": b["unlabeled"].logits}, TypeError, r"unlabeled must be Outputs.*got Tensor"),
+    "raw logits": (
+        lambda b: {"unlabeled": b["unlabeled"].logits},
+        TypeError,
+        r"unlabeled must be Outputs.*model=.*got Tensor",
+    ),
     "features of another size": (
         lambda b: {"holdout": narrower(b["holdout"])},
         ValueError,
