@@ -33,7 +33,7 @@ class Row:
     harmless: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What :func:`fastmeta.verify` found.
 
@@ -69,6 +69,10 @@ class Report:
             if row.name == name:
                 return row
         raise KeyError(name)
+
+    def __repr__(self) -> str:
+        # At a prompt verify has printed the table already.
+        return f"Report(ok={self.ok}, best={self.best!r})"
 
     def __str__(self) -> str:
         names = max(len(row.name) for row in self.rows)
