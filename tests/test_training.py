@@ -204,8 +204,8 @@ def test_learns_something(tmp_path, digits):
         ({"labels": 0}, "labels must be at least 1, got 0"),
         ({"steps": -1}, "steps must be at least 1, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"learning_rate": math.nan}, "learning_rate must be above 0, got nan"),
-        ({"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0 and finite, got nan"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0 and finite, got -1.0"),
         ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
     ],
 )

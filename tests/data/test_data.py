@@ -47,7 +47,7 @@ def test_more_labels_include_the_fewer(digits):
     ("arguments", "message"),
     [
         ({"labels_per_class": 0}, "labels_per_class must be at least 1, got 0"),
-        ({"labels_per_class": 1000}, "labels_per_class=1000 needs 1024 images of class 0"),
+        ({"labels_per_class": 1000}, "labels_per_class must be at most 110, because class 0 has 134 images"),
         ({"labels_per_class": 1, "test_fraction": 1.0}, "test_fraction must lie between 0 and 1, got 1.0"),
     ],
 )
