@@ -7,13 +7,16 @@ from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.data.sampler import BatchSampler, StatelessSampler
 from fastmeta.data.seeding import generator_for
 from fastmeta.data.split import Split, make_split
+from fastmeta.data.streams import Rows, Stream
 
 __all__ = [
     "BatchSampler",
     "ImageDataset",
     "KeyedRandom",
+    "Rows",
     "Split",
     "StatelessSampler",
+    "Stream",
     "StrongAugment",
     "generator_for",
     "load_digits",
