@@ -1,6 +1,16 @@
 """Datasets, splits, data order and augmentation."""
 
-from fastmeta.data.augment import StrongAugment, weak_augment
+from fastmeta.data.augment import (
+    Augmentation,
+    Plain,
+    RandomCrop,
+    Shift,
+    StrongAugment,
+    StrongPicture,
+    Views,
+    views_for,
+    weak_augment,
+)
 from fastmeta.data.dataset import ImageDataset
 from fastmeta.data.digits import load_digits
 from fastmeta.data.random_numbers import KeyedRandom
@@ -10,16 +20,23 @@ from fastmeta.data.split import Split, make_split
 from fastmeta.data.streams import Rows, Stream
 
 __all__ = [
+    "Augmentation",
     "BatchSampler",
     "ImageDataset",
     "KeyedRandom",
+    "Plain",
+    "RandomCrop",
     "Rows",
+    "Shift",
     "Split",
     "StatelessSampler",
     "Stream",
     "StrongAugment",
+    "StrongPicture",
+    "Views",
     "generator_for",
     "load_digits",
     "make_split",
+    "views_for",
     "weak_augment",
 ]
