@@ -1,6 +1,6 @@
 """A yardstick from outside: what the labels alone give without any deep learning."""
 
-from fastmeta.data import ImageDataset, make_split
+from fastmeta.data import ImageDataset, split_digits
 
 
 def support_vector_error(dataset: ImageDataset, labels_per_class: int, seed: int) -> float:
@@ -12,7 +12,7 @@ def support_vector_error(dataset: ImageDataset, labels_per_class: int, seed: int
     """
     from sklearn.svm import SVC
 
-    split = make_split(dataset, labels_per_class, seed)
+    split = split_digits(dataset, labels_per_class, seed)
     pixels, targets = dataset.images.flatten(1).numpy(), dataset.targets.numpy()
     machine = SVC().fit(pixels[split.labeled], targets[split.labeled])
     return float((machine.predict(pixels[split.test]) != targets[split.test]).mean())
