@@ -13,7 +13,7 @@ import torch
 
 def replace(
     path: Path,
-    write: Callable[[BinaryIO], None],
+    write: Callable[[BinaryIO], Any],
     *,
     fsync: bool = False,
     check: Callable[[Path], Any] | None = None,
@@ -76,10 +76,14 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def write_json(path: Path, value: Any, *, fsync: bool = False) -> None:
+def write_text(path: Path, text: str, *, fsync: bool = False) -> None:
+    """Write ``text`` in UTF-8."""
+    replace(path, lambda file: file.write(text.encode()), fsync=fsync)
+
+
+def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON."""
-    text = json.dumps(value, indent=1) + "\n"
-    replace(path, lambda file: _write_text(file, text), fsync=fsync)
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -89,7 +93,7 @@ def read_json(path: Path) -> Any:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object per line."""
-    replace(path, lambda file: _write_text(file, "".join(json.dumps(row) + "\n" for row in rows)))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -117,10 +121,6 @@ def write_checkpoint(
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
     """A checkpoint's tensors and plain values (no code is run), on the CPU; None if there is no such file."""
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-
-
-def _write_text(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())
 
 
 def _save(state: dict[str, Any], file: BinaryIO) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,19 +13,50 @@ import torch.distributed
 from fastmeta.ops.process_group import running_processes
 
 
-@contextlib.contextmanager
-def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Within the block a first Ctrl-C or SIGTERM only sets a flag; a second one acts as usual.
+class StopRequest:
+    """Called once a step: whether to stop, in a process group the same answer on every process.
 
-    Yields a function that tells whether to stop. In a process group every process asks once a step and all are told
-    the same: true at a call after the one at which the first process was asked to stop. No call waits for the network:
-    what the processes say travels until the next call.
+    There no call waits for the network: what the processes say travels until the next call.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int = 0
+        """What asked to stop; SIGTERM where processes were sent both; 0 while nothing did."""
+        # On the CPU, whatever the steps use.
+        self._group = torch.distributed.new_group(backend="gloo") if running_processes() > 1 else None
+        self._answer = torch.zeros(1, dtype=torch.int32)
+        self._work: Any = None
+
+    @property
+    def is_termination(self) -> bool:
+        """Whether it was SIGTERM: the machine asks, and no person waits for an exit status other than 0."""
+        return self.signal == signal.SIGTERM
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        if self._group is None:
+            return self.signal != 0
+        if self._work is not None:
+            self._work.wait()
+        agreed = int(self._answer)
+        self._answer.fill_(max(self.signal, agreed))  # SIGTERM is 15, SIGINT 2
+        self._work = torch.distributed.all_reduce(
+            self._answer, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        if agreed:
+            self.signal = agreed
+        return agreed != 0
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[StopRequest]:
+    """Within the block a first Ctrl-C or SIGTERM is only noted, for the loop to ask; the next one acts as usual.
 
     >>> with stop_requested() as should_stop:
     ...     should_stop()
     False
     """
-    flag = {"stop": False}
+    request = StopRequest()
     before: dict[int, Any] = {}
     owner = os.getpid()
 
@@ -35,7 +66,7 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        flag["stop"] = True
+        request.signal = number
         _restore(before)
         print("\nstopping at the next step (once more: at once)", file=sys.stderr, flush=True)
 
@@ -43,7 +74,7 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, handle)
     try:
-        yield _Agreement(lambda: flag["stop"]) if running_processes() > 1 else lambda: flag["stop"]
+        yield request
     finally:
         _restore(before)
 
@@ -51,23 +82,3 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
 def _restore(handlers: dict[int, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-class _Agreement:
-    """Whether any process wants to stop, by a maximum that each call starts and the next one reads."""
-
-    def __init__(self, wanted: Callable[[], bool]) -> None:
-        self._wanted = wanted
-        self._group = torch.distributed.new_group(backend="gloo")  # on the CPU, whatever the steps use
-        self._work: Any = None
-        self._answer = torch.zeros(1, dtype=torch.int32)
-
-    def __call__(self) -> bool:
-        if self._work is not None:
-            self._work.wait()
-        agreed = bool(self._answer)
-        self._answer.fill_(self._wanted())
-        self._work = torch.distributed.all_reduce(
-            self._answer, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
-        )
-        return agreed

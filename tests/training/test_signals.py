@@ -23,6 +23,7 @@ def test_the_first_signal_is_a_question_and_the_next_acts(number, capsys):
             assert not should_stop()
             os.kill(os.getpid(), number)
             assert should_stop()
+            assert should_stop.is_termination == (number == signal.SIGTERM)
             assert not taken
             assert "stopping at the next step" in capsys.readouterr().err
             os.kill(os.getpid(), number)
@@ -70,7 +71,7 @@ def steps_until_told(rank, world, folder, results):
             step += 1
             time.sleep(0.001 * rank)
     torch.distributed.destroy_process_group()
-    results.put(step)
+    results.put((step, should_stop.is_termination))
 
 
 def test_all_processes_of_a_group_stop_at_the_same_step(tmp_path):
@@ -78,7 +79,7 @@ def test_all_processes_of_a_group_stop_at_the_same_step(tmp_path):
     processes = [FORK.Process(target=steps_until_told, args=(rank, 3, tmp_path, results)) for rank in range(3)]
     for process in processes:
         process.start()
-    assert [results.get(timeout=60) for _ in processes] == [7, 7, 7]
+    assert [results.get(timeout=60) for _ in processes] == 3 * [(7, True)]
     for process in processes:
         process.join()
         assert process.exitcode == 0
