@@ -12,11 +12,11 @@ import torch
 import tyro
 
 import fastmeta
+from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
 from fastmeta.training.config import MachineConfig, RunConfig
 from fastmeta.training.doctor import doctor, verify_named
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
-from fastmeta.training.command import train_command
 from fastmeta.training.train import ConfigMismatch, NotFinite
 from fastmeta.training.workers import WorkerError
 
