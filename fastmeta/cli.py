@@ -1,4 +1,4 @@
-"""The command line: ``fastmeta compare``, ``fastmeta train``, ``fastmeta doctor``, ``fastmeta --version``."""
+"""The command line: ``fastmeta compare``, ``train``, ``predict``, ``report``, ``doctor``, and ``--version``."""
 
 import ast
 import re
@@ -16,7 +16,12 @@ from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
 from fastmeta.training.config import MachineConfig, RunConfig
 from fastmeta.training.doctor import doctor, verify_named
+from fastmeta.training.files import make_folder
+from fastmeta.training.pictures_to_predict import open_for_prediction
+from fastmeta.training.predict import predict, require_finished, summary_of, unreadable_text
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
+from fastmeta.training.report import write_report
+from fastmeta.training.run_folder import read_run
 from fastmeta.training.train import ConfigMismatch, NotFinite
 from fastmeta.training.workers import WorkerError
 
@@ -141,6 +146,72 @@ def _settings(name: str, given: Sequence[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Predict:
+    """Predict other images with a finished run: a CSV of path, label and confidence.
+
+    Where they were unlabeled images of the run, also their weights and how the method changed their labels. Where they
+    have labels the error is printed, too. A file that cannot be read has no label.
+    """
+
+    finished: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run")]
+    """Folder of the run."""
+    data: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Pictures, folders of pictures, or a data set of any kind that fastmeta train takes."""
+    out: Path = Path("predictions.csv")
+    """The CSV."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the net is."""
+    workers: int | None = None
+    """Processes that read and decode (default: one a core, none for a thousand images or fewer)."""
+    batch_size: int = 256
+    """Images at once."""
+
+    def run(self) -> int:
+        """Exit status: 0, or 1 if no image could be read."""
+        run = read_run(self.finished)
+        require_finished(run)
+        images = open_for_prediction(self.data, run)
+        make_folder(self.out.parent)
+        if self.out.is_dir():
+            raise ValueError(f"out must be a file, got the folder {self.out}")
+        predictions = predict(
+            run,
+            images,
+            self.out,
+            device=self.device,
+            workers=self.workers,
+            batch_size=self.batch_size,
+            progress=sys.stderr.isatty(),
+        )
+        print(f"{summary_of(predictions, run)}\n{self.out}")
+        if predictions.unreadable:
+            print(f"fastmeta: {unreadable_text(predictions)}", file=sys.stderr)
+        return 1 if len(predictions.unreadable) == predictions.images else 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """One page about one or several runs, finished or not: figures, curves, settings, confusion, images worth a look.
+
+    The page is a single file that needs no network.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Their folders."""
+    out: Path = Path("report.html")
+    """The page."""
+
+    def run(self) -> int:
+        """Exit status: 0."""
+        try:
+            write_report(self.runs, self.out)
+        except OSError as error:
+            raise ValueError(f"out must be a file that can be written, got {self.out}: {error.strerror}") from None
+        print(self.out)
+        return 0
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Print which implementation of each operator is available, and why the others are not; or verify a model."""
 
@@ -160,6 +231,8 @@ _DESCRIPTION = "Meta-gradient semi-supervised learning. fastmeta --version print
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
