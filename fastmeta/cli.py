@@ -1,20 +1,23 @@
 """The command line: ``fastmeta compare``, ``fastmeta train``, ``fastmeta doctor``, ``fastmeta --version``."""
 
+import ast
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import torch
 import tyro
 
 import fastmeta
 from fastmeta.training.compare import CompareConfig, compare, grid
-from fastmeta.training.config import RunConfig
+from fastmeta.training.config import MachineConfig, RunConfig
 from fastmeta.training.doctor import doctor, verify_named
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
-from fastmeta.training.train import ConfigMismatch
+from fastmeta.training.command import train_command
+from fastmeta.training.train import ConfigMismatch, NotFinite
 from fastmeta.training.workers import WorkerError
 
 if TYPE_CHECKING:
@@ -39,7 +42,9 @@ class Compare:
     methods: tuple[Method, ...] = DEFAULT_METHODS
     """Methods on top of it; the base alone ("none") is always among them. -jvp: the whole model moves, not the last
     layer alone; -alternating: an update of its own, after the base's."""
-    labels: int = 1
+    data: str = "digits"
+    """Images: "digits", or a path."""
+    labels_per_class: int = 1
     """Labeled images per class, at least 1; what is left of a class is unlabeled."""
     seeds: int = 7
     """Number of seeds: 0, 1, ..., at least 1. Few are fast and seldom show a difference."""
@@ -71,8 +76,18 @@ class Compare:
                 chosen = " ".join(self.methods)
                 raise ValueError(f"methods must be none for base supervised (it imputes no labels), got {chosen}")
             methods = ["none"]
-        runs = grid(bases, methods, range(self.seeds), labels=self.labels, steps=self.steps, device=self.device)
-        name = f"{'full' if self.full else self.base}-{self.labels}-per-class-{self.steps}-steps"
+        runs = grid(
+            bases,
+            methods,
+            range(self.seeds),
+            data=self.data,
+            labels_per_class=self.labels_per_class,
+            steps=self.steps,
+            machine=MachineConfig(device=self.device),
+        )
+        name = f"{'full' if self.full else self.base}-{self.labels_per_class}-per-class-{self.steps}-steps"
+        if self.data != "digits":
+            name = f"{Path(self.data).stem}-{name}"
         out = self.out if self.out is not None else Path("runs") / name
         results = compare(CompareConfig(runs, out, self.workers))
         return 0 if results["finished"] == results["planned"] else 130
@@ -80,12 +95,17 @@ class Compare:
 
 @dataclass(frozen=True)
 class Train(RunConfig):
-    """One run: one base, one method, one seed."""
+    """Train one run on your own images: one base, one method, one seed.
+
+    Under torchrun every process takes its part of each batch. The same command continues an interrupted run.
+    """
 
     base: Base = "fixmatch"
     method: Method = "none"
-    labeled_view: Literal["weak", "strong"] = "strong"
-    device: Literal["cpu", "cuda"] = "cpu"
+    base_settings: tuple[str, ...] = ()  # type: ignore[assignment]
+    """Settings of the base, such as threshold=0.95 weight=1."""
+    method_settings: tuple[str, ...] = ()  # type: ignore[assignment]
+    """Settings of the method, such as weight=0.5."""
     out: Path | None = None
     """Folder for the results (default: a name under runs/ made from the settings)."""
 
@@ -94,12 +114,30 @@ class Train(RunConfig):
 
     def run(self) -> int:
         """Exit status: 0, or 130 if it was interrupted."""
-        run = RunConfig(**{name: getattr(self, name) for name in RunConfig.__dataclass_fields__})
+        values = {name: getattr(self, name) for name in RunConfig.__dataclass_fields__}
+        for name in ("base_settings", "method_settings"):
+            values[name] = _settings(name, values[name])
+        run = RunConfig(**values)
         out = self.out
         if out is None:
-            out = Path("runs") / f"train-{self.base}-{self.method}-{self.labels}-per-class-seed-{self.seed}"
-        results = compare(CompareConfig([run], out, 1))
-        return 0 if results["finished"] == results["planned"] else 130
+            labels = "" if run.labels_per_class is None else f"-{run.labels_per_class}-per-class"
+            data = Path(run.data).stem
+            out = Path("runs") / f"{data}-{run.base}-{run.method}{labels}-seed-{run.seed}"
+        return train_command(run, out)
+
+
+def _settings(name: str, given: Sequence[str]) -> dict[str, Any]:
+    """``("threshold=0.95",)`` as ``{"threshold": 0.95}``; what is no Python literal is text."""
+    settings: dict[str, Any] = {}
+    for text in given:
+        setting, equals, value = text.partition("=")
+        if not setting or not equals:
+            raise ValueError(f"{name} must be written as setting=value, got {text!r}")
+        try:
+            settings[setting] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[setting] = value
+    return settings
 
 
 @dataclass(frozen=True)
@@ -134,14 +172,14 @@ def main(arguments: list[str] | None = None) -> int:
     command = tyro.cli(Command, prog="fastmeta", description=_DESCRIPTION, args=arguments)  # type: ignore[call-overload]
     try:
         return command.run()
-    except (ValueError, ConfigMismatch, WorkerError) as error:
+    except (ValueError, ConfigMismatch, NotFinite, WorkerError) as error:
         print(f"fastmeta: error: {_with_flag(str(error))}", file=sys.stderr)
         return 2
 
 
 def _with_flag(text: str) -> str:
     """The libraries name an argument, the command line its flag."""
-    return re.sub(r"^\w+(?= must )", lambda match: "--" + match[0].replace("_", "-"), text)
+    return re.sub(r"^[\w.]+(?= must )", lambda match: "--" + match[0].replace("_", "-"), text)
 
 
 if __name__ == "__main__":
