@@ -14,10 +14,10 @@ def decayed_parameters(model: nn.Module, config: OptimizerConfig) -> list[nn.Par
     return [parameter for parameter in parameters if config.decayed == "all" or parameter.dim() > 1]
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig, *, capturable: bool = False) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """SGD or Adam over the trainable parameters; a decoupled decay is left to :func:`decay_`.
 
-    ``capturable``: fused, and it leaves out a step whose ``found_inf`` is 1 without the host's knowing.
+    Fused: one whose ``found_inf`` is 1 leaves its step out, and the host need not know.
     """
     decayed = decayed_parameters(model, config)
     known = set(map(id, decayed))
@@ -25,16 +25,14 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, *, capturable: boo
     decay = 0.0 if config.decoupled else config.weight_decay
     groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    implementation = {"fused": True} if capturable else {"foreach": True}
     if config.name == "adam":
-        return torch.optim.Adam(groups, lr=config.peak, betas=config.betas, **implementation)
-    return torch.optim.SGD(
-        groups,
-        lr=config.peak,
-        momentum=config.momentum,
-        nesterov=config.nesterov and config.momentum > 0,
-        **implementation,
-    )
+        return torch.optim.Adam(groups, lr=config.peak, betas=config.betas, fused=True)
+    nesterov = config.nesterov and config.momentum > 0
+    optimizer = torch.optim.SGD(groups, lr=config.peak, momentum=config.momentum, nesterov=nesterov, fused=True)
+    if config.momentum > 0:
+        for parameter in decayed + others:  # torch makes them without a value, and a first step that is left out keeps it
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 @torch.no_grad()

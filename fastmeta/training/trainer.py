@@ -87,7 +87,7 @@ class Trainer:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.processes.group)
         self.model: nn.Module = model
         self.average = ExponentialMovingAverage(model, average or AverageConfig())
-        self.optimizer = make_optimizer(model, self.optimizer_config, capturable=self.device.type == "cuda")
+        self.optimizer = make_optimizer(model, self.optimizer_config)
         self._decayed: list[Tensor] = list(decayed_parameters(model, self.optimizer_config))
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -172,11 +172,8 @@ class Trainer:
         finite.copy_(~bad)
         self.skipped[0] += bad
         self.skipped[1] = torch.where(bad, self.skipped[1] + 1, 0)
-        if self.device.type == "cuda":
-            self.optimizer.found_inf, self.optimizer.grad_scale = bad.float(), None  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not bad:
-            self.optimizer.step()
+        self.optimizer.found_inf, self.optimizer.grad_scale = bad.float(), None  # type: ignore[attr-defined]
+        self.optimizer.step()
 
     def _average_gradients(self) -> None:
         """What DistributedDataParallel does in its own backward, for a loss whose passes do not go through it."""
@@ -267,11 +264,8 @@ class Trainer:
 
 @torch.no_grad()
 def _put_back(buffers: list[Tensor], before: list[Tensor], *, where: Tensor) -> None:
-    """``buffers`` become what they were, where that is true; a GPU is not waited for."""
-    if where.device.type == "cpu":
-        if where:
-            torch._foreach_copy_(buffers, before)
-    elif buffers:
+    """``buffers`` become what they were, where that is true; the host waits for nothing."""
+    if buffers:
         flat = [torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (before, buffers)]
         parts = torch.where(where, *flat).split([buffer.numel() for buffer in buffers])
         torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
