@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmeta.methods import ExampleWeights, ImputeAndWeight
 from fastmeta.training.build import Built
-from fastmeta.training.files import read_jsonl, write_checkpoint, write_json, write_text
+from fastmeta.training.files import read_jsonl, replace, write_checkpoint, write_json
 from fastmeta.training.processes import Processes
 
 _MOST_CLASSES = 100  # of a confusion matrix
@@ -52,9 +52,10 @@ def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, A
     }
     if processes.is_first:
         confidence, label = imputed.max(dim=1)
+        table = _unlabeled_table(run, label, confidence, weights)
         write_checkpoint(folder / "model.pt", best["model"])
         write_json(folder / "details.json", _details(run, label, confidence, weights))
-        write_text(folder / "unlabeled.csv", _unlabeled_table(run, label, confidence, weights))
+        replace(folder / "unlabeled.csv", lambda file: file.write(table.encode()))
         write_json(folder / "results.json", results)
     return results
 

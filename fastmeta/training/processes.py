@@ -59,15 +59,6 @@ class Processes:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is true in any process."""
-        if self.group is None:
-            return flag
-        return bool(self.sum_(torch.tensor([float(flag)], device=self._device())).item())
-
-    def _device(self) -> torch.device:
-        return torch.device("cuda" if torch.distributed.get_backend(self.group) == "nccl" else "cpu")
-
     def part(self, count: int) -> slice:
         """This process's part of ``count`` things."""
         return slice(self.rank * count // self.count, (self.rank + 1) * count // self.count)

@@ -16,9 +16,7 @@ from fastmeta.training.files import append_jsonl, read_json, read_jsonl, write_j
 from fastmeta.training.optimizers import rate_at
 from fastmeta.training.outcome import write_outcome
 from fastmeta.training.processes import Processes
-
-# Steps between two questions whether to stop, where all processes must agree.
-_ASK_EVERY = 10
+from fastmeta.training.report import write_report
 
 
 class ConfigMismatch(ValueError):
@@ -51,7 +49,8 @@ def train(
         processes: all of which call this; the first one writes.
         on_step: called with the number of finished steps after each.
         on_wait: called with the share of the time since the last evaluation that steps waited for data.
-        should_stop: asked before each step; if true, a checkpoint is written and the run left.
+        should_stop: asked before each step; if true, a checkpoint is written and the run left. All processes must be
+            told the same, as :func:`fastmeta.training.signals.stop_requested` does.
 
     Returns:
         What results.json holds, or None if it was stopped.
@@ -83,6 +82,7 @@ class _Loop:
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=run.config.machine.keep)
         self.rows: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
+        self._saved: int | None = None
         self._timed = (0, 0.0, 0.0)  # step, seconds of steps, seconds of waiting at the last evaluation
 
     def run(
@@ -94,7 +94,7 @@ class _Loop:
         every, save_every = config.evaluation.every or 1, config.machine.checkpoint_every or 1
         try:
             while trainer.step < trainer.steps:
-                if self._agree_to_stop(should_stop):
+                if should_stop():
                     self._save()
                     return None
                 trainer.train_step()
@@ -108,15 +108,10 @@ class _Loop:
         finally:
             trainer.batches.close()
 
-    def _agree_to_stop(self, should_stop: Callable[[], bool]) -> bool:
-        if self.processes.group is None:
-            return should_stop()
-        return self.trainer.step % _ASK_EVERY == 0 and self.processes.any(should_stop())
-
     def _resume(self) -> None:
         saved = self.checkpoints.latest()
         if saved is not None:
-            state = saved[1]
+            self._saved, state = saved
             self.trainer.load_state_dict(state["trainer"])
             self.evaluator.load_state_dict(state["evaluator"])
             self.rows = state["rows"]
@@ -135,15 +130,16 @@ class _Loop:
             "rows": self.rows,
         }
         if self.processes.is_first:
-            self.checkpoints.save(self.trainer.step, state)
+            self.checkpoints.save(self.trainer.step, state, is_best=self.evaluator.best.get("step") == self.trainer.step)
+        self._saved = self.trainer.step
 
     def _check_finite(self) -> None:
         skipped, in_a_row = self.trainer.skipped.tolist()
         if in_a_row >= self.built.config.machine.max_skipped:
-            good = self.checkpoints.newest()
+            good = "there is no checkpoint" if self._saved is None else f"the last checkpoint is of step {self._saved}"
             raise NotFinite(
                 f"the loss of the last {in_a_row} steps was not finite (step {self.trainer.step}; {skipped} in all); "
-                f"the last good checkpoint is {good if good is not None else 'none'}"
+                f"{good} ({self.checkpoints.folder})"
             )
 
     def _evaluate(self) -> float:
@@ -181,7 +177,8 @@ class _Loop:
         self.trainer.synchronize()
         results = write_outcome(self.built, self.folder, self.processes)
         if self.processes.is_first:
-            self.checkpoints.clear()
+            self.checkpoints.remove()
+            write_report([self.folder], self.folder / "report.html")
         return results
 
 
