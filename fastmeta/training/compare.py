@@ -1,11 +1,10 @@
 """The main job: bases and methods on the same seeds, and what the difference is."""
 
 import contextlib
-import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +19,7 @@ from fastmeta.training.config import RunConfig
 from fastmeta.training.files import make_folder, read_json, read_jsonl, write_json, write_jsonl
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
 from fastmeta.training.reference import support_vector_error
+from fastmeta.training.signals import stop_requested
 from fastmeta.training.summary import summarize, table
 from fastmeta.training.timing import interleaved_seconds
 from fastmeta.training.train import check_folder
@@ -62,7 +62,7 @@ def grid(bases: Sequence[str], methods: Sequence[str], seeds: Sequence[int], **s
 def compare(config: CompareConfig, *, quiet: bool = False) -> dict[str, Any]:
     """Train what is not trained yet, and write config.json, metrics.jsonl, results.json and the plots.
 
-    Ctrl-C checkpoints the running runs and reports the finished ones; the same call continues.
+    Ctrl-C and SIGTERM checkpoint the running runs and report the finished ones; the same call continues.
 
     Args:
         config: the runs.
@@ -94,7 +94,7 @@ def compare(config: CompareConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     stopped = False
     if pending:
-        with _interruptible() as should_stop, _Progress(pending, quiet) as progress:
+        with stop_requested() as should_stop, _Progress(pending, quiet) as progress:
             run_jobs(pending, workers=workers, on_step=progress.update, on_finish=on_finish, should_stop=should_stop)
             stopped = should_stop()
     step_seconds = {} if stopped else _step_seconds(config, jobs, images, changed=bool(pending))
@@ -197,27 +197,6 @@ def notes(runs: Sequence[RunConfig], results: dict[str, Any]) -> list[str]:
             f"threshold and argmax. The paper's loop: {programs}."
         )
     return lines
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within the block a first Ctrl-C only sets a flag; a second one interrupts as usual."""
-    state = {"stop": False}
-
-    def handle(number: int, frame: Any) -> None:
-        state["stop"] = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping at the next step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
-
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread: Ctrl-C goes elsewhere
-        yield lambda: False
-        return
-    try:
-        yield lambda: state["stop"]
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class _Progress(contextlib.AbstractContextManager["_Progress"]):

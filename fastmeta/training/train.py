@@ -129,8 +129,7 @@ class _Loop:
             "evaluator": self.evaluator.state_dict(),
             "rows": self.rows,
         }
-        if self.processes.is_first:
-            self.checkpoints.save(self.trainer.step, state, is_best=self.evaluator.best.get("step") == self.trainer.step)
+        self.checkpoints.save(self.trainer.step, state, is_best=self.evaluator.best.get("step") == self.trainer.step)
         self._saved = self.trainer.step
 
     def _check_finite(self) -> None:
@@ -176,8 +175,8 @@ class _Loop:
     def _finish(self) -> dict[str, Any]:
         self.trainer.synchronize()
         results = write_outcome(self.built, self.folder, self.processes)
+        self.checkpoints.remove()
         if self.processes.is_first:
-            self.checkpoints.remove()
             write_report([self.folder], self.folder / "report.html")
         return results
 
