@@ -1,5 +1,6 @@
 """The command line: ``fastmeta compare``, ``train``, ``predict``, ``report``, ``doctor``, and ``--version``."""
 
+import argparse
 import ast
 import re
 import sys
@@ -12,6 +13,8 @@ import torch
 import tyro
 
 import fastmeta
+from fastmeta.presets import PRESETS, preset
+from fastmeta.presets.smoke import run_smoke
 from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
 from fastmeta.training.config import MachineConfig, RunConfig
@@ -28,9 +31,11 @@ from fastmeta.training.workers import WorkerError
 if TYPE_CHECKING:
     Base: TypeAlias = str
     Method: TypeAlias = str
+    Preset: TypeAlias = str
 else:
     Base = tyro.extras.literal_type_from_choices(list(BASE_RECIPES))
     Method = tyro.extras.literal_type_from_choices(list(METHODS))
+    Preset = tyro.extras.literal_type_from_choices(list(PRESETS))
 # With the features of the base's own forward and the last layer alone.
 DEFAULT_METHODS = tuple(name for name, recipe in METHODS.items() if recipe.passes == "shared")
 
@@ -113,6 +118,10 @@ class Train(RunConfig):
     """Settings of the method, such as weight=0.5."""
     out: Path | None = None
     """Folder for the results (default: a name under runs/ made from the settings)."""
+    preset: Preset | None = None
+    """Published settings to start from; what else is given changes them."""
+    smoke: bool = False
+    """A few steps of the preset on generated images."""
 
     def __post_init__(self) -> None:
         """Nothing: ``run`` checks, where an error is one line and not a frame of tyro's."""
@@ -124,11 +133,31 @@ class Train(RunConfig):
             values[name] = _settings(name, values[name])
         run = RunConfig(**values)
         out = self.out
+        if self.smoke:
+            if self.preset is None:
+                raise ValueError(f"preset must be one of {', '.join(PRESETS)} with smoke, got none")
+            for layout, results in run_smoke(run, out).items():
+                print(f"{self.preset}, {layout}: {results['step']} steps, loss finite, results written")
+            return 0
         if out is None:
             labels = "" if run.labels_per_class is None else f"-{run.labels_per_class}-per-class"
             data = Path(run.data).stem
             out = Path("runs") / f"{data}-{run.base}-{run.method}{labels}-seed-{run.seed}"
         return train_command(run, out)
+
+
+def _started_from(arguments: Sequence[str]) -> Train:
+    """The settings that ``train`` starts from: its own, or those of a preset."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(PRESETS))
+    name = parser.parse_known_args(arguments)[0].preset if "train" in arguments[:1] else None
+    if name is None:
+        return Train()
+    run = preset(name)
+    values = {name: getattr(run, name) for name in RunConfig.__dataclass_fields__}
+    for setting in ("base_settings", "method_settings"):
+        values[setting] = tuple(f"{key}={value!r}" for key, value in values[setting].items())
+    return Train(**values, preset=name)
 
 
 def _settings(name: str, given: Sequence[str]) -> dict[str, Any]:
@@ -239,10 +268,16 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given == ["--version"]:
         print(f"fastmeta {fastmeta.__version__}, torch {torch.__version__}")
         return 0
-    command = tyro.cli(Command, prog="fastmeta", description=_DESCRIPTION, args=arguments)  # type: ignore[call-overload]
+    commands = (
+        Annotated[Compare, tyro.conf.subcommand("compare")]
+        | Annotated[Train, tyro.conf.subcommand("train", default=_started_from(given))]
+        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    )
+    command = tyro.cli(commands, prog="fastmeta", description=_DESCRIPTION, args=given)  # type: ignore[call-overload]
     try:
         return command.run()
     except (ValueError, ConfigMismatch, NotFinite, WorkerError) as error:

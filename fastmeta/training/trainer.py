@@ -115,6 +115,8 @@ class Trainer:
         rate = self.optimizer_config.peak * rate_at(self.schedule, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.method is not None and self.method.scheduled is not None:
+            setattr(self.method.method, self.method.scheduled, rate)
         self.model.train()
         self.processes.broadcast_(self._buffers)
         buffers = [buffer.clone() for buffer in self._buffers]
