@@ -1,5 +1,6 @@
-"""The command line: ``fastmeta compare``, ``fastmeta train``, ``fastmeta doctor``, ``fastmeta --version``."""
+"""The command line: ``fastmeta compare``, ``train``, ``predict``, ``report``, ``doctor``, and ``--version``."""
 
+import argparse
 import ast
 import re
 import sys
@@ -12,20 +13,29 @@ import torch
 import tyro
 
 import fastmeta
+from fastmeta.presets import PRESETS, preset
+from fastmeta.presets.smoke import run_smoke
+from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
 from fastmeta.training.config import MachineConfig, RunConfig
 from fastmeta.training.doctor import doctor, verify_named
+from fastmeta.training.files import make_folder
+from fastmeta.training.pictures_to_predict import open_for_prediction
+from fastmeta.training.predict import predict, require_finished, summary_of, unreadable_text
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
-from fastmeta.training.command import train_command
+from fastmeta.training.report import write_report
+from fastmeta.training.run_folder import read_run
 from fastmeta.training.train import ConfigMismatch, NotFinite
 from fastmeta.training.workers import WorkerError
 
 if TYPE_CHECKING:
     Base: TypeAlias = str
     Method: TypeAlias = str
+    Preset: TypeAlias = str
 else:
     Base = tyro.extras.literal_type_from_choices(list(BASE_RECIPES))
     Method = tyro.extras.literal_type_from_choices(list(METHODS))
+    Preset = tyro.extras.literal_type_from_choices(list(PRESETS))
 # With the features of the base's own forward and the last layer alone.
 DEFAULT_METHODS = tuple(name for name, recipe in METHODS.items() if recipe.passes == "shared")
 
@@ -108,6 +118,10 @@ class Train(RunConfig):
     """Settings of the method, such as weight=0.5."""
     out: Path | None = None
     """Folder for the results (default: a name under runs/ made from the settings)."""
+    preset: Preset | None = None
+    """Published settings to start from; what else is given changes them."""
+    smoke: bool = False
+    """A few steps of the preset on generated images."""
 
     def __post_init__(self) -> None:
         """Nothing: ``run`` checks, where an error is one line and not a frame of tyro's."""
@@ -119,11 +133,31 @@ class Train(RunConfig):
             values[name] = _settings(name, values[name])
         run = RunConfig(**values)
         out = self.out
+        if self.smoke:
+            if self.preset is None:
+                raise ValueError(f"preset must be one of {', '.join(PRESETS)} with smoke, got none")
+            for layout, results in run_smoke(run, out).items():
+                print(f"{self.preset}, {layout}: {results['step']} steps, loss finite, results written")
+            return 0
         if out is None:
             labels = "" if run.labels_per_class is None else f"-{run.labels_per_class}-per-class"
             data = Path(run.data).stem
             out = Path("runs") / f"{data}-{run.base}-{run.method}{labels}-seed-{run.seed}"
         return train_command(run, out)
+
+
+def _started_from(arguments: Sequence[str]) -> Train:
+    """The settings that ``train`` starts from: its own, or those of a preset."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(PRESETS))
+    name = parser.parse_known_args(arguments)[0].preset if "train" in arguments[:1] else None
+    if name is None:
+        return Train()
+    run = preset(name)
+    values = {name: getattr(run, name) for name in RunConfig.__dataclass_fields__}
+    for setting in ("base_settings", "method_settings"):
+        values[setting] = tuple(f"{key}={value!r}" for key, value in values[setting].items())
+    return Train(**values, preset=name)
 
 
 def _settings(name: str, given: Sequence[str]) -> dict[str, Any]:
@@ -138,6 +172,72 @@ def _settings(name: str, given: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             settings[setting] = value
     return settings
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Predict other images with a finished run: a CSV of path, label and confidence.
+
+    Where they were unlabeled images of the run, also their weights and how the method changed their labels. Where they
+    have labels the error is printed, too. A file that cannot be read has no label.
+    """
+
+    finished: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run")]
+    """Folder of the run."""
+    data: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Pictures, folders of pictures, or a data set of any kind that fastmeta train takes."""
+    out: Path = Path("predictions.csv")
+    """The CSV."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the net is."""
+    workers: int | None = None
+    """Processes that read and decode (default: one a core, none for a thousand images or fewer)."""
+    batch_size: int = 256
+    """Images at once."""
+
+    def run(self) -> int:
+        """Exit status: 0, or 1 if no image could be read."""
+        run = read_run(self.finished)
+        require_finished(run)
+        images = open_for_prediction(self.data, run)
+        make_folder(self.out.parent)
+        if self.out.is_dir():
+            raise ValueError(f"out must be a file, got the folder {self.out}")
+        predictions = predict(
+            run,
+            images,
+            self.out,
+            device=self.device,
+            workers=self.workers,
+            batch_size=self.batch_size,
+            progress=sys.stderr.isatty(),
+        )
+        print(f"{summary_of(predictions, run)}\n{self.out}")
+        if predictions.unreadable:
+            print(f"fastmeta: {unreadable_text(predictions)}", file=sys.stderr)
+        return 1 if len(predictions.unreadable) == predictions.images else 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """One page about one or several runs, finished or not: figures, curves, settings, confusion, images worth a look.
+
+    The page is a single file that needs no network.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Their folders."""
+    out: Path = Path("report.html")
+    """The page."""
+
+    def run(self) -> int:
+        """Exit status: 0."""
+        try:
+            write_report(self.runs, self.out)
+        except OSError as error:
+            raise ValueError(f"out must be a file that can be written, got {self.out}: {error.strerror}") from None
+        print(self.out)
+        return 0
 
 
 @dataclass(frozen=True)
@@ -160,16 +260,24 @@ _DESCRIPTION = "Meta-gradient semi-supervised learning. fastmeta --version print
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given == ["--version"]:
         print(f"fastmeta {fastmeta.__version__}, torch {torch.__version__}")
         return 0
-    command = tyro.cli(Command, prog="fastmeta", description=_DESCRIPTION, args=arguments)  # type: ignore[call-overload]
+    commands = (
+        Annotated[Compare, tyro.conf.subcommand("compare")]
+        | Annotated[Train, tyro.conf.subcommand("train", default=_started_from(given))]
+        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    )
+    command = tyro.cli(commands, prog="fastmeta", description=_DESCRIPTION, args=given)  # type: ignore[call-overload]
     try:
         return command.run()
     except (ValueError, ConfigMismatch, NotFinite, WorkerError) as error:

@@ -100,6 +100,8 @@ class Refiner:
         own_update: its loss has an update of its own, after the base's and at the parameters that this left.
         two_views: in that update labels are imputed from the second view and the inner loss is taken on the first, as
             in Learning to Impute (journal version, Algorithm 1); otherwise both are one view.
+        scheduled: an attribute of the method that is the learning rate of each step, as the published code of
+            Meta-Gradient has it; None: none.
     """
 
     method: Method
@@ -108,6 +110,7 @@ class Refiner:
     passes: Literal["shared", "own"] = "shared"
     own_update: bool = False
     two_views: bool = False
+    scheduled: str | None = None
 
 
 class Algorithm(Protocol):

@@ -100,14 +100,17 @@ class Batches:
         return self._holdout
 
     def _stream(self, name: str, batch_size: int, number: int) -> Stream:
-        if name not in self._streams:
+        position = number * batch_size
+        if name not in self._streams or self._streams[name].position != position:
+            if name in self._streams:
+                self._streams[name].close()
             self._streams[name] = Stream(
                 self.data.images,
                 getattr(self.data.split, name),
                 batch_size=batch_size,
                 seed=self.seed,
                 name=name,
-                position=number * batch_size,
+                position=position,
                 rank=self.processes.rank,
                 processes=self.processes.count,
                 workers=self.machine.workers,
@@ -149,6 +152,8 @@ class Batches:
             if size is None:
                 continue
             if size % self.machine.accumulation:
-                raise ValueError(f"{name} must be a multiple of machine.accumulation, {self.machine.accumulation}, got {size}")
+                raise ValueError(
+                    f"{name} must be a multiple of machine.accumulation, {self.machine.accumulation}, got {size}"
+                )
             if size // self.machine.accumulation < self.processes.count:
                 raise ValueError(f"{name} must be at least the number of processes, {self.processes.count}, got {size}")

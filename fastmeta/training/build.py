@@ -89,8 +89,8 @@ def split_of(config: RunConfig, images: Images) -> Split:
         split = replace(split, unlabeled=torch.cat([split.unlabeled, split.labeled]))
     if BASES[config.base].imputes and not len(split.unlabeled):
         raise ValueError(
-            f"data must have unlabeled images for base {config.base}, got none in {config.data}: put some in the folder "
-            "unlabeled, or leave some labels out with labels_per_class"
+            f"data must have unlabeled images for base {config.base}, got none in {config.data}: put some in the "
+            "folder unlabeled, or leave some labels out with labels_per_class"
         )
     return split
 
@@ -111,8 +111,12 @@ def build(config: RunConfig, images: Images, processes: Processes | None = None)
     config = resolve(config, images)
     split = split_of(config, images)
     recipe = METHODS[config.method]
+    assert config.labeled_batch is not None
+    assert config.unlabeled_batch is not None
+    assert config.labeled_view is not None
+    assert config.steps is not None
+    assert config.image_size is not None
     model, views = _model(config, images), views_for(config.views, images.image_shape, config.image_size)
-    assert config.labeled_batch and config.unlabeled_batch and config.labeled_view and config.steps
     trainer = Trainer(
         model,
         TrainingData(

@@ -50,7 +50,9 @@ class Evaluator:
         self.machine, self.processes = machine or MachineConfig(), processes or Processes()
         self.report = config.report or ("best-validation" if len(split.validation) else "last")
         if self.report == "best-validation" and not len(split.validation):
-            raise ValueError("evaluation.report must not be best-validation without validation images; got none of them")
+            raise ValueError(
+                "evaluation.report must not be best-validation without validation images; got none of them"
+            )
         if "last-20" in self.report and not len(split.test):
             raise ValueError(f"evaluation.report must be last without test images, got {self.report!r}")
         self.unreadable: dict[str, str] = {}
@@ -69,11 +71,14 @@ class Evaluator:
                 if len(getattr(self.split, part)):
                     errors.update(self._errors(model, part))
             row.update({f"{figure}_{name}": value for figure, value in errors.items()})
-            reported = self.report != "best-validation" and name == list(kept)[-1]
-            if reported or (self.report == "best-validation" and errors["validation_error"] <= self.best["validation_error"]):
-                weights = copy.deepcopy(model.state_dict())
-                self.best = {"validation_error": None, "test_error": None, **errors, "step": step, "weights": name, "model": weights}
-        if "test_error" in self.best:
+            if self.report == "best-validation":
+                is_better = errors["validation_error"] <= self.best["validation_error"]
+            else:
+                is_better = name == list(kept)[-1]  # the average, if it is evaluated
+            if is_better:
+                figures = {"validation_error": None, "test_error": None, **errors, "step": step, "weights": name}
+                self.best = {**figures, "model": copy.deepcopy(model.state_dict())}
+        if self.best["test_error"] is not None:
             self._history = [*self._history, self.best["test_error"]][-_LAST:]
         return row
 

@@ -30,7 +30,9 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     nesterov = config.nesterov and config.momentum > 0
     optimizer = torch.optim.SGD(groups, lr=config.peak, momentum=config.momentum, nesterov=nesterov, fused=True)
     if config.momentum > 0:
-        for parameter in decayed + others:  # torch makes them without a value, and a first step that is left out keeps it
+        for parameter in (
+            decayed + others
+        ):  # torch makes them without a value, and a first step that is left out keeps it
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 

@@ -3,23 +3,24 @@
 import csv
 import io
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.utils.data
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmeta.data.augment import views_for
-from fastmeta.data.images import Images, UnreadableImage
-from fastmeta.models.by_name import build_model
+from fastmeta.data import Images, read_in_order, views_for
+from fastmeta.models import build_model
 from fastmeta.training.files import write_text
-from fastmeta.training.run_folder import RunFolder, read_run
+from fastmeta.training.report_sections import FULL_CONFUSION
+from fastmeta.training.run_folder import RunFolder
 
 _FEW = 1000  # images; with so few the start of worker processes takes longer than they save
+_SHOWN = 3  # files or labels named in a line
+_PAIRS = 10  # of classes, where there are too many for a matrix
 _OF_UNLABELED = ("weight", "label_before", "label_after", "label_change")
 
 
@@ -43,26 +44,24 @@ class Predictions:
     """What was predicted.
 
     Args:
-        classes: of the run.
         images: how many there are.
         unreadable: those without a prediction: path -> cause.
+        known: how many were unlabeled images of the run.
         parts: errors where the images have labels.
-        counts: ``[C, C]``, a row a true class, a column a predicted one; over all parts.
-        foreign: labels that are no class of the run -> how many images have them.
-        own: the run was made with these images.
+        counts: ``[C, C]``, a row a true class, a column a predicted one; of all parts.
+        foreign: labels that are no class of the run, and how many images have them.
     """
 
-    classes: tuple[str, ...]
     images: int
     unreadable: dict[str, str]
+    known: int
     parts: tuple[PartError, ...]
     counts: Tensor
-    foreign: dict[str, int] = field(default_factory=dict)
-    own: bool = False
+    foreign: dict[str, int]
 
 
 def predict(
-    run: Path,
+    run: RunFolder,
     images: Images,
     out: Path,
     *,
@@ -73,11 +72,11 @@ def predict(
 ) -> Predictions:
     """Predict the class of every image, and write a CSV with a line for each: path, label, confidence.
 
-    For images that were unlabeled ones of the run, the line also has their weight and how their label changed. The
-    label of a file that cannot be read is empty. The net sees what it saw in the evaluations of its training.
+    Where some were unlabeled images of the run, each line also has the weight and how the label changed. A file that
+    cannot be read has no label. The net sees the pixels that it saw in the evaluations of its training.
 
     Args:
-        run: the folder of a finished run.
+        run: a finished run.
         images: what to predict.
         out: the CSV; it is whole or not there.
         device: where the net is.
@@ -86,27 +85,36 @@ def predict(
         progress: show a bar.
 
     Raises:
-        ValueError: ``run`` is no run or not finished, or the images have another number of channels than its net.
+        ValueError: the run is not finished, or its net was trained on images of another shape.
         OSError: the CSV cannot be written.
     """
-    folder = read_run(run)
-    model = load_model(folder).to(device)
-    expected, got = folder.record["image_shape"][0], images.image_shape[0]
-    if got != expected:
-        raise ValueError(f"data must have {_channels(expected)}, as the run's images have, got {_channels(got)}")
-    plain = views_for(folder.config["views"], images.image_shape, folder.config["image_size"]).plain
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers must be at least 0, got {workers}")
+    model = load_model(run).to(device)
+    if tuple(images.image_shape) != run.image_shape:
+        raise ValueError(
+            f"{images.name}: images have {_shape(tuple(images.image_shape))}, expected {_shape(run.image_shape)}, as "
+            f"those of {run.folder}"
+        )
+    plain = views_for(run.config["views"], images.image_shape, run.config["image_size"]).plain
     labels = torch.full((len(images),), -1)
     confidences = torch.zeros(len(images))
     unreadable: dict[str, str] = {}
+    if workers is None:
+        workers = 0 if len(images) <= _FEW else os.cpu_count() or 1
+    reading = read_in_order(images, torch.arange(len(images)), batch_size=batch_size, workers=workers)
     with torch.inference_mode(), tqdm(total=len(images), unit="images", disable=not progress, leave=False) as bar:
-        for places, pixels, failed in _batches(images, batch_size, _processes(workers, len(images)), device):
-            unreadable |= failed
-            if len(places):
-                best = model(plain(pixels.to(device))).float().softmax(1).max(dim=1)
-                confidences[places], labels[places] = best.values.cpu(), best.indices.cpu()
-            bar.update(len(places) + len(failed))
-    _write(out, folder, images, labels, confidences)
-    return _judged(folder, images, labels, unreadable)
+        for read in reading:
+            unreadable.update(read.unreadable)
+            if len(read.places):
+                best = model(plain(read.images.to(device))).float().softmax(dim=1).max(dim=1)
+                confidences[read.places], labels[read.places] = best.values.cpu(), best.indices.cpu()
+            bar.update(len(read.places) + len(read.unreadable))
+    known = _write(out, run, images, labels, confidences)
+    parts, counts, foreign = _judged(run, images, labels)
+    return Predictions(len(images), unreadable, known, parts, counts, foreign)
 
 
 def load_model(run: RunFolder) -> nn.Module:
@@ -115,96 +123,57 @@ def load_model(run: RunFolder) -> nn.Module:
     Raises:
         ValueError: the run is not finished.
     """
-    path = run.folder / "model.pt"
-    if run.results is None or not path.exists():
-        steps = run.config.get("steps")
-        raise ValueError(
-            f"run must be finished, got {str(run.folder)!r} at step {run.step} of {steps}; the command that it was "
-            f"started with continues it: {_command(run)}"
-        )
-    model = build_model(
+    require_finished(run)
+    return build_model(
         str(run.folder),
         num_classes=len(run.classes),
-        channels=run.record["image_shape"][0],
+        channels=run.image_shape[0],
         image_size=run.config["image_size"],
-    )
-    return model.eval()
+    ).eval()
+
+
+def require_finished(run: RunFolder) -> None:
+    """Raise a ValueError that says how to go on, unless the run has left its weights."""
+    if run.results is None or not (run.folder / "model.pt").exists():
+        raise ValueError(
+            f"{run.folder}: not finished (step {run.step} of {run.config.get('steps')}); the command that began it "
+            f"continues it: {_command(run)}"
+        )
 
 
 def _command(run: RunFolder) -> str:
     words = ["fastmeta train"]
-    for name in ("data", "labels_per_class", "base", "method", "seed"):
+    for name in ("data", "labels_per_class", "base", "method"):
         value = run.config.get(name)
         if value is not None:
             words.append(f"--{name.replace('_', '-')} {value}")
     return " ".join([*words, f"--out {run.folder}", "..."])
 
 
-def _channels(count: int) -> str:
-    return {1: "1 channel (gray)", 3: "3 channels (RGB)"}.get(count, f"{count} channels")
+def _shape(shape: tuple[int, ...]) -> str:
+    channels, height, width = shape
+    return f"{channels} {'channel' if channels == 1 else 'channels'} of {height} x {width} pixels"
 
 
-def _processes(workers: int | None, images: int) -> int:
-    if workers is not None:
-        return workers
-    return 0 if images <= _FEW else os.cpu_count() or 1
-
-
-class _Reader(torch.utils.data.Dataset):
-    """A list of places to the images there; those that cannot be read are named instead."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __getitem__(self, places: list[int]) -> tuple[list[int], Tensor, dict[str, str]]:
-        try:
-            return places, self.images.get(torch.tensor(places)), {}
-        except UnreadableImage:
-            pass  # find out which, one at a time
-        readable, pixels, failed = [], [], {}
-        for place in places:
-            try:
-                pixels.append(self.images.get(torch.tensor([place])))
-                readable.append(place)
-            except UnreadableImage as error:
-                failed[error.description] = error.cause
-        return readable, torch.cat(pixels) if pixels else torch.empty(0), failed
-
-
-def _batches(
-    images: Images, batch_size: int, workers: int, device: str
-) -> Iterator[tuple[list[int], Tensor, dict[str, str]]]:
-    batches = [list(range(start, min(start + batch_size, len(images)))) for start in range(0, len(images), batch_size)]
-    yield from torch.utils.data.DataLoader(
-        _Reader(images),
-        sampler=batches,
-        batch_size=None,  # the sampler's elements are batches
-        collate_fn=_unchanged,
-        num_workers=workers,
-        pin_memory=device != "cpu",
-    )
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _write(out: Path, run: RunFolder, images: Images, labels: Tensor, confidences: Tensor) -> None:
-    known = {_identity(row["path"]): row for row in run.unlabeled()}
+def _write(out: Path, run: RunFolder, images: Images, labels: Tensor, confidences: Tensor) -> int:
+    """Write the CSV; how many of the images were unlabeled ones of the run."""
+    of_run = {_identity(row["path"]): row for row in run.unlabeled()}
+    found: list[Mapping[str, str] | None] = []
     rows: list[list[str]] = []
-    some_known = False
     for place, (label, confidence) in enumerate(zip(labels.tolist(), confidences.tolist(), strict=True)):
         path = images.describe(place)
-        row = known.get(_identity(path))
-        some_known |= row is not None
-        more = [row[name] for name in _OF_UNLABELED] if row is not None else [""] * len(_OF_UNLABELED)
-        rows.append([path, *(["", ""] if label < 0 else [run.classes[label], f"{confidence:.6f}"]), *more])
-    header = ["path", "label", "confidence", *_OF_UNLABELED]
-    if not some_known:
-        header, rows = header[:3], [row[:3] for row in rows]
+        found.append(of_run.get(_identity(path)))
+        rows.append([path, *(["", ""] if label < 0 else [run.classes[label], f"{confidence:.6f}"])])
+    header = ["path", "label", "confidence"]
+    known = sum(row is not None for row in found)
+    if known:
+        header += _OF_UNLABELED
+        for row, old in zip(rows, found, strict=True):
+            row += ["" if old is None else old[name] for name in _OF_UNLABELED]
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text(out, text.getvalue())
+    return known
 
 
 def _identity(path: str) -> str:
@@ -212,21 +181,70 @@ def _identity(path: str) -> str:
     return os.path.realpath(path) if os.path.exists(path) else path
 
 
-def _judged(run: RunFolder, images: Images, labels: Tensor, unreadable: dict[str, str]) -> Predictions:
-    """Compared with the labels of the images, by the names of the classes."""
+def _judged(run: RunFolder, images: Images, labels: Tensor) -> tuple[tuple[PartError, ...], Tensor, dict[str, int]]:
+    """Predictions compared with the labels of the images, by the names of the classes."""
     number = {name: place for place, name in enumerate(run.classes)}
-    mapped = torch.tensor([number.get(name, -1) for name in images.classes] + [-1])
+    mapped = torch.tensor([*(number.get(name, -1) for name in images.classes), -1])
     targets = mapped[images.targets]  # -1, no label, takes the last one
-    foreign = {
-        name: int((images.targets == place).sum()) for place, name in enumerate(images.classes) if name not in number
-    }
+    counted = Counter(images.classes[target] for target in images.targets[(targets < 0) & (images.targets >= 0)])
     parts = []
-    counts = torch.zeros(len(number), len(number), dtype=torch.int64)
+    counts = torch.zeros(len(number) ** 2, dtype=torch.int64)
     for part, places in images.parts.items():
         judged = places[(targets[places] >= 0) & (labels[places] >= 0)]
         if len(judged):
             true, predicted = targets[judged], labels[judged]
             parts.append(PartError(part, len(judged), int((true != predicted).sum())))
-            counts.view(-1).index_add_(0, true * len(number) + predicted, torch.ones_like(true))
-    own = images.fingerprint == run.record.get("fingerprint")
-    return Predictions(run.classes, len(images), unreadable, tuple(parts), counts, foreign, own)
+            counts += torch.bincount(true * len(number) + predicted, minlength=len(counts))
+    return tuple(parts), counts.view(len(number), len(number)), dict(counted)
+
+
+def summary_of(predictions: Predictions, run: RunFolder) -> str:
+    """What one wants to know at a prompt: how many, and how many are wrong where that is known."""
+    lines = [f"{predictions.images:,} images"]
+    if predictions.known:
+        lines[0] += f", {predictions.known:,} of them unlabeled images of the run"
+    for part in predictions.parts:
+        share = 100 * part.errors / part.images
+        lines.append(f"{part.part}: error {share:.2f}% ({part.errors:,} of {part.images:,} images with a label)")
+    if predictions.foreign:
+        counted = ", ".join(f"{name} ({count:,})" for name, count in list(predictions.foreign.items())[:_SHOWN])
+        lines.append(f"labels that are no class of the run: {counted}{_more(len(predictions.foreign))}")
+    if predictions.parts:
+        few = len(run.classes) <= FULL_CONFUSION
+        lines += _matrix(predictions.counts, run.classes) if few else _pairs(predictions.counts, run.classes)
+    return "\n".join(lines)
+
+
+def unreadable_text(predictions: Predictions) -> str:
+    """The files without a prediction, in a line."""
+    unreadable = predictions.unreadable
+    named = ", ".join(f"{path} ({cause})" for path, cause in list(unreadable.items())[:_SHOWN])
+    return (
+        f"{len(unreadable):,} of {predictions.images:,} images could not be read and have no label: "
+        f"{named}{_more(len(unreadable))}"
+    )
+
+
+def _more(count: int) -> str:
+    return f" and {count - _SHOWN:,} more" if count > _SHOWN else ""
+
+
+def _matrix(counts: Tensor, classes: Sequence[str]) -> list[str]:
+    width = max(4, *(len(str(count)) + 1 for count in counts.flatten().tolist()))
+    longest = max(map(len, classes))
+    numbers = "".join(f"{number:{width}}" for number in range(len(classes)))
+    lines = ["confusion: a row is a label, a column what is predicted", " " * (longest + 4) + numbers]
+    for number, (name, row) in enumerate(zip(classes, counts.tolist(), strict=True)):
+        lines.append(f"{number:3} {name:{longest}}" + "".join(f"{count or '.':>{width}}" for count in row))
+    return lines
+
+
+def _pairs(counts: Tensor, classes: Sequence[str]) -> list[str]:
+    """The classes that are most often taken for others."""
+    wrong = counts - counts.diag().diag()
+    most = wrong.flatten().sort(descending=True, stable=True)
+    lines = ["most confused: label, predicted as, images"]
+    for count, place in zip(most.values[:_PAIRS].tolist(), most.indices[:_PAIRS].tolist(), strict=True):
+        if count:
+            lines.append(f"  {classes[place // len(classes)]}, {classes[place % len(classes)]}, {count}")
+    return lines if len(lines) > 1 else []

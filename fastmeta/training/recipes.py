@@ -44,7 +44,16 @@ from fastmeta.methods import (
     Method,
 )
 from fastmeta.ops.process_group import Group
-from fastmeta.ssl import Base, FixMatch, MeanTeacher, PseudoLabel, Refiner, Supervised, VirtualAdversarial
+from fastmeta.ssl import (
+    Base,
+    FixMatch,
+    MeanTeacher,
+    MixUpConsistency,
+    PseudoLabel,
+    Refiner,
+    Supervised,
+    VirtualAdversarial,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ class Recipe:
         passes: see :class:`fastmeta.ssl.Refiner`.
         own_update: see :class:`fastmeta.ssl.Refiner`.
         two_views: see :class:`fastmeta.ssl.Refiner`.
+        scheduled: see :class:`fastmeta.ssl.Refiner`.
         uses_holdout: its outer loss reads the hold-out part of the split and not the labeled batch.
         example: the program whose loop is the paper's, which trains on the labels as the method leaves them. A base
             that makes them hard by threshold and argmax trains another algorithm with it.
@@ -71,6 +81,7 @@ class Recipe:
     passes: Literal["shared", "own"] = "shared"
     own_update: bool = False
     two_views: bool = False
+    scheduled: str | None = None
     uses_holdout: bool = False
     example: str | None = None
 
@@ -86,7 +97,7 @@ class Recipe:
             return None
         chosen = {**self.settings, **settings}
         method = self.make(num_unlabeled, num_classes, process_group=process_group, **chosen)
-        return Refiner(method, self.view, self.hard, self.passes, self.own_update, self.two_views)
+        return Refiner(method, self.view, self.hard, self.passes, self.own_update, self.two_views, self.scheduled)
 
 
 BASE_RECIPES: dict[str, Base] = {
@@ -95,6 +106,7 @@ BASE_RECIPES: dict[str, Base] = {
     "mean-teacher": MeanTeacher(weight=20.0),
     "fixmatch": FixMatch(threshold=0.8),
     "vat": VirtualAdversarial(radius=2.0, weight=1.0, entropy_weight=0.06),
+    "mix-up-consistency": MixUpConsistency(),
 }
 
 _L2I = Recipe(
@@ -148,6 +160,10 @@ METHODS: dict[str, Recipe] = {
     "l2i-jvp-alternating": _own_passes(_L2I, how="jvp", own_update=True),
     "meta-gradient-jvp": _own_passes(_META_GRADIENT, how="jvp"),
     "meta-gradient-finite-difference": _own_passes(_META_GRADIENT, how="finite_difference", statistics="running"),
+    # As its code has it: the label step is the learning rate of each step.
+    "meta-gradient-published": replace(
+        _own_passes(_META_GRADIENT, how="finite_difference", statistics="running", step=0.1), scheduled="step"
+    ),
 }
 
 

@@ -9,10 +9,10 @@ import jinja2
 import torch
 
 import fastmeta
-from fastmeta.data.images import Images
-from fastmeta.data.open import open_images
-from fastmeta.data.split import make_split
+from fastmeta.data import Images, open_images
 from fastmeta.training import report_sections as sections
+from fastmeta.training.build import split_of
+from fastmeta.training.config import from_dict
 from fastmeta.training.files import write_text
 from fastmeta.training.report_figures import Panel, panel
 from fastmeta.training.run_folder import RunFolder, read_run
@@ -146,7 +146,7 @@ def _page(run: RunFolder, name: str, count: int) -> RunPage:
 def _open(page: RunPage) -> Images | None:
     config = page.run.config
     try:
-        return open_images(config["data"], image_size=config.get("image_size"), cache=False)
+        return open_images(config["data"], image_size=config["image_size"], mode=page.run.mode, cache=False)
     except Exception as error:  # the data may be anywhere by now, or changed
         page.notes.append(f"no pictures: the data cannot be opened any more ({error})")
         return None
@@ -156,16 +156,8 @@ def _labeled_of_each_class(run: RunFolder, images: Images | None) -> list[int] |
     """Counted in the split that the run made; None without its data."""
     if images is None or images.fingerprint != run.record.get("fingerprint"):
         return None
-    config, split = run.config, run.config["split"]
-    made = make_split(
-        images,
-        labels_per_class=config["labels_per_class"],
-        seed=config["seed"],
-        holdout_per_class=split["holdout_per_class"] or 0,
-        validation_per_class=split["validation_per_class"] or 0,
-        test_fraction=split["test_fraction"] or 0.0,
-    )
-    return torch.bincount(images.targets[made.labeled], minlength=len(run.classes)).tolist()
+    split = split_of(from_dict(run.config), images)
+    return torch.bincount(images.targets[split.labeled], minlength=len(run.classes)).tolist()
 
 
 def _curves(runs: Sequence[RunFolder], title: str, key: str, percent: bool) -> Panel | None:

@@ -75,7 +75,7 @@ def headlines(run: RunFolder) -> list[Figure]:
         error = (results or {}).get(f"{part}_error")
         if error is not None:
             figures.append(Figure(f"{part} error", f"{100 * error:.2f}%", _interval_text(error, sizes.get(part), part)))
-        top5 = (results or {}).get(f"{part}_error_top5")
+        top5 = (results or {}).get(f"{part}_top5_error")
         if top5 is not None:
             figures.append(Figure(f"{part} error, top 5", f"{100 * top5:.2f}%"))
     if results is None:

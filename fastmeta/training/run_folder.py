@@ -43,6 +43,16 @@ class RunFolder:
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of what the images' ``get`` returns."""
+        return tuple(self.record["image_shape"])
+
+    @property
+    def mode(self) -> str:
+        """Pillow's name of the images' colours."""
+        return "L" if self.image_shape[0] == 1 else "RGB"
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Images in each part of the split."""
         return self.record.get("sizes", {})
@@ -64,7 +74,7 @@ def read_run(folder: Path) -> RunFolder:
     """
     config = _object(folder / "config.json")
     if not isinstance(config.get("record"), dict) or "classes" not in config["record"]:
-        raise ValueError(f"run must be the folder of a run of fastmeta train (config.json), got {str(folder)!r}")
+        raise ValueError(f"{folder}: no run of fastmeta train, expected a folder with its config.json")
     results = _object(folder / "results.json") or None
     return RunFolder(folder, config, results, _lines(folder / "metrics.jsonl"), _lines(folder / "timing.jsonl"))
 
@@ -73,7 +83,7 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
     except ValueError as error:
-        raise ValueError(f"run must have a readable {path.name}, got {str(path)!r}: {error}") from None
+        raise ValueError(f"{path}: not JSON: {error}") from None
     return value if isinstance(value, dict) else {}
 
 

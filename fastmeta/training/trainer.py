@@ -82,7 +82,7 @@ class Trainer:
 
         model = model.to(self.device)
         if self.machine.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.machine.batch_norm == "synchronized" and self.processes.group is not None:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.processes.group)
         self.model: nn.Module = model
@@ -115,6 +115,8 @@ class Trainer:
         rate = self.optimizer_config.peak * rate_at(self.schedule, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.method is not None and self.method.scheduled is not None:
+            setattr(self.method.method, self.method.scheduled, rate)
         self.model.train()
         self.processes.broadcast_(self._buffers)
         buffers = [buffer.clone() for buffer in self._buffers]
@@ -255,8 +257,9 @@ class Trainer:
 
     def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager[Any]:
         """Whether a backward pass leaves the gradients of the processes as they are."""
-        distributed = isinstance(self.network, nn.parallel.DistributedDataParallel)
-        return self.network.no_sync() if apart and distributed else contextlib.nullcontext()
+        if apart and isinstance(self.network, nn.parallel.DistributedDataParallel):
+            return self.network.no_sync()
+        return contextlib.nullcontext()
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.machine.precision == "bfloat16")
@@ -267,5 +270,5 @@ def _put_back(buffers: list[Tensor], before: list[Tensor], *, where: Tensor) -> 
     """``buffers`` become what they were, where that is true; the host waits for nothing."""
     if buffers:
         flat = [torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (before, buffers)]
-        parts = torch.where(where, *flat).split([buffer.numel() for buffer in buffers])
+        parts = torch.where(where, flat[0], flat[1]).split([buffer.numel() for buffer in buffers])
         torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])

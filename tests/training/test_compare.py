@@ -110,7 +110,6 @@ def test_notes_say_what_is_not_its_papers_algorithm():
         assert recipe.example is None or importlib.import_module(f"fastmeta.examples.{recipe.example}")
 
 
-
 def test_a_failing_run_names_itself(tmp_path):
     runs = grid(["fixmatch"], ["none"], [0, 1], **small())
     broken = tmp_path / "runs/fixmatch/none/seed-1"

@@ -40,10 +40,16 @@ def test_settings_name_what_is_wrong(settings, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OptimizerConfig(learning_rate=math.nan), "optimizer.learning_rate must be above 0 and finite, got nan"),
+        (
+            lambda: OptimizerConfig(learning_rate=math.nan),
+            "optimizer.learning_rate must be above 0 and finite, got nan",
+        ),
         (lambda: OptimizerConfig(weight_decay=-1.0), "optimizer.weight_decay must be at least 0 and finite, got -1.0"),
-        (lambda: AverageConfig(decay=1.0), r"average.decay must lie in \[0, 1\), got 1.0"),
-        (lambda: ScheduleConfig("cosine", milestones=(3,)), "schedule.milestones must be left out with schedule cosine"),
+        (lambda: AverageConfig(decay=1.0), r"average\.decay must lie in \[0, 1\), got 1.0"),
+        (
+            lambda: ScheduleConfig("cosine", milestones=(3,)),
+            "schedule.milestones must be left out with schedule cosine",
+        ),
         (lambda: MachineConfig(accumulation=0), "machine.accumulation must be at least 1, got 0"),
         (lambda: MachineConfig(batch_norm="synchronized"), "machine.batch_norm must be per-process on the CPU"),
     ],

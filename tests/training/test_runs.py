@@ -46,9 +46,7 @@ def test_stopping_checkpoints_at_the_step_reached(tmp_path, digits):
     config = RunConfig(**small())
     train(config, tmp_path / "whole", images=digits)
     seen = []
-    stopped = train(
-        config, tmp_path / "stopped", images=digits, on_step=seen.append, should_stop=lambda: len(seen) > 5
-    )
+    stopped = train(config, tmp_path / "stopped", images=digits, on_step=seen.append, should_stop=lambda: len(seen) > 5)
     assert stopped is None
     resumed = []
     train(config, tmp_path / "stopped", images=digits, on_step=resumed.append)
@@ -101,5 +99,5 @@ def test_a_changed_recipe_is_another_run(tmp_path, digits, monkeypatch):
     train(RunConfig(method="l2i", **small()), tmp_path, images=digits)
     changed = dataclasses.replace(METHODS["l2i"], settings={"weight": 0.1})
     monkeypatch.setitem(METHODS, "l2i", changed)
-    with pytest.raises(ConfigMismatch, match="method_settings.weight="):
+    with pytest.raises(ConfigMismatch, match=r"method_settings\.weight="):
         train(RunConfig(method="l2i", **small()), tmp_path, images=digits)

@@ -88,8 +88,8 @@ def test_what_a_method_made_of_labels_is_kept_at_its_largest():
 
 def test_an_update_of_the_methods_own_follows_the_bases(digits):
     """One alternating step by hand: the base alone, then the surrogate of L2I at the parameters it left."""
-    run = build(RunConfig(method="l2i-alternating", **SMALL), digits).trainer
-    alone = build(RunConfig(**SMALL), digits).trainer
+    run = build(RunConfig(method="l2i-alternating", **small()), digits).trainer
+    alone = build(RunConfig(**small()), digits).trainer
     for name, value in alone.model.state_dict().items():
         assert run.model.state_dict()[name].equal(value)
     batch = alone.batches(0)
@@ -191,7 +191,11 @@ def test_figures_of_the_last_twenty(digits):
         config = RunConfig(**{**small(), "evaluation": EvaluationConfig(3, "average", report)})
         run = build(config, digits)
         values = iter(range(100))
-        run.evaluator._errors = lambda model, part, values=values: {f"{part}_error": float(next(values)) if part == "test" else 0.5}
+
+        def errors(model, part, values=values):
+            return {f"{part}_error": float(next(values)) if part == "test" else 0.5}
+
+        run.evaluator._errors = errors
         for step in range(23):
             run.evaluator(step, run.trainer.model, run.trainer.average.model)
         assert run.evaluator.reported()["test_error"] == expected
