@@ -8,6 +8,9 @@ from importlib import import_module
 COMMANDS = {
     "ops": ("bench.operators", "Every operator on the CPU against what users have today."),
     "step": ("bench.step.command", "A training step with each method against the plain step, on the CPU."),
+    "checkpoints": ("bench.checkpoints", "Seconds of a checkpoint, and the hours that failures cost a run with it."),
+    "scaling": ("bench.scaling.command", "What a step exchanges, keeps and costs on 8 to 512 GPUs, by formulas."),
+    "train": ("bench.train.command", "Images a second of the trainer with each method, and what a step is made of."),
     "resources": ("bench.resources", "Registers, shared memory and spills of every kernel of the GPU, without one."),
     "compile": ("bench.compile", "Kernels and libraries for a GPU that is not here, as an archive for `gpu --cache`."),
     "host": ("bench.host", "What a call costs the host, without a GPU and without the driver's launch."),

@@ -1,28 +1,41 @@
-"""The command line: ``fastmeta compare``, ``fastmeta train``, ``fastmeta doctor``, ``fastmeta --version``."""
+"""The command line: ``fastmeta compare``, ``train``, ``predict``, ``report``, ``doctor``, and ``--version``."""
 
+import argparse
+import ast
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import torch
 import tyro
 
 import fastmeta
+from fastmeta.presets import PRESETS, preset
+from fastmeta.presets.smoke import run_smoke
+from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
-from fastmeta.training.config import RunConfig
+from fastmeta.training.config import MachineConfig, RunConfig
 from fastmeta.training.doctor import doctor, verify_named
+from fastmeta.training.files import make_folder
+from fastmeta.training.pictures_to_predict import open_for_prediction
+from fastmeta.training.predict import predict, require_finished, summary_of, unreadable_text
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
-from fastmeta.training.train import ConfigMismatch
+from fastmeta.training.report import write_report
+from fastmeta.training.run_folder import read_run
+from fastmeta.training.train import ConfigMismatch, NotFinite
 from fastmeta.training.workers import WorkerError
 
 if TYPE_CHECKING:
     Base: TypeAlias = str
     Method: TypeAlias = str
+    Preset: TypeAlias = str
 else:
     Base = tyro.extras.literal_type_from_choices(list(BASE_RECIPES))
     Method = tyro.extras.literal_type_from_choices(list(METHODS))
+    Preset = tyro.extras.literal_type_from_choices(list(PRESETS))
 # With the features of the base's own forward and the last layer alone.
 DEFAULT_METHODS = tuple(name for name, recipe in METHODS.items() if recipe.passes == "shared")
 
@@ -39,7 +52,9 @@ class Compare:
     methods: tuple[Method, ...] = DEFAULT_METHODS
     """Methods on top of it; the base alone ("none") is always among them. -jvp: the whole model moves, not the last
     layer alone; -alternating: an update of its own, after the base's."""
-    labels: int = 1
+    data: str = "digits"
+    """Images: "digits", or a path."""
+    labels_per_class: int = 1
     """Labeled images per class, at least 1; what is left of a class is unlabeled."""
     seeds: int = 7
     """Number of seeds: 0, 1, ..., at least 1. Few are fast and seldom show a difference."""
@@ -71,8 +86,18 @@ class Compare:
                 chosen = " ".join(self.methods)
                 raise ValueError(f"methods must be none for base supervised (it imputes no labels), got {chosen}")
             methods = ["none"]
-        runs = grid(bases, methods, range(self.seeds), labels=self.labels, steps=self.steps, device=self.device)
-        name = f"{'full' if self.full else self.base}-{self.labels}-per-class-{self.steps}-steps"
+        runs = grid(
+            bases,
+            methods,
+            range(self.seeds),
+            data=self.data,
+            labels_per_class=self.labels_per_class,
+            steps=self.steps,
+            machine=MachineConfig(device=self.device),
+        )
+        name = f"{'full' if self.full else self.base}-{self.labels_per_class}-per-class-{self.steps}-steps"
+        if self.data != "digits":
+            name = f"{Path(self.data).stem}-{name}"
         out = self.out if self.out is not None else Path("runs") / name
         results = compare(CompareConfig(runs, out, self.workers))
         return 0 if results["finished"] == results["planned"] else 130
@@ -80,26 +105,139 @@ class Compare:
 
 @dataclass(frozen=True)
 class Train(RunConfig):
-    """One run: one base, one method, one seed."""
+    """Train one run on your own images: one base, one method, one seed.
+
+    Under torchrun every process takes its part of each batch. The same command continues an interrupted run.
+    """
 
     base: Base = "fixmatch"
     method: Method = "none"
-    labeled_view: Literal["weak", "strong"] = "strong"
-    device: Literal["cpu", "cuda"] = "cpu"
+    base_settings: tuple[str, ...] = ()  # type: ignore[assignment]
+    """Settings of the base, such as threshold=0.95 weight=1."""
+    method_settings: tuple[str, ...] = ()  # type: ignore[assignment]
+    """Settings of the method, such as weight=0.5."""
     out: Path | None = None
     """Folder for the results (default: a name under runs/ made from the settings)."""
+    preset: Preset | None = None
+    """Published settings to start from; what else is given changes them."""
+    smoke: bool = False
+    """A few steps of the preset on generated images."""
 
     def __post_init__(self) -> None:
         """Nothing: ``run`` checks, where an error is one line and not a frame of tyro's."""
 
     def run(self) -> int:
         """Exit status: 0, or 130 if it was interrupted."""
-        run = RunConfig(**{name: getattr(self, name) for name in RunConfig.__dataclass_fields__})
+        values = {name: getattr(self, name) for name in RunConfig.__dataclass_fields__}
+        for name in ("base_settings", "method_settings"):
+            values[name] = _settings(name, values[name])
+        run = RunConfig(**values)
         out = self.out
+        if self.smoke:
+            if self.preset is None:
+                raise ValueError(f"preset must be one of {', '.join(PRESETS)} with smoke, got none")
+            for layout, results in run_smoke(run, out).items():
+                print(f"{self.preset}, {layout}: {results['step']} steps, loss finite, results written")
+            return 0
         if out is None:
-            out = Path("runs") / f"train-{self.base}-{self.method}-{self.labels}-per-class-seed-{self.seed}"
-        results = compare(CompareConfig([run], out, 1))
-        return 0 if results["finished"] == results["planned"] else 130
+            labels = "" if run.labels_per_class is None else f"-{run.labels_per_class}-per-class"
+            data = Path(run.data).stem
+            out = Path("runs") / f"{data}-{run.base}-{run.method}{labels}-seed-{run.seed}"
+        return train_command(run, out)
+
+
+def _started_from(arguments: Sequence[str]) -> Train:
+    """The settings that ``train`` starts from: its own, or those of a preset."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(PRESETS))
+    name = parser.parse_known_args(arguments)[0].preset if "train" in arguments[:1] else None
+    if name is None:
+        return Train()
+    run = preset(name)
+    values = {name: getattr(run, name) for name in RunConfig.__dataclass_fields__}
+    for setting in ("base_settings", "method_settings"):
+        values[setting] = tuple(f"{key}={value!r}" for key, value in values[setting].items())
+    return Train(**values, preset=name)
+
+
+def _settings(name: str, given: Sequence[str]) -> dict[str, Any]:
+    """``("threshold=0.95",)`` as ``{"threshold": 0.95}``; what is no Python literal is text."""
+    settings: dict[str, Any] = {}
+    for text in given:
+        setting, equals, value = text.partition("=")
+        if not setting or not equals:
+            raise ValueError(f"{name} must be written as setting=value, got {text!r}")
+        try:
+            settings[setting] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[setting] = value
+    return settings
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Predict other images with a finished run: a CSV of path, label and confidence.
+
+    Where they were unlabeled images of the run, also their weights and how the method changed their labels. Where they
+    have labels the error is printed, too. A file that cannot be read has no label.
+    """
+
+    finished: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run")]
+    """Folder of the run."""
+    data: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Pictures, folders of pictures, or a data set of any kind that fastmeta train takes."""
+    out: Path = Path("predictions.csv")
+    """The CSV."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the net is."""
+    workers: int | None = None
+    """Processes that read and decode (default: one a core, none for a thousand images or fewer)."""
+    batch_size: int = 256
+    """Images at once."""
+
+    def run(self) -> int:
+        """Exit status: 0, or 1 if no image could be read."""
+        run = read_run(self.finished)
+        require_finished(run)
+        images = open_for_prediction(self.data, run)
+        make_folder(self.out.parent)
+        if self.out.is_dir():
+            raise ValueError(f"out must be a file, got the folder {self.out}")
+        predictions = predict(
+            run,
+            images,
+            self.out,
+            device=self.device,
+            workers=self.workers,
+            batch_size=self.batch_size,
+            progress=sys.stderr.isatty(),
+        )
+        print(f"{summary_of(predictions, run)}\n{self.out}")
+        if predictions.unreadable:
+            print(f"fastmeta: {unreadable_text(predictions)}", file=sys.stderr)
+        return 1 if len(predictions.unreadable) == predictions.images else 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """One page about one or several runs, finished or not: figures, curves, settings, confusion, images worth a look.
+
+    The page is a single file that needs no network.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Their folders."""
+    out: Path = Path("report.html")
+    """The page."""
+
+    def run(self) -> int:
+        """Exit status: 0."""
+        try:
+            write_report(self.runs, self.out)
+        except OSError as error:
+            raise ValueError(f"out must be a file that can be written, got {self.out}: {error.strerror}") from None
+        print(self.out)
+        return 0
 
 
 @dataclass(frozen=True)
@@ -122,26 +260,34 @@ _DESCRIPTION = "Meta-gradient semi-supervised learning. fastmeta --version print
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given == ["--version"]:
         print(f"fastmeta {fastmeta.__version__}, torch {torch.__version__}")
         return 0
-    command = tyro.cli(Command, prog="fastmeta", description=_DESCRIPTION, args=arguments)  # type: ignore[call-overload]
+    commands = (
+        Annotated[Compare, tyro.conf.subcommand("compare")]
+        | Annotated[Train, tyro.conf.subcommand("train", default=_started_from(given))]
+        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    )
+    command = tyro.cli(commands, prog="fastmeta", description=_DESCRIPTION, args=given)  # type: ignore[call-overload]
     try:
         return command.run()
-    except (ValueError, ConfigMismatch, WorkerError) as error:
+    except (ValueError, ConfigMismatch, NotFinite, WorkerError) as error:
         print(f"fastmeta: error: {_with_flag(str(error))}", file=sys.stderr)
         return 2
 
 
 def _with_flag(text: str) -> str:
     """The libraries name an argument, the command line its flag."""
-    return re.sub(r"^\w+(?= must )", lambda match: "--" + match[0].replace("_", "-"), text)
+    return re.sub(r"^[\w.]+(?= must )", lambda match: "--" + match[0].replace("_", "-"), text)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_compare_writes_everything(comparison):
     assert len(config["runs"]) == 2 * len(COMPARED)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {(row["method"], row["seed"]) for row in rows} == {(method, seed) for method in COMPARED for seed in (0, 1)}
-    assert all(0 <= row["test_error_average"] <= 1 and row["seconds_per_step"] > 0 for row in rows)
+    assert all(0 <= row["test_error_average"] <= 1 for row in rows)
     pytest.importorskip("matplotlib")
     for plot in ("errors", "differences", "weights", "labels"):
         assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
@@ -131,47 +131,37 @@ def test_ctrl_c_leaves_a_readable_partial_result_and_the_same_command_goes_on(tm
     assert results["runs"][0]["test_error"] == error
 
 
-def test_a_killed_process_resumes_bit_for_bit(tmp_path):
-    settings = ("train", "--method", "l2i", "--steps", 16, "--checkpoint-every", 2, "--evaluate-every", 7)
-    whole = run(*settings, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    killed = tmp_path / "killed" / "runs" / "fixmatch" / "l2i" / "seed-0"
-    process = subprocess.Popen(
-        command(*settings, "--out", tmp_path / "killed"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=ENVIRONMENT,
-    )
-    wait_for((killed / "checkpoint.pt").exists, process)
-    process.kill()
-    process.wait()
-    assert not (killed / "results.json").exists()
-    assert run(*settings, "--out", tmp_path / "killed").returncode == 0
-    first, second = (
-        torch.load(tmp_path / name / "runs/fixmatch/l2i/seed-0/model.pt", weights_only=True)
-        for name in ("whole", "killed")
-    )
-    assert all(first[name].equal(second[name]) for name in first)
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["compare", "--labels", "500"], ["--labels must be at most 110, because class 0 has 134 images", "got 500"]),
-        (["train", "--labels", "500"], ["--labels must be at most 110, because class 0 has 134 images", "got 500"]),
+        (
+            ["compare", "--labels-per-class", "500"],
+            ["--labels-per-class must be at most 110, because class 0 has 134", "got 500"],
+        ),
+        (
+            ["train", "--labels-per-class", "500"],
+            ["--labels-per-class must be at most 110, because class 0 has 134", "got 500"],
+        ),
         (
             ["compare", "--out", "/dev/null/here"],
             ["--out must be a folder that can be written to, got '/dev/null/here'"],
         ),
         (["train", "--out", "/dev/null"], ["--out must be a folder that can be written to, got '/dev/null'"]),
-        (["compare", "--labels", "0"], ["--labels must be at least 1, got 0"]),
+        (["compare", "--labels-per-class", "0"], ["--labels-per-class must be at least 1, got 0"]),
         (["compare", "--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["compare", "--steps", "0"], ["--steps must be at least 1, got 0"]),
         (["compare", "--workers", "0"], ["--workers must be at least 1, got 0"]),
         (["compare", "--base", "supervised", "--methods", "l2i"], ["--methods must be none for base supervised"]),
-        (["compare", "--device", "cuda"], ["--device must be cpu"]),
+        (["compare", "--device", "cuda"], ["device must be cpu"]),
         (["compare", "--full", "--base", "supervised"], ["--full must be given without base"]),
-        (["train", "--learning-rate", "-1"], ["--learning-rate must be above 0 and finite, got -1.0"]),
+        (
+            ["train", "--optimizer.learning-rate", "-1"],
+            ["optimizer.learning_rate must be above 0 and finite, got -1.0"],
+        ),
+        (
+            ["train", "--base-settings", "threshold"],
+            ["--base-settings must be written as setting=value, got 'threshold'"],
+        ),
         (["train", "--base", "supervised", "--method", "l2i"], ["--method must be none for base supervised"]),
     ],
 )
@@ -193,7 +183,7 @@ def test_bad_values_say_what_was_expected(arguments, words, tmp_path, monkeypatc
     ("arguments", "words"),
     [
         (["--base", "mixmatch"], ["mixmatch", "--base", "supervised", "pseudo-label"]),
-        (["--labels", "few"], ["--labels", "few"]),
+        (["--labels-per-class", "few"], ["--labels-per-class", "few"]),
         (["--methods", "maml"], ["maml", "--methods", "l2i"]),
         (["--rounds", "3"], ["--rounds"]),
     ],

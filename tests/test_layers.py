@@ -13,6 +13,7 @@ FOLDERS = {"fastmeta": PACKAGE, "fastmeta.triton_kernels": PACKAGE.parent / "tri
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("presets",),
     ("training",),
     ("examples", "ssl", "data", "models"),
     ("__init__",),  # the public names: those above take them from here, as a user does

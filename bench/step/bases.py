@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.step.task import UNLABELED, Images, Network, Step, squared_error
+from fastmeta.training.config import AverageConfig
 from fastmeta.training.ema import ExponentialMovingAverage
 
 
@@ -18,7 +19,7 @@ class MeanTeacher(Step):
 
     def __init__(self, network: Network, batch: Images) -> None:
         super().__init__(network, batch)
-        self.average = ExponentialMovingAverage(self.model, 0.999)
+        self.average = ExponentialMovingAverage(self.model, AverageConfig(0.999))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.model.parameters(), lr=1e-4)

@@ -1,19 +1,50 @@
-"""Datasets, splits, data order and augmentation."""
+"""Images and their readers, splits, streams and augmentation."""
 
-from fastmeta.data.augment import StrongAugment, weak_augment
-from fastmeta.data.dataset import ImageDataset
-from fastmeta.data.digits import load_digits
-from fastmeta.data.sampler import StatelessSampler
+from fastmeta.data.augment import (
+    Augmentation,
+    Plain,
+    RandomCrop,
+    Shift,
+    StrongAugment,
+    StrongPicture,
+    Views,
+    views_for,
+    weak_augment,
+)
+from fastmeta.data.digits import load_digits, split_digits
+from fastmeta.data.images import DataError, ImageDataset, Images, UnreadableImage
+from fastmeta.data.random_numbers import KeyedRandom
+from fastmeta.data.reading import Read, read_in_order
+from fastmeta.data.sampler import BatchSampler, StatelessSampler
 from fastmeta.data.seeding import generator_for
-from fastmeta.data.split import Split, make_split
+from fastmeta.data.split import Split, make_split, record
+from fastmeta.data.streams import Rows, Stream
 
 __all__ = [
+    "Augmentation",
+    "BatchSampler",
+    "DataError",
     "ImageDataset",
+    "Images",
+    "KeyedRandom",
+    "Plain",
+    "RandomCrop",
+    "Read",
+    "Rows",
+    "Shift",
     "Split",
     "StatelessSampler",
+    "Stream",
     "StrongAugment",
+    "StrongPicture",
+    "UnreadableImage",
+    "Views",
     "generator_for",
     "load_digits",
     "make_split",
+    "read_in_order",
+    "record",
+    "split_digits",
+    "views_for",
     "weak_augment",
 ]

@@ -2,7 +2,8 @@
 
 import torch
 
-from fastmeta.data.dataset import ImageDataset
+from fastmeta.data.images import ImageDataset
+from fastmeta.data.split import Split, make_split
 
 
 def load_digits() -> ImageDataset:
@@ -21,3 +22,19 @@ def load_digits() -> ImageDataset:
     bunch = load()
     images = torch.from_numpy(bunch.images).float().div_(16).unsqueeze(1)  # stored as ink counts 0..16
     return ImageDataset("digits", images, torch.from_numpy(bunch.target).long(), 10)
+
+
+def split_digits(digits: ImageDataset, labels_per_class: int, seed: int) -> Split:
+    """The split of every figure on digits here: 3 hold-out and 20 validation images a class, a quarter for test.
+
+    >>> split_digits(load_digits(), labels_per_class=1, seed=0).sizes()
+    {'labeled': 10, 'unlabeled': 1107, 'holdout': 30, 'validation': 200, 'test': 450}
+    """
+    return make_split(
+        digits,
+        labels_per_class=labels_per_class,
+        seed=seed,
+        holdout_per_class=3,
+        validation_per_class=20,
+        test_fraction=0.25,
+    )

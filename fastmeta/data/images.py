@@ -117,13 +117,13 @@ class ImageDataset:
                 f"targets must lie in [0, {len(self.classes)}), or be -1 where there is no label, got "
                 f"{int(targets.min())} to {int(targets.max())}"
             )
-        self.parts = {"train": torch.arange(len(targets))} if parts is None else dict(parts)
+        self.parts: Mapping[str, Tensor] = {"train": torch.arange(len(targets))} if parts is None else dict(parts)
         for part, places in self.parts.items():
             if part not in PARTS:
                 raise ValueError(f"parts must be among {', '.join(PARTS)}, got {part!r}")
             if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(targets):
                 raise ValueError(f"parts must hold places in [0, {len(targets)}), got {part} up to {int(places.max())}")
-        self.image_shape = tuple(images.shape[1:])
+        self.image_shape: tuple[int, ...] = tuple(images.shape[1:])
         self.fingerprint = fingerprint_of(name, self.classes, tuple(images.shape), targets)
 
     def __len__(self) -> int:

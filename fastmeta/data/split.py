@@ -1,11 +1,12 @@
-"""Splits a dataset into the parts a semi-supervised experiment may look at for different purposes."""
+"""Splits images into the parts a semi-supervised experiment may look at for different purposes."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmeta.data.dataset import ImageDataset
+from fastmeta.data.images import DataError, Images
 from fastmeta.data.seeding import generator_for
 
 # The test images are the same for every seed, so that no choice made on one seed's validation images has seen
@@ -15,7 +16,7 @@ _TEST_SEED = 20260101
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint indices into a dataset, each ``[.]`` int64, together the whole of it.
+    """Disjoint places of images, each ``[.]`` int64, together all of them.
 
     Args:
         labeled: the labels the training loss uses.
@@ -37,50 +38,100 @@ class Split:
 
 
 def make_split(
-    dataset: ImageDataset,
-    labels_per_class: int,
-    seed: int,
+    images: Images,
     *,
-    holdout_per_class: int = 3,
-    validation_per_class: int = 20,
-    test_fraction: float = 0.25,
+    labels_per_class: int | None,
+    seed: int,
+    holdout_per_class: int = 0,
+    validation_per_class: int = 0,
+    test_fraction: float = 0.0,
 ) -> Split:
-    """Split ``dataset`` class by class; ``seed`` moves every part but the test set.
+    """Split the "train" part of ``images`` class by class; ``seed`` moves all that is drawn but test images.
 
-    The unlabeled part is what is left. Labeled images are a prefix of one random order per class: the images labeled
-    at ``labels_per_class=1`` are among those labeled at 4.
+    Official parts stay whole: "validation" and "test" are the split's own, and nothing is drawn for them from "train"
+    then; "unlabeled" comes after what "train" leaves. Labeled images are a prefix of one random order per class: the
+    images labeled at ``labels_per_class=1`` are among those labeled at 4.
+
+    Args:
+        images: with its official parts.
+        labels_per_class: labeled images of a class; None: every label of "train" that no other part takes.
+        seed: of the draw.
+        holdout_per_class: labeled images of a class for ``holdout``.
+        validation_per_class: labeled images of a class for ``validation``.
+        test_fraction: share of a class for ``test``.
 
     Raises:
-        ValueError: a class has too few images, or a size is out of range.
+        DataError: a class has too few labels.
+        ValueError: a size is out of range, or is asked for although there is an official part.
 
     >>> from fastmeta.data import load_digits
-    >>> make_split(load_digits(), labels_per_class=1, seed=0).sizes()
-    {'labeled': 10, 'unlabeled': 1107, 'holdout': 30, 'validation': 200, 'test': 450}
+    >>> split = make_split(load_digits(), labels_per_class=1, seed=0, validation_per_class=20, test_fraction=0.25)
+    >>> split.sizes()
+    {'labeled': 10, 'unlabeled': 1137, 'holdout': 0, 'validation': 200, 'test': 450}
     """
-    if labels_per_class < 1:
+    if labels_per_class is not None and labels_per_class < 1:
         raise ValueError(f"labels_per_class must be at least 1, got {labels_per_class}")
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction must lie between 0 and 1, got {test_fraction}")
-    parts: dict[str, list[Tensor]] = {field.name: [] for field in fields(Split)}
-    for label in range(dataset.num_classes):
-        members = (dataset.targets == label).nonzero().squeeze(1).cpu()
+    for name, size in (("holdout_per_class", holdout_per_class), ("validation_per_class", validation_per_class)):
+        if size < 0:
+            raise ValueError(f"{name} must be at least 0, got {size}")
+    if not 0 <= test_fraction < 1:
+        raise ValueError(f"test_fraction must lie in [0, 1), got {test_fraction}")
+    for name, drawn, part in (
+        ("validation_per_class", validation_per_class, "validation"),
+        ("test_fraction", test_fraction, "test"),
+    ):
+        if drawn and part in images.parts:
+            raise ValueError(f"{name} must be 0, because {images.name} has an official {part} part, got {drawn}")
+
+    train = images.parts["train"]
+    train_targets = images.targets[train]
+    parts: dict[str, list[Tensor]] = {field.name: [train[:0]] for field in fields(Split)}
+    for label, class_name in enumerate(images.classes):
+        members = train[train_targets == label]
+        if not len(members):
+            raise DataError(f"{images.name}: class {class_name} has no labeled training image, expected one or more")
         members = members[torch.randperm(len(members), generator=generator_for(_TEST_SEED, "test", label))]
         num_test = round(test_fraction * len(members))
         parts["test"].append(members[:num_test])
         members = members[num_test:]
-        needed = labels_per_class + holdout_per_class + validation_per_class + 1
-        if len(members) < needed:
-            rest = needed - labels_per_class
-            raise ValueError(
-                f"labels_per_class must be at most {len(members) - rest}, because class {label} has {len(members)} "
-                f"images outside of the test set and {rest} are for the other parts, got {labels_per_class}"
-            )
-        members = members[torch.randperm(len(members), generator=generator_for(seed, "split", label))]
         holdout_end = holdout_per_class
         validation_end = holdout_end + validation_per_class
-        labeled_end = validation_end + labels_per_class
+        labeled_end = len(members) if labels_per_class is None else validation_end + labels_per_class
+        if labeled_end > len(members) or labeled_end <= validation_end:
+            raise DataError(_too_few(class_name, len(members), labels_per_class, validation_end, num_test))
+        members = members[torch.randperm(len(members), generator=generator_for(seed, "split", label))]
         parts["holdout"].append(members[:holdout_end])
         parts["validation"].append(members[holdout_end:validation_end])
         parts["labeled"].append(members[validation_end:labeled_end])
         parts["unlabeled"].append(members[labeled_end:])
+    parts["unlabeled"].append(train[train_targets < 0])
+    for name in ("unlabeled", "validation", "test"):
+        if name in images.parts:
+            parts[name].append(images.parts[name])
     return Split(**{name: torch.cat(pieces) for name, pieces in parts.items()})
+
+
+def _too_few(class_name: str, available: int, labels: int | None, taken: int, tested: int) -> str:
+    has = f"class {class_name} has {available} labeled images" + (" outside of the test set" if tested else "")
+    others = f"{taken} are for hold-out and validation"
+    if labels is None:
+        return f"{has} and {others}: expected {taken + 1} or more"
+    because = f"{has} and {others}" if taken else has
+    return f"labels_per_class must be at most {max(available - taken, 0)}, because {because}, got {labels}"
+
+
+def record(images: Images, split: Split) -> dict[str, Any]:
+    """What a run writes down about its data, to know them again.
+
+    >>> from fastmeta.data import load_digits
+    >>> digits = load_digits()
+    >>> record(digits, make_split(digits, labels_per_class=1, seed=0))["sizes"]
+    {'labeled': 10, 'unlabeled': 1787, 'holdout': 0, 'validation': 0, 'test': 0}
+    """
+    return {
+        "name": images.name,
+        "fingerprint": images.fingerprint,
+        "classes": list(images.classes),
+        "image_shape": list(images.image_shape),
+        "sizes": split.sizes(),
+    }

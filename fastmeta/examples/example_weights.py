@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import fastmeta
 from fastmeta import ExampleWeights
-from fastmeta.data import load_digits, make_split, weak_augment
+from fastmeta.data import load_digits, split_digits, weak_augment
 from fastmeta.models import ConvNet
 
 BATCH, WRONG = 96, 0.4
@@ -19,7 +19,7 @@ BATCH, WRONG = 96, 0.4
 def train(meta: ExampleWeights | None, imputed: Tensor, steps: int, seed: int = 0) -> float:
     """Test accuracy in percent; without the method every imputed label has weight 1. ``imputed``: classes ``[M]``."""
     digits = load_digits()
-    split = make_split(digits, labels_per_class=2, seed=seed)
+    split = split_digits(digits, labels_per_class=2, seed=seed)
     x_l, y_l = digits.images[split.labeled], digits.targets[split.labeled]
     x_v, y_v = digits.images[split.holdout], digits.targets[split.holdout]
     torch.manual_seed(seed)
@@ -58,7 +58,7 @@ def train(meta: ExampleWeights | None, imputed: Tensor, steps: int, seed: int = 
 def main(steps: int = 200) -> float:
     """Train without and with the method; prints both and returns the second."""
     digits = load_digits()
-    truth = digits.targets[make_split(digits, labels_per_class=2, seed=0).unlabeled]
+    truth = digits.targets[split_digits(digits, labels_per_class=2, seed=0).unlabeled]
     generator = torch.Generator().manual_seed(0)
     wrong = torch.rand(len(truth), generator=generator) < WRONG
     imputed = torch.where(wrong, (truth + 1) % 10, truth)

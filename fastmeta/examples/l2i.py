@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmeta import L2I
-from fastmeta.data import load_digits, make_split, weak_augment
+from fastmeta.data import load_digits, split_digits, weak_augment
 from fastmeta.methods.l2i import training
 from fastmeta.models import ConvNet
 
@@ -23,7 +23,7 @@ BATCH, SEEDS = 48, (0, 1)
 def train(meta: L2I | None, steps: int, seed: int) -> float:
     """Test accuracy of the averaged model in percent; without the method it is the mean teacher's."""
     digits = load_digits()
-    split = make_split(digits, labels_per_class=2, seed=seed)
+    split = split_digits(digits, labels_per_class=2, seed=seed)
     x_l, y_l = digits.images[split.labeled], digits.targets[split.labeled]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from fastmeta import LabelGradientAlignment
-from fastmeta.data import load_digits, make_split, weak_augment
+from fastmeta.data import load_digits, split_digits, weak_augment
 from fastmeta.models import ConvNet
 from fastmeta.ssl.virtual_adversarial import virtual_adversarial_loss
 
@@ -17,7 +17,7 @@ BATCH, RADIUS = 64, 1.0
 def train(meta: LabelGradientAlignment | None, steps: int, seed: int = 0) -> float:
     """Test accuracy in percent; without the method it is that of virtual adversarial training."""
     digits = load_digits()
-    split = make_split(digits, labels_per_class=4, seed=seed)
+    split = split_digits(digits, labels_per_class=4, seed=seed)
     x_l, y_l = digits.images[split.labeled], digits.targets[split.labeled]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -49,7 +49,7 @@ def train(meta: LabelGradientAlignment | None, steps: int, seed: int = 0) -> flo
 def main(steps: int = 200) -> float:
     """Train without and with the method; prints both and returns the second."""
     digits = load_digits()
-    truth = digits.targets[make_split(digits, labels_per_class=4, seed=0).unlabeled]
+    truth = digits.targets[split_digits(digits, labels_per_class=4, seed=0).unlabeled]
     meta = LabelGradientAlignment(
         len(truth), 10, how="jvp", lr=0.5, decay=0.9, decay_norm=0.9, labeled_weight=lambda step: 2.0
     )

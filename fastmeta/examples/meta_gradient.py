@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from fastmeta import MetaGradient
-from fastmeta.data import load_digits, make_split, weak_augment
+from fastmeta.data import load_digits, split_digits, weak_augment
 from fastmeta.methods.meta_gradient import training
 from fastmeta.models import ConvNet
 from fastmeta.ssl import kl_divergence, mix_up
@@ -19,7 +19,7 @@ BATCH, SEEDS = 40, (0, 1, 2)
 def train(meta: MetaGradient | None, steps: int, seed: int) -> float:
     """Test accuracy in percent; without the method the model learns its own soft labels, mixed all the same."""
     digits = load_digits()
-    split = make_split(digits, labels_per_class=4, seed=seed)
+    split = split_digits(digits, labels_per_class=4, seed=seed)
     x_l, y_l = digits.images[split.labeled], digits.targets[split.labeled]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

@@ -4,11 +4,12 @@ from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, kl_di
 from fastmeta.ssl.fixmatch import FixMatch
 from fastmeta.ssl.mean_teacher import MeanTeacher
 from fastmeta.ssl.mix_up import Mixed, mix_up
+from fastmeta.ssl.mix_up_consistency import MixUpConsistency
 from fastmeta.ssl.pseudo_label import PseudoLabel
 from fastmeta.ssl.supervised import Supervised
 from fastmeta.ssl.virtual_adversarial import VirtualAdversarial, virtual_adversarial_loss
 
-Base = Supervised | PseudoLabel | MeanTeacher | FixMatch | VirtualAdversarial
+Base = Supervised | PseudoLabel | MeanTeacher | FixMatch | VirtualAdversarial | MixUpConsistency
 
 BASES: dict[str, type[Base]] = {
     "supervised": Supervised,
@@ -16,6 +17,7 @@ BASES: dict[str, type[Base]] = {
     "mean-teacher": MeanTeacher,
     "fixmatch": FixMatch,
     "vat": VirtualAdversarial,
+    "mix-up-consistency": MixUpConsistency,
 }
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Base",
     "FixMatch",
     "MeanTeacher",
+    "MixUpConsistency",
     "Mixed",
     "PseudoLabel",
     "Refiner",

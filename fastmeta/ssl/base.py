@@ -26,6 +26,9 @@ class TrainingBatch:
         index: their places in the unlabeled set ``[B_u]``.
         holdout: images with labels for a method's outer objective only ``[B_h, ...]``; None: the labeled batch.
         holdout_targets: their classes ``[B_h]``.
+        labeled_share: the factor of a mean over the labeled images, ``n W / B`` for n of the B images that W processes
+            share: the mean of the processes' gradients is then that of one process, whoever has how many.
+        unlabeled_share: that of a mean over the unlabeled images.
     """
 
     labeled: Tensor
@@ -35,6 +38,14 @@ class TrainingBatch:
     index: Tensor
     holdout: Tensor | None = None
     holdout_targets: Tensor | None = None
+    labeled_share: float = 1.0
+    unlabeled_share: float = 1.0
+
+    @property
+    def joined_share(self) -> float:
+        """The factor of a mean over labeled and unlabeled images together."""
+        labeled, unlabeled = len(self.labeled), len(self.weak)
+        return (labeled + unlabeled) / (labeled / self.labeled_share + unlabeled / self.unlabeled_share)
 
 
 @dataclass(frozen=True)
@@ -86,12 +97,20 @@ class Refiner:
         hard: it is given labels as the loss uses them (one-hot, with the mask) and not the probabilities behind them.
         passes: ``shared``: it works on the features of the base's own forward; ``own``: it is given the images and
             makes its own passes, as methods of the whole model do.
+        own_update: its loss has an update of its own, after the base's and at the parameters that this left.
+        two_views: in that update labels are imputed from the second view and the inner loss is taken on the first, as
+            in Learning to Impute (journal version, Algorithm 1); otherwise both are one view.
+        scheduled: an attribute of the method that is the learning rate of each step, as the published code of
+            Meta-Gradient has it; None: none.
     """
 
     method: Method
     view: Literal["imputed", "learned"] = "imputed"
     hard: bool = False
     passes: Literal["shared", "own"] = "shared"
+    own_update: bool = False
+    two_views: bool = False
+    scheduled: str | None = None
 
 
 class Algorithm(Protocol):
@@ -170,14 +189,17 @@ def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.kl_div(logits.to(wide).log_softmax(dim=1), targets.detach().to(wide), reduction="batchmean")
 
 
-def ramp_up(progress: float, length: float) -> float:
-    """``exp(-5 (1 - t)^2)``, ``t = min(1, progress / length)`` (Laine and Aila, 2017): from 0.007 to 1.
+Ramp = Literal["sigmoid", "linear"]
 
-    >>> ramp_up(1.0, 0.4)
-    1.0
+
+def ramp_up(progress: float, length: float, shape: Ramp = "sigmoid") -> float:
+    """``exp(-5 (1 - t)^2)``, ``t = min(1, progress / length)`` (Laine and Aila, 2017), from 0.007 to 1; linear: ``t``.
+
+    >>> ramp_up(1.0, 0.4), ramp_up(0.1, 0.4, "linear")
+    (1.0, 0.25)
     """
-    remaining = 1 - min(1.0, progress / length)
-    return math.exp(-5 * remaining * remaining)
+    done = 1.0 if length == 0 else min(1.0, progress / length)
+    return done if shape == "linear" else math.exp(-5 * (1 - done) ** 2)
 
 
 def refine(
@@ -211,6 +233,8 @@ def refine(
         return (labels, labels.new_ones(len(labels))) if threshold is None else harden(labels, threshold)
 
     soft = imputed.detach()
+    # Neither forward mode nor a second forward goes through DistributedDataParallel.
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if refiner is None:
         labels, mask = harden_soft(soft)
         return Used(soft, labels, mask, mask, soft.new_zeros(()))

@@ -58,5 +58,5 @@ class FixMatch:
 
         labeled = functional.cross_entropy(labeled_logits, batch.targets)
         unlabeled = (used.weights * per_example).mean()
-        total = labeled + self.weight * unlabeled + used.loss
+        total = batch.labeled_share * labeled + batch.unlabeled_share * self.weight * unlabeled + used.loss
         return StepLoss(total, labeled.detach(), unlabeled.detach(), weak_logits.detach().softmax(dim=1), used)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import Refiner, StepLoss, TrainingBatch, features_for, frozen_statistics, ramp_up, refine
+from fastmeta.ssl.base import Ramp, Refiner, StepLoss, TrainingBatch, features_for, frozen_statistics, ramp_up, refine
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,12 @@ class MeanTeacher:
     Args:
         weight: of the unlabeled loss after the ramp.
         ramp: fraction of training over which that weight rises.
+        ramp_shape: sigmoid or linear.
     """
 
     weight: float = 5.0
     ramp: float = 0.4
+    ramp_shape: Ramp = "sigmoid"
 
     imputes: ClassVar[bool] = True
     second_view: ClassVar[Literal["weak", "strong"] | None] = "weak"
@@ -61,5 +63,6 @@ class MeanTeacher:
 
         labeled = functional.cross_entropy(labeled_logits, batch.targets)
         unlabeled = (used.weights * per_example).mean()
-        total = labeled + self.weight * ramp_up(progress, self.ramp) * unlabeled + used.loss
+        weight = self.weight * ramp_up(progress, self.ramp, self.ramp_shape)
+        total = batch.labeled_share * labeled + batch.unlabeled_share * weight * unlabeled + used.loss
         return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed, used)

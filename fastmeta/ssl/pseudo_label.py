@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import Refiner, StepLoss, TrainingBatch, features_for, ramp_up, refine
+from fastmeta.ssl.base import Ramp, Refiner, StepLoss, TrainingBatch, features_for, ramp_up, refine
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class PseudoLabel:
         threshold: confidence below which an image is left out of the step.
         weight: of the unlabeled loss after the ramp.
         ramp: fraction of training over which that weight rises.
+        ramp_shape: sigmoid or linear.
     """
 
     threshold: float = 0.95
     weight: float = 1.0
     ramp: float = 0.4
+    ramp_shape: Ramp = "sigmoid"
 
     imputes: ClassVar[bool] = True
     second_view: ClassVar[Literal["weak", "strong"] | None] = None
@@ -58,5 +60,6 @@ class PseudoLabel:
 
         labeled = functional.cross_entropy(labeled_logits, batch.targets)
         unlabeled = (used.weights * per_example).mean()
-        total = labeled + self.weight * ramp_up(progress, self.ramp) * unlabeled + used.loss
+        weight = self.weight * ramp_up(progress, self.ramp, self.ramp_shape)
+        total = batch.labeled_share * labeled + batch.unlabeled_share * weight * unlabeled + used.loss
         return StepLoss(total, labeled.detach(), unlabeled.detach(), logits_u.detach().softmax(dim=1), used)

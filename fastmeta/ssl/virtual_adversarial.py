@@ -195,12 +195,12 @@ class VirtualAdversarial:
             generator=torch.Generator(images.device).manual_seed(seed),
         )
         unlabeled = self.weight * adversarial + self.entropy_weight * conditional_entropy(logits)
+        labeled = functional.cross_entropy(labeled_logits, batch.targets)
+        total = batch.labeled_share * labeled + batch.joined_share * unlabeled + used.loss
         if refiner is not None:
             per_example = functional.cross_entropy(weak_logits, used.labels, reduction="none")
-            unlabeled = unlabeled + (used.weights * per_example).mean()
-
-        labeled = functional.cross_entropy(labeled_logits, batch.targets)
-        total = labeled + unlabeled + used.loss
+            refined = (used.weights * per_example).mean()
+            total, unlabeled = total + batch.unlabeled_share * refined, unlabeled + refined
         return StepLoss(total, labeled.detach(), unlabeled.detach(), weak_logits.detach().softmax(dim=1), used)
 
 

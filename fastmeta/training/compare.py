@@ -1,24 +1,25 @@
 """The main job: bases and methods on the same seeds, and what the difference is."""
 
 import contextlib
-import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
 
-from fastmeta.data import ImageDataset, load_digits, make_split
+from fastmeta.data import Images
 from fastmeta.ssl import BASES
+from fastmeta.training.build import load_images, record_of, resolve, split_of
 from fastmeta.training.config import RunConfig
 from fastmeta.training.files import make_folder, read_json, read_jsonl, write_json, write_jsonl
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
 from fastmeta.training.reference import support_vector_error
+from fastmeta.training.signals import stop_requested
 from fastmeta.training.summary import summarize, table
 from fastmeta.training.timing import interleaved_seconds
 from fastmeta.training.train import check_folder
@@ -61,7 +62,7 @@ def grid(bases: Sequence[str], methods: Sequence[str], seeds: Sequence[int], **s
 def compare(config: CompareConfig, *, quiet: bool = False) -> dict[str, Any]:
     """Train what is not trained yet, and write config.json, metrics.jsonl, results.json and the plots.
 
-    Ctrl-C checkpoints the running runs and reports the finished ones; the same call continues.
+    Ctrl-C and SIGTERM checkpoint the running runs and report the finished ones; the same call continues.
 
     Args:
         config: the runs.
@@ -75,10 +76,11 @@ def compare(config: CompareConfig, *, quiet: bool = False) -> dict[str, Any]:
         ValueError: a class has fewer images than labels are asked for, or nothing can be written to the folder.
         WorkerError: a run failed.
     """
+    images = load_images(config.runs[0])
+    config = replace(config, runs=[resolve(run, images) for run in config.runs])
     jobs = [Job(run, run_folder(config.out, run)) for run in config.runs]
-    check_labels(config.runs, load_digits())
     for job in jobs:
-        check_folder(job.config, job.folder)
+        check_folder(record_of(job.config, images), job.folder)
     make_folder(config.out)
     workers = config.workers if config.workers is not None else available_cores()
     write_json(config.out / "config.json", {"runs": [run.as_dict() for run in config.runs]})
@@ -92,25 +94,16 @@ def compare(config: CompareConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     stopped = False
     if pending:
-        with _interruptible() as should_stop, _Progress(pending, quiet) as progress:
+        with stop_requested() as should_stop, _Progress(pending, quiet) as progress:
             run_jobs(pending, workers=workers, on_step=progress.update, on_finish=on_finish, should_stop=should_stop)
             stopped = should_stop()
-    step_seconds = {} if stopped else _step_seconds(config, jobs, changed=bool(pending))
+    step_seconds = {} if stopped else _step_seconds(config, jobs, images, changed=bool(pending))
     results = _results(jobs, step_seconds)
-    results["support_vector_test_error"] = _support_vector_errors(results["runs"])
+    results["support_vector_test_error"] = _support_vector_errors(config, images)
     _write(config, results)
     if not quiet:
         _report(config, results, stopped)
     return results
-
-
-def check_labels(runs: Sequence[RunConfig], dataset: ImageDataset) -> None:
-    """Raise ValueError if a class of the images has fewer than a run labels."""
-    for labels in {run.labels for run in runs}:
-        try:
-            make_split(dataset, labels, seed=0)
-        except ValueError as error:
-            raise ValueError(str(error).replace("labels_per_class", "labels")) from None
 
 
 def run_folder(out: Path, run: RunConfig) -> Path:
@@ -137,7 +130,7 @@ def _write(config: CompareConfig, results: dict[str, Any]) -> None:
     )
 
 
-def _step_seconds(config: CompareConfig, jobs: Sequence[Job], *, changed: bool) -> dict[str, float]:
+def _step_seconds(config: CompareConfig, jobs: Sequence[Job], images: Images, *, changed: bool) -> dict[str, float]:
     """Seconds per step by arm; read from the results of an earlier call if nothing was trained since."""
     arms: dict[str, Job] = {}
     for job in jobs:
@@ -145,14 +138,18 @@ def _step_seconds(config: CompareConfig, jobs: Sequence[Job], *, changed: bool) 
     earlier = (read_json(config.out / "results.json") or {}).get("step_seconds", {})
     if not changed and set(earlier) == set(arms):
         return earlier
-    return dict(zip(arms, interleaved_seconds(list(arms.values()), load_digits()), strict=True))
+    return dict(zip(arms, interleaved_seconds(list(arms.values()), images), strict=True))
 
 
-def _support_vector_errors(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Test error by seed, on the same labels."""
-    seeds = {run["seed"]: run["labels"] for run in runs}
-    dataset = load_digits()
-    return {str(seed): support_vector_error(dataset, labels, seed) for seed, labels in sorted(seeds.items())}
+def _support_vector_errors(config: CompareConfig, images: Images) -> dict[str, float]:
+    """Test error by seed, on the same labels; empty where there are no test images or too many of any."""
+    errors: dict[str, float] = {}
+    for run in config.runs:
+        if str(run.seed) not in errors:
+            error = support_vector_error(images, split_of(run, images))
+            if error is not None:
+                errors[str(run.seed)] = error
+    return errors
 
 
 def _report(config: CompareConfig, results: dict[str, Any], stopped: bool) -> None:
@@ -180,12 +177,13 @@ def _report(config: CompareConfig, results: dict[str, Any], stopped: bool) -> No
 def notes(runs: Sequence[RunConfig], results: dict[str, Any]) -> list[str]:
     """What a reader must know to read the table right."""
     split = results["runs"][0]["split"]
-    svc = 100 * statistics.fmean(results["support_vector_test_error"].values())
     lines = [
         f"Trained on {split['labeled']} labels and {split['unlabeled']} unlabeled images; the weights reported are "
         f"those with the least error on {split['validation']} validation images; tested on {split['test']} images.",
-        f"A support vector machine on the same labels alone: test error {svc:.1f}%.",
     ]
+    if results["support_vector_test_error"]:
+        error = 100 * statistics.fmean(results["support_vector_test_error"].values())
+        lines.append(f"A support vector machine on the same labels alone: test error {error:.1f}%.")
     if any(METHODS[run.method].uses_holdout for run in runs):
         names = ", ".join(sorted({run.method for run in runs if METHODS[run.method].uses_holdout}))
         lines.append(f"{names} also learns from {split['holdout']} hold-out labels that the other rows do not see.")
@@ -201,27 +199,6 @@ def notes(runs: Sequence[RunConfig], results: dict[str, Any]) -> list[str]:
     return lines
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within the block a first Ctrl-C only sets a flag; a second one interrupts as usual."""
-    state = {"stop": False}
-
-    def handle(number: int, frame: Any) -> None:
-        state["stop"] = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping at the next step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
-
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread: Ctrl-C goes elsewhere
-        yield lambda: False
-        return
-    try:
-        yield lambda: state["stop"]
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 class _Progress(contextlib.AbstractContextManager["_Progress"]):
     """One bar over the steps of all runs: time per step of one run, and time left of the whole."""
 
@@ -231,7 +208,7 @@ class _Progress(contextlib.AbstractContextManager["_Progress"]):
         self._clock: dict[int, tuple[int, float]] = {}
         self._found = 0
         self._bar = tqdm(
-            total=sum(job.config.steps for job in jobs),
+            total=sum(job.config.steps or 0 for job in jobs),
             disable=quiet,
             unit="step",
             dynamic_ncols=True,

@@ -1,49 +1,56 @@
 """Exponential moving average of a model's weights."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmeta.training.config import AverageConfig
+
 
 class ExponentialMovingAverage:
-    """Keeps ``average <- d * average + (1 - d) * weights``, ``d = min(decay, (1 + t) / (10 + t))`` at update ``t``.
+    """Keeps ``average <- d * average + (1 - d) * weights``; at update ``t`` ``d = min(decay, (1 + t) / (10 + t))``.
 
-    The smaller ``d`` of the first updates lets the average forget the random initialization. Buffers (batch
-    normalization's running statistics) are copied, not averaged.
+    The smaller ``d`` of the first updates, ``config.warm_up``, lets the average forget the random initialization.
+    Buffers (batch normalization's running statistics) are copied, or averaged as ``config.buffers`` says.
 
     Args:
         model: the model to follow.
-        decay: in [0, 1); the average remembers about ``1 / (1 - decay)`` updates.
-
-    Raises:
-        ValueError: ``decay`` is not in [0, 1).
+        config: decay and the rest.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {decay}")
-        self.decay = decay
+    def __init__(self, model: nn.Module, config: AverageConfig) -> None:
+        self.config = config
         self.updates = 0
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self._average: list[Tensor] = list(self.model.parameters())
-        self._weights: list[Tensor] = list(model.parameters())
-        self._buffers = list(zip(self.model.buffers(), model.buffers(), strict=True))
+        averages: list[Tensor] = list(self.model.parameters())
+        values: list[Tensor] = list(model.parameters())
+        copies: list[tuple[Tensor, Tensor]] = []
+        for buffer, source in zip(self.model.buffers(), model.buffers(), strict=True):
+            if config.buffers == "averaged" and buffer.is_floating_point():
+                averages.append(buffer)
+                values.append(source)
+            else:
+                copies.append((buffer, source))
+        self._averages, self._values, self._copies = averages, values, copies
 
     @torch.no_grad()
     def update(self) -> None:
         """Take one step towards the followed model's present weights."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._average, self._weights, 1 - decay)
-        for buffer, source in self._buffers:
-            buffer.copy_(source)
+        decay = 0.999 if self.config.decay is None else self.config.decay
+        if self.config.warm_up:
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self._averages, self._values, 1 - decay)
+        if self._copies:
+            torch._foreach_copy_([buffer for buffer, _ in self._copies], [source for _, source in self._copies])
         self.updates += 1
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """The average and the number of updates it has seen."""
         return {"model": self.model.state_dict(), "updates": self.updates}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.model.load_state_dict(state["model"])
         self.updates = state["updates"]

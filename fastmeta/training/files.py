@@ -6,19 +6,54 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
+def replace(
+    path: Path,
+    write: Callable[[BinaryIO], Any],
+    *,
+    fsync: bool = False,
+    check: Callable[[Path], Any] | None = None,
+) -> None:
+    """Let ``write`` fill a file under a temporary name, then put it in the place of ``path``.
+
+    Args:
+        path: the file; its folder is made.
+        write: is given the open file.
+        fsync: wait until file and folder are on the disk: a power failure leaves the old file or the new one, whole.
+        check: reads the temporary file; what it raises leaves ``path`` as it was.
+
+    Raises:
+        OSError: it could not be written; ``path`` is as it was, and no temporary file is left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(temporary)
+        with temporary.open("wb") as file:
+            write(file)
+            if fsync:
+                file.flush()
+                os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         os.replace(temporary, path)
+        if fsync:
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def make_folder(folder: Path) -> None:
@@ -41,9 +76,14 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
+def write_text(path: Path, text: str, *, fsync: bool = False) -> None:
+    """Write ``text`` in UTF-8."""
+    replace(path, lambda file: file.write(text.encode()), fsync=fsync)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON."""
-    _replace(path, lambda temporary: _write_text(temporary, json.dumps(value, indent=1) + "\n"))
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -53,7 +93,7 @@ def read_json(path: Path) -> Any:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object per line."""
-    _replace(path, lambda temporary: _write_text(temporary, "".join(json.dumps(row) + "\n" for row in rows)))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -67,9 +107,15 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """``torch.save`` that a kill cannot leave half written."""
-    _replace(path, lambda temporary: torch.save(state, temporary))
+def write_checkpoint(
+    path: Path, state: dict[str, Any], *, fsync: bool = False, check: Callable[[Path], Any] | None = None
+) -> None:
+    """``torch.save`` that a kill cannot leave half written.
+
+    Raises:
+        OSError: it could not be written; ``path`` is as it was.
+    """
+    replace(path, lambda file: _save(state, file), fsync=fsync, check=check)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
@@ -77,5 +123,10 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+def _save(state: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # what the disk said; torch's own words are about positions
+            raise error.__context__ from None
+        raise

@@ -38,3 +38,18 @@ def t_interval(values: Sequence[float]) -> Interval:
 
     reach = float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
     return Interval(mean, mean - reach, mean + reach)
+
+
+def error_interval(errors: int, images: int) -> tuple[float, float]:
+    """Wilson's 95% interval of an error rate, of ``errors`` wrong ones among ``images``.
+
+    It is about the images, as a sample of all images of their kind; another seed is another matter.
+
+    >>> low, high = error_interval(5, 100)
+    >>> round(low, 3), round(high, 3)
+    (0.022, 0.112)
+    """
+    from scipy.stats import binomtest  # comes with scikit-learn
+
+    interval = binomtest(errors, images).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmeta.data import load_digits
+import torch
+
+from fastmeta.training.build import load_images
+from fastmeta.training.config import from_dict
 from fastmeta.training.files import read_json, read_jsonl
 from fastmeta.training.intervals import t_interval
 
@@ -249,7 +252,7 @@ def _labels(folder: Path, details: Details, columns: int = 8) -> Path | None:
             rows[title] = changes[:columns]
     if not rows:
         return None
-    images = load_digits().images
+    images = load_images(from_dict(read_json(folder / "config.json")["runs"][0]))
     figure = pyplot.figure(figsize=(1.15 * columns, 2.1 * len(rows)), layout="constrained")
     strips = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for (title, changes), strip in zip(rows.items(), strips, strict=True):
@@ -257,7 +260,11 @@ def _labels(folder: Path, details: Details, columns: int = 8) -> Path | None:
         for change, axes in itertools.zip_longest(changes, strip.subplots(1, columns)):
             axes.set_axis_off()
             if change is not None:
-                axes.imshow(images[change.image, 0], cmap="gray_r", vmin=0, vmax=1)
+                picture = images.get(torch.tensor([change.image]))[0].permute(1, 2, 0)
+                if picture.shape[2] == 1:
+                    axes.imshow(picture[..., 0], cmap="gray_r", vmin=0, vmax=255 if picture.dtype == torch.uint8 else 1)
+                else:
+                    axes.imshow(picture)
                 axes.set_title(change.title, fontsize=8, color=_RIGHT if change.is_right else _WRONG)
     return _save(figure, folder / "labels.png")
 
@@ -267,10 +274,10 @@ def _by_method(detail: dict[str, Any]) -> list[_Change]:
     return [
         _Change(
             image=detail["unlabeled"][row["index"]],
-            before=row["before"].index(max(row["before"])),
-            after=row["after"].index(max(row["after"])),
-            confidence_before=max(row["before"]),
-            confidence_after=max(row["after"]),
+            before=row["before"],
+            after=row["after"],
+            confidence_before=row["confidence_before"],
+            confidence_after=row["confidence_after"],
             target=detail["target"][row["index"]],
         )
         for row in detail["refinements"]

@@ -29,7 +29,8 @@ each other are alike. Width is 32 unless it says 16; chosen values in ``**``.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 from fastmeta.methods import (
@@ -42,7 +43,17 @@ from fastmeta.methods import (
     MetaGradient,
     Method,
 )
-from fastmeta.ssl import Base, FixMatch, MeanTeacher, PseudoLabel, Refiner, Supervised, VirtualAdversarial
+from fastmeta.ops.process_group import Group
+from fastmeta.ssl import (
+    Base,
+    FixMatch,
+    MeanTeacher,
+    MixUpConsistency,
+    PseudoLabel,
+    Refiner,
+    Supervised,
+    VirtualAdversarial,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,9 @@ class Recipe:
         view: see :class:`fastmeta.ssl.Refiner`.
         hard: see :class:`fastmeta.ssl.Refiner`.
         passes: see :class:`fastmeta.ssl.Refiner`.
-        own_update: the method's loss has an update of its own, after the base's and at the parameters it left.
+        own_update: see :class:`fastmeta.ssl.Refiner`.
+        two_views: see :class:`fastmeta.ssl.Refiner`.
+        scheduled: see :class:`fastmeta.ssl.Refiner`.
         uses_holdout: its outer loss reads the hold-out part of the split and not the labeled batch.
         example: the program whose loop is the paper's, which trains on the labels as the method leaves them. A base
             that makes them hard by threshold and argmax trains another algorithm with it.
@@ -67,15 +80,24 @@ class Recipe:
     hard: bool = False
     passes: Literal["shared", "own"] = "shared"
     own_update: bool = False
+    two_views: bool = False
+    scheduled: str | None = None
     uses_holdout: bool = False
     example: str | None = None
 
-    def build(self, num_unlabeled: int, num_classes: int) -> Refiner | None:
-        """The method for a data set; None for the base alone."""
+    def build(
+        self,
+        num_unlabeled: int,
+        num_classes: int,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+        process_group: Group = None,
+    ) -> Refiner | None:
+        """The method for a data set, with other settings where they are given; None for the base alone."""
         if self.make is None:
             return None
-        method = self.make(num_unlabeled, num_classes, **self.settings)
-        return Refiner(method, self.view, self.hard, self.passes)
+        chosen = {**self.settings, **settings}
+        method = self.make(num_unlabeled, num_classes, process_group=process_group, **chosen)
+        return Refiner(method, self.view, self.hard, self.passes, self.own_update, self.two_views, self.scheduled)
 
 
 BASE_RECIPES: dict[str, Base] = {
@@ -84,6 +106,7 @@ BASE_RECIPES: dict[str, Base] = {
     "mean-teacher": MeanTeacher(weight=20.0),
     "fixmatch": FixMatch(threshold=0.8),
     "vat": VirtualAdversarial(radius=2.0, weight=1.0, entropy_weight=0.06),
+    "mix-up-consistency": MixUpConsistency(),
 }
 
 _L2I = Recipe(
@@ -137,13 +160,41 @@ METHODS: dict[str, Recipe] = {
     "l2i-jvp-alternating": _own_passes(_L2I, how="jvp", own_update=True),
     "meta-gradient-jvp": _own_passes(_META_GRADIENT, how="jvp"),
     "meta-gradient-finite-difference": _own_passes(_META_GRADIENT, how="finite_difference", statistics="running"),
+    # As its code has it: the label step is the learning rate of each step.
+    "meta-gradient-published": replace(
+        _own_passes(_META_GRADIENT, how="finite_difference", statistics="running", step=0.1), scheduled="step"
+    ),
 }
 
 
-def settings_of(base: str, method: str) -> dict[str, Any]:
-    """Settings of a base and a method, for the record of a run.
+def base_of(name: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Base:
+    """The base algorithm of a recipe, with other settings where they are given.
+
+    Raises:
+        ValueError: the base has no such setting.
+    """
+    recipe = BASE_RECIPES[name]
+    known = [item.name for item in fields(recipe)]
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(f"base_settings must be among {', '.join(known)} for base {name}, got {setting!r}")
+    return replace(recipe, **settings)
+
+
+def settings_of(
+    base: str,
+    method: str,
+    base_settings: Mapping[str, Any] = MappingProxyType({}),
+    method_settings: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """All settings of a base and a method, for the record of a run.
 
     >>> settings_of("fixmatch", "meta-gradient")
     {'base_settings': {'threshold': 0.8, 'weight': 1.0}, 'method_settings': {'step': 10.0}}
     """
-    return {"base_settings": asdict(BASE_RECIPES[base]), "method_settings": dict(METHODS[method].settings)}
+    if method_settings and METHODS[method].make is None:
+        raise ValueError(f"method_settings must be left out without a method, got {dict(method_settings)}")
+    return {
+        "base_settings": asdict(base_of(base, base_settings)),
+        "method_settings": {**METHODS[method].settings, **method_settings},
+    }

@@ -1,148 +1,215 @@
 """A run on disk: trains, logs, checkpoints, and continues where a checkpoint left off."""
 
 import contextlib
-import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastmeta.data import ImageDataset, load_digits
-from fastmeta.methods import ExampleWeights, ImputeAndWeight
+from fastmeta.data import Images
+from fastmeta.training.build import Built, build, load_images, record_of
+from fastmeta.training.checkpoints import Checkpoints
 from fastmeta.training.config import RunConfig
-from fastmeta.training.files import (
-    append_jsonl,
-    read_checkpoint,
-    read_json,
-    write_checkpoint,
-    write_json,
-    write_jsonl,
-)
-from fastmeta.training.run import Run
-
-_WARM_UP_STEPS = 10  # not timed: allocator and thread start-up
+from fastmeta.training.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
+from fastmeta.training.optimizers import rate_at
+from fastmeta.training.outcome import write_outcome
+from fastmeta.training.processes import Processes
+from fastmeta.training.report import write_report
 
 
 class ConfigMismatch(ValueError):
     """The folder holds a run with other settings."""
 
 
+class NotFinite(RuntimeError):
+    """Too many steps in a row had no finite loss."""
+
+
 def train(
     config: RunConfig,
     folder: Path,
     *,
-    dataset: ImageDataset | None = None,
+    images: Images | None = None,
+    processes: Processes | None = None,
     on_step: Callable[[int], None] = lambda step: None,
+    on_wait: Callable[[float], None] = lambda share: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """Train ``config`` in ``folder``, from its checkpoint if it has one; a finished run is only read.
+    """Train ``config`` in ``folder``, from its newest good checkpoint if it has one; a finished run is only read.
 
-    Writes config.json, metrics.jsonl (a line per evaluation), checkpoint.pt while it runs, and at the end model.pt (the
-    weights with the least validation error), details.json and results.json.
+    Writes config.json, metrics.jsonl (a line per evaluation, no wall-clock times), timing.jsonl, checkpoints/ while it
+    runs, and at the end model.pt (the reported weights), unlabeled.csv, details.json and results.json.
 
     Args:
         config: the settings.
         folder: the run's own folder.
-        dataset: the images; the digits if None.
+        images: the images; those that ``config.data`` names if None.
+        processes: all of which call this; the first one writes.
         on_step: called with the number of finished steps after each.
-        should_stop: asked before each step; if true, a checkpoint is written and the run left.
+        on_wait: called with the share of the time since the last evaluation that steps waited for data.
+        should_stop: asked before each step; if true, a checkpoint is written and the run left. All processes must be
+            told the same, as :func:`fastmeta.training.signals.stop_requested` does.
 
     Returns:
         What results.json holds, or None if it was stopped.
 
     Raises:
-        ConfigMismatch: the folder holds a run with other settings.
+        ConfigMismatch: the folder holds a run with other settings or data.
+        NotFinite: ``machine.max_skipped`` steps in a row had no finite loss.
+        ValueError: data and settings do not fit.
     """
-    check_folder(config, folder)
-    finished = read_json(folder / "results.json")
-    if finished is not None:
-        on_step(config.steps)
-        return finished
-    with torch.random.fork_rng(devices=[]), single_thread():
-        run = Run(config, load_digits() if dataset is None else dataset)
-        checkpoint, metrics = folder / "checkpoint.pt", folder / "metrics.jsonl"
-        saved = read_checkpoint(checkpoint)
-        rows: list[dict[str, Any]] = []
+    processes = processes or Processes()
+    images = load_images(config) if images is None else images
+    with torch.random.fork_rng(devices=[]), threads() as set_threads:
+        run = build(config, images, processes)
+        set_threads(run.config.machine.threads or 1)
+        check_folder(record_of(config, images), folder)
+        finished = read_json(folder / "results.json")
+        if finished is not None:
+            on_step(run.trainer.steps)
+            return finished
+        return _Loop(run, folder, processes).run(on_step, on_wait, should_stop)
+
+
+class _Loop:
+    """One call of :func:`train`."""
+
+    def __init__(self, run: Built, folder: Path, processes: Processes) -> None:
+        self.built, self.folder, self.processes = run, folder, processes
+        self.trainer, self.evaluator = run.trainer, run.evaluator
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=run.config.machine.keep)
+        self.rows: list[dict[str, Any]] = []
+        self.timing: list[dict[str, Any]] = []
+        self._saved: int | None = None
+        self._timed = (0, 0.0, 0.0)  # step, seconds of steps, seconds of waiting at the last evaluation
+
+    def run(
+        self, on_step: Callable[[int], None], on_wait: Callable[[float], None], should_stop: Callable[[], bool]
+    ) -> dict[str, Any] | None:
+        config, trainer = self.built.config, self.trainer
+        self._resume()
+        on_step(trainer.step)
+        every, save_every = config.evaluation.every or 1, config.machine.checkpoint_every or 1
+        try:
+            while trainer.step < trainer.steps:
+                if should_stop():
+                    self._save()
+                    return None
+                trainer.train_step()
+                last = trainer.step == trainer.steps
+                if trainer.step % every == 0 or last:
+                    on_wait(self._evaluate())
+                if trainer.step % save_every == 0 and not last:
+                    self._save()
+                on_step(trainer.step)
+            return self._finish()
+        finally:
+            trainer.batches.close()
+
+    def _resume(self) -> None:
+        saved = self.checkpoints.latest()
         if saved is not None:
-            run.load_state_dict(saved["run"])
-            rows = saved["rows"]
-        write_json(folder / "config.json", config.as_dict())
-        write_jsonl(metrics, rows)  # lines written after the checkpoint will be written again
-        on_step(run.step)
+            self._saved, state = saved
+            self.trainer.load_state_dict(state["trainer"])
+            self.evaluator.load_state_dict(state["evaluator"])
+            self.rows = state["rows"]
+            self._timed = (self.trainer.step, 0.0, 0.0)
+        if self.processes.is_first:
+            write_json(self.folder / "config.json", record_of(self.built.config, self.built.images))
+            write_jsonl(self.folder / "metrics.jsonl", self.rows)  # lines after the checkpoint are written again
+            timing = [row for row in read_jsonl(self.folder / "timing.jsonl") if row["step"] <= self.trainer.step]
+            write_jsonl(self.folder / "timing.jsonl", timing)
 
-        def save() -> None:
-            write_checkpoint(checkpoint, {"run": run.state_dict(), "rows": rows})
+    def _save(self) -> None:
+        self._check_finite()
+        state = {
+            "trainer": self.trainer.state_dict(),
+            "evaluator": self.evaluator.state_dict(),
+            "rows": self.rows,
+        }
+        self.checkpoints.save(self.trainer.step, state, is_best=self.evaluator.best.get("step") == self.trainer.step)
+        self._saved = self.trainer.step
 
-        while run.step < config.steps:
-            if should_stop():
-                save()
-                return None
-            run.train_step()
-            if run.step % config.evaluate_every == 0 or run.step == config.steps:
-                rows.append({"base": config.base, "method": config.method, "seed": config.seed, **run.evaluate()})
-                append_jsonl(metrics, rows[-1])
-            if run.step % config.checkpoint_every == 0:
-                save()
-            on_step(run.step)
-        return _finish(run, folder)
+    def _check_finite(self) -> None:
+        skipped, in_a_row = self.trainer.skipped.tolist()
+        if in_a_row >= self.built.config.machine.max_skipped:
+            good = "there is no checkpoint" if self._saved is None else f"the last checkpoint is of step {self._saved}"
+            raise NotFinite(
+                f"the loss of the last {in_a_row} steps was not finite (step {self.trainer.step}; {skipped} in all); "
+                f"{good} ({self.checkpoints.folder})"
+            )
+
+    def _evaluate(self) -> float:
+        """A line of metrics.jsonl and one of timing.jsonl; the share of the time that steps waited for data."""
+        trainer, config = self.trainer, self.built.config
+        averages = trainer.averages()
+        self._check_finite()
+        trainer.synchronize()
+        row: dict[str, Any] = {"base": config.base, "method": config.method, "seed": config.seed, "step": trainer.step}
+        row["learning_rate"] = trainer.optimizer_config.peak * rate_at(
+            trainer.schedule, trainer.step - 1, trainer.steps
+        )
+        row.update(averages)
+        row["skipped_steps"] = int(trainer.skipped[0])
+        row.update(self.evaluator(trainer.step, trainer.model, trainer.average.model))
+        self.rows.append(row)
+        step, seconds, waited = self._timed
+        self._timed = (trainer.step, trainer.seconds, trainer.batches.waited)
+        steps, seconds, waited = trainer.step - step, trainer.seconds - seconds, trainer.batches.waited - waited
+        images = steps * (trainer.batches.data.labeled_batch + trainer.batches.data.unlabeled_batch)
+        share = waited / max(seconds, 1e-9)
+        if self.processes.is_first:
+            append_jsonl(self.folder / "metrics.jsonl", row)
+            timing = {
+                "step": trainer.step,
+                "seconds_per_step": seconds / steps,
+                "wait_share": share,
+                "images_per_second": images / max(seconds, 1e-9),
+                "time": time.time(),
+            }
+            append_jsonl(self.folder / "timing.jsonl", timing)
+        return share
+
+    def _finish(self) -> dict[str, Any]:
+        self.trainer.synchronize()
+        results = write_outcome(self.built, self.folder, self.processes)
+        self.checkpoints.remove()
+        if self.processes.is_first:
+            write_report([self.folder], self.folder / "report.html")
+        return results
 
 
-def check_folder(config: RunConfig, folder: Path) -> None:
-    """Raise :class:`ConfigMismatch` if ``folder`` holds a run whose settings differ from ``config``."""
+def check_folder(record: dict[str, Any], folder: Path) -> None:
+    """Raise :class:`ConfigMismatch` if ``folder`` holds a run whose settings or data differ from ``record``.
+
+    How it uses its machine may differ.
+    """
     held = read_json(folder / "config.json")
-    if held is None or held == config.as_dict():
+    if held is None:
         return
-    wanted = config.as_dict()
-    differing = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
-    changes = ", ".join(f"{name}={held.get(name)!r} (now {wanted.get(name)!r})" for name in differing)
+    before, now = (dict(_flat({**values, "machine": None})) for values in (held, record))
+    if before == now:
+        return
+    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    changes = ", ".join(f"{name}={before.get(name)!r} (now {now.get(name)!r})" for name in differing)
     raise ConfigMismatch(f"{folder} holds a run with {changes}; give another --out, or delete it to start again")
 
 
-def _finish(run: Run, folder: Path) -> dict[str, Any]:
-    config, best = run.config, run.best
-    write_json(folder / "details.json", _details(run))
-    write_checkpoint(folder / "model.pt", best["model"])
-    results = {
-        "base": config.base,
-        "method": config.method,
-        "seed": config.seed,
-        "labels": config.labels,
-        "test_error": best["test_error"],
-        "validation_error": best["validation_error"],
-        "step": best["step"],
-        "weights": best["weights"],
-        "seconds_per_step": statistics.median(run.seconds[_WARM_UP_STEPS:] or run.seconds),
-        "split": run.split.sizes(),
-    }
-    write_json(folder / "results.json", results)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
-    return results
-
-
-def _details(run: Run) -> dict[str, Any]:
-    """What the plots show of the unlabeled images; lists and places follow the unlabeled part of the split."""
-    places = run.split.unlabeled
-    imputed = run.impute_all().cpu()
-    confidence, label = imputed.max(dim=1)
-    method = None if run.refiner is None else run.refiner.method
-    weights = method.weights.tolist() if isinstance(method, (ExampleWeights, ImputeAndWeight)) else None
-    return {
-        "unlabeled": places.tolist(),
-        "target": run.dataset.targets.cpu()[places].tolist(),
-        "imputed": label.tolist(),
-        "confidence": [round(value, 4) for value in confidence.tolist()],
-        "weights": None if weights is None else [round(weight, 4) for weight in weights],
-        "refinements": run.refinements.rows(),
-    }
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
 @contextlib.contextmanager
-def single_thread() -> Iterator[None]:
-    """One thread: these nets are too small for more, and sums come out the same on every machine's core count."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads() -> Iterator[Callable[[int], None]]:
+    """The number of threads may be set within the block."""
+    before = torch.get_num_threads()
     try:
-        yield
+        yield torch.set_num_threads
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

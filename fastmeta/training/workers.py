@@ -120,7 +120,7 @@ def _work(todo: Any, messages: Any, stop: Any) -> None:
             break
         number, job = item
 
-        def report(step: int, number: int = number, last: int = job.config.steps) -> None:
+        def report(step: int, number: int = number, last: int | None = job.config.steps) -> None:
             if step % _PROGRESS_EVERY == 0 or step == last:
                 messages.put(("step", number, step))
 

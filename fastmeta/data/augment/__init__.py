@@ -1,0 +1,23 @@
+"""Weak and strong image augmentation: batched, on any device, every image with operations of its own.
+
+Random numbers are keyed by example (:class:`fastmeta.data.KeyedRandom`), so an image's pixels depend on
+nothing beside it.
+"""
+
+from fastmeta.data.augment.pictures import StrongPicture
+from fastmeta.data.augment.strong import StrongAugment
+from fastmeta.data.augment.views import Augmentation, Plain, Views, ViewsName, views_for
+from fastmeta.data.augment.weak import RandomCrop, Shift, weak_augment
+
+__all__ = [
+    "Augmentation",
+    "Plain",
+    "RandomCrop",
+    "Shift",
+    "StrongAugment",
+    "StrongPicture",
+    "Views",
+    "ViewsName",
+    "views_for",
+    "weak_augment",
+]

@@ -1,0 +1,68 @@
+"""Random numbers of an example: functions of its number in the stream, not of the batch or process it is in."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+# SplitMix64 (Steele, Lea, Flood 2014): a Weyl sequence put through a 64-bit finaliser. int64 wraps as uint64 does.
+_WEYL = 0x9E3779B97F4A7C15 - 2**64
+_FIRST = 0xBF58476D1CE4E5B9 - 2**64
+_SECOND = 0x94D049BB133111EB - 2**64
+
+
+class KeyedRandom:
+    """Random numbers, a row an example, keyed by ``(seed, stream, view, k)``.
+
+    A number depends on these four and on how many its row drew before; so a row is the same whatever batch, process or
+    device it is drawn in, and there is nothing to store. Draws run on the device of ``keys``: nothing is copied, nobody
+    waits, and a CUDA graph can hold them.
+
+    Args:
+        seed: of the run.
+        stream: name of the stream.
+        view: name of the view: two views of one example are unrelated.
+        keys: ``[n]`` int64, the examples' numbers k in the stream.
+
+    Raises:
+        ValueError: ``keys`` are not int64 ``[n]``.
+
+    >>> both = KeyedRandom(0, "labeled", "weak", torch.tensor([7, 8])).uniform(3)
+    >>> both[1:].equal(KeyedRandom(0, "labeled", "weak", torch.tensor([8])).uniform(3))
+    True
+    """
+
+    def __init__(self, seed: int, stream: str, view: str, keys: Tensor) -> None:
+        if keys.dtype != torch.int64 or keys.dim() != 1:
+            raise ValueError(f"keys must be int64 [n], got {keys.dtype} {list(keys.shape)}")
+        digest = hashlib.blake2b(repr((seed, stream, view)).encode(), digest_size=8).digest()
+        base = int.from_bytes(digest, "little", signed=True)
+        self._rows = _mix(keys * _WEYL + base).unsqueeze(1)
+        self._drawn = 0
+
+    def uniform(self, columns: int) -> Tensor:
+        """``[n, columns]`` float32, uniform over the multiples of 2^-24 in [0, 1)."""
+        return self._bits(columns).bitwise_right_shift_(40).bitwise_and_(2**24 - 1).to(torch.float32).mul_(2.0**-24)
+
+    def integers(self, low: int, high: int, columns: int) -> Tensor:
+        """``[n, columns]`` int64, uniform over ``low .. high - 1``.
+
+        Raises:
+            ValueError: that is empty or has more than 2^31 numbers.
+        """
+        if not 0 < high - low <= 2**31:
+            raise ValueError(f"high - low must lie in 1 .. 2**31, got {high} - {low}")
+        bits = self._bits(columns).bitwise_right_shift_(32).bitwise_and_(2**32 - 1)
+        return bits.mul_(high - low).bitwise_right_shift_(32).add_(low)
+
+    def _bits(self, columns: int) -> Tensor:
+        counter = torch.arange(self._drawn + 1, self._drawn + columns + 1, device=self._rows.device)
+        self._drawn += columns
+        return _mix(self._rows + counter.mul_(_WEYL))
+
+
+def _mix(state: Tensor) -> Tensor:
+    """SplitMix64's finaliser, in place: ``state`` becomes 64 bits that look unrelated for unequal states."""
+    for shift, factor in ((30, _FIRST), (27, _SECOND)):
+        state.bitwise_xor_((state >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
+    return state.bitwise_xor_((state >> 31).bitwise_and_(2**33 - 1))

@@ -1,0 +1,96 @@
+"""The loop around Meta-Gradient: mix-up with imputed labels, and consistency with them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fastmeta.ssl.base import (
+    Ramp,
+    Refiner,
+    StepLoss,
+    TrainingBatch,
+    features_for,
+    kl_divergence,
+    ramp_up,
+    refine,
+)
+from fastmeta.ssl.mix_up import mix_up
+
+
+@dataclass(frozen=True)
+class MixUpConsistency:
+    """Labeled images are mixed with unlabeled ones, and the model shall say of these what it said before.
+
+    ``KL(y_mix || f(x_mix)) + ramp(t) weight mean_i |p_i - q_i|^2``, ``p = softmax f(x_i)`` in training mode, ``q`` what
+    a method makes of the same image's prediction in evaluation mode (running statistics, no dropout), a constant;
+    ``x_mix`` and ``y_mix`` mix each labeled image and its label with an unlabeled one and q (Meta-Gradient, Algorithm 2
+    with Eq. (17); the published code has the ramp). Without a method it is its baseline with mix-up alone. The papers'
+    batches are of one size; of two, the smaller is gone through again until every image of the larger has a partner.
+
+    Args:
+        alpha: both parameters of mix-up's Beta distribution (1.0 for CIFAR and ImageNet, 0.1 for SVHN).
+        weight: of the consistency after the ramp.
+        ramp: fraction of training over which that weight rises (0.01 for CIFAR and SVHN, 0 for ImageNet).
+        ramp_shape: sigmoid or linear.
+    """
+
+    alpha: float = 1.0
+    weight: float = 1.0
+    ramp: float = 0.01
+    ramp_shape: Ramp = "linear"
+
+    imputes: ClassVar[bool] = True
+    second_view: ClassVar[Literal["weak", "strong"] | None] = None
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: TrainingBatch,
+        *,
+        teacher: nn.Module,
+        progress: float,
+        refiner: Refiner | None = None,
+    ) -> StepLoss:
+        """See :class:`fastmeta.ssl.Algorithm`."""
+        network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        on_graph = refiner is not None and refiner.method.update.needs_graph
+        with features_for(refiner, network) as tape, _evaluated(network), torch.set_grad_enabled(on_graph):
+            logits = network(torch.cat([batch.labeled, batch.weak]))
+        labeled_logits, imputed_logits = logits.split([len(batch.labeled), len(batch.weak)])
+        used = refine(
+            refiner,
+            tape,
+            model,
+            batch,
+            imputed=imputed_logits.softmax(dim=1),
+            views={"imputed": imputed_logits, "learned": imputed_logits},
+            inputs={"imputed": batch.weak, "learned": batch.weak},
+            labeled_logits=labeled_logits,
+            threshold=None,
+        )
+        targets = functional.one_hot(batch.targets, used.labels.shape[1]).to(used.labels)
+        pairs = torch.arange(max(len(targets), len(used.labels)), device=targets.device)
+        first, second = pairs % len(targets), pairs % len(used.labels)
+        mixed = mix_up(batch.labeled[first], targets[first], batch.weak[second], used.labels[second], alpha=self.alpha)
+        labeled = kl_divergence(model(mixed.inputs), mixed.targets)
+        difference = model(batch.weak).softmax(dim=1) - used.labels
+        unlabeled = (used.weights * difference.square().sum(dim=1)).mean()
+        weight = self.weight * ramp_up(progress, self.ramp, self.ramp_shape)
+        share = batch.labeled_share if len(batch.labeled) >= len(batch.weak) else batch.unlabeled_share
+        total = share * labeled + batch.unlabeled_share * weight * unlabeled + used.loss
+        return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed_logits.detach().softmax(dim=1), used)
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode within the block, and in training mode after it."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()

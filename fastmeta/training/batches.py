@@ -1,0 +1,159 @@
+"""The batches of a run: streams of images, augmented, as base algorithms take them."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastmeta.data import Images, KeyedRandom, Rows, Split, Stream, Views
+from fastmeta.ssl import TrainingBatch
+from fastmeta.training.config import MachineConfig
+from fastmeta.training.processes import Processes
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on.
+
+    Args:
+        images: all of them.
+        split: which of them are for what.
+        views: the augmentations.
+        labeled_batch: labeled images in a step, of all processes.
+        unlabeled_batch: unlabeled images in a step, of all processes.
+        holdout_batch: hold-out images in a step; None: all of them in every step.
+        labeled_view: augmentation of the labeled images, weak or strong.
+    """
+
+    images: Images
+    split: Split
+    views: Views
+    labeled_batch: int
+    unlabeled_batch: int
+    holdout_batch: int | None = None
+    labeled_view: str = "weak"
+
+
+class Batches:
+    """A run's batches by number, each process's part of them, from streams that start wherever they are asked to.
+
+    Args:
+        data: the images.
+        second_view: the second view of the unlabeled images, weak or strong; None for none.
+        uses_holdout: whether batches have hold-out images.
+        seed: of order and augmentation.
+        machine: device, workers, memory format, parts of a step.
+        processes: those of the run.
+
+    Raises:
+        ValueError: a batch has fewer images than there are processes, or parts that they cannot be divided into.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        *,
+        second_view: str | None,
+        uses_holdout: bool,
+        seed: int,
+        machine: MachineConfig,
+        processes: Processes,
+    ) -> None:
+        self.data, self.second_view, self.uses_holdout = data, second_view, uses_holdout
+        self.seed, self.machine, self.processes = seed, machine, processes
+        self.device = torch.device(machine.device)
+        self.targets = data.images.targets.to(self.device)
+        self._streams: dict[str, Stream] = {}
+        self._holdout: tuple[Tensor, Tensor] | None = None
+        self._check()
+
+    def __call__(self, number: int) -> TrainingBatch:
+        """The data of part ``number`` of the run (a step has ``machine.accumulation`` parts)."""
+        parts, second = self.machine.accumulation, self.second_view
+        labeled = next(self._stream("labeled", self.data.labeled_batch // parts, number))
+        unlabeled = next(self._stream("unlabeled", self.data.unlabeled_batch // parts, number))
+        batch = TrainingBatch(
+            labeled=self._view(labeled, "labeled", "labeled", self.data.labeled_view),
+            targets=self.targets[labeled.places],
+            weak=self._view(unlabeled, "unlabeled", "weak", "weak"),
+            second=None if second is None else self._view(unlabeled, "unlabeled", "second", second),
+            index=unlabeled.index,
+            labeled_share=self.processes.share(len(labeled.places), self.data.labeled_batch // parts),
+            unlabeled_share=self.processes.share(len(unlabeled.places), self.data.unlabeled_batch // parts),
+        )
+        if not self.uses_holdout:
+            return batch
+        holdout, targets = self._holdout_images(number)
+        return dataclasses.replace(batch, holdout=holdout, holdout_targets=targets)
+
+    def _holdout_images(self, number: int) -> tuple[Tensor, Tensor]:
+        """As they are, not augmented; each process has its part."""
+        parts, size = self.machine.accumulation, self.data.holdout_batch
+        if size is not None:
+            rows = next(self._stream("holdout", size // parts, number))
+            return self.data.views.plain(rows.images), self.targets[rows.places]
+        if self._holdout is None:
+            places = self.data.split.holdout[self.processes.part(len(self.data.split.holdout))]
+            images = self.data.views.plain(self.data.images.get(places).to(self.device))
+            self._holdout = images, self.targets[places.to(self.device)]
+        return self._holdout
+
+    def _stream(self, name: str, batch_size: int, number: int) -> Stream:
+        position = number * batch_size
+        if name not in self._streams or self._streams[name].position != position:
+            if name in self._streams:
+                self._streams[name].close()
+            self._streams[name] = Stream(
+                self.data.images,
+                getattr(self.data.split, name),
+                batch_size=batch_size,
+                seed=self.seed,
+                name=name,
+                position=position,
+                rank=self.processes.rank,
+                processes=self.processes.count,
+                workers=self.machine.workers,
+                device=self.device,
+            )
+        return self._streams[name]
+
+    def _view(self, rows: Rows, stream: str, name: str, which: str) -> Tensor:
+        augmentation = self.data.views.weak if which == "weak" else self.data.views.strong
+        images = augmentation(rows.images, KeyedRandom(self.seed, stream, name, rows.keys))
+        return images.contiguous(memory_format=torch.channels_last) if self.machine.channels_last else images
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for images so far."""
+        return sum(stream.waited for stream in self._streams.values())
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Images that could not be read so far, and why, by their names."""
+        return {name: cause for stream in self._streams.values() for name, cause in stream.unreadable.items()}
+
+    def positions(self, number: int) -> dict[str, int]:
+        """The next example of each stream at batch ``number``: all that a resume needs."""
+        sizes = {"labeled": self.data.labeled_batch, "unlabeled": self.data.unlabeled_batch}
+        return {name: number * (size // self.machine.accumulation) for name, size in sizes.items()}
+
+    def close(self) -> None:
+        """End the processes that read images."""
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+
+    def _check(self) -> None:
+        if self.uses_holdout and not len(self.data.split.holdout):
+            raise ValueError("split.holdout_per_class must be at least 1 for a method with hold-out labels, got 0")
+        for name in ("labeled_batch", "unlabeled_batch", "holdout_batch"):
+            size = getattr(self.data, name)
+            if size is None:
+                continue
+            if size % self.machine.accumulation:
+                raise ValueError(
+                    f"{name} must be a multiple of machine.accumulation, {self.machine.accumulation}, got {size}"
+                )
+            if size // self.machine.accumulation < self.processes.count:
+                raise ValueError(f"{name} must be at least the number of processes, {self.processes.count}, got {size}")

@@ -1,0 +1,158 @@
+"""From settings to a trainer: what depends on the data is filled in, then everything is made."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmeta.data import Images, Split, generator_for, make_split, open_images, record, views_for
+from fastmeta.models import build_model
+from fastmeta.ssl import BASES
+from fastmeta.training.batches import TrainingData
+from fastmeta.training.config import RunConfig, SplitConfig
+from fastmeta.training.evaluation import Evaluator
+from fastmeta.training.processes import Processes
+from fastmeta.training.recipes import METHODS, base_of
+from fastmeta.training.trainer import Trainer
+
+_SMALL = 16  # pixels: nets for such images are too small for more than one thread
+_LARGE = 96  # from here on a crop of 7/8 of what is stored is trained on
+_FEW = 10  # labeled images of a class, whose weak views are soon known by heart
+
+
+def load_images(config: RunConfig) -> Images:
+    """The images that the settings name."""
+    return open_images(config.data, image_size=config.image_size)
+
+
+def resolve(config: RunConfig, images: Images) -> RunConfig:
+    """The settings with everything filled in that was left to the data."""
+    digits = config.data == "digits"
+    side = min(images.image_shape[1:])
+    steps = config.steps or (1000 if config.machine.device == "cpu" else 20_000)
+    labels = config.labels_per_class if config.labels_per_class is not None or not digits else 1
+    split = SplitConfig(
+        holdout_per_class=_first(config.split.holdout_per_class, 3 if digits else 0),
+        validation_per_class=_first(config.split.validation_per_class, 20 if digits else 0),
+        test_fraction=_first(config.split.test_fraction, 0.25 if digits else 0.0),
+        labeled_in_unlabeled=config.split.labeled_in_unlabeled,
+    )
+    every = config.evaluation.every or (50 if digits else max(1, steps // 20))
+    few = labels is not None and labels <= _FEW
+    rate = 0.2 if digits and config.optimizer.name == "sgd" else config.optimizer.peak
+    small = config.machine.device == "cpu"
+    return replace(
+        config,
+        labels_per_class=labels,
+        steps=steps,
+        split=split,
+        labeled_batch=config.labeled_batch or (40 if digits else 32 if small else 64),
+        unlabeled_batch=config.unlabeled_batch or (120 if digits else 96 if small else 448),
+        image_size=config.image_size or (side if side <= _LARGE else round(side * 7 / 8)),
+        views="digits" if digits and config.views == "auto" else config.views,
+        labeled_view=config.labeled_view or ("strong" if few else "weak"),
+        optimizer=replace(config.optimizer, learning_rate=config.optimizer.learning_rate or rate),
+        average=replace(config.average, decay=_first(config.average.decay, min(0.999, max(0.99, 1 - 10 / steps)))),
+        evaluation=replace(config.evaluation, every=every),
+        machine=replace(
+            config.machine,
+            threads=config.machine.threads or (1 if side <= _SMALL else torch.get_num_threads()),
+            checkpoint_every=config.machine.checkpoint_every or every,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Built:
+    """A run, made."""
+
+    config: RunConfig
+    images: Images
+    split: Split
+    trainer: Trainer
+    evaluator: Evaluator
+
+
+def split_of(config: RunConfig, images: Images) -> Split:
+    """The parts of the images, from resolved settings."""
+    part = config.split
+    split = make_split(
+        images,
+        labels_per_class=config.labels_per_class,
+        seed=config.seed,
+        holdout_per_class=part.holdout_per_class or 0,
+        validation_per_class=part.validation_per_class or 0,
+        test_fraction=part.test_fraction or 0.0,
+    )
+    if part.labeled_in_unlabeled:
+        split = replace(split, unlabeled=torch.cat([split.unlabeled, split.labeled]))
+    if BASES[config.base].imputes and not len(split.unlabeled):
+        raise ValueError(
+            f"data must have unlabeled images for base {config.base}, got none in {config.data}: put some in the "
+            "folder unlabeled, or leave some labels out with labels_per_class"
+        )
+    return split
+
+
+def record_of(config: RunConfig, images: Images) -> dict[str, Any]:
+    """For config.json: all settings, what was left to the data filled in, and what the data are."""
+    config = resolve(config, images)
+    return {**config.as_dict(), "record": record(images, split_of(config, images))}
+
+
+def build(config: RunConfig, images: Images, processes: Processes | None = None) -> Built:
+    """Everything that a run needs, from its settings.
+
+    Raises:
+        ValueError: data and settings do not fit.
+    """
+    processes = processes or Processes()
+    config = resolve(config, images)
+    split = split_of(config, images)
+    recipe = METHODS[config.method]
+    assert config.labeled_batch is not None
+    assert config.unlabeled_batch is not None
+    assert config.labeled_view is not None
+    assert config.steps is not None
+    assert config.image_size is not None
+    model, views = _model(config, images), views_for(config.views, images.image_shape, config.image_size)
+    trainer = Trainer(
+        model,
+        TrainingData(
+            images,
+            split,
+            views,
+            labeled_batch=config.labeled_batch,
+            unlabeled_batch=config.unlabeled_batch,
+            holdout_batch=config.holdout_batch,
+            labeled_view=config.labeled_view,
+        ),
+        base=base_of(config.base, config.base_settings),
+        method=recipe.build(len(split.unlabeled), len(images.classes), config.method_settings, processes.group),
+        uses_holdout=recipe.uses_holdout,
+        steps=config.steps,
+        seed=config.seed,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        average=config.average,
+        machine=config.machine,
+        processes=processes,
+    )
+    evaluator = Evaluator(config.evaluation, images, split, views, machine=config.machine, processes=processes)
+    return Built(config, images, split, trainer, evaluator)
+
+
+def _model(config: RunConfig, images: Images) -> nn.Module:
+    torch.manual_seed(generator_for(config.seed, "initialization").initial_seed())
+    return build_model(
+        config.model,
+        num_classes=len(images.classes),
+        channels=images.image_shape[0],
+        image_size=config.image_size or min(images.image_shape[1:]),
+        pretrained=config.pretrained,
+    )
+
+
+def _first(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value

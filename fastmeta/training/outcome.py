@@ -1,0 +1,105 @@
+"""What a finished run leaves: its figures, its weights, and what it found out about the unlabeled images."""
+
+import csv
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta.methods import ExampleWeights, ImputeAndWeight
+from fastmeta.training.build import Built
+from fastmeta.training.files import read_jsonl, replace, write_checkpoint, write_json
+from fastmeta.training.processes import Processes
+
+_MOST_CLASSES = 100  # of a confusion matrix
+_COLUMNS = ("path", "label", "confidence", "weight", "label_before", "label_after", "label_change", "truth")
+
+
+def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, Any]:
+    """Write model.pt (the reported weights), details.json, unlabeled.csv and, last, results.json.
+
+    All processes call it and predict a part of the images each; the first one writes.
+
+    Returns:
+        What results.json holds.
+    """
+    config, evaluator, best, trainer = run.config, run.evaluator, run.evaluator.best, run.trainer
+    imputed = _impute_all(run, processes)
+    model = trainer.model if best["weights"] == "student" else trainer.average.model
+    model.load_state_dict(best["model"])
+    part = next((name for name in ("test", "validation") if len(getattr(run.split, name))), None)
+    confusion = None
+    if part is not None and len(run.images.classes) <= _MOST_CLASSES:
+        confusion = {"part": part, "counts": evaluator.confusion(model, part).tolist()}
+    method = None if trainer.method is None else trainer.method.method
+    weights = method.weights.tolist() if isinstance(method, (ExampleWeights, ImputeAndWeight)) else None
+    timing = read_jsonl(folder / "timing.jsonl")
+    results: dict[str, Any] = {
+        "base": config.base,
+        "method": config.method,
+        "seed": config.seed,
+        "labels": config.labels_per_class,
+        **evaluator.reported(),
+        "report": evaluator.report,
+        "seconds_per_step": statistics.median(row["seconds_per_step"] for row in timing) if timing else None,
+        "split": run.split.sizes(),
+        "confusion": confusion,
+        "skipped_steps": int(trainer.skipped[0]),
+        "unreadable": {**trainer.batches.unreadable, **evaluator.unreadable},
+    }
+    if processes.is_first:
+        confidence, label = imputed.max(dim=1)
+        table = _unlabeled_table(run, label, confidence, weights)
+        write_checkpoint(folder / "model.pt", best["model"])
+        write_json(folder / "details.json", _details(run, label, confidence, weights))
+        replace(folder / "unlabeled.csv", lambda file: file.write(table.encode()))
+        write_json(folder / "results.json", results)
+    return results
+
+
+def _impute_all(run: Built, processes: Processes) -> Tensor:
+    """Probabilities of the averaged weights for every unlabeled image as it is; 0 where it cannot be read."""
+    places, images = run.split.unlabeled, run.images
+    row_of = torch.zeros(len(images), dtype=torch.int64)
+    row_of[places] = torch.arange(len(places))
+    imputed = torch.zeros(len(places), len(images.classes), device=run.trainer.device)
+    for read, logits in run.evaluator.predict(run.trainer.average.model, places):
+        imputed[row_of[read].to(logits.device)] = logits.softmax(dim=1).float()
+    return processes.sum_(imputed).cpu()
+
+
+def _details(run: Built, label: Tensor, confidence: Tensor, weights: list[float] | None) -> dict[str, Any]:
+    """What the plots of a comparison show; lists follow the unlabeled part of the split."""
+    places = run.split.unlabeled
+    return {
+        "unlabeled": places.tolist(),
+        "target": run.images.targets[places].tolist(),
+        "imputed": label.tolist(),
+        "confidence": [round(value, 4) for value in confidence.tolist()],
+        "weights": None if weights is None else [round(weight, 4) for weight in weights],
+        "refinements": run.trainer.label_changes.largest(16),
+    }
+
+
+def _unlabeled_table(run: Built, label: Tensor, confidence: Tensor, weights: list[float] | None) -> str:
+    """A line for each unlabeled image: what it is taken for, its weight, and how the method changed its label."""
+    images, changes = run.images, run.trainer.label_changes
+    names = (*images.classes, "")  # -1 is no class
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(_COLUMNS)
+    values, change = changes.values.cpu().tolist(), changes.change.cpu().tolist()
+    truth = images.targets[run.split.unlabeled].tolist()
+    for row, place in enumerate(run.split.unlabeled.tolist()):
+        changed = ["", "", ""]
+        if run.trainer.method is not None and change[row] > 0:
+            _, before, _, after, _ = values[row]
+            changed = [names[int(before)], names[int(after)], f"{change[row]:.4f}"]
+        weight = "" if weights is None else f"{weights[row]:.4f}"
+        readable = float(confidence[row]) > 0
+        shown = [names[int(label[row])], f"{float(confidence[row]):.4f}"] if readable else ["", ""]
+        table.writerow([images.describe(place), *shown, weight, *changed, names[truth[row]]])
+    return text.getvalue()

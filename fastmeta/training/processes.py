@@ -1,0 +1,82 @@
+"""The processes of a run: who this one is, and what all of them must agree on."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from fastmeta.ops.process_group import Group
+
+_TIMEOUT = timedelta(seconds=60)  # after which the others notice that one is gone
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a run.
+
+    Args:
+        group: the processes; None: one alone.
+    """
+
+    group: Group = None
+
+    @property
+    def rank(self) -> int:
+        """Place of this process."""
+        return 0 if self.group is None else torch.distributed.get_rank(self.group)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def share(self, rows: int, batch: int) -> float:
+        """The factor of a mean over ``rows`` of the ``batch`` examples of all: ``rows W / batch``."""
+        return rows * self.count / batch
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """``tensor`` becomes its sum over the processes."""
+        if self.group is not None:
+            torch.distributed.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def broadcast_(self, tensors: list[Tensor]) -> None:
+        """``tensors`` become those of the first process."""
+        if self.group is None or not tensors:
+            return
+        flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
+        torch.distributed.broadcast(flat, 0, group=self.group)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+    def part(self, count: int) -> slice:
+        """This process's part of ``count`` things."""
+        return slice(self.rank * count // self.count, (self.rank + 1) * count // self.count)
+
+
+@contextmanager
+def launched(device: str) -> Iterator[Processes]:
+    """The processes that torchrun started, or this one alone.
+
+    Their collectives give up after a minute, so that all of them end when one is gone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Processes()
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        yield Processes(torch.distributed.group.WORLD)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,169 @@
+"""One page about one or several runs, in one file: it needs no network, no script and no other file."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import jinja2
+import torch
+
+import fastmeta
+from fastmeta.data import Images, open_images
+from fastmeta.training import report_sections as sections
+from fastmeta.training.build import split_of
+from fastmeta.training.config import from_dict
+from fastmeta.training.files import write_text
+from fastmeta.training.report_figures import Panel, panel
+from fastmeta.training.run_folder import RunFolder, read_run
+from fastmeta.training.thumbnails import places_of, thumbnails
+
+# Quantities of metrics.jsonl: title, key, whether it is a share.
+_CURVES = (
+    ("test error", "test_error_{weights}", True),
+    ("validation error", "validation_error_{weights}", True),
+    ("loss", "loss", False),
+    ("loss of the labeled images", "loss_labeled", False),
+    ("loss of the unlabeled images", "loss_unlabeled", False),
+    ("imputed labels that are wrong", "imputed_error", True),
+    ("wrong ones among those used", "used_error", True),
+    ("confident: unlabeled images that are used", "confident", True),
+)
+_MOST_PICTURES = 480  # of all runs: some 2 MB
+_MOST_EXAMPLES = 24  # of a kind and run
+_MOST_UNREADABLE = 100
+
+T = TypeVar("T")
+
+
+@dataclass
+class RunPage:
+    """What the page says of one run."""
+
+    run: RunFolder
+    name: str
+    arm: str
+    settings: dict[str, str]
+    headlines: list[sections.Figure] = field(default_factory=list)
+    confusion: sections.Confusion | None = None
+    changed: list[sections.Example] = field(default_factory=list)
+    lowest: list[sections.Example] = field(default_factory=list)
+    balance: tuple[sections.ClassShare, ...] = ()
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    pictures: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def part(self, what: str, make: Callable[[], T], otherwise: T) -> T:
+        """A part of the page; one that a damaged file makes impossible is left out, with a note."""
+        try:
+            return make()
+        except Exception as error:  # a page without one of its parts is better than none
+            self.notes.append(f"{what} could not be shown: {type(error).__name__}: {error}")
+            return otherwise
+
+
+def write_report(runs: Sequence[Path], out: Path) -> None:
+    """Write a page about runs, finished or not: figures, curves, settings, confusion, examples worth a look.
+
+    What a run does not have is left out, and where its images are gone their paths are shown alone.
+
+    Args:
+        runs: their folders.
+        out: the file.
+
+    Raises:
+        ValueError: one of them is no run, or there is none.
+        OSError: the file cannot be written.
+    """
+    if not runs:
+        raise ValueError("runs must be at least one folder, got none")
+    text = report_html([read_run(Path(run)) for run in runs])
+    write_text(out, text)
+
+
+def report_html(runs: Sequence[RunFolder]) -> str:
+    """The page as text."""
+    count = max(4, min(_MOST_EXAMPLES, _MOST_PICTURES // (2 * len(runs))))
+    pages = [_page(run, name, count) for run, name in zip(runs, _names(runs), strict=True)]
+    panels = [_curves(runs, *curve) for curve in _CURVES]
+    return _template().render(
+        pages=pages,
+        panels=[figure for figure in panels if figure is not None],
+        different=sections.different_settings([page.settings for page in pages]) if len(pages) > 1 else {},
+        version=fastmeta.__version__,
+        most_unreadable=_MOST_UNREADABLE,
+    )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # names of classes and files are anything
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")
+
+
+def _names(runs: Sequence[RunFolder]) -> list[str]:
+    """The folders' names, with as many of the folders above as tell them apart."""
+    paths = [run.folder.absolute().parts for run in runs]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
+
+
+def _page(run: RunFolder, name: str, count: int) -> RunPage:
+    config = run.config
+    base, method = config.get("base", "?"), config.get("method", "none")
+    settings = sections.flattened({key: value for key, value in config.items() if key != "record"})
+    page = RunPage(run, name, base if method == "none" else f"{base} + {method}", settings)
+    page.headlines = page.part("the figures", lambda: sections.headlines(run), [])
+    page.confusion = page.part("the confusion matrix", lambda: sections.confusion_of(run.results, run.classes), None)
+    page.unreadable = page.part(
+        "unreadable files", lambda: sorted((run.results or {}).get("unreadable", {}).items()), []
+    )
+    none: list[sections.Example] = []
+    examples = page.part("the unlabeled images", lambda: sections.examples_of(run.unlabeled()), none)
+    page.changed = sections.most_changed(examples, count)
+    page.lowest = sections.lowest_weights(examples, count)
+    images = _open(page) if examples else None
+    labeled = page.part("labels of each class", lambda: _labeled_of_each_class(run, images), None)
+    if examples:
+        page.balance = sections.balance_of(run.classes, labeled, examples)
+    shown = list(dict.fromkeys(example.path for example in (*page.changed, *page.lowest)))
+    if images is not None and shown:
+        page.pictures = page.part("pictures", lambda: thumbnails(images, places_of(images, shown)), {})
+        missing = len(shown) - len(page.pictures)
+        if missing:
+            page.notes.append(f"{missing} of {len(shown)} pictures could not be read")
+    return page
+
+
+def _open(page: RunPage) -> Images | None:
+    config = page.run.config
+    try:
+        return open_images(config["data"], image_size=config["image_size"], mode=page.run.mode, cache=False)
+    except Exception as error:  # the data may be anywhere by now, or changed
+        page.notes.append(f"no pictures: the data cannot be opened any more ({error})")
+        return None
+
+
+def _labeled_of_each_class(run: RunFolder, images: Images | None) -> list[int] | None:
+    """Counted in the split that the run made; None without its data."""
+    if images is None or images.fingerprint != run.record.get("fingerprint"):
+        return None
+    split = split_of(from_dict(run.config), images)
+    return torch.bincount(images.targets[split.labeled], minlength=len(run.classes)).tolist()
+
+
+def _curves(runs: Sequence[RunFolder], title: str, key: str, percent: bool) -> Panel | None:
+    """One quantity of all runs; errors are those of the weights that each run reports."""
+    curves = []
+    for run in runs:
+        name = key.format(weights=(run.results or {}).get("weights") or "average")
+        curves.append([(row["step"], row.get(name)) for row in run.metrics if "step" in row])
+    return panel(title, curves, percent=percent)

@@ -1,0 +1,84 @@
+"""Stop when asked to: Ctrl-C and SIGTERM become a question that the loop asks between two steps."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed
+
+from fastmeta.ops.process_group import running_processes
+
+
+class StopRequest:
+    """Called once a step: whether to stop, in a process group the same answer on every process.
+
+    There no call waits for the network: what the processes say travels until the next call.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int = 0
+        """What asked to stop; SIGTERM where processes were sent both; 0 while nothing did."""
+        # On the CPU, whatever the steps use.
+        self._group = torch.distributed.new_group(backend="gloo") if running_processes() > 1 else None
+        self._answer = torch.zeros(1, dtype=torch.int32)
+        self._work: Any = None
+
+    @property
+    def is_termination(self) -> bool:
+        """Whether it was SIGTERM: the machine asks, and no person waits for an exit status other than 0."""
+        return self.signal == signal.SIGTERM
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        if self._group is None:
+            return self.signal != 0
+        if self._work is not None:
+            self._work.wait()
+        agreed = int(self._answer)
+        self._answer.fill_(max(self.signal, agreed))  # SIGTERM is 15, SIGINT 2
+        self._work = torch.distributed.all_reduce(
+            self._answer, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        if agreed:
+            self.signal = agreed
+        return agreed != 0
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[StopRequest]:
+    """Within the block a first Ctrl-C or SIGTERM is only noted, for the loop to ask; the next one acts as usual.
+
+    >>> with stop_requested() as should_stop:
+    ...     should_stop()
+    False
+    """
+    request = StopRequest()
+    before: dict[int, Any] = {}
+    owner = os.getpid()
+
+    def handle(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a forked worker: Ctrl-C reaches the whole group, and this process decides
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        request.signal = number
+        _restore(before)
+        print("\nstopping at the next step (once more: at once)", file=sys.stderr, flush=True)
+
+    with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        _restore(before)
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,274 @@
+"""The training loop: one step, read from top to bottom, and the state that continues it bit for bit."""
+
+import contextlib
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.data import generator_for
+from fastmeta.ssl import Algorithm, Refiner, StepLoss, TrainingBatch
+from fastmeta.training.batches import Batches, TrainingData
+from fastmeta.training.config import AverageConfig, MachineConfig, OptimizerConfig, ScheduleConfig
+from fastmeta.training.ema import ExponentialMovingAverage
+from fastmeta.training.label_changes import LabelChanges
+from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer, rate_at
+from fastmeta.training.processes import Processes
+
+# Averaged over the steps between two evaluations. The two errors compare labels with the truth that training never
+# reads: they are shown, nothing is chosen by them.
+AVERAGES = ("loss", "loss_labeled", "loss_unlabeled", "confident", "imputed_error", "used_error")
+
+
+class Trainer:
+    """Trains a model on a labeled and an unlabeled stream: base algorithm, method, optimizer, average of weights.
+
+    Everything random is keyed by the seed and the step, so runs that differ only in their base or method share data
+    order, initialization and augmentation, and what :meth:`state_dict` holds of the streams is their positions. On
+    several processes a step is that of one process on the joined batch, but for batch statistics and what is drawn
+    inside of a model or a base (dropout, the first direction of VAT).
+
+    Args:
+        model: a classifier; images ``[N, channels, height, width]`` to logits ``[N, C]``.
+        data: the images.
+        base: a base algorithm of :mod:`fastmeta.ssl`.
+        method: refines its labels; None for the base alone.
+        uses_holdout: whether the method's outer loss reads the hold-out part and not the labeled batch.
+        steps: length of the run, which schedules and ramps refer to.
+        seed: of order, augmentation, and what models draw.
+        optimizer: how the weights move.
+        schedule: how the learning rate changes.
+        average: the averaged weights.
+        machine: device, precision, workers.
+        processes: those of the run, each with its part of every batch.
+
+    Raises:
+        ValueError: a batch has fewer images than there are processes, or parts that they cannot be divided into.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TrainingData,
+        *,
+        base: Algorithm,
+        method: Refiner | None = None,
+        uses_holdout: bool = False,
+        steps: int,
+        seed: int = 0,
+        optimizer: OptimizerConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        average: AverageConfig | None = None,
+        machine: MachineConfig | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.data, self.base, self.method = data, base, method
+        self.steps, self.seed = steps, seed
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.schedule = schedule or ScheduleConfig()
+        self.machine = machine or MachineConfig()
+        self.processes = processes or Processes()
+        self.device = torch.device(self.machine.device)
+        second_view = base.second_view or ("weak" if method is not None and method.two_views else None)
+        self.batches = Batches(
+            data,
+            second_view=second_view,
+            uses_holdout=uses_holdout,
+            seed=seed,
+            machine=self.machine,
+            processes=self.processes,
+        )
+
+        model = model.to(self.device)
+        if self.machine.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.machine.batch_norm == "synchronized" and self.processes.group is not None:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.processes.group)
+        self.model: nn.Module = model
+        self.average = ExponentialMovingAverage(model, average or AverageConfig())
+        self.optimizer = make_optimizer(model, self.optimizer_config)
+        self._decayed: list[Tensor] = list(decayed_parameters(model, self.optimizer_config))
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        if self.machine.compile:
+            model.compile()
+        self.network = self._distributed(model)
+        if method is not None:
+            method.method.to(self.device)
+
+        self.step = 0
+        self.label_changes = LabelChanges(len(data.split.unlabeled), self.device)
+        self._truth = data.images.targets[data.split.unlabeled].to(self.device)
+        self._sums = torch.zeros(len(AVERAGES), device=self.device)
+        self._summed = 0
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
+        """Steps without a finite loss: all of them, and those in a row up to now."""
+        self.seconds = 0.0
+        """Wall time of the steps so far."""
+
+    def train_step(self) -> None:
+        """One update of the weights, their average and the method."""
+        begin = time.perf_counter()
+        # What a model draws (dropout) is a function of the step: nothing random is left to save.
+        torch.manual_seed(generator_for(self.seed, "step", self.step, self.processes.rank).initial_seed())
+        rate = self.optimizer_config.peak * rate_at(self.schedule, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.method is not None and self.method.scheduled is not None:
+            setattr(self.method.method, self.method.scheduled, rate)
+        self.model.train()
+        self.processes.broadcast_(self._buffers)
+        buffers = [buffer.clone() for buffer in self._buffers]
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.optimizer.zero_grad()
+        parts = self.machine.accumulation
+        for part in range(parts):
+            batch = self.batches(parts * self.step + part)
+            with self._gradients_kept_apart(part + 1 < parts), self._precision():
+                loss = self._base_loss(batch)
+                (loss.total / parts).backward()
+            finite &= loss.total.detach().isfinite()
+            self._watch(batch, loss)
+        self._update(finite)
+        if self.method is not None and self.method.own_update:
+            self.optimizer.zero_grad()
+            with self._precision():
+                own = self._method_loss(self.method, batch)
+                own.backward()
+            self._average_gradients()
+            self._update(own.detach().isfinite())
+        decay_(self._decayed, self.optimizer_config, rate * finite)
+        _put_back(self._buffers, buffers, where=~finite)
+        self.average.update()
+        self.step += 1
+        self.seconds += time.perf_counter() - begin
+
+    def _base_loss(self, batch: TrainingBatch) -> StepLoss:
+        refiner = None if self.method is None or self.method.own_update else self.method
+        progress = self.step / self.steps
+        return self.base.loss(self.network, batch, teacher=self.average.model, progress=progress, refiner=refiner)
+
+    def _method_loss(self, refiner: Refiner, batch: TrainingBatch) -> Tensor:
+        """The method's loss at the parameters that the base's update left, from passes of its own."""
+        learned, imputed = batch.weak, None
+        if refiner.two_views:
+            imputed = self.model(batch.second).softmax(dim=1)
+        elif refiner.view == "learned" and batch.second is not None:
+            learned = batch.second
+        refined = refiner.method.refine(
+            model=self.model,
+            unlabeled=learned,
+            labels=imputed,
+            holdout=batch.labeled,
+            targets=batch.targets,
+            index=batch.index,
+        )
+        return refined.loss
+
+    def _update(self, finite: Tensor) -> None:
+        """A step of the optimizer, left out and counted on all processes if any has no finite loss or gradient."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = torch.stack(torch._foreach_norm(gradients)).sum()
+        bad = self.processes.sum_(((~finite) | ~norm.isfinite()).float()) > 0
+        finite.copy_(~bad)
+        self.skipped[0] += bad
+        self.skipped[1] = torch.where(bad, self.skipped[1] + 1, 0)
+        self.optimizer.found_inf, self.optimizer.grad_scale = bad.float(), None  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+    def _average_gradients(self) -> None:
+        """What DistributedDataParallel does in its own backward, for a loss whose passes do not go through it."""
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                self.processes.sum_(parameter.grad).div_(self.processes.count)
+
+    @torch.no_grad()
+    def _watch(self, batch: TrainingBatch, loss: StepLoss) -> None:
+        zero = loss.total.new_zeros(())
+        values = [loss.total.detach(), loss.labeled, loss.unlabeled, zero, zero, zero]
+        if loss.imputed is not None and loss.used is not None:
+            truth = self._truth[batch.index]
+            known = (truth >= 0).float()
+            share = known / known.sum().clamp(min=1)
+            values[3] = loss.used.mask.mean()
+            values[4] = ((loss.imputed.argmax(dim=1) != truth) * share).sum()
+            values[5] = ((loss.used.soft.argmax(dim=1) != truth) * share).sum()
+            if self.method is not None:
+                self.label_changes.add(self.step, batch.index, loss.imputed, loss.used.soft)
+        self._sums += torch.nan_to_num(torch.stack([value.float() for value in values]))
+        self._summed += 1
+
+    def averages(self) -> dict[str, float]:
+        """Means of :data:`AVERAGES` over the steps since the last call, of all processes; this waits for the device."""
+        sums = self.processes.sum_(self._sums.clone()) / (self.processes.count * max(1, self._summed))
+        self._sums.zero_()
+        self._summed = 0
+        return dict(zip(AVERAGES, sums.tolist(), strict=True))
+
+    def synchronize(self) -> None:
+        """Running statistics and label changes become the same on all processes (those of the first, the largest)."""
+        averaged = [buffer for buffer in self.average.model.buffers() if buffer.is_floating_point()]
+        self.processes.broadcast_(self._buffers + averaged)
+        self.label_changes.join(self.processes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on; tensors and plain values only. Every process calls it."""
+        self.synchronize()
+        sums = torch.zeros(self.processes.count, len(AVERAGES), device=self.device)
+        sums[self.processes.rank] = self._sums
+        return {
+            "step": self.step,
+            "positions": self.batches.positions(self.step * self.machine.accumulation),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "method": None if self.method is None else self.method.method.state_dict(),
+            "label_changes": self.label_changes.state_dict(),
+            "sums": self.processes.sum_(sums),
+            "summed": self._summed,
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict` of a run with the same settings, on any number of processes."""
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.method is not None:
+            self.method.method.load_state_dict(state["method"])
+        self.label_changes.load_state_dict(state["label_changes"])
+        sums: Tensor = state["sums"].to(self.device)
+        if len(sums) == self.processes.count:
+            self._sums = sums[self.processes.rank].clone()
+        else:  # of another number of processes: means of as many parts
+            self._sums = sums.mean(dim=0)
+        self._summed = state["summed"]
+        self.skipped.copy_(state["skipped"])
+        self.batches.close()
+
+    def _distributed(self, model: nn.Module) -> nn.Module:
+        if self.processes.group is None:
+            return model
+        return nn.parallel.DistributedDataParallel(
+            model, process_group=self.processes.group, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager[Any]:
+        """Whether a backward pass leaves the gradients of the processes as they are."""
+        if apart and isinstance(self.network, nn.parallel.DistributedDataParallel):
+            return self.network.no_sync()
+        return contextlib.nullcontext()
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.machine.precision == "bfloat16")
+
+
+@torch.no_grad()
+def _put_back(buffers: list[Tensor], before: list[Tensor], *, where: Tensor) -> None:
+    """``buffers`` become what they were, where that is true; the host waits for nothing."""
+    if buffers:
+        flat = [torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (before, buffers)]
+        parts = torch.where(where, flat[0], flat[1]).split([buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])

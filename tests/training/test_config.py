@@ -1,0 +1,91 @@
+import json
+import math
+
+import pytest
+
+from fastmeta.training import (
+    AverageConfig,
+    MachineConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    SplitConfig,
+    from_dict,
+    resolve,
+)
+from fastmeta.training.optimizers import rate_at
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"base": "mixmatch"},
+            "base must be one of supervised, pseudo-label, mean-teacher, fixmatch, vat, got 'mixmatch'",
+        ),
+        ({"method": "maml"}, "method must be one of none, l2i, .*, got 'maml'"),
+        ({"base": "supervised", "method": "l2i"}, "method must be none for base supervised .*, got 'l2i'"),
+        ({"labels_per_class": 0}, "labels_per_class must be at least 1, got 0"),
+        ({"steps": -1}, "steps must be at least 1, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"base_settings": {"tau": 0.5}}, "base_settings must be among threshold, weight for base fixmatch, got 'tau'"),
+        ({"method_settings": {"weight": 2}}, "method_settings must be left out without a method, got .*weight"),
+    ],
+)
+def test_settings_name_what_is_wrong(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: OptimizerConfig(learning_rate=math.nan),
+            "optimizer.learning_rate must be above 0 and finite, got nan",
+        ),
+        (lambda: OptimizerConfig(weight_decay=-1.0), "optimizer.weight_decay must be at least 0 and finite, got -1.0"),
+        (lambda: AverageConfig(decay=1.0), r"average\.decay must lie in \[0, 1\), got 1.0"),
+        (
+            lambda: ScheduleConfig("cosine", milestones=(3,)),
+            "schedule.milestones must be left out with schedule cosine",
+        ),
+        (lambda: MachineConfig(accumulation=0), "machine.accumulation must be at least 1, got 0"),
+        (lambda: MachineConfig(batch_norm="synchronized"), "machine.batch_norm must be per-process on the CPU"),
+    ],
+)
+def test_each_part_names_what_is_wrong(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_config_is_plain_json_and_is_read_back():
+    config = RunConfig(
+        seed=3,
+        method="l2i",
+        base_settings={"threshold": 0.9},
+        optimizer=OptimizerConfig("adam", betas=(0.5, 0.9)),
+        schedule=ScheduleConfig("steps", milestones=(3, 5)),
+        split=SplitConfig(validation_per_class=5),
+    )
+    written = json.loads(json.dumps(config.as_dict()))
+    assert written["base_settings"] == {"threshold": 0.9, "weight": 1.0}
+    read = from_dict(written)
+    assert json.loads(json.dumps(read.as_dict())) == written
+    assert (read.optimizer, read.schedule, read.split) == (config.optimizer, config.schedule, config.split)
+
+
+def test_what_is_left_to_the_data_is_filled_in_once(digits):
+    config = resolve(RunConfig(), digits)
+    assert (config.steps, config.labeled_batch, config.unlabeled_batch, config.labels_per_class) == (1000, 40, 120, 1)
+    assert (config.optimizer.learning_rate, config.average.decay, config.views) == (0.2, 0.99, "digits")
+    assert config.split == SplitConfig(3, 20, 0.25)
+    assert resolve(config, digits) == config
+
+
+def test_rates():
+    config = ScheduleConfig("steps", warm_up=4, milestones=(6, 8), factor=0.5)
+    assert [rate_at(config, step, 10) for step in range(10)] == [0.25, 0.5, 0.75, 1, 1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert rate_at(ScheduleConfig("cosine"), 5, 10) == pytest.approx(0.5)
+    assert rate_at(ScheduleConfig("cosine-7/16"), 4, 10) == math.cos(7 / 16 * math.pi * 0.4)
+    assert rate_at(ScheduleConfig("constant"), 9, 10) == 1

@@ -1,0 +1,202 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+from short_runs import small
+from torch import nn
+
+from fastmeta.training import AverageConfig, ExponentialMovingAverage, OptimizerConfig, RunConfig, build
+from fastmeta.training.config import EvaluationConfig
+from fastmeta.training.label_changes import LabelChanges
+from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer
+
+
+def trainer_of(digits, **settings):
+    return build(RunConfig(**{**small(), **settings}), digits).trainer
+
+
+def test_runs_of_one_seed_are_paired(digits):
+    alone = trainer_of(digits, seed=2)
+    refined = trainer_of(digits, seed=2, method="example-weights")
+    for first, second in zip(alone.model.parameters(), refined.model.parameters(), strict=True):
+        assert first.equal(second)
+    for number in (0, 1):
+        first, second = alone.batches(number), refined.batches(number)
+        for name in ("labeled", "targets", "weak", "second", "index"):
+            assert getattr(first, name).equal(getattr(second, name))
+        assert first.holdout is None
+        assert len(second.holdout) == 30
+    other = trainer_of(digits, seed=3)
+    assert not other.batches(0).weak.equal(trainer_of(digits, seed=2).batches(0).weak)
+
+
+def test_batches_come_from_their_own_parts(digits):
+    run = build(RunConfig(method="example-weights", labeled_view="weak", views="none", **small()), digits)
+    batch = run.trainer.batches(0)
+    assert batch.weak.equal(digits.images[run.split.unlabeled[batch.index]])
+    assert batch.holdout.equal(digits.images[run.split.holdout])
+    assert batch.holdout_targets.equal(digits.targets[run.split.holdout])
+    labeled = {
+        (image.numpy().tobytes(), int(target)) for image, target in zip(batch.labeled, batch.targets, strict=True)
+    }
+    source = zip(digits.images[run.split.labeled], digits.targets[run.split.labeled], strict=True)
+    assert labeled == {(image.numpy().tobytes(), int(target)) for image, target in source}
+
+
+def test_average_of_weights_by_hand():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
+    average = ExponentialMovingAverage(model, AverageConfig(decay=0.15))
+    expected = [parameter.detach().clone() for parameter in model.parameters()]
+    for update in range(5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+            model[1].running_mean.add_(1)
+        average.update()
+        decay = min(0.15, (1 + update) / (10 + update))
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, model.parameters(), strict=True)]
+    for got, wanted in zip(average.model.parameters(), expected, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-14)
+    assert average.model[1].running_mean.equal(model[1].running_mean)
+    assert not any(parameter.requires_grad for parameter in average.model.parameters())
+
+
+def test_averaged_buffers():
+    model = nn.BatchNorm1d(3).double()
+    average = ExponentialMovingAverage(model, AverageConfig(decay=0.5, warm_up=False, buffers="averaged"))
+    model.running_mean += 2
+    average.update()
+    assert average.model.running_mean.tolist() == [1, 1, 1]
+
+
+def test_what_a_method_made_of_labels_is_kept_at_its_largest():
+    largest = LabelChanges(10)
+    before = torch.tensor([[1.0, 0.0]]).expand(3, 2)
+    move = torch.tensor([[-1.0, 1.0]])
+    largest.add(1, torch.tensor([4, 7, 9]), before, before + torch.tensor([[0.1], [0.3], [0.2]]) * move)
+    largest.add(2, torch.tensor([4, 7, 9]), before, before + torch.tensor([[0.9], [0.1], [0.0]]) * move)
+    rows = largest.largest(2)
+    assert [(row["index"], row["step"], row["before"], row["after"]) for row in rows] == [(4, 2, 0, 1), (7, 1, 0, 0)]
+    assert rows[0]["confidence_after"] == pytest.approx(0.9)
+    again = LabelChanges(10)
+    again.load_state_dict(largest.state_dict())
+    assert again.largest(10) == largest.largest(10)
+    assert len(again.largest(10)) == 3
+
+
+def test_an_update_of_the_methods_own_follows_the_bases(digits):
+    """One alternating step by hand: the base alone, then the surrogate of L2I at the parameters it left."""
+    run = build(RunConfig(method="l2i-alternating", **small()), digits).trainer
+    alone = build(RunConfig(**small()), digits).trainer
+    for name, value in alone.model.state_dict().items():
+        assert run.model.state_dict()[name].equal(value)
+    batch = alone.batches(0)
+    alone.train_step()
+    after_base = copy.deepcopy(alone.model.state_dict())
+    refined = run.method.method.refine(
+        model=alone.model, unlabeled=batch.weak, holdout=batch.labeled, targets=batch.targets, index=batch.index
+    )
+    alone.optimizer.zero_grad()
+    refined.loss.backward()
+    alone.optimizer.step()
+    run.train_step()
+    for name, value in alone.model.state_dict().items():
+        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-6, atol=1e-7)
+        if name.endswith("weight"):
+            assert not value.equal(after_base[name])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_decay_by_hand(name):
+    """Coupled decay is part of the gradient, decoupled is w (1 - rate decay), on the kernels alone."""
+    for decoupled in (False, True):
+        model = nn.Linear(3, 2).double()
+        kernel, bias = model.weight.detach().clone(), model.bias.detach().clone()
+        config = OptimizerConfig(
+            name, learning_rate=0.1, momentum=0.0, weight_decay=0.5, decoupled=decoupled, decayed="kernels"
+        )
+        optimizer = make_optimizer(model, config)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        decay_(list(decayed_parameters(model, config)), config, 0.1)
+        expected = kernel - 0.1 * kernel.sign() if name == "adam" and not decoupled else kernel * (1 - 0.05)
+        torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-5, atol=1e-6)
+        assert model.bias.detach().equal(bias)
+
+
+def test_parts_of_a_step_add_up(digits):
+    """Two parts of half a batch: the mean of the gradients of the two, here of a loss with no batch statistics."""
+    settings = {"labeled_batch": 10, "unlabeled_batch": 12, "base": "supervised"}
+    run = trainer_of(digits, machine=dataclasses.replace(small()["machine"], accumulation=2), **settings)
+    model = copy.deepcopy(run.model)
+    batches = [run.batches(0), run.batches(1)]
+    assert [len(batch.labeled) for batch in batches] == [5, 5]
+    model.train()
+    for batch in batches:
+        (nn.functional.cross_entropy(model(batch.labeled), batch.targets) / 2).backward()
+    optimizer = make_optimizer(model, run.optimizer_config)
+    for group in optimizer.param_groups:
+        group["lr"] = run.optimizer_config.peak
+    optimizer.step()
+    run.batches.close()
+    run.train_step()
+    for got, wanted in zip(run.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(digits):
+    run = trainer_of(digits, method="l2i")
+    run.train_step()
+    before = copy.deepcopy({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()})
+    weak = run.batches.data.views.weak
+    broken = dataclasses.replace(run.batches.data.views, weak=lambda images, random: weak(images, random) * torch.nan)
+    data = run.batches.data
+    run.batches.data = dataclasses.replace(data, views=broken)
+    run.train_step()
+    assert run.skipped.tolist() == [1, 1]
+    for name, value in run.model.state_dict().items():
+        assert value.equal(before["model"][name]) or name.endswith("num_batches_tracked"), name
+    for place, state in run.optimizer.state_dict()["state"].items():
+        assert state["momentum_buffer"].equal(before["optimizer"]["state"][place]["momentum_buffer"])
+    run.batches.data = data
+    run.train_step()
+    assert run.skipped.tolist() == [1, 0]
+    assert all(value.isfinite().all() for value in run.model.state_dict().values())
+
+
+def test_weights_are_chosen_by_validation_error_only(digits):
+    run = build(RunConfig(**small()), digits)
+    errors = iter([(0.5, 0.1), (0.4, 0.9), (0.4, 0.8), (0.6, 0.0)])
+    queue = []
+
+    def error(model, part):
+        if not queue:
+            queue.extend(next(errors))
+        return {f"{part}_error": queue.pop(0)}
+
+    evaluator = run.evaluator
+    evaluator._errors = error
+    evaluator(1, run.trainer.model, run.trainer.average.model)
+    best = evaluator.best
+    assert (best["validation_error"], best["test_error"], best["weights"]) == (0.4, 0.9, "average")
+    evaluator(2, run.trainer.model, run.trainer.average.model)
+    assert (evaluator.best["validation_error"], evaluator.best["test_error"], evaluator.best["step"]) == (0.4, 0.8, 2)
+
+
+def test_figures_of_the_last_twenty(digits):
+    for report, expected in (("mean-of-last-20", 12.5), ("median-of-last-20", 12.5), ("last", 22)):
+        config = RunConfig(**{**small(), "evaluation": EvaluationConfig(3, "average", report)})
+        run = build(config, digits)
+        values = iter(range(100))
+
+        def errors(model, part, values=values):
+            return {f"{part}_error": float(next(values)) if part == "test" else 0.5}
+
+        run.evaluator._errors = errors
+        for step in range(23):
+            run.evaluator(step, run.trainer.model, run.trainer.average.model)
+        assert run.evaluator.reported()["test_error"] == expected
+        assert run.evaluator.reported()["weights"] == "average"
