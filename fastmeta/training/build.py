@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastmeta.data import Images, Split, generator_for, make_split, open_images, record, views_for
-from fastmeta.models import build_model
+from fastmeta.models import automatic_model, build_model
 from fastmeta.ssl import BASES
 from fastmeta.training.batches import TrainingData
 from fastmeta.training.config import RunConfig, SplitConfig
@@ -39,6 +39,7 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
         labeled_in_unlabeled=config.split.labeled_in_unlabeled,
     )
     every = config.evaluation.every or (50 if digits else max(1, steps // 20))
+    size = config.image_size or (side if side <= _LARGE else round(side * 7 / 8))
     few = labels is not None and labels <= _FEW
     rate = 0.2 if digits and config.optimizer.name == "sgd" else config.optimizer.peak
     small = config.machine.device == "cpu"
@@ -49,7 +50,8 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
         split=split,
         labeled_batch=config.labeled_batch or (40 if digits else 32 if small else 64),
         unlabeled_batch=config.unlabeled_batch or (120 if digits else 96 if small else 448),
-        image_size=config.image_size or (side if side <= _LARGE else round(side * 7 / 8)),
+        model=automatic_model(size) if config.model == "auto" else config.model,
+        image_size=size,
         views="digits" if digits and config.views == "auto" else config.views,
         labeled_view=config.labeled_view or ("strong" if few else "weak"),
         optimizer=replace(config.optimizer, learning_rate=config.optimizer.learning_rate or rate),
