@@ -13,7 +13,7 @@ from PIL import Image
 from fastmeta.data.collection import Collection
 from fastmeta.data.images import DataError, fingerprint_of
 from fastmeta.data.labels import PART_NAMES, checked_parts, class_name, shown
-from fastmeta.data.names import Names
+from fastmeta.data.names import Names, base_name
 from fastmeta.data.pictures import SUFFIXES
 
 _UNREAD = frozenset({".heic", ".heif", ".dng", ".cr2", ".nef", ".arw", ".svg", ".psd"})  # pictures, but not to Pillow
@@ -82,7 +82,7 @@ def collect_folder(root: Path) -> Collection:
             files += found
             targets += [classes.index(name) if name in classes else -1] * len(found)
         places[part] = torch.arange(start, len(files))
-    return _collection(root, root.name, files, classes, torch.tensor(targets, dtype=torch.int64), places)
+    return _collection(root, base_name(root), files, classes, torch.tensor(targets, dtype=torch.int64), places)
 
 
 def collect_files(paths: Sequence[Path]) -> Collection:
@@ -108,7 +108,7 @@ def collect_files(paths: Sequence[Path]) -> Collection:
     if not files:
         raise DataError("no images found, expected files or folders of pictures")
     targets = torch.full((len(files),), -1)
-    return _collection(root, paths[0].name, files, (), targets, {"unlabeled": torch.arange(len(files))})
+    return _collection(root, base_name(paths[0]), files, (), targets, {"unlabeled": torch.arange(len(files))})
 
 
 def _collection(
@@ -125,14 +125,14 @@ def _collection(
     sizes = torch.tensor([file.size for file in files], dtype=torch.int64)
     times = torch.tensor([file.time for file in files], dtype=torch.int64)
     below = Names(file.path for file in files)
-    fingerprint = fingerprint_of(name, classes, below.digest(), sizes, targets)
+    fingerprint = fingerprint_of(classes, below.digest(), sizes, targets)
     stamp = fingerprint_of(names.digest(), sizes, times)
     return Collection(name, classes, targets, parts, names, OpenFile(names), fingerprint, stamp)
 
 
 def _classes_below(root: Path, folder: Path, parts: dict[str, Path]) -> dict[str, list[File]]:
     """The pictures of each class, a folder below ``folder`` that is no part."""
-    loose = [file.path for file in _pictures(root, folder, deep=False)]
+    loose = [os.path.basename(file.path) for file in _pictures(root, folder, deep=False)]
     if loose:
         raise DataError(
             f"{folder}: {shown(loose)}: in no class's folder, expected {folder.name}/<class>/{loose[0]}, or the folder "

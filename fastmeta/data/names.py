@@ -7,6 +7,15 @@ from typing import overload
 import numpy as np
 
 
+def base_name(path: str | os.PathLike[str]) -> str:
+    """The last name of a path, of "." and ".." too.
+
+    >>> base_name("photos/cats/..")
+    'photos'
+    """
+    return os.path.basename(os.path.abspath(path))
+
+
 class Names(Sequence[str]):
     """Names of files, a byte a character: a million takes what they take on disk, and no worker that reads copies them.
 

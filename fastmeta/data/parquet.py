@@ -14,6 +14,7 @@ from PIL import Image
 from fastmeta.data.collection import Collection
 from fastmeta.data.images import DataError, fingerprint_of
 from fastmeta.data.labels import checked_parts, class_name, number_labels
+from fastmeta.data.names import base_name
 from fastmeta.data.optional import optional
 from fastmeta.data.shards import RowNames, parts_of_shards, places_of_parts, stamp_of
 
@@ -71,6 +72,7 @@ def collect_parquet(path: Path, shards: Sequence[Path]) -> Collection:
         DataError: a shard cannot be read, or has no such columns.
         ImportError: pyarrow is not installed.
     """
+    name = base_name(path)
     part_of = parts_of_shards(path, shards)
     kept = list(part_of)
     files = [_open(shard) for shard in kept]
@@ -92,10 +94,10 @@ def collect_parquet(path: Path, shards: Sequence[Path]) -> Collection:
         classes, targets = number_labels(texts, parts, names.__getitem__)
     else:
         targets = torch.tensor([-1 if value is None else value for value in labels], dtype=torch.int64)
-    parts = checked_parts(path.name, classes, targets, parts, names.__getitem__)
-    fingerprint = fingerprint_of(path.name, classes, [shard.name for shard in kept], counts, targets)
+    parts = checked_parts(name, classes, targets, parts, names.__getitem__)
+    fingerprint = fingerprint_of(classes, [shard.name for shard in kept], counts, targets)
     opener = OpenRow(kept, images, groups)
-    return Collection(path.name, classes, targets, parts, names, opener, fingerprint, stamp_of(kept))
+    return Collection(name, classes, targets, parts, names, opener, fingerprint, stamp_of(kept))
 
 
 def _open(shard: Path) -> Any:
