@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastmeta.data.collection import DecodedImages
-from fastmeta.data.images import DataError, Images, fingerprint_of
+from fastmeta.data.images import Images, fingerprint_of
 from fastmeta.data.memory_map import INDEX, UNFINISHED, Chunk, MappedImages, read_chunk, write_map
 from fastmeta.data.pictures import SMALL
 
@@ -43,31 +43,38 @@ def cached(images: DecodedImages, gigabytes: float = GIGABYTES) -> Images:
     key = fingerprint_of(_FORMAT, images.collection.stamp, len(images), images.mode, images.canvas)
     folder = cache_folder() / f"{images.name}-{key}"
     try:
-        if not (folder / INDEX).exists():
+        found = _read(images, folder)
+        if found is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _alone(folder):
-                if not (folder / INDEX).exists():
+                found = _read(images, folder)
+                if found is None:
                     _write(images, folder, size)
-        return _read(images, folder)
-    except (OSError, DataError) as error:
+        return found or _read(images, folder) or images
+    except OSError as error:
         warnings.warn(
-            f"{folder} cannot be written or read ({error}): pictures are decoded each time they are read; "
+            f"{folder} cannot be written ({error}): pictures are decoded each time they are read; "
             "FASTMETA_CACHE names another folder",
             stacklevel=2,
         )
         return images
 
 
-def _read(images: DecodedImages, folder: Path) -> MappedImages:
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    unreadable = {int(place): cause for place, cause in index["unreadable"].items()}
+def _read(images: DecodedImages, folder: Path) -> MappedImages | None:
+    """None: it is not there, or not whole."""
     found = images.collection
-    return MappedImages(
-        found.name, folder, found.classes, found.targets, found.parts, found.names, found.fingerprint, unreadable
-    )
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        failed = {int(place): cause for place, cause in index["unreadable"].items()}
+        return MappedImages(
+            found.name, folder, found.classes, found.targets, found.parts, found.names, found.fingerprint, failed
+        )
+    except (FileNotFoundError, ValueError, KeyError):  # DataError is a ValueError
+        return None
 
 
 def _write(images: DecodedImages, folder: Path, size: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
     for left in folder.parent.glob(f".{folder.name}.*{UNFINISHED}"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
