@@ -119,14 +119,12 @@ def _collection(
     targets: torch.Tensor,
     places: dict[str, torch.Tensor],
 ) -> Collection:
-    root = root.absolute()
-    names = Names(os.path.join(root, file.path) for file in files)
+    names = Names((file.path for file in files), os.path.join(root.absolute(), ""))
     parts = places if not classes else checked_parts(name, classes, targets, places, names.__getitem__)
     sizes = torch.tensor([file.size for file in files], dtype=torch.int64)
     times = torch.tensor([file.time for file in files], dtype=torch.int64)
-    below = Names(file.path for file in files)
-    fingerprint = fingerprint_of(classes, below.digest(), sizes, targets)
-    stamp = fingerprint_of(names.digest(), sizes, times)
+    fingerprint = fingerprint_of(classes, names.digest(), sizes, targets)
+    stamp = fingerprint_of(str(root.absolute()), names.digest(), sizes, times)
     return Collection(name, classes, targets, parts, names, OpenFile(names), fingerprint, stamp)
 
 
@@ -164,7 +162,7 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 def _pictures(root: Path, folder: Path, deep: bool = True) -> Iterator[File]:
     """The pictures in a folder and, if ``deep``, in those inside; other kinds of pictures are warned of."""
     unread: Counter[str] = Counter()
-    below = str(folder.relative_to(root)) if folder != root else ""
+    below = os.path.join(folder.relative_to(root), "") if folder != root else ""
     yield from _walk(str(folder), below, deep, unread, frozenset())
     if unread and deep:
         counted = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
@@ -179,11 +177,11 @@ def _walk(
     if here in above:  # a link back up
         return
     for entry in _entries(folder):
-        path = os.path.join(below, entry.name)
+        path = below + entry.name
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.is_dir():
             if deep:
-                yield from _walk(entry.path, path, deep, unread, above | {here})
+                yield from _walk(entry.path, path + os.sep, deep, unread, above | {here})
         elif suffix in SUFFIXES:
             try:
                 status = entry.stat()

@@ -27,25 +27,36 @@ class OpenRow:
     """Opens pictures in the rows of shards: bytes, or a struct of bytes and path.
 
     A row's whole row group is read, and the last few are kept.
+
+    Args:
+        shards: their paths.
+        column: of the pictures.
+        groups: shard, number in the shard, and rows of each row group.
     """
 
     def __init__(self, shards: Sequence[Path], column: str, groups: Sequence[tuple[int, int, int]]) -> None:
         self._shards, self._column = list(shards), column
         self._group_of = [(shard, group) for shard, group, _ in groups]
         self._starts = np.cumsum([0, *(rows for _, _, rows in groups)])
+        self.size = sum(shard.stat().st_size for shard in shards)
         self._files: dict[int, Any] = {}
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
     def __call__(self, place: int) -> Image.Image:
         """The picture of a row."""
+        content = self.content(place)
+        if not content:
+            raise ValueError("there is no picture in this row")
+        return Image.open(io.BytesIO(content))
+
+    def content(self, place: int) -> bytes:
+        """The picture's file, empty where there is none."""
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
         value = self._read(number)[place - int(self._starts[number])].as_py()
         content, path = (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
-        if content is not None:
-            return Image.open(io.BytesIO(content))
-        if path is None:
-            raise ValueError("there is no picture in this row")
-        return Image.open(self._shards[self._group_of[number][0]].parent / path)
+        if content is None and path is not None:
+            return (self._shards[self._group_of[number][0]].parent / path).read_bytes()
+        return content or b""
 
     def _read(self, number: int) -> Any:
         if number not in self._kept:

@@ -11,7 +11,7 @@ import torch
 from picture_folders import write_digits
 from PIL import Image
 
-from fastmeta.data import UnreadableImage, cache, open_images
+from fastmeta.data import UnreadableImage, decoded_once, open_images
 from fastmeta.data.collection import DecodedImages
 from fastmeta.data.memory_map import INDEX, PIXELS, MappedImages
 
@@ -69,8 +69,8 @@ def test_large_images_are_stored_up_to_a_size(folder, pictures):
 
 
 def test_many_are_decoded_by_several_processes_in_order(folder, pictures, monkeypatch):
-    monkeypatch.setattr(cache, "_ALONE", -1.0)
-    monkeypatch.setattr(cache, "_CHUNK_BYTES", 8 * 8 * 7)
+    monkeypatch.setattr(decoded_once, "_ALONE", -1.0)
+    monkeypatch.setattr(decoded_once, "_CHUNK_BYTES", 8 * 8 * 7)
     (pictures / "train/3/0013.png").write_bytes(b"broken")
     images = open_images(pictures)
     decoded = open_images(pictures, cache=False)
@@ -113,14 +113,14 @@ def test_what_is_not_whole_is_written_anew(folder, pictures, broken):
 
 
 def test_a_kill_leaves_nothing_that_is_used(folder, pictures, monkeypatch):
-    monkeypatch.setattr(cache, "_CHUNK_BYTES", 64)
+    monkeypatch.setattr(decoded_once, "_CHUNK_BYTES", 64)
 
-    def slow(images, places, read=cache.read_chunk):
+    def slow(images, places, read=decoded_once.read_chunk):
         time.sleep(0.05)
         return read(images, places)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache, "read_chunk", slow)
+        patched.setattr(decoded_once, "read_chunk", slow)
         child = FORK.Process(target=open_images, args=(pictures,))
         child.start()
         while not list(folder.glob(".*.unfinished/images.npy")):
@@ -137,13 +137,13 @@ def test_a_kill_leaves_nothing_that_is_used(folder, pictures, monkeypatch):
 def test_processes_that_start_together_decode_once(folder, pictures, monkeypatch):
     decoded = FORK.Value("i", 0)
 
-    def counted(images, places, read=cache.read_chunk):
+    def counted(images, places, read=decoded_once.read_chunk):
         time.sleep(0.1)
         with decoded.get_lock():
             decoded.value += len(places)
         return read(images, places)
 
-    monkeypatch.setattr(cache, "read_chunk", counted)
+    monkeypatch.setattr(decoded_once, "read_chunk", counted)
     children = [FORK.Process(target=open_images, args=(pictures,)) for _ in range(3)]
     for child in children:
         child.start()

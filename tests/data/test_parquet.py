@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from fastmeta.data import DataError, UnreadableImage, open_images
+from fastmeta.data.parquet import OpenRow
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -74,6 +75,21 @@ def test_a_row_without_a_picture(tmp_path):
     assert images.get(torch.tensor([0, 2]))[:, 0, 0, 0].tolist() == [1, 3]
     with pytest.raises(UnreadableImage, match=r"train.parquet\[1\]: there is no picture in this row"):
         images.get(torch.tensor([1]))
+
+
+def test_large_pictures_are_unpacked_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTMETA_CACHE", str(tmp_path / "cache"))
+    path = _write(tmp_path / "train.parquet", [1, 2, None, 4], [0, 1, 0, 1])
+    before = open_images(path, image_size=112, cache=False)
+    open_images(path, image_size=112, mode="RGB", cache_gigabytes=0)
+    monkeypatch.setattr(OpenRow, "content", lambda *_: pytest.fail("read again"))
+    after = open_images(path, image_size=112, mode="RGB", cache_gigabytes=0)
+    monkeypatch.undo()
+    order = torch.tensor([3, 0, 1])
+    for copy in (after, pickle.loads(pickle.dumps(after))):
+        assert copy.get(order).equal(before.get(order))
+    with pytest.raises(UnreadableImage, match=r"train.parquet\[2\]: there is no picture in this row"):
+        after.get(torch.tensor([2]))
 
 
 def test_what_is_wrong_is_named(tmp_path):
