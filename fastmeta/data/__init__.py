@@ -12,6 +12,7 @@ from fastmeta.data.augment import (
     weak_augment,
 )
 from fastmeta.data.digits import load_digits, split_digits
+from fastmeta.data.features import FeatureImages, FrozenFeatures, frozen_features, restore_head
 from fastmeta.data.images import DataError, ImageDataset, Images, UnreadableImage
 from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.data.reading import Read, read_in_order
@@ -24,6 +25,8 @@ __all__ = [
     "Augmentation",
     "BatchSampler",
     "DataError",
+    "FeatureImages",
+    "FrozenFeatures",
     "ImageDataset",
     "Images",
     "KeyedRandom",
@@ -39,11 +42,13 @@ __all__ = [
     "StrongPicture",
     "UnreadableImage",
     "Views",
+    "frozen_features",
     "generator_for",
     "load_digits",
     "make_split",
     "read_in_order",
     "record",
+    "restore_head",
     "split_digits",
     "views_for",
     "weak_augment",
