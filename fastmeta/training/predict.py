@@ -233,7 +233,7 @@ def _matrix(counts: Tensor, classes: Sequence[str]) -> list[str]:
     width = max(4, *(len(str(count)) + 1 for count in counts.flatten().tolist()))
     longest = max(map(len, classes))
     numbers = "".join(f"{number:{width}}" for number in range(len(classes)))
-    lines = ["confusion: a row is a label, a column what is predicted", " " * (longest + 4) + numbers]
+    lines = ["confusion (all parts): a row is a label, a column what is predicted", " " * (longest + 4) + numbers]
     for number, (name, row) in enumerate(zip(classes, counts.tolist(), strict=True)):
         lines.append(f"{number:3} {name:{longest}}" + "".join(f"{count or '.':>{width}}" for count in row))
     return lines

@@ -29,6 +29,7 @@ _CURVES = (
     ("wrong ones among those used", "used_error", True),
     ("confident: unlabeled images that are used", "confident", True),
 )
+_OF_TRUTH = ("imputed_error", "used_error")  # these say nothing where no true label is known
 _MOST_PICTURES = 480  # of all runs: some 2 MB
 _MOST_EXAMPLES = 24  # of a kind and run
 _MOST_UNREADABLE = 100
@@ -51,6 +52,7 @@ class RunPage:
     balance: tuple[sections.ClassShare, ...] = ()
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     pictures: dict[str, str] = field(default_factory=dict)
+    has_truth: bool = True
     notes: list[str] = field(default_factory=list)
 
     def part(self, what: str, make: Callable[[], T], otherwise: T) -> T:
@@ -85,7 +87,7 @@ def report_html(runs: Sequence[RunFolder]) -> str:
     """The page as text."""
     count = max(4, min(_MOST_EXAMPLES, _MOST_PICTURES // (2 * len(runs))))
     pages = [_page(run, name, count) for run, name in zip(runs, _names(runs), strict=True)]
-    panels = [_curves(runs, *curve) for curve in _CURVES]
+    panels = [_curves(pages, *curve) for curve in _CURVES]
     return _template().render(
         pages=pages,
         panels=[figure for figure in panels if figure is not None],
@@ -133,6 +135,7 @@ def _page(run: RunFolder, name: str, count: int) -> RunPage:
     images = _open(page) if examples else None
     labeled = page.part("labels of each class", lambda: _labeled_of_each_class(run, images), None)
     if examples:
+        page.has_truth = any(example.truth for example in examples)
         page.balance = sections.balance_of(run.classes, labeled, examples)
     shown = list(dict.fromkeys(example.path for example in (*page.changed, *page.lowest)))
     if images is not None and shown:
@@ -160,10 +163,12 @@ def _labeled_of_each_class(run: RunFolder, images: Images | None) -> list[int] |
     return torch.bincount(images.targets[split.labeled], minlength=len(run.classes)).tolist()
 
 
-def _curves(runs: Sequence[RunFolder], title: str, key: str, percent: bool) -> Panel | None:
+def _curves(pages: Sequence[RunPage], title: str, key: str, percent: bool) -> Panel | None:
     """One quantity of all runs; errors are those of the weights that each run reports."""
     curves = []
-    for run in runs:
+    for page in pages:
+        run = page.run
         name = key.format(weights=(run.results or {}).get("weights") or "average")
-        curves.append([(row["step"], row.get(name)) for row in run.metrics if "step" in row])
+        shown = page.has_truth or key not in _OF_TRUTH
+        curves.append([(row["step"], row.get(name)) for row in run.metrics if "step" in row] if shown else [])
     return panel(title, curves, percent=percent)
