@@ -36,7 +36,8 @@ def open_for_prediction(paths: Sequence[str], run: RunFolder) -> Images:
         raise DataError(f"{', '.join(paths)}: pictures have colours, expected gray ones as the run's")
     roots = sorted({str(Path(path).absolute()) for path in paths}, key=len, reverse=True)
     number = {name: place for place, name in enumerate(run.classes)}
-    targets, parts = [], {}
+    targets: list[int] = []
+    parts: dict[str, list[int]] = {}
     for place, name in enumerate(found.names):
         root = next((root for root in roots if name.startswith(root + os.sep)), os.path.dirname(name))
         folders = os.path.relpath(name, root).split(os.sep)[:-1]

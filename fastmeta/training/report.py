@@ -47,7 +47,10 @@ class RunPage:
     settings: dict[str, str]
     headlines: list[sections.Figure] = field(default_factory=list)
     confusion: sections.Confusion | None = None
+    examples: list[sections.Example] = field(default_factory=list)
     changed: list[sections.Example] = field(default_factory=list)
+    differing: list[sections.Example] = field(default_factory=list)
+    differing_from: str = ""
     lowest: list[sections.Example] = field(default_factory=list)
     balance: tuple[sections.ClassShare, ...] = ()
     unreadable: list[tuple[str, str]] = field(default_factory=list)
@@ -86,7 +89,10 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
 def report_html(runs: Sequence[RunFolder]) -> str:
     """The page as text."""
     count = max(4, min(_MOST_EXAMPLES, _MOST_PICTURES // (2 * len(runs))))
-    pages = [_page(run, name, count) for run, name in zip(runs, _names(runs), strict=True)]
+    pages = [_read(run, name) for run, name in zip(runs, _names(runs), strict=True)]
+    for page in pages:
+        _choose_examples(page, pages, count)
+        _add_images(page)
     panels = [_curves(pages, *curve) for curve in _CURVES]
     return _template().render(
         pages=pages,
@@ -118,7 +124,8 @@ def _names(runs: Sequence[RunFolder]) -> list[str]:
     return names
 
 
-def _page(run: RunFolder, name: str, count: int) -> RunPage:
+def _read(run: RunFolder, name: str) -> RunPage:
+    """All but what needs the images or the other runs."""
     config = run.config
     base, method = config.get("base", "?"), config.get("method", "none")
     settings = sections.flattened({key: value for key, value in config.items() if key != "record"})
@@ -128,22 +135,37 @@ def _page(run: RunFolder, name: str, count: int) -> RunPage:
     page.unreadable = page.part(
         "unreadable files", lambda: sorted((run.results or {}).get("unreadable", {}).items()), []
     )
-    none: list[sections.Example] = []
-    examples = page.part("the unlabeled images", lambda: sections.examples_of(run.unlabeled()), none)
-    page.changed = sections.most_changed(examples, count)
-    page.lowest = sections.lowest_weights(examples, count)
-    images = _open(page) if examples else None
-    labeled = page.part("labels of each class", lambda: _labeled_of_each_class(run, images), None)
-    if examples:
-        page.has_truth = any(example.truth for example in examples)
-        page.balance = sections.balance_of(run.classes, labeled, examples)
-    shown = list(dict.fromkeys(example.path for example in (*page.changed, *page.lowest)))
+    page.examples = page.part("the unlabeled images", lambda: sections.examples_of(run.unlabeled()), page.examples)
+    page.has_truth = not page.examples or any(example.truth for example in page.examples)
+    return page
+
+
+def _choose_examples(page: RunPage, pages: Sequence[RunPage], count: int) -> None:
+    """Those that are shown. A method that leaves labels alone and moves what imputes them is held against its base."""
+    page.lowest = sections.lowest_weights(page.examples, count)
+    page.changed = sections.most_changed(page.examples, count)
+    alone = next((other for other in pages if _is_base_of(other.run, page.run)), None)
+    if not page.changed and alone is not None:
+        page.differing = sections.differing_labels(alone.examples, page.examples, count)
+        page.differing_from = alone.name
+
+
+def _is_base_of(other: RunFolder, run: RunFolder) -> bool:
+    same = all(other.config.get(name) == run.config.get(name) for name in ("base", "seed", "labels_per_class"))
+    same_data = other.record.get("fingerprint") == run.record.get("fingerprint")
+    return same and same_data and other.config.get("method") == "none" != run.config.get("method")
+
+
+def _add_images(page: RunPage) -> None:
+    """What needs the run's images: thumbnails, and the labels of each class."""
+    if not page.examples:
+        return
+    images = _open(page)
+    labeled = page.part("labels of each class", lambda: _labeled_of_each_class(page.run, images), None)
+    page.balance = sections.balance_of(page.run.classes, labeled, page.examples)
+    shown = {example.path: None for example in (*page.changed, *page.differing, *page.lowest)}
     if images is not None and shown:
         page.pictures = page.part("pictures", lambda: thumbnails(images, places_of(images, shown)), {})
-        missing = len(shown) - len(page.pictures)
-        if missing:
-            page.notes.append(f"{missing} of {len(shown)} pictures could not be read")
-    return page
 
 
 def _open(page: RunPage) -> Images | None:

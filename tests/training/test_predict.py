@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from picture_runs import CLASSES, train_on, write_pictures
+from PIL import Image
 
 from fastmeta import cli
 from fastmeta.data import ImageDataset, open_images
