@@ -183,9 +183,9 @@ class Predict:
     have labels the error is printed, too. A file that cannot be read has no label.
     """
 
-    finished: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run")]
+    finished: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
     """Folder of the run."""
-    data: Annotated[tuple[str, ...], tyro.conf.Positional]
+    data: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA ...")]
     """Pictures, folders of pictures, or a data set of any kind that fastmeta train takes."""
     out: Path = Path("predictions.csv")
     """The CSV."""
@@ -226,7 +226,7 @@ class Report:
     The page is a single file that needs no network.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
     """Their folders."""
     out: Path = Path("report.html")
     """The page."""
