@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed
@@ -48,6 +49,13 @@ class Processes:
         """``tensor`` becomes its sum over the processes."""
         if self.group is not None:
             torch.distributed.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def extremum_(self, tensor: Tensor, which: Literal["max", "min"]) -> Tensor:
+        """``tensor`` becomes its largest or smallest over the processes."""
+        if self.group is not None:
+            operation = torch.distributed.ReduceOp.MAX if which == "max" else torch.distributed.ReduceOp.MIN
+            torch.distributed.all_reduce(tensor, operation, group=self.group)
         return tensor
 
     def broadcast_(self, tensors: list[Tensor]) -> None:
