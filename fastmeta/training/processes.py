@@ -67,6 +67,14 @@ class Processes:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
+    def joined(self, values: dict[str, str]) -> dict[str, str]:
+        """What any of them has; of one key, the value of the last."""
+        if self.group is None:
+            return values
+        parts: list[dict[str, str]] = [{}] * self.count
+        torch.distributed.all_gather_object(parts, values, group=self.group)
+        return {key: value for part in parts for key, value in part.items()}
+
     def part(self, count: int) -> slice:
         """This process's part of ``count`` things."""
         return slice(self.rank * count // self.count, (self.rank + 1) * count // self.count)

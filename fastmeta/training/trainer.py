@@ -258,9 +258,11 @@ class Trainer:
     def _distributed(self, model: nn.Module) -> nn.Module:
         if self.processes.group is None:
             return model
-        return nn.parallel.DistributedDataParallel(
-            model, process_group=self.processes.group, broadcast_buffers=False, gradient_as_bucket_view=True
+        network = nn.parallel.DistributedDataParallel(
+            model, process_group=self.processes.group, gradient_as_bucket_view=True
         )
+        network.broadcast_buffers = False  # train_step does, once: a base forwards several times
+        return network
 
     def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager[Any]:
         """Whether a backward pass leaves the gradients of the processes as they are."""

@@ -3,6 +3,7 @@
 In float64, so that what is left is rounding; without batch statistics, which are each process's own.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,18 @@ from fastmeta.data.augment import Plain, Views
 from fastmeta.ops.process_group import Group
 from fastmeta.ssl import BASES
 from fastmeta.training import TrainingData
-from fastmeta.training.config import AverageConfig, MachineConfig, OptimizerConfig
+from fastmeta.training.batches import Batches
+from fastmeta.training.config import AverageConfig, EvaluationConfig, MachineConfig, OptimizerConfig
+from fastmeta.training.evaluation import Evaluator
+from fastmeta.training.label_changes import LabelChanges
 from fastmeta.training.processes import Processes
 from fastmeta.training.recipes import METHODS, base_of
 from fastmeta.training.trainer import Trainer
 
 CLASSES, STEPS = 3, 2
 WORLDS = (2, 3, 4)
-SIZES = {"labeled": 9, "unlabeled": 23, "holdout": 7}
+SIZES = {"labeled": 9, "unlabeled": 23, "holdout": 7, "validation": 5, "test": 11}
+RESUMED = [("fixmatch", "l2i"), ("fixmatch", "example-weights"), ("vat", "label-gradient-alignment")]
 SOLVED = {"tol": 1e-12, "damping": 1.0}  # or rounding could end a solver an iteration later
 # FixMatch with every method; every base alone and with a method that fits.
 CASES = [("fixmatch", method) for method in METHODS] + [
@@ -54,10 +59,11 @@ class Doubled(Plain):
 class Net(nn.Module):
     """Logits that are large enough for some of the predictions to be confident."""
 
-    def __init__(self) -> None:
+    def __init__(self, normalized: bool) -> None:
         super().__init__()
+        norm = nn.BatchNorm2d(4) if normalized else nn.GroupNorm(2, 4)
         self.body = nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.Conv2d(4, 6, 3), nn.Tanh(), nn.Flatten()
+            nn.Conv2d(1, 4, 3), norm, nn.Tanh(), nn.Conv2d(4, 6, 3), nn.Tanh(), nn.Flatten()
         )
         self.fc = nn.Linear(24, CLASSES)
 
@@ -70,20 +76,21 @@ def data(labeled_batch: int) -> TrainingData:
     count = sum(SIZES.values())
     images = torch.rand(count, 1, 6, 6, generator=generator)
     targets = torch.arange(count) % CLASSES
-    labeled, unlabeled, holdout = torch.randperm(count, generator=generator).split(list(SIZES.values()))
-    nothing = torch.arange(0)
+    places = torch.randperm(count, generator=generator).split(list(SIZES.values()))
     return TrainingData(
         ImageDataset("random", images, targets, CLASSES),
-        Split(labeled, unlabeled, holdout, nothing, nothing),
+        Split(*places),
         Views(Noise(0.1), Noise(0.5), Doubled(6)),
         labeled_batch=labeled_batch,
         unlabeled_batch=9,
     )
 
 
-def trainer(base: str, method: str, group: Group, machine: MachineConfig | None = None) -> Trainer:
+def trainer(
+    base: str, method: str, group: Group, machine: MachineConfig | None = None, *, normalized: bool = False
+) -> Trainer:
     torch.manual_seed(1)
-    model = Net().double()
+    model = Net(normalized).double()
     recipe = METHODS[method]
     settings = {"threshold": 0.5} if base in ("fixmatch", "pseudo-label") else {}
     return Trainer(
@@ -100,14 +107,18 @@ def trainer(base: str, method: str, group: Group, machine: MachineConfig | None 
     )
 
 
-def trained(group: Group, base: str, method: str) -> dict[str, Any]:
+def trained(group: Group, base: str, method: str, machine: MachineConfig | None = None) -> dict[str, Any]:
     """What a run of some steps leaves."""
-    run = trainer(base, method, group)
+    run = trainer(base, method, group, machine)
     for _ in range(STEPS):
         run.train_step()
     averages = run.averages()
+    return comparable(run, averages)
+
+
+def comparable(run: Trainer, averages: dict[str, float]) -> dict[str, Any]:
     state = {**run.state_dict(), "sums": averages}
-    if method != "none":
+    if run.method is not None:
         state["method"].pop("direction.solver.numbers", None)  # iterations, and how well it went
     return state
 
@@ -156,3 +167,97 @@ def test_every_method_on_processes_is_that_of_one(alone: dict[str, Any], world: 
             except AssertionError as error:
                 wrong.append(str(error))
     assert not wrong, "\n".join(wrong)
+
+
+def continued(group: Group, saved: dict[str, Any]) -> dict[str, Any]:
+    """The second half of runs whose first half others had."""
+    found = {}
+    for (base, method), state in saved.items():
+        run = trainer(base, method, group)
+        run.load_state_dict(copy.deepcopy(state))  # whose tensors an optimizer takes as they are
+        run.train_step()
+        averages = run.averages()
+        found[f"{base} + {method}"] = comparable(run, averages)
+    return found
+
+
+def with_statistics(group: Group) -> dict[str, Any]:
+    """A net with batch normalization, whose statistics are each process's own until all need the same."""
+    run = trainer("mean-teacher", "l2i", group, normalized=True)
+    for _ in range(STEPS):
+        run.train_step()
+    own = run.model.body[1].running_mean.clone()
+    evaluator = Evaluator(
+        EvaluationConfig(), run.data.images, run.data.split, run.data.views, processes=run.processes
+    )
+    run.synchronize()
+    figures = evaluator(STEPS, run.model, run.average.model)
+    confusion = evaluator.confusion(run.model, "test")
+    return {"own": own, "state": run.state_dict(), "figures": figures, "confusion": confusion}
+
+
+def several(group: Group) -> dict[str, Any]:
+    """First halves of runs; steps in parts; running statistics."""
+    first = {}
+    for base, method in RESUMED:
+        run = trainer(base, method, group)
+        run.train_step()
+        first[base, method] = run.state_dict()
+    machine = MachineConfig(accumulation=3)
+    parts = {method: trained(group, "fixmatch", method, machine) for method in ("none", "example-weights")}
+    return {"first": first, "parts": parts, "statistics": with_statistics(group)}
+
+
+@pytest.fixture(scope="module")
+def two() -> list[dict[str, Any]]:
+    return forked.run(several, 2)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert_alike(two[1]["first"], two[0]["first"], "first half")
+    found = [continued(None, two[0]["first"]), *forked.run(continued, 3, two[0]["first"])]
+    for part in found:
+        for name, state in part.items():
+            assert_alike(state, alone[name], name)
+
+
+def test_a_step_in_parts(two: list[dict[str, Any]]) -> None:
+    machine = MachineConfig(accumulation=3)
+    for method in ("none", "example-weights"):
+        wanted = trained(None, "fixmatch", method, machine)
+        for part in two:
+            assert_alike(part["parts"][method], wanted, method)
+
+
+def test_running_statistics_and_errors_are_the_same_on_all(two: list[dict[str, Any]]) -> None:
+    first, second = (part["statistics"] for part in two)
+    assert not first["own"].equal(second["own"])
+    assert_alike(second["state"], first["state"], "state")
+    assert first["state"]["model"]["body.1.running_mean"].equal(first["own"])
+    run = trainer("mean-teacher", "l2i", None, normalized=True)
+    run.load_state_dict(first["state"])
+    evaluator = Evaluator(EvaluationConfig(), run.data.images, run.data.split, run.data.views)
+    figures = evaluator(STEPS, run.model, run.average.model)
+    assert 0 < figures["test_error_student"] < 1
+    assert first["figures"] == second["figures"] == figures
+    assert first["confusion"].equal(evaluator.confusion(run.model, "test"))
+    assert first["confusion"].sum() == SIZES["test"]
+
+
+def test_more_processes_than_images() -> None:
+    class Five:
+        rank, count, group = 0, 8, None
+
+    with pytest.raises(ValueError, match="labeled_batch must be at least the number of processes, 8, got 6"):
+        Batches(data(6), second_view=None, uses_holdout=False, seed=0, machine=MachineConfig(), processes=Five())
+    with pytest.raises(ValueError, match="processes must be at most the number of hold-out images, 7, got 8"):
+        Batches(data(6), second_view=None, uses_holdout=True, seed=0, machine=MachineConfig(), processes=Five())
+
+
+def test_an_example_that_is_twice_in_a_batch() -> None:
+    changes = LabelChanges(3)
+    before = torch.tensor([[1.0, 0.0]]).expand(5, 2)
+    moves = torch.tensor([0.1, 0.4, 0.4, 0.2, 0.3]).unsqueeze(1) * torch.tensor([-1.0, 1.0])
+    changes.add(1, torch.tensor([2, 0, 2, 0, 2]), before, before + moves)
+    assert changes.change.tolist() == pytest.approx([0.8, 0.0, 0.8])
+    assert changes.values[:, 4].tolist() == pytest.approx([0.6, 0.0, 0.6])
