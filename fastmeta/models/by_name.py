@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fastmeta.capture import capture_features
+from fastmeta.capture import capture_features, last_linear
 from fastmeta.models import libraries
 from fastmeta.models.conv_large import ConvLarge
 from fastmeta.models.conv_net import ConvNet
-from fastmeta.models.libraries import LibraryNet, Statistics, UnknownModel
+from fastmeta.models.libraries import Statistics, UnknownModel, first_line
 from fastmeta.models.mobilenet_v2 import MobileNetV2
 from fastmeta.models.normalize import IMAGENET, SYMMETRIC, Normalized
 from fastmeta.models.resnet import ResNet
@@ -64,7 +64,8 @@ def build_model(
 
     Args:
         name: one of :data:`NETS`; "auto", by the images' size; ``torchvision:NAME`` or ``timm:NAME``, without weights;
-            ``transformers:NAME_OR_FOLDER``, with its weights; or the folder of a run, with the weights it left.
+            ``transformers:NAME_OR_FOLDER`` or the folder alone, with its weights; or the folder of a run, with what it
+            left.
         num_classes: C; the last layer is new where the weights have another number.
         channels: 1 or 3.
         image_size: height and width in pixels.
@@ -116,35 +117,29 @@ def _of_channels(values: Sequence[float], channels: int) -> Sequence[float]:
 
 
 def _of_run(folder: Path, num_classes: int, channels: int, image_size: int, pretrained: str | None) -> nn.Module:
-    if pretrained is not None:
-        raise ValueError(f"pretrained must be left out with the folder of a run, {folder}, got {pretrained!r}")
     try:
         name = json.loads((folder / "config.json").read_text())["model"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {folder} must hold a run's config.json beside model.pt: {error}") from error
-    return build_model(
-        name, num_classes=num_classes, channels=channels, image_size=image_size, pretrained=str(folder / "model.pt")
-    )
+    pretrained = pretrained or str(folder / "model.pt")
+    return build_model(name, num_classes=num_classes, channels=channels, image_size=image_size, pretrained=pretrained)
 
 
 def _of_library(name: str, num_classes: int, channels: int, image_size: int, pretrained: str | None) -> nn.Module:
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3 for model {name}, got {channels}")
     library, _, inside = name.partition(":")
-    own = pretrained == "default"
-    made: LibraryNet
-    if library == "torchvision" and inside:
-        made = libraries.torchvision_net(inside, num_classes, image_size, with_weights=own)
-    elif library == "timm" and inside:
-        made = libraries.timm_net(inside, num_classes, image_size, with_weights=own)
-    elif library == "transformers" and inside:
-        if pretrained is not None:
-            raise ValueError(f"pretrained must be left out with {name}, which has its weights, got {pretrained!r}")
-        made = libraries.transformers_net(inside, num_classes)
-    elif Path(name).is_file():
-        raise UnknownModel(f"model must name a net, got a file; give --model NAME --pretrained {name}")
-    else:
+    if library not in libraries.LIBRARIES or not inside:
+        if Path(name).is_file():
+            raise UnknownModel(f"model must name a net, got a file; give --model NAME --pretrained {name}")
         raise libraries.unknown(name, ["auto", *NETS])
+    own = pretrained == "default"
+    try:
+        made = libraries.LIBRARIES[library](inside, num_classes, image_size, own)
+    except UnknownModel:
+        raise
+    except Exception as error:  # whatever they raise: a size that does not fit, a download that fails
+        raise ValueError(f"model {name} cannot be made: {first_line(error)}") from error
     model = Normalized(made.net, *made.statistics)
     weights = made.weights if own or pretrained is None else read_weights(pretrained)
     if weights is not None:
@@ -157,16 +152,22 @@ def _check(model: nn.Module, name: str, num_classes: int, channels: int, image_s
     """Raise unless a net of elsewhere takes the images and its last linear layer gives its logits."""
     if getattr(model.net, "aux_logits", False):
         raise ValueError(f"model {name} gives auxiliary logits in training, and not one [N, C]")
+    linear = f"model {name} must give logits [N, {num_classes}] by a last nn.Linear"
+    try:
+        last_linear(model)
+    except ValueError as error:
+        raise ValueError(f"{linear}: {first_line(error)}") from error
     trained = model.training
     model.eval()
     try:
         with capture_features(model) as tape:
             logits = model(torch.zeros(2, channels, image_size, image_size))
-    except Exception as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"model {name} cannot take images of {image_size} x {image_size} pixels: {cause}") from error
+    except Exception as error:  # whatever a net of elsewhere raises
+        raise ValueError(
+            f"model {name} cannot take images of {image_size} x {image_size} pixels: {first_line(error)}"
+        ) from error
     finally:
         model.train(trained)
     _, output = tape.calls[-1]
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes) or not output.equal(logits):
-        raise ValueError(f"model {name} must give logits [N, {num_classes}] by a last nn.Linear")
+        raise ValueError(linear)

@@ -2,7 +2,7 @@
 
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ def unknown(name: str, names: Sequence[str], prefix: str = "") -> UnknownModel:
     return UnknownModel(f"model must name a net, got {prefix + name!r}, which is none{hint}")
 
 
-def torchvision_net(name: str, num_classes: int, image_size: int, *, with_weights: bool) -> LibraryNet:
+def torchvision_net(name: str, num_classes: int, image_size: int, own_weights: bool) -> LibraryNet:
     """``torchvision:NAME``."""
     _package("torchvision", name)
     models = importlib.import_module("torchvision.models")
@@ -42,7 +42,7 @@ def torchvision_net(name: str, num_classes: int, image_size: int, *, with_weight
     sized = {"image_size": image_size} if name.startswith("vit_") else {}
     net = models.get_model(name, weights=None, num_classes=num_classes, **sized)
     weights, statistics = None, IMAGENET
-    if with_weights:
+    if own_weights:
         source = models.get_model_weights(name).DEFAULT
         weights = source.get_state_dict(progress=False, check_hash=True)
         transforms = source.transforms()
@@ -50,7 +50,7 @@ def torchvision_net(name: str, num_classes: int, image_size: int, *, with_weight
     return LibraryNet(net, statistics, weights)
 
 
-def timm_net(name: str, num_classes: int, image_size: int, *, with_weights: bool) -> LibraryNet:
+def timm_net(name: str, num_classes: int, image_size: int, own_weights: bool) -> LibraryNet:
     """``timm:NAME``."""
     timm = _package("timm", name)
     if not timm.is_model(name.split(".")[0]):
@@ -58,7 +58,7 @@ def timm_net(name: str, num_classes: int, image_size: int, *, with_weights: bool
     settings = timm.models.get_pretrained_cfg(name)
     fixed = settings is not None and settings.fixed_input_size
     sized = {"img_size": image_size} if fixed else {}
-    net = timm.create_model(name, pretrained=with_weights, num_classes=num_classes, **sized)
+    net = timm.create_model(name, pretrained=own_weights, num_classes=num_classes, **sized)
     statistics = IMAGENET if settings is None else (settings.mean, settings.std)
     return LibraryNet(net, statistics, None)
 
@@ -74,16 +74,15 @@ class _LogitsOnly(nn.Module):
         return self.net(pixel_values=images).logits
 
 
-def transformers_net(name: str, num_classes: int) -> LibraryNet:
-    """``transformers:NAME_OR_FOLDER``: an image classifier with its weights, and a new last layer if C is another."""
+def transformers_net(name: str, num_classes: int, image_size: int, own_weights: bool) -> LibraryNet:
+    """``transformers:NAME_OR_FOLDER``: an image classifier, always with its weights; its size is what it is."""
     transformers = _package("transformers", name)
     try:
         net, report = transformers.AutoModelForImageClassification.from_pretrained(
             name, num_labels=num_classes, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise UnknownModel(f"model transformers:{name} cannot be loaded: {cause}") from error
+        raise UnknownModel(f"model transformers:{name} cannot be loaded: {first_line(error)}") from error
     layer = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
     head = {
         f"{prefix}.{part}" for prefix, module in net.named_modules() if module is layer for part in ("weight", "bias")
@@ -98,6 +97,20 @@ def transformers_net(name: str, num_classes: int) -> LibraryNet:
         settings = {}
     mean, std = settings.get("image_mean"), settings.get("image_std")
     return LibraryNet(_LogitsOnly(net), IMAGENET if mean is None or std is None else (mean, std), None)
+
+
+LIBRARIES: dict[str, Callable[[str, int, int, bool], LibraryNet]] = {
+    "torchvision": torchvision_net,
+    "timm": timm_net,
+    "transformers": transformers_net,
+}
+"""By the prefix of a name: of the rest of the name, classes, image size, and whether to fetch the library's weights."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of elsewhere says, for one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _package(package: str, name: str) -> ModuleType:

@@ -24,14 +24,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"pretrained must be a file of weights, got {path}: no such file")
-    if path.suffix == ".safetensors":
-        held = _read_safetensors(path)
-    else:
-        try:
-            held = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
-            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"pretrained must be a state dict that torch.save wrote, got {path}: {cause}") from error
+    held = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     for name in _INSIDE:
         if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
             held = held[name]
@@ -42,6 +35,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if all(key.startswith(prefix) for key in weights):
             weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     return weights
+
+
+def _read_torch(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        cause = "it is no such file, or holds objects that are no tensors, which would run code"
+        raise ValueError(f"pretrained must be tensors that torch.save wrote, got {path}: {cause}") from error
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ValueError(
+            f"pretrained must be tensors that torch.save wrote, got {path}: it is damaged or cannot be read"
+        ) from error
 
 
 def _read_safetensors(path: Path) -> object:
