@@ -62,9 +62,7 @@ class Net(nn.Module):
     def __init__(self, normalized: bool) -> None:
         super().__init__()
         norm = nn.BatchNorm2d(4) if normalized else nn.GroupNorm(2, 4)
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 4, 3), norm, nn.Tanh(), nn.Conv2d(4, 6, 3), nn.Tanh(), nn.Flatten()
-        )
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Tanh(), nn.Conv2d(4, 6, 3), nn.Tanh(), nn.Flatten())
         self.fc = nn.Linear(24, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -187,9 +185,7 @@ def with_statistics(group: Group) -> dict[str, Any]:
     for _ in range(STEPS):
         run.train_step()
     own = run.model.body[1].running_mean.clone()
-    evaluator = Evaluator(
-        EvaluationConfig(), run.data.images, run.data.split, run.data.views, processes=run.processes
-    )
+    evaluator = Evaluator(EvaluationConfig(), run.data.images, run.data.split, run.data.views, processes=run.processes)
     run.synchronize()
     figures = evaluator(STEPS, run.model, run.average.model)
     confusion = evaluator.confusion(run.model, "test")
