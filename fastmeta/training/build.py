@@ -1,12 +1,15 @@
 """From settings to a trainer: what depends on the data is filled in, then everything is made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmeta.data import Images, Split, generator_for, make_split, open_images, record, views_for
+from fastmeta.data.cache import cache_folder
+from fastmeta.data.features import frozen_features, restore_head
 from fastmeta.models import automatic_model, build_model
 from fastmeta.ssl import BASES
 from fastmeta.training.batches import TrainingData
@@ -74,6 +77,15 @@ class Built:
     split: Split
     trainer: Trainer
     evaluator: Evaluator
+    whole: nn.Module | None = None
+    """The net whose last layer alone is trained; None where all of it is."""
+
+    def weights_for_use(self, trained: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The state of the whole net, from that of what was trained."""
+        if self.whole is None:
+            return trained
+        restore_head(self.whole, trained)
+        return self.whole.state_dict()
 
 
 def split_of(config: RunConfig, images: Images) -> Split:
@@ -119,10 +131,23 @@ def build(config: RunConfig, images: Images, processes: Processes | None = None)
     assert config.steps is not None
     assert config.image_size is not None
     model, views = _model(config, images), views_for(config.views, images.image_shape, config.image_size)
+    whole, seen = None, images
+    if config.trainable == "head":
+        whole = model
+        # In the cache, where the runs of all seeds and methods share them.
+        seen, views, model = frozen_features(
+            whole,
+            images,
+            views,
+            folder=cache_folder() / "features",
+            augmented=torch.cat([split.labeled, split.unlabeled]),
+            workers=config.machine.workers,
+            device=config.machine.device,
+        )
     trainer = Trainer(
         model,
         TrainingData(
-            images,
+            seen,
             split,
             views,
             labeled_batch=config.labeled_batch,
@@ -141,8 +166,8 @@ def build(config: RunConfig, images: Images, processes: Processes | None = None)
         machine=config.machine,
         processes=processes,
     )
-    evaluator = Evaluator(config.evaluation, images, split, views, machine=config.machine, processes=processes)
-    return Built(config, images, split, trainer, evaluator)
+    evaluator = Evaluator(config.evaluation, seen, split, views, machine=config.machine, processes=processes)
+    return Built(config, images, split, trainer, evaluator, whole)
 
 
 def _model(config: RunConfig, images: Images) -> nn.Module:

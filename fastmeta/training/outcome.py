@@ -49,7 +49,7 @@ def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, A
     }
     if processes.is_first:
         table = _unlabeled_table(run, label, confidence, weights)
-        write_checkpoint(folder / "model.pt", best["model"], fsync=True)
+        write_checkpoint(folder / "model.pt", dict(run.weights_for_use(best["model"])), fsync=True)
         write_json(folder / "details.json", _details(run, label, confidence, weights))
         write_text(folder / "unlabeled.csv", table)
         write_json(folder / "results.json", results, fsync=True)
