@@ -87,9 +87,11 @@ def checked_parts(
     kept = {part: places for part, places in parts.items() if len(places)}
     if "train" not in kept:
         raise DataError(f"{name}: no images found for training, got {_sizes(parts)}")
-    if len(targets) and int(targets.max()) >= len(classes):
-        place = int(targets.argmax())
-        raise DataError(f"{describe(place)}: label {int(targets[place])} is no class, expected 0 to {len(classes) - 1}")
+    if len(targets) and not -1 <= int(targets.min()) <= int(targets.max()) < len(classes):
+        place = int(targets.argmax() if int(targets.min()) >= -1 else targets.argmin())
+        raise DataError(
+            f"{describe(place)}: label {int(targets[place])} is no class, expected 0 to {len(classes) - 1}, or -1 for none"
+        )
     for part in ("validation", "test"):
         if part not in kept:
             continue

@@ -49,7 +49,7 @@ def open_images(
 
     Raises:
         DataError: nothing is there to be read, or it is inconsistent.
-        ImportError: a package that reads this is not installed.
+        MissingPackage: a package that reads this is not installed; a DataError and an ImportError.
         ValueError: an argument is out of range.
 
     >>> open_images("digits").image_shape
