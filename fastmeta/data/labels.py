@@ -89,9 +89,8 @@ def checked_parts(
         raise DataError(f"{name}: no images found for training, got {_sizes(parts)}")
     if len(targets) and not -1 <= int(targets.min()) <= int(targets.max()) < len(classes):
         place = int(targets.argmax() if int(targets.min()) >= -1 else targets.argmin())
-        raise DataError(
-            f"{describe(place)}: label {int(targets[place])} is no class, expected 0 to {len(classes) - 1}, or -1 for none"
-        )
+        expected = f"0 to {len(classes) - 1}, or -1 for none"
+        raise DataError(f"{describe(place)}: label {int(targets[place])} is no class, expected {expected}")
     for part in ("validation", "test"):
         if part not in kept:
             continue
