@@ -151,6 +151,7 @@ def test_pictures_alone(tmp_path):
         (["loose.png"], r"loose.png: in no class's folder"),
         (["train/a/1.png", "test/b/1.png", "test/c/1.png"], r"test: b, c: no class of train, expected a$"),
         (["train/a/1.png", "val/1.png"], r"val: 1.png: in no class's folder, expected val/<class>/1.png"),
+        (["train/a/1.png", "val/a/1.png", "valid/a/1.png"], "val and valid are one part, validation: expected one"),
         (["test/a/1.png"], "no images found, expected train/<class>/"),
     ],
 )
