@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.data.images import PARTS, DataError
+from fastmeta.data.names import printable
 
 PART_NAMES = {
     **{part: part for part in PARTS},
@@ -49,7 +50,7 @@ def class_name(label: str) -> str:
     >>> class_name(" cafe\u0301 ") == "caf\u00e9"
     True
     """
-    return unicodedata.normalize("NFC", label.strip())
+    return unicodedata.normalize("NFC", printable(label.strip()))
 
 
 def number_labels(

@@ -86,6 +86,14 @@ def test_an_accent_has_two_forms_and_one_class(tmp_path):
     assert images.targets.tolist() == [0, 1, 1]
 
 
+def test_a_name_that_is_no_text_is_spelled_out(tmp_path):
+    _write(tmp_path, os.fsdecode(b"ros\xe9/1.png"), os.fsdecode(b"b/caf\xe9.png"))
+    for images in (open_images(tmp_path), open_images(tmp_path, cache=False)):
+        assert _grays(images) == [10, 0]
+        assert images.classes == ("b", r"ros\xe9")
+        assert images.describe(0) == str(tmp_path / r"b/caf\xe9.png")
+
+
 def test_links_are_followed_and_a_link_back_up_is_not(tmp_path):
     elsewhere = _write(tmp_path / "elsewhere", "1.png", "2.png")
     root = _write(tmp_path / "data", "train/a/0.png", "train/c/0.png")
