@@ -7,11 +7,6 @@ from picture_folders import write_digits
 from fastmeta.data import DataError, ImageDataset, load_digits, make_split, open_images, record, save_images
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("FASTMETA_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 def test_digits_by_name():
     assert open_images("digits").get(torch.arange(1797)).equal(load_digits().images)
     larger = open_images("digits", image_size=16)
