@@ -235,6 +235,7 @@ class Trainer:
             "sums": self.processes.sum_(sums),
             "summed": self._summed,
             "skipped": self.skipped,
+            "unreadable": self.processes.joined(self.batches.unreadable),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,6 +255,7 @@ class Trainer:
         self._summed = state["summed"]
         self.skipped.copy_(state["skipped"])
         self.batches.close()
+        self.batches.unreadable = state["unreadable"]
 
     def _distributed(self, model: nn.Module) -> nn.Module:
         if self.processes.group is None:

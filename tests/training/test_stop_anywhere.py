@@ -16,8 +16,8 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from fastmeta.cli import main
-from fastmeta.data import ImageDataset
-from fastmeta.training import EvaluationConfig, MachineConfig, NotFinite, RunConfig, SplitConfig, command, train
+from fastmeta.data import ImageDataset, Stream, UnreadableImage
+from fastmeta.training import EvaluationConfig, MachineConfig, NotFinite, RunConfig, SplitConfig, build, command, train
 from fastmeta.training.checkpoints import CheckpointError
 from fastmeta.training.processes import launched
 from fastmeta.training.trainer import Trainer
@@ -297,6 +297,36 @@ def test_a_signal_saves_the_step_reached(tmp_path, uninterrupted, capfd, number,
     assert list(folder.glob("checkpoints/step-000000005*"))
     assert exit_code(command_line, folder) == 0
     assert_same(folder, uninterrupted(1))
+
+
+class WithoutOne(ImageDataset):
+    """One image cannot be read."""
+
+    lost = -1
+
+    def get(self, places):
+        if self.lost in places.tolist():
+            raise UnreadableImage(self.lost, self.describe(self.lost), "lost")
+        return super().get(places)
+
+
+def test_an_image_that_could_not_be_read_before_is_still_named(tmp_path):
+    config = dataclasses.replace(CONFIG, labels_per_class=22)
+    images = WithoutOne("noise", PIXELS, IMAGES.targets, 3)
+    labeled = build(config, IMAGES).split.labeled
+    first = Stream(IMAGES, labeled, batch_size=6, seed=config.seed, name="labeled")
+    images.lost = int(next(first).places[0])  # in the first batch, and in no other up to the last
+    results = train(config, tmp_path / "whole", images=images)
+    assert list(results["unreadable"]) == [images.describe(images.lost)]
+
+    def stop(step):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", images=images, on_step=stop)
+    train(config, tmp_path / "run", images=images)
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def not_finite(steps):
