@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmeta.ops.process_group import Group
 
-_TIMEOUT = timedelta(seconds=60)  # after which the others notice that one is gone
+TIMEOUT = timedelta(seconds=60)  # after which the others notice that one is gone
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def launched(device: str) -> Iterator[Processes]:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if device == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=_TIMEOUT, **_meeting())
+    torch.distributed.init_process_group(backend, timeout=TIMEOUT, **_meeting())
     try:
         yield Processes(torch.distributed.group.WORLD)
     finally:
@@ -110,7 +110,7 @@ def _meeting() -> dict[str, Any]:
     if given.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or given.get("GROUP_WORLD_SIZE") != "1":
         return {}
     store = torch.distributed.TCPStore(
-        given["MASTER_ADDR"], int(given["MASTER_PORT"]), is_master=False, timeout=_TIMEOUT
+        given["MASTER_ADDR"], int(given["MASTER_PORT"]), is_master=False, timeout=TIMEOUT
     )
     attempt = torch.distributed.PrefixStore(f"attempt-{given['TORCHELASTIC_RESTART_COUNT']}", store)
     return {"store": attempt, "rank": int(given["RANK"]), "world_size": int(given["WORLD_SIZE"])}
