@@ -65,6 +65,7 @@ class Batches:
         self.device = torch.device(machine.device)
         self.targets = data.images.targets.to(self.device)
         self._streams: dict[str, Stream] = {}
+        self._unreadable: dict[str, str] = {}  # of streams that are closed
         self._holdout: tuple[Tensor, Tensor] | None = None
         self._check()
 
@@ -106,7 +107,7 @@ class Batches:
         position = number * batch_size
         if name not in self._streams or self._streams[name].position != position:
             if name in self._streams:
-                self._streams[name].close()
+                self._close(name)
             self._streams[name] = Stream(
                 self.data.images,
                 getattr(self.data.split, name),
@@ -134,7 +135,13 @@ class Batches:
     @property
     def unreadable(self) -> dict[str, str]:
         """Images that could not be read so far, and why, by their names."""
-        return {name: cause for stream in self._streams.values() for name, cause in stream.unreadable.items()}
+        return self._unreadable | {
+            name: cause for stream in self._streams.values() for name, cause in stream.unreadable.items()
+        }
+
+    @unreadable.setter
+    def unreadable(self, known: dict[str, str]) -> None:
+        self._unreadable = dict(known)
 
     def positions(self, number: int) -> dict[str, int]:
         """The next example of each stream at batch ``number``: all that a resume needs."""
@@ -143,9 +150,12 @@ class Batches:
 
     def close(self) -> None:
         """End the processes that read images."""
-        for stream in self._streams.values():
-            stream.close()
-        self._streams.clear()
+        for name in list(self._streams):
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        self._unreadable |= self._streams[name].unreadable
+        self._streams.pop(name).close()
 
     def _check(self) -> None:
         holdout = len(self.data.split.holdout)

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+_TEMPORARY = ".partial"
+
 
 def replace(
     path: Path,
@@ -30,7 +32,7 @@ def replace(
         OSError: it could not be written; ``path`` is as it was, and no temporary file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -44,6 +46,12 @@ def replace(
             sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a process that was killed in :func:`replace` left in a folder."""
+    for path in folder.glob(f".*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -45,7 +45,7 @@ def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, A
         "split": run.split.sizes(),
         "confusion": confusion,
         "skipped_steps": int(trainer.skipped[0]),
-        "unreadable": processes.joined({**trainer.batches.unreadable, **evaluator.unreadable}),
+        "unreadable": dict(sorted(processes.joined({**trainer.batches.unreadable, **evaluator.unreadable}).items())),
     }
     if processes.is_first:
         table = _unlabeled_table(run, label, confidence, weights)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmeta.ops.process_group import Group
 
-_TIMEOUT = timedelta(seconds=60)  # after which the others notice that one is gone
+TIMEOUT = timedelta(seconds=60)  # after which the others notice that one is gone
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,26 @@ def launched(device: str) -> Iterator[Processes]:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
+    backend = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=TIMEOUT, **_meeting())
     try:
         yield Processes(torch.distributed.group.WORLD)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _meeting() -> dict[str, Any]:
+    """Where the processes find each other: nothing to say, but for restarts by torchrun on one machine.
+
+    It keeps one store for all attempts, in which new processes find the addresses of the dead (torch 2.13,
+    https://github.com/pytorch/pytorch/issues/135712): each attempt gets keys of its own. Agents on several machines
+    count their attempts differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun does it.
+    """
+    given = os.environ
+    if given.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or given.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store = torch.distributed.TCPStore(
+        given["MASTER_ADDR"], int(given["MASTER_PORT"]), is_master=False, timeout=TIMEOUT
+    )
+    attempt = torch.distributed.PrefixStore(f"attempt-{given['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": attempt, "rank": int(given["RANK"]), "world_size": int(given["WORLD_SIZE"])}

@@ -15,7 +15,7 @@ from fastmeta.data import Images
 from fastmeta.training.build import Built, build, load_images, record_of
 from fastmeta.training.checkpoints import Checkpoints
 from fastmeta.training.config import RunConfig
-from fastmeta.training.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
+from fastmeta.training.files import append_jsonl, read_json, read_jsonl, remove_temporaries, write_json, write_jsonl
 from fastmeta.training.optimizers import rate_at
 from fastmeta.training.outcome import write_outcome
 from fastmeta.training.processes import Processes
@@ -126,6 +126,7 @@ class _Loop:
             self.rows = state["rows"]
             self._timed = (self.trainer.step, 0.0, 0.0)
         if self.processes.is_first:
+            remove_temporaries(self.folder)
             write_json(self.folder / "config.json", self.record)
             write_jsonl(self.folder / "metrics.jsonl", self.rows)  # lines after the checkpoint are written again
             timing = [row for row in read_jsonl(self.folder / "timing.jsonl") if row["step"] <= self.trainer.step]

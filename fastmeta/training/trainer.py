@@ -91,9 +91,9 @@ class Trainer:
         self._decayed: list[Tensor] = list(decayed_parameters(model, self.optimizer_config))
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self.network = self._distributed(model)
         if self.machine.compile:
             model.compile()
-        self.network = self._distributed(model)
         if method is not None:
             method.method.to(self.device)
 
@@ -235,6 +235,7 @@ class Trainer:
             "sums": self.processes.sum_(sums),
             "summed": self._summed,
             "skipped": self.skipped,
+            "unreadable": self.processes.joined(self.batches.unreadable),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,6 +255,7 @@ class Trainer:
         self._summed = state["summed"]
         self.skipped.copy_(state["skipped"])
         self.batches.close()
+        self.batches.unreadable = state["unreadable"]
 
     def _distributed(self, model: nn.Module) -> nn.Module:
         if self.processes.group is None:
@@ -262,7 +264,13 @@ class Trainer:
             model, process_group=self.processes.group, gradient_as_bucket_view=True
         )
         network.broadcast_buffers = False  # train_step does, once: a base forwards several times
-        return network
+        # After its first backward pass DDP puts its buckets in another order, in which sums round differently. One
+        # without effect comes before all steps, so that those of a resumed run round as those of one that was not.
+        network.eval()
+        images = torch.zeros(1, *self.data.images.image_shape, device=self.device)
+        network(self.data.views.plain(images)).sum().backward()
+        self.optimizer.zero_grad()
+        return network.train()
 
     def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager[Any]:
         """Whether a backward pass leaves the gradients of the processes as they are."""
