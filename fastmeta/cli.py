@@ -257,13 +257,6 @@ class Doctor:
 
 
 _DESCRIPTION = "Meta-gradient semi-supervised learning. fastmeta --version prints the versions."
-Command = (
-    Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Predict, tyro.conf.subcommand("predict")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -275,6 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = (
         Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Train, tyro.conf.subcommand("train", default=_started_from(given))]
+        | Annotated[Predict, tyro.conf.subcommand("predict")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
     command = tyro.cli(commands, prog="fastmeta", description=_DESCRIPTION, args=given)  # type: ignore[call-overload]

@@ -19,7 +19,7 @@ import torch.distributed
 
 from bench import environment, files
 from bench.operators import RESULTS
-from bench.rows import Row
+from bench.rows import Row, warn_if_contended
 from bench.train import report
 from bench.train.measure import measure
 from bench.train.task import SHARED, TASKS, Task
@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
     files.write(folder / "train.json", results)
     (folder / "train.md").write_text(report.markdown(results))
     print("\n".join([*report.tables(rows), f"{results['seconds']:.0f} s; train.json, train.md in {folder}"]))
+    warn_if_contended(rows)
     return 0
 
 

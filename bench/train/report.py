@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from bench import text
 from bench.report import where
-from bench.rows import Row
+from bench.rows import Row, contended_share
 from bench.text import table_of
 from bench.train.stopwatch import PARTS
 
@@ -19,7 +19,8 @@ METHOD = (
 
 
 def markdown(results: Row) -> str:
-    lines = ["# Training", "", where(results["environment"]), "", METHOD, "", *tables(results["rows"])]
+    busy = f"Other processes ran during {100 * contended_share(results['rows']):.0f}% of the steps."
+    lines = ["# Training", "", where(results["environment"]), "", METHOD, "", busy, "", *tables(results["rows"])]
     if results["left_out"]:
         lines += ["Not measured: " + "; ".join(results["left_out"]) + ".", ""]
     return "\n".join(lines)

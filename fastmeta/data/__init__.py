@@ -14,6 +14,8 @@ from fastmeta.data.augment import (
 from fastmeta.data.digits import load_digits, split_digits
 from fastmeta.data.features import FeatureImages, FrozenFeatures, frozen_features, restore_head
 from fastmeta.data.images import DataError, ImageDataset, Images, UnreadableImage
+from fastmeta.data.memory_map import save_images
+from fastmeta.data.open import open_images, open_pictures
 from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.data.reading import Read, read_in_order
 from fastmeta.data.sampler import BatchSampler, StatelessSampler
@@ -46,9 +48,12 @@ __all__ = [
     "generator_for",
     "load_digits",
     "make_split",
+    "open_images",
+    "open_pictures",
     "read_in_order",
     "record",
     "restore_head",
+    "save_images",
     "split_digits",
     "views_for",
     "weak_augment",

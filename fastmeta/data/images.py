@@ -1,7 +1,7 @@
 """What a run looks at: images, their classes and their official parts, wherever they are stored."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -87,6 +87,7 @@ class ImageDataset:
         targets: ``[M]``, int64 classes; -1 where there is no label.
         classes: the names of the classes, or how many there are.
         parts: official parts by name, places ``[.]`` int64; None: everything is "train".
+        names: of the images; None: ``name[place]``.
 
     Raises:
         ValueError: the shapes, dtypes or ranges are not these.
@@ -102,6 +103,7 @@ class ImageDataset:
         targets: Tensor,
         classes: int | tuple[str, ...],
         parts: Mapping[str, Tensor] | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         if images.dim() != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
             raise ValueError(
@@ -110,7 +112,7 @@ class ImageDataset:
             )
         if targets.dtype != torch.int64 or targets.shape != images.shape[:1]:
             raise ValueError(f"targets must be int64 [{images.shape[0]}], got {targets.dtype} {list(targets.shape)}")
-        self.name, self.images, self.targets = name, images, targets
+        self.name, self.images, self.targets, self._names = name, images, targets, names
         self.classes = tuple(map(str, range(classes))) if isinstance(classes, int) else classes
         if len(targets) and not -1 <= int(targets.min()) <= int(targets.max()) < len(self.classes):
             raise ValueError(
@@ -135,4 +137,4 @@ class ImageDataset:
 
     def describe(self, place: int) -> str:
         """``digits[17]``."""
-        return f"{self.name}[{place}]"
+        return f"{self.name}[{place}]" if self._names is None else self._names[place]

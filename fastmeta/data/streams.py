@@ -69,7 +69,7 @@ class Stream:
         DataError: from ``next``: more is unreadable than ``max_unreadable``, or all that could replace an image.
         StopIteration: from ``next``: after ``steps`` batches.
 
-    >>> from fastmeta.data.images import ImageDataset
+    >>> from fastmeta.data import ImageDataset
     >>> images = ImageDataset("ten", torch.rand(10, 1, 8, 8), torch.arange(10) // 5, 2)
     >>> stream = Stream(images, torch.arange(10), batch_size=4, seed=0, name="unlabeled")
     >>> rows = [next(stream) for _ in range(3)]

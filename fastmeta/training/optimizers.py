@@ -48,7 +48,7 @@ def rate_at(config: ScheduleConfig, step: int, steps: int) -> float:
     """The factor of the peak learning rate at step ``step`` of ``steps``.
 
     >>> [round(rate_at(ScheduleConfig("cosine-7/16"), step, 10), 3) for step in (0, 5, 9)]
-    [1.0, 0.773, 0.327]
+    [1.0, 0.773, 0.328]
     >>> [rate_at(ScheduleConfig("steps", warm_up=2, milestones=(4,)), step, 8) for step in (0, 1, 2, 4)]
     [0.5, 1.0, 1.0, 0.1]
     """

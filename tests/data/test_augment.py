@@ -146,7 +146,7 @@ def test_crops_have_the_drawn_areas_and_ratios():
     y, x = torch.meshgrid(torch.arange(60.0) / 80, torch.arange(80.0) / 80, indexing="ij")
     source = torch.stack([x, y]).expand(2000, -1, -1, -1)
     result = RandomCrop(56, area=(0.25, 0.75), ratio=(0.8, 1.25))(source, random(2000)) * 80
-    inner = result[:, :, 14:42, 14:42]  # corners outside of the outermost pixels' centres are blended with 0
+    inner = result[:, :, 14:42, 14:42]  # nothing lies outside of the outermost pixels' centres
     wide = (inner[:, 0, 0, -1] - inner[:, 0, 0, 0]) * 56 / 27
     tall = (inner[:, 1, -1, 0] - inner[:, 1, 0, 0]) * 56 / 27
     share = wide.abs() * tall / (height * width)
@@ -180,6 +180,8 @@ def test_maps_compose_as_matrices_and_warp_is_torch_s():
     grid = functional.affine_grid(maps, [5, 3, 9, 12], align_corners=False)
     expected = functional.grid_sample(images, grid, align_corners=False)
     torch.testing.assert_close(warp(images, maps, (9, 12), fill=0.0), expected, atol=1e-5, rtol=0)
+    border = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(warp(images, maps, (9, 12), fill=None), border, atol=1e-5, rtol=0)
     inside = functional.grid_sample(torch.ones_like(images), grid, align_corners=False)
     filled = warp(images, maps, (9, 12), fill=0.5)
     torch.testing.assert_close(filled, expected + 0.5 * (1 - inside), atol=1e-5, rtol=0)
@@ -203,7 +205,7 @@ def test_strength_zero_of_a_cropped_picture_is_the_crop():
     flip = draws.uniform(3)[:, 2] < 0.5
     expected = crop(source, draws)
     expected = torch.where(flip.view(-1, 1, 1, 1), expected.flip(3), expected)
-    # borders differ: gray comes in there, and 0 in the weak crop
+    # gray comes in at the picture's border
     torch.testing.assert_close(result[:, :, 2:-2, 2:-2], expected[:, :, 2:-2, 2:-2], atol=1e-4, rtol=0)
 
 

@@ -39,8 +39,11 @@ def mirrored(maps: Tensor, flip: Tensor) -> Tensor:
     return torch.cat([left_to_right, maps[:, :, 1:]], dim=2)
 
 
-def warp(images: Tensor, maps: Tensor, size: tuple[int, int], *, fill: float) -> Tensor:
-    """``images`` resampled through ``maps``, bilinear, with ``fill`` outside. ``[n, channels, *size]`` float32."""
+def warp(images: Tensor, maps: Tensor, size: tuple[int, int], *, fill: float | None) -> Tensor:
+    """``images`` resampled through ``maps``, bilinear. ``[n, channels, *size]`` float32.
+
+    Outside of an image is ``fill``; None: its outermost pixels.
+    """
     count, channels = images.shape[:2]
     source = to_unit(images)
     if count == 0:
@@ -53,7 +56,8 @@ def warp(images: Tensor, maps: Tensor, size: tuple[int, int], *, fill: float) ->
         torch.add(along_columns, along_rows, out=grid[..., axis])
     if fill:  # grid_sample knows 0 outside
         source = source - fill if source is images else source.sub_(fill)
-    found = functional.grid_sample(source, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    padding = "border" if fill is None else "zeros"
+    found = functional.grid_sample(source, grid, mode="bilinear", padding_mode=padding, align_corners=False)
     return found.add_(fill) if fill else found
 
 

@@ -90,7 +90,7 @@ class RandomCrop:
         """Of ``[n, channels, height, width]`` in [0, 1] or uint8: ``[n, channels, size, size]`` float32 in [0, 1]."""
         canvas = to_canvas(images, self.size)
         maps = self.maps(canvas, random)
-        return warp(canvas, maps, (self.size, self.size), fill=0.0).clamp_(0, 1)
+        return warp(canvas, maps, (self.size, self.size), fill=None).clamp_(0, 1)
 
     def maps(self, images: Tensor, random: KeyedRandom) -> Tensor:
         """From places in the result to places in the picture. ``[n, 2, 3]``."""

@@ -1,0 +1,108 @@
+"""Opens images, whatever their path is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastmeta.data.arrays import as_asked
+from fastmeta.data.cache import GIGABYTES, cached
+from fastmeta.data.collection import Collection, DecodedImages
+from fastmeta.data.csv_table import collect_csv
+from fastmeta.data.digits import load_digits
+from fastmeta.data.folder import collect_files, collect_folder
+from fastmeta.data.images import DataError, Images
+from fastmeta.data.memory_map import INDEX, PIXELS, open_memory_map
+from fastmeta.data.npz import open_npz
+from fastmeta.data.shards import shards_below, stamp_of
+from fastmeta.data.webdataset import collect_tars
+
+_HUB = "huggingface:"
+
+
+def open_images(
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    mode: str | None = None,
+    cache: bool = True,
+    cache_gigabytes: float = GIGABYTES,
+) -> Images:
+    """The images at a path.
+
+    ============================ =====================================================================================
+    ``digits``                   scikit-learn's digits
+    a folder of pictures         ``train/<class>/``, and ``unlabeled/``, ``val/``, ``test/``; or class folders alone
+    ``*.csv``                    columns path, label and, optionally, part
+    ``*.parquet``, or a folder   the hub's schema: ``image`` or ``img`` and ``label``; parts by file or folder name
+    ``*.npz``                    ``images`` and ``labels``; ``test_images`` and so on for other parts
+    ``*.tar``, or a folder       webdataset's: ``key.jpg`` and ``key.cls``; parts by file name
+    a memory map                 a folder that :func:`~fastmeta.data.save_images` wrote
+    ``huggingface:name``         Hugging Face datasets, by name or path; ``huggingface:name:configuration``
+    ============================ =====================================================================================
+
+    Args:
+        path: as above.
+        image_size: that training crops to; pictures are decoded to a square of that side, or 8/7 of it above 96. None:
+            as suits the pictures, at most 224. Arrays of another size (npz) are resized, too.
+        mode: ``L`` (gray) or ``RGB``; None: gray where a sample of the pictures is gray. Others are converted.
+        cache: decode once, into a memory map in ``FASTMETA_CACHE`` or ``~/.cache/fastmeta``.
+        cache_gigabytes: above 96 pixels no more than that is stored.
+
+    Raises:
+        DataError: nothing is there to be read, or it is inconsistent.
+        ImportError: a package that reads this is not installed.
+        ValueError: an argument is out of range.
+
+    >>> open_images("digits").image_shape
+    (1, 8, 8)
+    """
+    if str(path) == "digits":
+        found = as_asked(load_digits(), image_size, mode, "digits")
+    elif str(path).startswith(_HUB):
+        from fastmeta.data.huggingface import collect_huggingface  # needs datasets
+
+        found = collect_huggingface(str(path)[len(_HUB) :])
+    else:
+        found = _found(Path(path).expanduser(), image_size, mode)
+    if not isinstance(found, Collection):
+        return found
+    images = DecodedImages(found, image_size, mode)
+    return cached(images, cache_gigabytes) if cache else images
+
+
+def open_pictures(
+    paths: Sequence[str | Path], *, image_size: int | None = None, mode: str | None = None
+) -> DecodedImages:
+    """Pictures without labels: files, and all that are in folders; their one part is "unlabeled".
+
+    Raises:
+        DataError: there are none, or a path does not exist.
+        ValueError: an argument is out of range.
+    """
+    return DecodedImages(collect_files([Path(path).expanduser() for path in paths]), image_size, mode)
+
+
+def _found(path: Path, image_size: int | None, mode: str | None) -> Images | Collection:
+    """What is at a path: pictures to decode, or images that need no decoding."""
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if path.is_file():
+        if suffix == ".csv":
+            return collect_csv(path)
+        if suffix == ".npz":
+            return as_asked(open_npz(path), image_size, mode, stamp_of([path]))
+    elif (path / INDEX).exists() and (path / PIXELS).exists():
+        return as_asked(open_memory_map(path), image_size, mode, stamp_of([path / PIXELS]))
+    for kind, collect in ((".parquet", _collect_parquet), (".tar", collect_tars)):
+        shards = shards_below(path, kind)
+        if shards:
+            return collect(path, shards)
+    if path.is_dir():
+        return collect_folder(path)
+    raise DataError(f"{path}: must be a folder, or a .csv, .parquet, .npz or .tar file")
+
+
+def _collect_parquet(path: Path, shards: list[Path]) -> Collection:
+    from fastmeta.data.parquet import collect_parquet  # needs pyarrow
+
+    return collect_parquet(path, shards)

@@ -1,0 +1,123 @@
+"""Parquet shards in the schema of Hugging Face's hub, read with pyarrow."""
+
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastmeta.data.collection import Collection
+from fastmeta.data.images import DataError, fingerprint_of
+from fastmeta.data.labels import checked_parts, class_name, number_labels
+from fastmeta.data.optional import optional
+from fastmeta.data.shards import RowNames, parts_of_shards, places_of_parts, stamp_of
+
+_IMAGES = ("image", "img", "images", "picture")
+_LABELS = ("label", "labels", "fine_label", "class")
+_KEPT = 8  # row groups a process keeps: neighbours are read together
+
+
+class OpenRow:
+    """Opens pictures in the rows of shards: bytes, or a struct of bytes and path.
+
+    A row's whole row group is read, and the last few are kept.
+    """
+
+    def __init__(self, shards: Sequence[Path], column: str, groups: Sequence[tuple[int, int, int]]) -> None:
+        self._shards, self._column = list(shards), column
+        self._group_of = [(shard, group) for shard, group, _ in groups]
+        self._starts = np.cumsum([0, *(rows for _, _, rows in groups)])
+        self._files: dict[int, Any] = {}
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+
+    def __call__(self, place: int) -> Image.Image:
+        """The picture of a row."""
+        number = int(np.searchsorted(self._starts, place, side="right")) - 1
+        value = self._read(number)[place - int(self._starts[number])].as_py()
+        content, path = (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
+        if content is not None:
+            return Image.open(io.BytesIO(content))
+        if path is None:
+            raise ValueError("there is no picture in this row")
+        return Image.open(self._shards[self._group_of[number][0]].parent / path)
+
+    def _read(self, number: int) -> Any:
+        if number not in self._kept:
+            shard, group = self._group_of[number]
+            if shard not in self._files:
+                self._files[shard] = _open(self._shards[shard])
+            table = self._files[shard].read_row_group(group, columns=[self._column], use_threads=False)
+            self._kept[number] = table.column(0)
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(number)
+        return self._kept[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}, "_kept": OrderedDict()}
+
+
+def collect_parquet(path: Path, shards: Sequence[Path]) -> Collection:
+    """The pictures of parquet shards: the columns ``image`` or ``img`` and ``label``, parts by the shards' names.
+
+    Classes are those that the hub's schema names, or else the labels of "train".
+
+    Raises:
+        DataError: a shard cannot be read, or has no such columns.
+        ImportError: pyarrow is not installed.
+    """
+    part_of = parts_of_shards(path, shards)
+    kept = list(part_of)
+    files = [_open(shard) for shard in kept]
+    images, label = _columns(kept[0], files[0].schema_arrow.names)
+    labels: list[Any] = []
+    groups: list[tuple[int, int, int]] = []
+    for number, file in enumerate(files):
+        if {images, label} - set(file.schema_arrow.names):
+            raise DataError(f"{kept[number]}: expected the columns {images} and {label}, got {file.schema_arrow.names}")
+        labels += file.read(columns=[label]).column(0).to_pylist()
+        meta = file.metadata
+        groups += [(number, group, meta.row_group(group).num_rows) for group in range(meta.num_row_groups)]
+    counts = [file.metadata.num_rows for file in files]
+    names = RowNames([str(shard) for shard in kept], counts)
+    parts = places_of_parts(list(part_of.values()), counts)
+    texts = ["" if value is None or value == -1 else class_name(str(value)) for value in labels]
+    classes = _class_names(files[0].schema_arrow.metadata, label)
+    if classes is None:
+        classes, targets = number_labels(texts, parts, names.__getitem__)
+    else:
+        targets = torch.tensor([-1 if value is None else value for value in labels], dtype=torch.int64)
+    parts = checked_parts(path.name, classes, targets, parts, names.__getitem__)
+    fingerprint = fingerprint_of(path.name, classes, [shard.name for shard in kept], counts, targets)
+    opener = OpenRow(kept, images, groups)
+    return Collection(path.name, classes, targets, parts, names, opener, fingerprint, stamp_of(kept))
+
+
+def _open(shard: Path) -> Any:
+    parquet = optional("pyarrow.parquet", "pyarrow", "parquet files")
+    try:
+        return parquet.ParquetFile(shard, memory_map=True)
+    except (ValueError, OSError) as error:  # pyarrow's own errors are among these
+        raise DataError(f"{shard}: must be a whole parquet file: {error}") from None
+
+
+def _columns(shard: Path, names: Sequence[str]) -> tuple[str, str]:
+    image = next((name for name in _IMAGES if name in names), None)
+    label = next((name for name in _LABELS if name in names), None)
+    if image is None or label is None:
+        raise DataError(f"{shard}: expected the columns image or img, and label, got {', '.join(names)}")
+    return image, label
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
+    """From the features that the hub's files carry."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(class_name(name) for name in features[label]["names"])
+    except (KeyError, TypeError, ValueError):
+        return None
