@@ -15,6 +15,7 @@ import tyro
 import fastmeta
 from fastmeta.presets import PRESETS, preset
 from fastmeta.presets.smoke import run_smoke
+from fastmeta.training.checkpoints import CheckpointError
 from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
 from fastmeta.training.config import MachineConfig, RunConfig
@@ -275,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = tyro.cli(commands, prog="fastmeta", description=_DESCRIPTION, args=given)  # type: ignore[call-overload]
     try:
         return command.run()
-    except (ValueError, ConfigMismatch, NotFinite, WorkerError) as error:
+    except (ValueError, CheckpointError, ConfigMismatch, NotFinite, WorkerError) as error:
         print(f"fastmeta: error: {_with_flag(str(error))}", file=sys.stderr)
         return 2
 

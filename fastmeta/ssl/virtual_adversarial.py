@@ -20,6 +20,7 @@ def virtual_adversarial_direction(
     xi: float = 1e-2,
     power_iterations: int = 1,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     r"""The direction in which a small step changes each prediction most, ``[N, ...]`` with rows of length 1.
 
@@ -33,9 +34,11 @@ def virtual_adversarial_direction(
     """
     _check(inputs, logits, xi, power_iterations)
     inputs = inputs.detach()
-    source = inputs.device if generator is None else generator.device
-    start = torch.randn(inputs.shape, dtype=inputs.dtype, device=source, generator=generator)
-    direction = _unit(start.to(inputs.device), otherwise=torch.zeros_like(inputs))
+    if start is None:
+        source = inputs.device if generator is None else generator.device
+        start = torch.randn(inputs.shape, dtype=inputs.dtype, device=source, generator=generator)
+    checks.shaped(start, "start", "[N, ...]", inputs.shape)
+    direction = _unit(start.to(inputs), otherwise=torch.zeros_like(inputs))
     random = RandomState([inputs.device])
     target = logits.detach().softmax(dim=1)
     for iteration in range(power_iterations):
@@ -62,6 +65,7 @@ def virtual_adversarial_loss(
     xi: float = 1e-2,
     power_iterations: int = 1,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     r"""How far the worst small change of the inputs moves the predictions: the paper's local smoothness.
 
@@ -101,6 +105,7 @@ def virtual_adversarial_loss(
         xi: length of the search's step, in the same units.
         power_iterations: 0 perturbs at random.
         generator: draws the start; None: the default one of the inputs' device.
+        start: the start itself, ``[N, ...]`` of any length; None: it is drawn.
 
     Raises:
         ValueError: a shape or number does not fit.
@@ -114,7 +119,7 @@ def virtual_adversarial_loss(
     """
     checks.number(radius, "radius", low=0.0)
     direction = virtual_adversarial_direction(
-        model, inputs, logits, xi=xi, power_iterations=power_iterations, generator=generator
+        model, inputs, logits, xi=xi, power_iterations=power_iterations, generator=generator, start=start
     )
     with frozen_statistics(model):
         moved = model(inputs + radius * direction)
@@ -183,8 +188,6 @@ class VirtualAdversarial:
             labeled_logits=labeled_logits,
             threshold=0.0 if refiner is not None and refiner.hard else None,
         )
-        # The default CPU generator is part of a checkpoint; those of other devices are not.
-        seed = int(torch.randint(2**62, ()))
         adversarial = virtual_adversarial_loss(
             model,
             images,
@@ -192,16 +195,22 @@ class VirtualAdversarial:
             radius=self.radius,
             xi=self.xi,
             power_iterations=self.power_iterations,
-            generator=torch.Generator(images.device).manual_seed(seed),
+            start=_start(images, batch),
         )
-        unlabeled = self.weight * adversarial + self.entropy_weight * conditional_entropy(logits)
-        labeled = functional.cross_entropy(labeled_logits, batch.targets)
-        total = batch.labeled_share * labeled + batch.joined_share * unlabeled + used.loss
+        unlabeled = batch.joined_share * (self.weight * adversarial + self.entropy_weight * conditional_entropy(logits))
         if refiner is not None:
             per_example = functional.cross_entropy(weak_logits, used.labels, reduction="none")
-            refined = (used.weights * per_example).mean()
-            total, unlabeled = total + batch.unlabeled_share * refined, unlabeled + refined
+            unlabeled = unlabeled + batch.unlabeled_share * (used.weights * per_example).mean()
+        labeled = batch.labeled_share * functional.cross_entropy(labeled_logits, batch.targets)
+        total = labeled + unlabeled + used.loss
         return StepLoss(total, labeled.detach(), unlabeled.detach(), weak_logits.detach().softmax(dim=1), used)
+
+
+def _start(images: Tensor, batch: TrainingBatch) -> Tensor | None:
+    """Each image's own draw, whatever batch and process it is in; None for a batch that has no keys."""
+    random = batch.random("adversarial direction")
+    columns = images[0].numel()
+    return None if random is None else torch.cat([part.normal(columns) for part in random]).view_as(images)
 
 
 def _unit(rows: Tensor, *, otherwise: Tensor) -> Tensor:

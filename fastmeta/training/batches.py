@@ -81,6 +81,9 @@ class Batches:
             index=unlabeled.index,
             labeled_share=self.processes.share(len(labeled.places), self.data.labeled_batch // parts),
             unlabeled_share=self.processes.share(len(unlabeled.places), self.data.unlabeled_batch // parts),
+            labeled_keys=labeled.keys,
+            unlabeled_keys=unlabeled.keys,
+            seed=self.seed,
         )
         if not self.uses_holdout:
             return batch
@@ -145,8 +148,13 @@ class Batches:
         self._streams.clear()
 
     def _check(self) -> None:
-        if self.uses_holdout and not len(self.data.split.holdout):
+        holdout = len(self.data.split.holdout)
+        if self.uses_holdout and not holdout:
             raise ValueError("split.holdout_per_class must be at least 1 for a method with hold-out labels, got 0")
+        if self.uses_holdout and holdout < self.processes.count:
+            raise ValueError(
+                f"processes must be at most the number of hold-out images, {holdout}, got {self.processes.count}"
+            )
         for name in ("labeled_batch", "unlabeled_batch", "holdout_batch"):
             size = getattr(self.data, name)
             if size is None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed
@@ -50,6 +51,13 @@ class Processes:
             torch.distributed.all_reduce(tensor, group=self.group)
         return tensor
 
+    def extremum_(self, tensor: Tensor, which: Literal["max", "min"]) -> Tensor:
+        """``tensor`` becomes its largest or smallest over the processes."""
+        if self.group is not None:
+            operation = torch.distributed.ReduceOp.MAX if which == "max" else torch.distributed.ReduceOp.MIN
+            torch.distributed.all_reduce(tensor, operation, group=self.group)
+        return tensor
+
     def broadcast_(self, tensors: list[Tensor]) -> None:
         """``tensors`` become those of the first process."""
         if self.group is None or not tensors:
@@ -58,6 +66,14 @@ class Processes:
         torch.distributed.broadcast(flat, 0, group=self.group)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
+
+    def joined(self, values: dict[str, str]) -> dict[str, str]:
+        """What any of them has; of one key, the value of the last."""
+        if self.group is None:
+            return values
+        parts: list[dict[str, str]] = [{}] * self.count
+        torch.distributed.all_gather_object(parts, values, group=self.group)
+        return {key: value for part in parts for key, value in part.items()}
 
     def part(self, count: int) -> slice:
         """This process's part of ``count`` things."""

@@ -26,8 +26,8 @@ class Trainer:
 
     Everything random is keyed by the seed and the step, so runs that differ only in their base or method share data
     order, initialization and augmentation, and what :meth:`state_dict` holds of the streams is their positions. On
-    several processes a step is that of one process on the joined batch, but for batch statistics and what is drawn
-    inside of a model or a base (dropout, the first direction of VAT).
+    several processes a step is that of one process on the joined batch, but for batch statistics and what a model draws
+    (dropout).
 
     Args:
         model: a classifier; images ``[N, channels, height, width]`` to logits ``[N, C]``.
@@ -100,7 +100,8 @@ class Trainer:
         self.step = 0
         self.label_changes = LabelChanges(len(data.split.unlabeled), self.device)
         self._truth = data.images.targets[data.split.unlabeled].to(self.device)
-        self._sums = torch.zeros(len(AVERAGES), device=self.device)
+        # One more: images whose label is known, of which the last two are shares.
+        self._sums = torch.zeros(len(AVERAGES) + 1, dtype=torch.float64, device=self.device)
         self._summed = 0
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
         """Steps without a finite loss: all of them, and those in a row up to now."""
@@ -186,25 +187,31 @@ class Trainer:
     @torch.no_grad()
     def _watch(self, batch: TrainingBatch, loss: StepLoss) -> None:
         zero = loss.total.new_zeros(())
-        values = [loss.total.detach(), loss.labeled, loss.unlabeled, zero, zero, zero]
+        # Of means the mean over the processes is wanted, of counts the sum.
+        means = [loss.total.detach(), loss.labeled, loss.unlabeled, zero]
+        counts = [zero, zero, zero]
         if loss.imputed is not None and loss.used is not None:
             truth = self._truth[batch.index]
-            known = (truth >= 0).float()
-            share = known / known.sum().clamp(min=1)
-            values[3] = loss.used.mask.mean()
-            values[4] = ((loss.imputed.argmax(dim=1) != truth) * share).sum()
-            values[5] = ((loss.used.soft.argmax(dim=1) != truth) * share).sum()
+            known = truth >= 0
+            means[3] = batch.unlabeled_share * loss.used.mask.mean()
+            wrong = [(labels.argmax(dim=1) != truth) & known for labels in (loss.imputed, loss.used.soft)]
+            counts = [wrong[0].sum(), wrong[1].sum(), known.sum()]
             if self.method is not None:
                 self.label_changes.add(self.step, batch.index, loss.imputed, loss.used.soft)
-        self._sums += torch.nan_to_num(torch.stack([value.float() for value in values]))
+        values = [mean.double() / self.processes.count for mean in means] + [count.double() for count in counts]
+        self._sums += torch.nan_to_num(torch.stack(values), posinf=0.0, neginf=0.0)
         self._summed += 1
 
     def averages(self) -> dict[str, float]:
         """Means of :data:`AVERAGES` over the steps since the last call, of all processes; this waits for the device."""
-        sums = self.processes.sum_(self._sums.clone()) / (self.processes.count * max(1, self._summed))
+        *sums, known = self.processes.sum_(self._sums.clone()).tolist()
+        steps, known = max(1, self._summed), max(1.0, known)
         self._sums.zero_()
         self._summed = 0
-        return dict(zip(AVERAGES, sums.tolist(), strict=True))
+        return {
+            name: total / (known if name.endswith("_error") else steps)
+            for name, total in zip(AVERAGES, sums, strict=True)
+        }
 
     def synchronize(self) -> None:
         """Running statistics and label changes become the same on all processes (those of the first, the largest)."""
@@ -215,7 +222,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on; tensors and plain values only. Every process calls it."""
         self.synchronize()
-        sums = torch.zeros(self.processes.count, len(AVERAGES), device=self.device)
+        sums = self._sums.new_zeros(self.processes.count, len(self._sums))
         sums[self.processes.rank] = self._sums
         return {
             "step": self.step,
@@ -242,8 +249,8 @@ class Trainer:
         sums: Tensor = state["sums"].to(self.device)
         if len(sums) == self.processes.count:
             self._sums = sums[self.processes.rank].clone()
-        else:  # of another number of processes: means of as many parts
-            self._sums = sums.mean(dim=0)
+        else:  # of another number of processes
+            self._sums = sums.sum(dim=0) * self.processes.is_first
         self._summed = state["summed"]
         self.skipped.copy_(state["skipped"])
         self.batches.close()
@@ -251,9 +258,11 @@ class Trainer:
     def _distributed(self, model: nn.Module) -> nn.Module:
         if self.processes.group is None:
             return model
-        return nn.parallel.DistributedDataParallel(
-            model, process_group=self.processes.group, broadcast_buffers=False, gradient_as_bucket_view=True
+        network = nn.parallel.DistributedDataParallel(
+            model, process_group=self.processes.group, gradient_as_bucket_view=True
         )
+        network.broadcast_buffers = False  # train_step does, once: a base forwards several times
+        return network
 
     def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager[Any]:
         """Whether a backward pass leaves the gradients of the processes as they are."""
