@@ -56,6 +56,8 @@ class RunPage:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     pictures: dict[str, str] = field(default_factory=dict)
     known_truths: int = 0
+    weighted: int = 0
+    low_weights: int = 0
     notes: list[str] = field(default_factory=list)
 
     def part(self, what: str, make: Callable[[], T], otherwise: T) -> T:
@@ -136,6 +138,8 @@ def _read(run: RunFolder, name: str) -> RunPage:
         "unreadable files", lambda: sorted((run.results or {}).get("unreadable", {}).items()), []
     )
     page.examples = page.part("the unlabeled images", lambda: sections.examples_of(run.unlabeled()), page.examples)
+    weights = [example.weight for example in page.examples if example.weight is not None]
+    page.weighted, page.low_weights = len(weights), sum(weight < 0.5 for weight in weights)
     page.known_truths = sum(bool(example.truth) for example in page.examples)
     return page
 
