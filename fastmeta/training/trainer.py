@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmeta import graph
 from fastmeta.data import generator_for
-from fastmeta.ssl import Algorithm, Refiner, StepLoss, TrainingBatch
+from fastmeta.ssl import Algorithm, MixUpConsistency, Refiner, StepLoss, TrainingBatch
+from fastmeta.ssl.base import own_precision
 from fastmeta.training.batches import Batches, TrainingData
 from fastmeta.training.config import AverageConfig, MachineConfig, OptimizerConfig, ScheduleConfig
 from fastmeta.training.ema import ExponentialMovingAverage
@@ -92,10 +94,14 @@ class Trainer:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         if self.machine.compile:
+            _refuse_compile(base, method)
             model.compile()
         self.network = self._distributed(model)
         if method is not None:
             method.method.to(self.device)
+        if self.machine.graph:
+            _refuse_graph(method, self.processes)
+            graph(method.method, copy=False)
 
         self.step = 0
         self.label_changes = LabelChanges(len(data.split.unlabeled), self.device)
@@ -157,14 +163,15 @@ class Trainer:
             imputed = self.model(batch.second).softmax(dim=1)
         elif refiner.view == "learned" and batch.second is not None:
             learned = batch.second
-        refined = refiner.method.refine(
-            model=self.model,
-            unlabeled=learned,
-            labels=imputed,
-            holdout=batch.labeled,
-            targets=batch.targets,
-            index=batch.index,
-        )
+        with own_precision(refiner, learned):
+            refined = refiner.method.refine(
+                model=self.model,
+                unlabeled=learned,
+                labels=imputed,
+                holdout=batch.labeled,
+                targets=batch.targets,
+                index=batch.index,
+            )
         return refined.loss
 
     def _update(self, finite: Tensor) -> None:
@@ -272,6 +279,26 @@ class Trainer:
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.machine.precision == "bfloat16")
+
+
+def _refuse_compile(base: Algorithm, method: Refiner | None) -> None:
+    if isinstance(base, MixUpConsistency) and method is not None and method.method.update.needs_graph:
+        raise ValueError(
+            "machine.compile must be False for mix-up-consistency with a method whose loss has a gradient: its pass in "
+            "evaluation mode needs the running statistics that a compiled pass in training mode writes, got True"
+        )
+
+
+def _refuse_graph(method: Refiner | None, processes: Processes) -> None:
+    if method is None or method.passes == "own":
+        reason = "without a method that works on the last layer's features"
+    elif method.scheduled is not None:
+        reason = f"with a method whose {method.scheduled} changes at every step"
+    elif processes.group is not None:
+        reason = f"on {processes.count} processes"
+    else:
+        return
+    raise ValueError(f"machine.graph must be False {reason}, got True")
 
 
 @torch.no_grad()
