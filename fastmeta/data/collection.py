@@ -75,7 +75,8 @@ class DecodedImages:
             modes, sizes = _sampled(collection)
             image_size = suitable_size(sizes) if image_size is None else image_size
             mode = suitable_mode(modes) if mode is None else mode
-        self.collection, self.mode, self.canvas = collection, mode, canvas_of(image_size)
+        self.collection, self.image_size, self.mode = collection, image_size, mode
+        self.canvas = canvas_of(image_size)
         self.name, self.classes, self.targets = collection.name, collection.classes, collection.targets
         self.parts, self.fingerprint = collection.parts, collection.fingerprint
         self.image_shape: tuple[int, ...] = (1 if mode == "L" else 3, self.canvas, self.canvas)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastmeta.data.arrays import as_asked
-from fastmeta.data.cache import GIGABYTES, cached
 from fastmeta.data.collection import Collection, DecodedImages
 from fastmeta.data.csv_table import collect_csv
+from fastmeta.data.decoded_once import GIGABYTES, decoded_once
 from fastmeta.data.digits import load_digits
 from fastmeta.data.folder import collect_files, collect_folder
 from fastmeta.data.images import DataError, Images
@@ -66,7 +66,7 @@ def open_images(
     if not isinstance(found, Collection):
         return found
     images = DecodedImages(found, image_size, mode)
-    return cached(images, cache_gigabytes) if cache else images
+    return decoded_once(images, cache_gigabytes) if cache else images
 
 
 def open_pictures(

@@ -81,9 +81,9 @@ def write_text(path: Path, text: str, *, fsync: bool = False) -> None:
     replace(path, lambda file: file.write(text.encode()), fsync=fsync)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, fsync: bool = False) -> None:
     """Write ``value`` as indented JSON."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n", fsync=fsync)
 
 
 def read_json(path: Path) -> Any:
@@ -97,8 +97,8 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read one JSON object per line; nothing if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Read one JSON object per line, but for a last one that was cut off; nothing if there is no such file."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fastmeta.methods import ExampleWeights, ImputeAndWeight
 from fastmeta.training.build import Built
-from fastmeta.training.files import read_jsonl, replace, write_checkpoint, write_json
+from fastmeta.training.files import write_checkpoint, write_json, write_text
 from fastmeta.training.processes import Processes
 
 _MOST_CLASSES = 100  # of a confusion matrix
@@ -36,7 +35,6 @@ def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, A
         confusion = {"part": part, "counts": evaluator.confusion(model, part).tolist()}
     method = None if trainer.method is None else trainer.method.method
     weights = method.weights.tolist() if isinstance(method, (ExampleWeights, ImputeAndWeight)) else None
-    timing = read_jsonl(folder / "timing.jsonl")
     results: dict[str, Any] = {
         "base": config.base,
         "method": config.method,
@@ -44,7 +42,6 @@ def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, A
         "labels": config.labels_per_class,
         **evaluator.reported(),
         "report": evaluator.report,
-        "seconds_per_step": statistics.median(row["seconds_per_step"] for row in timing) if timing else None,
         "split": run.split.sizes(),
         "confusion": confusion,
         "skipped_steps": int(trainer.skipped[0]),
@@ -52,10 +49,10 @@ def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, A
     }
     if processes.is_first:
         table = _unlabeled_table(run, label, confidence, weights)
-        write_checkpoint(folder / "model.pt", best["model"])
+        write_checkpoint(folder / "model.pt", dict(run.weights_for_use(best["model"])), fsync=True)
         write_json(folder / "details.json", _details(run, label, confidence, weights))
-        replace(folder / "unlabeled.csv", lambda file: file.write(table.encode()))
-        write_json(folder / "results.json", results)
+        write_text(folder / "unlabeled.csv", table)
+        write_json(folder / "results.json", results, fsync=True)
     return results
 
 

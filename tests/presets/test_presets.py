@@ -47,10 +47,9 @@ def test_an_unknown_preset_is_refused():
         preset("imagenet")
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_smoke(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("resnet-50")])
+def test_smoke(name, tmp_path):
     """On a smaller net and smaller images than the preset's own."""
-    monkeypatch.setattr(smoke, "CLASSES", 20)
     config = dataclasses.replace(preset(name), model="conv-net", image_size=24)
     layouts = ["folder", "parquet"] if smoke._has_pyarrow() else ["folder"]
     results = smoke.run_smoke(config, tmp_path)
