@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta import graph
 from fastmeta.data import generator_for
-from fastmeta.ssl import Algorithm, MixUpConsistency, Refiner, StepLoss, TrainingBatch
+from fastmeta.ssl import Algorithm, Refiner, StepLoss, TrainingBatch
 from fastmeta.ssl.base import own_precision
 from fastmeta.training.batches import Batches, TrainingData
 from fastmeta.training.config import AverageConfig, MachineConfig, OptimizerConfig, ScheduleConfig
 from fastmeta.training.ema import ExponentialMovingAverage
 from fastmeta.training.label_changes import LabelChanges
+from fastmeta.training.machine import capture_steps, refuse_compile, refuse_synchronized
 from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer, rate_at
 from fastmeta.training.processes import Processes
 
@@ -86,6 +86,7 @@ class Trainer:
         if self.machine.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.machine.batch_norm == "synchronized" and self.processes.group is not None:
+            refuse_synchronized(method)
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.processes.group)
         self.model: nn.Module = model
         self.average = ExponentialMovingAverage(model, average or AverageConfig())
@@ -94,14 +95,13 @@ class Trainer:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         if self.machine.compile:
-            _refuse_compile(base, method)
+            refuse_compile(base, method)
             model.compile()
         self.network = self._distributed(model)
         if method is not None:
             method.method.to(self.device)
         if self.machine.graph:
-            _refuse_graph(method, self.processes)
-            graph(method.method, copy=False)
+            capture_steps(method, self.processes)
 
         self.step = 0
         self.label_changes = LabelChanges(len(data.split.unlabeled), self.device)
@@ -279,26 +279,6 @@ class Trainer:
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.machine.precision == "bfloat16")
-
-
-def _refuse_compile(base: Algorithm, method: Refiner | None) -> None:
-    if isinstance(base, MixUpConsistency) and method is not None and method.method.update.needs_graph:
-        raise ValueError(
-            "machine.compile must be False for mix-up-consistency with a method whose loss has a gradient: its pass in "
-            "evaluation mode needs the running statistics that a compiled pass in training mode writes, got True"
-        )
-
-
-def _refuse_graph(method: Refiner | None, processes: Processes) -> None:
-    if method is None or method.passes == "own":
-        reason = "without a method that works on the last layer's features"
-    elif method.scheduled is not None:
-        reason = f"with a method whose {method.scheduled} changes at every step"
-    elif processes.group is not None:
-        reason = f"on {processes.count} processes"
-    else:
-        return
-    raise ValueError(f"machine.graph must be False {reason}, got True")
 
 
 @torch.no_grad()

@@ -15,11 +15,12 @@ import fastmeta
 from fastmeta.ops.solve import conjugate_gradient as solver
 from fastmeta.problem.random_state import RandomState
 from fastmeta.ssl import MixUpConsistency, TrainingBatch
-from fastmeta.training import trainer as trainer_module
+from fastmeta.training import machine as machine_module
 from fastmeta.training.config import MachineConfig
+from fastmeta.training.machine import capture_steps, refuse_compile, refuse_synchronized
 from fastmeta.training.processes import Processes
 from fastmeta.training.recipes import METHODS
-from fastmeta.training.trainer import Trainer, _refuse_compile, _refuse_graph
+from fastmeta.training.trainer import Trainer
 
 LAST_LAYER = [name for name, recipe in METHODS.items() if recipe.make is not None and recipe.passes == "shared"]
 
@@ -58,7 +59,7 @@ def test_a_step_waits_for_no_device(base: str, method: str, monkeypatch: pytest.
 def test_steps_of_a_captured_method(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tape = Tape()
     monkeypatch.setattr(solver, "capturing", lambda tensor: tape.recording)
-    monkeypatch.setattr(trainer_module, "graph", functools.partial(fastmeta.graph, recorder=tape))
+    monkeypatch.setattr(machine_module, "graph", functools.partial(fastmeta.graph, recorder=tape))
     machine = MachineConfig()
     object.__setattr__(machine, "graph", True)  # which is refused on the CPU
     if METHODS[method].scheduled is not None:
@@ -126,10 +127,14 @@ def test_what_is_refused() -> None:
         return METHODS[name].build(10, CLASSES)
 
     with pytest.raises(ValueError, match=r"machine.compile must be False for mix-up-consistency with a method whose"):
-        _refuse_compile(MixUpConsistency(), refiner("l2i"))
-    _refuse_compile(MixUpConsistency(), refiner("meta-gradient"))
+        refuse_compile(MixUpConsistency(), refiner("l2i"))
+    refuse_compile(MixUpConsistency(), refiner("meta-gradient"))
     for method in (None, refiner("l2i-jvp")):
         with pytest.raises(ValueError, match=r"machine.graph must be False without a method that works on the last"):
-            _refuse_graph(method, Processes())
+            capture_steps(method, Processes())
+    with pytest.raises(ValueError, match=r"machine.batch_norm must be per-process for a method with how='jvp'"):
+        refuse_synchronized(refiner("l2i-jvp"))
+    for name in ("l2i", "meta-gradient-finite-difference"):
+        refuse_synchronized(refiner(name))
     with pytest.raises(ValueError, match=r"machine.graph must be False on the CPU"):
         MachineConfig(graph=True)

@@ -10,11 +10,12 @@ import forked
 import pytest
 import torch
 from small_trainers import CASES, SIZES, STEPS, data, trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta.ops.process_group import Group
 from fastmeta.training.batches import Batches
-from fastmeta.training.config import EvaluationConfig, MachineConfig
+from fastmeta.training.config import AverageConfig, EvaluationConfig, MachineConfig
+from fastmeta.training.ema import ExponentialMovingAverage
 from fastmeta.training.evaluation import Evaluator
 from fastmeta.training.label_changes import LabelChanges
 from fastmeta.training.recipes import METHODS
@@ -122,7 +123,14 @@ def several(group: Group) -> dict[str, Any]:
         first[base, method] = run.state_dict()
     machine = MachineConfig(accumulation=3)
     parts = {method: trained(group, "fixmatch", method, machine) for method in ("none", "example-weights")}
-    return {"first": first, "parts": parts, "statistics": with_statistics(group)}
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(2)), group)
+    average = ExponentialMovingAverage(synchronized, AverageConfig()).model
+    return {
+        "first": first,
+        "parts": parts,
+        "statistics": with_statistics(group),
+        "same group": average[0].process_group is group,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +152,11 @@ def test_a_step_in_parts(two: list[dict[str, Any]]) -> None:
         wanted = trained(None, "fixmatch", method, machine)
         for part in two:
             assert_alike(part["parts"][method], wanted, method)
+
+
+def test_an_average_of_synchronized_statistics(two: list[dict[str, Any]]) -> None:
+    """A group cannot be copied; a forward pass would need a GPU."""
+    assert [part["same group"] for part in two] == [True, True]
 
 
 def test_running_statistics_and_errors_are_the_same_on_all(two: list[dict[str, Any]]) -> None:
