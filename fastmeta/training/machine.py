@@ -27,8 +27,8 @@ def refuse_synchronized(method: Refiner | None) -> None:
     how = "last_layer" if method is None else method.method.derivative.how
     if how not in ("last_layer", "last_layer_difference", "finite_difference", "forward_difference"):
         raise ValueError(
-            f"machine.batch_norm must be per-process for a method with how={how!r}, which SyncBatchNorm has no derivative "
-            "for, got 'synchronized'"
+            f"machine.batch_norm must be per-process for a method with how={how!r}, which SyncBatchNorm has no "
+            "derivative for, got 'synchronized'"
         )
 
 
