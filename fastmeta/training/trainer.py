@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.data import generator_for
+from fastmeta.ops.process_group import sum_over
 from fastmeta.ssl import Algorithm, Refiner, StepLoss, TrainingBatch
 from fastmeta.ssl.base import own_precision
 from fastmeta.training.batches import Batches, TrainingData
@@ -187,9 +188,10 @@ class Trainer:
 
     def _average_gradients(self) -> None:
         """What DistributedDataParallel does in its own backward, for a loss whose passes do not go through it."""
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                self.processes.sum_(parameter.grad).div_(self.processes.count)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if self.processes.group is not None and gradients:
+            summed = sum_over(gradients, self.processes.group)
+            torch._foreach_copy_(gradients, torch._foreach_div(summed, self.processes.count))
 
     @torch.no_grad()
     def _watch(self, batch: TrainingBatch, loss: StepLoss) -> None:
