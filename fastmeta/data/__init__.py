@@ -12,6 +12,7 @@ from fastmeta.data.augment import (
     weak_augment,
 )
 from fastmeta.data.digits import load_digits, split_digits
+from fastmeta.data.features import FeatureImages, FrozenFeatures, frozen_features, restore_head
 from fastmeta.data.images import DataError, ImageDataset, Images, UnreadableImage
 from fastmeta.data.memory_map import save_images
 from fastmeta.data.open import open_images, open_pictures
@@ -26,6 +27,8 @@ __all__ = [
     "Augmentation",
     "BatchSampler",
     "DataError",
+    "FeatureImages",
+    "FrozenFeatures",
     "ImageDataset",
     "Images",
     "KeyedRandom",
@@ -41,6 +44,7 @@ __all__ = [
     "StrongPicture",
     "UnreadableImage",
     "Views",
+    "frozen_features",
     "generator_for",
     "load_digits",
     "make_split",
@@ -48,6 +52,7 @@ __all__ = [
     "open_pictures",
     "read_in_order",
     "record",
+    "restore_head",
     "save_images",
     "split_digits",
     "views_for",
