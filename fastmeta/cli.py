@@ -137,9 +137,12 @@ class Train(RunConfig):
         if self.smoke:
             if self.preset is None:
                 raise ValueError(f"preset must be one of {', '.join(PRESETS)} with smoke, got none")
-            for layout, results in run_smoke(run, out).items():
-                print(f"{self.preset}, {layout}: {results['step']} steps, loss finite, results written")
-            return 0
+            results = run_smoke(run, out)
+            for layout, found in results.items():
+                errors = " and ".join(f"{100 * found[f'validation_{name}']:.0f}%" for name in ("error", "top5_error"))
+                skipped = f"{found['skipped_steps']} of them without a finite loss"
+                print(f"{self.preset}, {layout}: {found['step']} steps, {skipped}; top-1 and top-5 error {errors}")
+            return 1 if any(found["skipped_steps"] for found in results.values()) else 0
         if out is None:
             labels = "" if run.labels_per_class is None else f"-{run.labels_per_class}-per-class"
             data = Path(run.data).stem

@@ -4,7 +4,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,6 +47,9 @@ def stored(
                     write(folder)
                     found = read(folder)
     except OSError as error:
+        found = read(folder)
+        if found is not None:  # another machine, whose lock is not seen here, was faster
+            return found
         warnings.warn(
             f"{folder} cannot be written ({error}): pictures are decoded each time they are read; FASTMETA_CACHE names "
             "another folder",
@@ -62,5 +65,6 @@ def _alone(folder: Path) -> Iterator[None]:
     import fcntl
 
     with open(folder.parent / f".{folder.name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError):  # file systems without locks: several may write, and one of them is kept
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -39,11 +39,10 @@ def collect_csv(path: Path) -> Collection:
             raise DataError(f"{describe(place)}: part must be one of {', '.join(PARTS)}, got {asked!r}")
         places[PART_NAMES[asked]].append(place)
     names = [os.path.normpath(path.absolute().parent / name) for name in relative]
-    _check_paths(path, lines, names)
+    status = _status(path, lines, names)
     parts = {part: torch.tensor(where, dtype=torch.int64) for part, where in places.items()}
     classes, targets = number_labels(labels, parts, describe)
     parts = checked_parts(path.name, classes, targets, parts, describe)
-    status = [os.stat(name) for name in names]
     sizes = torch.tensor([one.st_size for one in status])
     times = torch.tensor([one.st_mtime_ns for one in status])
     opened = Names(names)
@@ -75,12 +74,19 @@ def _columns(header: str, delimiter: str) -> set[str]:
     return {name.strip().strip('"').lower() for name in header.split(delimiter)}
 
 
-def _check_paths(path: Path, lines: list[int], names: list[str]) -> None:
+def _status(path: Path, lines: list[int], names: list[str]) -> list[os.stat_result]:
+    """Of each file; that all are there, once, is checked."""
     first: dict[str, int] = {}
+    missing: list[str] = []
+    found: list[os.stat_result] = []
     for place, name in enumerate(names):
         if name in first:
             raise DataError(f"{path}: {name} is there twice, in lines {lines[first[name]]} and {lines[place]}")
         first[name] = place
-    missing = [name for name in names if not os.path.exists(name)]
+        try:
+            found.append(os.stat(name))
+        except OSError:
+            missing.append(name)
     if missing:
         raise DataError(f"{path}: {len(missing)} of {len(names)} files are missing: {shown(missing)}")
+    return found

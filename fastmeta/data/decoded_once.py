@@ -48,7 +48,7 @@ def decoded_once(images: DecodedImages, gigabytes: float = GIGABYTES) -> Images:
             return MappedImages(
                 found.name, folder, found.classes, found.targets, found.parts, found.names, found.fingerprint, failed
             )
-        except (FileNotFoundError, ValueError, KeyError):  # DataError is a ValueError
+        except (OSError, ValueError, KeyError):  # DataError is a ValueError
             return None
 
     return stored(cache_folder() / f"{images.name}-{key}", size, read, write) or images

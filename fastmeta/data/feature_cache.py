@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from fastmeta.data.reading import read_in_order
 
 KINDS = ("weak", "strong")
 _STORED = (torch.float32, torch.float16)
+# Numbers of the images in a batch. On the CPU large activations are slow: their memory is fetched anew each time.
+_VALUES = {"cpu": 2**21, "cuda": 2**25}
 _SECONDS = 20.0  # at most this much work is lost with a killed process
 
 
@@ -50,13 +53,16 @@ def cache_features(
     augmented: Tensor,
     views_per_image: int,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     workers: int,
     device: torch.device,
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None],
 ) -> FeatureCache:
     """The features, from the file or computed; the arguments are those of :func:`fastmeta.data.frozen_features`."""
+    if batch_size is None:
+        values = _VALUES["cuda" if device.type == "cuda" else "cpu"]
+        batch_size = max(1, min(512, values // math.prod(images.image_shape)))
     for name, value in (("views_per_image", views_per_image), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -92,7 +98,7 @@ def _compute(
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Go on from what ``record`` says is in ``part``."""
-    held = _read_record(record) if part.is_file() else {"done": 0, "unreadable": {}}
+    held: dict[str, Any] = _read_record(record) if part.is_file() else {"done": 0, "unreadable": {}}
     done, total = held["done"], len(images)
     if done == 0:
         part.unlink(missing_ok=True)
@@ -102,7 +108,7 @@ def _compute(
     writer.model.to(writer.device).eval()
     try:
         with part.open("r+b" if done else "w+b") as file:
-            file.truncate(writer.bytes(total))  # holes, which are zeros, where images cannot be read
+            file.truncate(writer.file_size(total))  # holes, which are zeros, where images cannot be read
             rest = torch.arange(done, total)
             for read in read_in_order(images, rest, batch_size=writer.images_at_once, workers=workers):
                 expected = torch.arange(done, min(total, done + writer.images_at_once))
@@ -140,7 +146,7 @@ class _Writer:
         self.images_at_once = batch_size
         self.row = last_linear(model)[0].in_features * dtype.itemsize
 
-    def bytes(self, total: int) -> int:
+    def file_size(self, total: int) -> int:
         """Of the whole file."""
         return (total + len(KINDS) * self.count * len(self.augmented)) * self.row
 
@@ -165,6 +171,8 @@ class _Writer:
 
     @torch.no_grad()
     def _features(self, inputs: Tensor) -> Tensor:
+        if inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)  # the faster one for convolutions
         with capture_features(self.model) as tape:
             logits = self.model(inputs)
         features, output = tape.calls[-1]

@@ -58,7 +58,7 @@ class FeatureImages:
 
 
 class CachedView:
-    """One view of each image, ``[n]`` places to features ``[n, D]`` float32: of several by the example's number.
+    """One view of each image, ``[n]`` places to features ``[n, D]`` float32; of several by the example's number.
 
     Args:
         features: ``[R, D]``; a memory map, or on the device of training.
@@ -69,14 +69,14 @@ class CachedView:
     def __init__(self, features: Tensor, first: Tensor, count: int) -> None:
         self.features, self.first, self.count = features, first, count
 
-    def __call__(self, places: Tensor, random: KeyedRandom | None = None) -> Tensor:
-        """The features; ``random`` chooses where there are several."""
-        rows = self.first.to(places.device)[places]
+    def __call__(self, images: Tensor, random: KeyedRandom | None = None) -> Tensor:
+        """The features of ``images``, as :meth:`FeatureImages.get` gives them; ``random`` chooses among several."""
+        rows = self.first.to(images.device)[images]
         if self.count > 1:
             if random is None:
                 raise ValueError(f"random must be given to choose one of {self.count} views")
             rows = rows + random.integers(0, self.count, 1)[:, 0]
-        return self.features[rows.to(self.features.device)].to(places.device, torch.float32)
+        return self.features[rows.to(self.features.device)].to(images.device, torch.float32)
 
 
 class FrozenFeatures(NamedTuple):
@@ -96,7 +96,7 @@ def frozen_features(
     augmented: Tensor | None = None,
     views_per_image: int = 4,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     workers: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -120,7 +120,7 @@ def frozen_features(
         augmented: ``[A]`` int64, places that training reads; None: the parts "train" and "unlabeled".
         views_per_image: V.
         seed: of the augmentation.
-        batch_size: views that go through the model at once.
+        batch_size: images that go through the model at once, view by view; None: by their size.
         workers: processes that read images.
         device: where the model runs.
         dtype: of the file, float32 or float16 (half the size, 11 bits).
@@ -163,14 +163,15 @@ def frozen_features(
     )
     features = _placed(cache.features, torch.device(device))
     count = len(images)
-    kinds = {}
-    for number, kind in enumerate(KINDS):
+
+    def view(number: int) -> CachedView:
         first = torch.full((count,), -(2**62))  # no row at all, so that no image without views gets another's
         first[augmented] = count + (len(KINDS) * torch.arange(len(augmented)) + number) * views_per_image
-        kinds[kind] = CachedView(features, first.to(device), views_per_image)
+        return CachedView(features, first.to(device), views_per_image)
+
     plain = cast(Plain, CachedView(features, torch.arange(count, device=device), 1))
     head = copy.deepcopy(layer).requires_grad_(True)
-    return FrozenFeatures(FeatureImages(images, cache), Views(plain=plain, **kinds), head)
+    return FrozenFeatures(FeatureImages(images, cache), Views(view(0), view(1), plain), head)
 
 
 def restore_head(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -54,10 +54,18 @@ def collect_folder(root: Path) -> Collection:
     any folders: where each is in one named as a class, that is the truth which reports compare with.
 
     Raises:
-        DataError: a class has no pictures, a picture is in no class's folder, or a class is not in ``train``.
+        DataError: a class has no pictures, a picture is in no class's folder, a class is not in ``train``, or two
+            folders are one part.
     """
-    folders = {PART_NAMES.get(entry.name.lower(), ""): entry for entry in _entries(root) if entry.is_dir()}
-    parts = {part: Path(entry.path) for part, entry in folders.items() if part}
+    parts: dict[str, Path] = {}
+    for entry in _entries(root):
+        part = PART_NAMES.get(entry.name.lower())
+        if part and entry.is_dir():
+            if part in parts:
+                raise DataError(
+                    f"{root}: {parts[part].name} and {entry.name} are one part, {part}: expected one of them"
+                )
+            parts[part] = Path(entry.path)
     train = _classes_below(root, parts.get("train", root), parts)
     classes = tuple(sorted(train))
     if not classes:

@@ -40,7 +40,7 @@ def collect_huggingface(name: str) -> Collection:
 
     Raises:
         DataError: there is no such data set here, or it has no such features.
-        ImportError: datasets is not installed.
+        MissingPackage: datasets is not installed.
     """
     datasets = optional("datasets", "datasets", "data sets of the hub")
     try:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmeta.data.images import DataError, Images, UnreadableImage
 from fastmeta.data.labels import checked_parts
+from fastmeta.data.names import printable
 from fastmeta.data.new_folder import flush, new_folder
 
 PIXELS = "images.npy"
@@ -69,7 +70,7 @@ class MappedImages:
 
     def describe(self, place: int) -> str:
         """Path or number of the image that was stored."""
-        return self._names[place]
+        return printable(self._names[place])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pixels": None}  # a process maps the file by itself

@@ -16,6 +16,15 @@ def base_name(path: str | os.PathLike[str]) -> str:
     return os.path.basename(os.path.abspath(path))
 
 
+def printable(name: str) -> str:
+    r"""A name as text that can be written anywhere; bytes of a file's name that are no UTF-8 are spelled out.
+
+    >>> print(printable(os.fsdecode(b"caf\xe9.png")), printable("café.png"))
+    caf\xe9.png café.png
+    """
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 class Names(Sequence[str]):
     """Names of files, a byte a character: a million takes what they take on disk, and no worker that reads copies them.
 

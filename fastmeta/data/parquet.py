@@ -81,7 +81,7 @@ def collect_parquet(path: Path, shards: Sequence[Path]) -> Collection:
 
     Raises:
         DataError: a shard cannot be read, or has no such columns.
-        ImportError: pyarrow is not installed.
+        MissingPackage: pyarrow is not installed.
     """
     name = base_name(path)
     part_of = parts_of_shards(path, shards)
@@ -96,6 +96,9 @@ def collect_parquet(path: Path, shards: Sequence[Path]) -> Collection:
         labels += file.read(columns=[label]).column(0).to_pylist()
         meta = file.metadata
         groups += [(number, group, meta.row_group(group).num_rows) for group in range(meta.num_row_groups)]
+    strange = next((value for value in labels if not isinstance(value, int | str | None)), None)
+    if strange is not None:
+        raise DataError(f"{path}: column {label} must hold whole numbers or names, got {strange!r}")
     counts = [file.metadata.num_rows for file in files]
     names = RowNames([str(shard) for shard in kept], counts)
     parts = places_of_parts(list(part_of.values()), counts)

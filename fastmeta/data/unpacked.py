@@ -83,7 +83,7 @@ def unpacked(images: DecodedImages) -> DecodedImages:
     def read(folder: Path) -> OpenUnpacked | None:
         try:
             found = OpenUnpacked(folder)
-        except (FileNotFoundError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError):
             return None
         return found if len(found) == len(images) else None
 

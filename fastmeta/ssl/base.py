@@ -259,9 +259,10 @@ def refine(
     given: dict[str, Any] = {"index": batch.index, "labels": hard if refiner.hard else imputed}
     given["mask"] = confident if refiner.hard else None
     if tape is None:
-        refined = refiner.method.refine(
-            model=model, unlabeled=inputs[refiner.view], **_examples(batch, batch.labeled, batch.holdout), **given
-        )
+        with own_precision(refiner, imputed):
+            refined = refiner.method.refine(
+                model=model, unlabeled=inputs[refiner.view], **_examples(batch, batch.labeled, batch.holdout), **given
+            )
     else:
         labeled, holdout = tape.outputs(labeled_logits), None
         if batch.holdout is not None:
@@ -275,6 +276,12 @@ def refine(
         return Used(soft, refined.labels, confident * refined.weights, confident, refined.loss)
     labels, mask = harden_soft(refined.labels)
     return Used(refined.labels, labels, mask * refined.weights, mask, refined.loss)
+
+
+def own_precision(refiner: Refiner, logits: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """No autocast for a method that takes differences of passes of its own: bfloat16 cannot resolve them."""
+    differences = refiner.method.derivative.how in ("finite_difference", "forward_difference")
+    return torch.autocast(logits.device.type, enabled=False) if differences else contextlib.nullcontext()
 
 
 def _examples(batch: TrainingBatch, labeled: Any, holdout: Any) -> dict[str, Any]:

@@ -39,14 +39,15 @@ def virtual_adversarial_direction(
         start = torch.randn(inputs.shape, dtype=inputs.dtype, device=source, generator=generator)
     checks.shaped(start, "start", "[N, ...]", inputs.shape)
     direction = _unit(start.to(inputs), otherwise=torch.zeros_like(inputs))
-    random = RandomState([inputs.device])
+    random, device = RandomState([inputs.device]), inputs.device.type
+    rounded = torch.is_autocast_enabled(device)
     target = logits.detach().softmax(dim=1)
     for iteration in range(power_iterations):
         offset = (xi * direction).requires_grad_()
-        with torch.enable_grad(), frozen_statistics(model):
+        with torch.enable_grad(), frozen_statistics(model), torch.autocast(device, enabled=False):
             moved = model(inputs + offset)
-            if iteration == 0 and not random.is_current():
-                # A dropout mask: the difference of two masks would drown that of the inputs.
+            if iteration == 0 and (rounded or not random.is_current()):
+                # The difference of two dropout masks, or autocast's rounding, would drown that of the inputs.
                 random.restore()
                 with torch.no_grad():
                     target = model(inputs).softmax(dim=1)
@@ -79,6 +80,7 @@ def virtual_adversarial_loss(
     alone. With batch statistics, ``logits`` must come from a forward of just these inputs; those of a larger batch
     differ by more than ``xi`` does. With dropout all passes made here share one mask, and where a model draws any, the
     search runs one more forward for ``p(x)`` under that mask; ``p(x)`` of the loss is that of ``logits`` as they are.
+    Under autocast the search runs in the parameters' dtype, and one more forward for ``p(x)``, too.
 
     The published ``xi = 1e-6`` is below what float32 resolves: the change of the logits drowns in their rounding.
     Cosine of the direction to its limit in float64, one iteration, mean over images and three nets:
@@ -91,11 +93,11 @@ def virtual_adversarial_loss(
     float32, WRN-28-2, noise, untrained          -0.02  0.36  0.95  0.998  0.996  0.96  0.72
     float32, ConvLarge, noise, untrained         0.04   0.35  0.94  0.999  0.998  0.97  0.75
     float64, ConvNet, digits, trained            1.00   1.00  1.00  1.000  0.997  0.92  0.46
-    bfloat16 autocast, ConvNet, digits, trained  -0.15  -0.1  -0.1  -0.08  0.43   0.91  0.46
-    bfloat16 autocast, WRN-28-2, untrained       0.07   0.07  0.17  0.06   0.17   0.23  0.62
+    bfloat16, ConvNet, digits, trained           -0.15  -0.1  -0.1  -0.08  0.43   0.91  0.46
+    bfloat16, WRN-28-2, untrained                0.07   0.07  0.17  0.06   0.17   0.23  0.62
     ===========================================  =====  ====  ====  =====  =====  ====  ====
 
-    Hence the default, and no autocast around the call where the direction matters.
+    Hence the default, and no autocast in the search.
 
     Args:
         model: from ``[N, ...]`` to logits ``[N, C]``.

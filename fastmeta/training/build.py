@@ -21,6 +21,8 @@ from fastmeta.training.trainer import Trainer
 
 _SMALL = 16  # pixels: nets for such images are too small for more than one thread
 _LARGE = 96  # from here on a crop of 7/8 of what is stored is trained on
+_PUBLISHED: dict[str, dict[str, Any]] = {"fixmatch": {"threshold": 0.95}, "pseudo-label": {"threshold": 0.95}}
+"""Settings of bases whose recipes were chosen on digits."""
 _FEW = 10  # labeled images of a class, whose weak views are soon known by heart
 
 
@@ -56,6 +58,7 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
         model=automatic_model(size) if config.model == "auto" else config.model,
         image_size=size,
         views="digits" if digits and config.views == "auto" else config.views,
+        base_settings=config.base_settings if digits else {**_PUBLISHED.get(config.base, {}), **config.base_settings},
         labeled_view=config.labeled_view or ("strong" if few else "weak"),
         optimizer=replace(config.optimizer, learning_rate=config.optimizer.learning_rate or rate),
         average=replace(config.average, decay=_first(config.average.decay, min(0.999, max(0.99, 1 - 10 / steps)))),

@@ -55,7 +55,9 @@ class RunPage:
     balance: tuple[sections.ClassShare, ...] = ()
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     pictures: dict[str, str] = field(default_factory=dict)
-    has_truth: bool = True
+    known_truths: int = 0
+    weighted: int = 0
+    low_weights: int = 0
     notes: list[str] = field(default_factory=list)
 
     def part(self, what: str, make: Callable[[], T], otherwise: T) -> T:
@@ -136,7 +138,9 @@ def _read(run: RunFolder, name: str) -> RunPage:
         "unreadable files", lambda: sorted((run.results or {}).get("unreadable", {}).items()), []
     )
     page.examples = page.part("the unlabeled images", lambda: sections.examples_of(run.unlabeled()), page.examples)
-    page.has_truth = not page.examples or any(example.truth for example in page.examples)
+    weights = [example.weight for example in page.examples if example.weight is not None]
+    page.weighted, page.low_weights = len(weights), sum(weight < 0.5 for weight in weights)
+    page.known_truths = sum(bool(example.truth) for example in page.examples)
     return page
 
 
@@ -191,6 +195,6 @@ def _curves(pages: Sequence[RunPage], title: str, key: str, percent: bool) -> Pa
     for page in pages:
         run = page.run
         name = key.format(weights=(run.results or {}).get("weights") or "average")
-        shown = page.has_truth or key not in _OF_TRUTH
+        shown = page.known_truths or not page.examples or key not in _OF_TRUTH
         curves.append([(row["step"], row.get(name)) for row in run.metrics if "step" in row] if shown else [])
     return panel(title, curves, percent=percent)

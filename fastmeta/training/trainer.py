@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.data import generator_for
+from fastmeta.ops.process_group import sum_over
 from fastmeta.ssl import Algorithm, Refiner, StepLoss, TrainingBatch
+from fastmeta.ssl.base import own_precision
 from fastmeta.training.batches import Batches, TrainingData
 from fastmeta.training.config import AverageConfig, MachineConfig, OptimizerConfig, ScheduleConfig
 from fastmeta.training.ema import ExponentialMovingAverage
 from fastmeta.training.label_changes import LabelChanges
+from fastmeta.training.machine import capture_steps, refuse_compile, refuse_synchronized
 from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer, rate_at
 from fastmeta.training.processes import Processes
 
@@ -84,6 +87,7 @@ class Trainer:
         if self.machine.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.machine.batch_norm == "synchronized" and self.processes.group is not None:
+            refuse_synchronized(method)
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.processes.group)
         self.model: nn.Module = model
         self.average = ExponentialMovingAverage(model, average or AverageConfig())
@@ -93,9 +97,12 @@ class Trainer:
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self.network = self._distributed(model)
         if self.machine.compile:
+            refuse_compile(base, method)
             model.compile()
         if method is not None:
             method.method.to(self.device)
+        if self.machine.graph:
+            capture_steps(method, self.processes)
 
         self.step = 0
         self.label_changes = LabelChanges(len(data.split.unlabeled), self.device)
@@ -157,14 +164,15 @@ class Trainer:
             imputed = self.model(batch.second).softmax(dim=1)
         elif refiner.view == "learned" and batch.second is not None:
             learned = batch.second
-        refined = refiner.method.refine(
-            model=self.model,
-            unlabeled=learned,
-            labels=imputed,
-            holdout=batch.labeled,
-            targets=batch.targets,
-            index=batch.index,
-        )
+        with own_precision(refiner, learned):
+            refined = refiner.method.refine(
+                model=self.model,
+                unlabeled=learned,
+                labels=imputed,
+                holdout=batch.labeled,
+                targets=batch.targets,
+                index=batch.index,
+            )
         return refined.loss
 
     def _update(self, finite: Tensor) -> None:
@@ -180,9 +188,10 @@ class Trainer:
 
     def _average_gradients(self) -> None:
         """What DistributedDataParallel does in its own backward, for a loss whose passes do not go through it."""
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                self.processes.sum_(parameter.grad).div_(self.processes.count)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if self.processes.group is not None and gradients:
+            summed = sum_over(gradients, self.processes.group)
+            torch._foreach_copy_(gradients, torch._foreach_div(summed, self.processes.count))
 
     @torch.no_grad()
     def _watch(self, batch: TrainingBatch, loss: StepLoss) -> None:

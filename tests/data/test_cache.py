@@ -1,3 +1,4 @@
+import fcntl
 import multiprocessing
 import os
 import resource
@@ -151,4 +152,22 @@ def test_processes_that_start_together_decode_once(folder, pictures, monkeypatch
         child.join()
     assert [child.exitcode for child in children] == [0, 0, 0]
     assert decoded.value == 50
+    assert len(_written(folder)) == 1
+
+
+def test_without_locks_the_first_to_end_is_kept(folder, pictures, monkeypatch):
+    def no_lock(*_):
+        raise OSError("no locks here")
+
+    def another_ends_meanwhile(images, places, read=decoded_once.read_chunk):
+        monkeypatch.undo()
+        monkeypatch.setenv("FASTMETA_CACHE", str(folder))
+        monkeypatch.setattr("fastmeta.data.cache.remove_unfinished", lambda _: None)
+        monkeypatch.setattr(fcntl, "flock", no_lock)
+        assert isinstance(open_images(pictures), MappedImages)
+        return read(images, places)
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    monkeypatch.setattr(decoded_once, "read_chunk", another_ends_meanwhile)
+    assert isinstance(open_images(pictures), MappedImages)
     assert len(_written(folder)) == 1

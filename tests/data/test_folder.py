@@ -86,6 +86,14 @@ def test_an_accent_has_two_forms_and_one_class(tmp_path):
     assert images.targets.tolist() == [0, 1, 1]
 
 
+def test_a_name_that_is_no_text_is_spelled_out(tmp_path):
+    _write(tmp_path, os.fsdecode(b"ros\xe9/1.png"), os.fsdecode(b"b/caf\xe9.png"))
+    for images in (open_images(tmp_path), open_images(tmp_path, cache=False)):
+        assert _grays(images) == [10, 0]
+        assert images.classes == ("b", r"ros\xe9")
+        assert images.describe(0) == str(tmp_path / r"b/caf\xe9.png")
+
+
 def test_links_are_followed_and_a_link_back_up_is_not(tmp_path):
     elsewhere = _write(tmp_path / "elsewhere", "1.png", "2.png")
     root = _write(tmp_path / "data", "train/a/0.png", "train/c/0.png")
@@ -151,6 +159,7 @@ def test_pictures_alone(tmp_path):
         (["loose.png"], r"loose.png: in no class's folder"),
         (["train/a/1.png", "test/b/1.png", "test/c/1.png"], r"test: b, c: no class of train, expected a$"),
         (["train/a/1.png", "val/1.png"], r"val: 1.png: in no class's folder, expected val/<class>/1.png"),
+        (["train/a/1.png", "val/a/1.png", "valid/a/1.png"], "val and valid are one part, validation: expected one"),
         (["test/a/1.png"], "no images found, expected train/<class>/"),
     ],
 )

@@ -97,6 +97,8 @@ def test_what_is_wrong_is_named(tmp_path):
         open_images(_write(tmp_path / "a.parquet", [1], [0], image="picture_bytes"))
     with pytest.raises(DataError, match=r"b.parquet\[1\]: label 7 is no class, expected 0 to 1"):
         open_images(_write(tmp_path / "b.parquet", [1, 2], [0, 7]))
+    with pytest.raises(DataError, match=r"column label must hold whole numbers or names, got \[0, 1\]"):
+        open_images(_write(tmp_path / "d.parquet", [1], [[0, 1]], names=None))
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"c.parquet: must be a whole parquet file"):
         open_images(tmp_path / "c.parquet")

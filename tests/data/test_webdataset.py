@@ -37,8 +37,7 @@ def shards(tmp_path):
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_shards(shards, cache, monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("FASTMETA_CACHE", str(tmp_path_factory.mktemp("cache")))
+def test_shards(shards, cache):
     images = open_images(shards, cache=cache)
     assert images.classes == ("3", "12")
     assert images.targets.tolist() == [0, 1, -1, 0, 1]

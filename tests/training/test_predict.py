@@ -52,6 +52,12 @@ def test_it_predicts_what_the_evaluation_of_training_did(tmp_path, pictures, run
     assert all(0.25 < float(row["confidence"]) < 1 for row in rows)
 
 
+def test_a_run_of_the_last_layer_alone_predicts_with_its_whole_net(tmp_path, pictures):
+    finished = read_run(train_on(pictures, tmp_path / "run", model="conv-net", trainable="head"))
+    found = predict(finished, open_for_prediction([str(pictures / "test")], finished), tmp_path / "out.csv")
+    assert found.counts.tolist() == finished.results["confusion"]["counts"]
+
+
 def test_unlabeled_images_of_the_run_have_their_weight_and_their_change(tmp_path, pictures, run, monkeypatch):
     finished = read_run(run)
     monkeypatch.chdir(pictures.parent)  # the same files by another name
