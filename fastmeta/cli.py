@@ -15,6 +15,7 @@ import tyro
 import fastmeta
 from fastmeta.presets import PRESETS, preset
 from fastmeta.presets.smoke import run_smoke
+from fastmeta.training.checkpoints import CheckpointError
 from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
 from fastmeta.training.config import MachineConfig, RunConfig
@@ -136,9 +137,12 @@ class Train(RunConfig):
         if self.smoke:
             if self.preset is None:
                 raise ValueError(f"preset must be one of {', '.join(PRESETS)} with smoke, got none")
-            for layout, results in run_smoke(run, out).items():
-                print(f"{self.preset}, {layout}: {results['step']} steps, loss finite, results written")
-            return 0
+            results = run_smoke(run, out)
+            for layout, found in results.items():
+                errors = " and ".join(f"{100 * found[f'validation_{name}']:.0f}%" for name in ("error", "top5_error"))
+                skipped = f"{found['skipped_steps']} of them without a finite loss"
+                print(f"{self.preset}, {layout}: {found['step']} steps, {skipped}; top-1 and top-5 error {errors}")
+            return 1 if any(found["skipped_steps"] for found in results.values()) else 0
         if out is None:
             labels = "" if run.labels_per_class is None else f"-{run.labels_per_class}-per-class"
             data = Path(run.data).stem
@@ -182,9 +186,9 @@ class Predict:
     have labels the error is printed, too. A file that cannot be read has no label.
     """
 
-    finished: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run")]
+    finished: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
     """Folder of the run."""
-    data: Annotated[tuple[str, ...], tyro.conf.Positional]
+    data: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA ...")]
     """Pictures, folders of pictures, or a data set of any kind that fastmeta train takes."""
     out: Path = Path("predictions.csv")
     """The CSV."""
@@ -225,7 +229,7 @@ class Report:
     The page is a single file that needs no network.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
     """Their folders."""
     out: Path = Path("report.html")
     """The page."""
@@ -275,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = tyro.cli(commands, prog="fastmeta", description=_DESCRIPTION, args=given)  # type: ignore[call-overload]
     try:
         return command.run()
-    except (ValueError, ConfigMismatch, NotFinite, WorkerError) as error:
+    except (ValueError, OSError, CheckpointError, ConfigMismatch, NotFinite, WorkerError) as error:
         print(f"fastmeta: error: {_with_flag(str(error))}", file=sys.stderr)
         return 2
 

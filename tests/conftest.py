@@ -24,6 +24,14 @@ from cases import DEVICE, Draw
 SEED = int(os.environ.get("FASTMETA_SEED") or secrets.randbelow(2**31))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Pictures that tests decode stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FASTMETA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """A generator of this test's own: its numbers depend on the seed and the test's name, not on the order of tests."""

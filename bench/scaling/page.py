@@ -7,7 +7,7 @@ from functools import partial
 
 from bench.scaling.cost import HDR, NDR, SOURCES, Cluster
 from bench.scaling.memory import averages, gathered_rows, table
-from bench.scaling.traffic import METHODS, Calls, Setting, base_step, synchronized_norms
+from bench.scaling.traffic import METHODS, Calls, Setting, base_step, synchronized_norms, trainer_step
 from bench.text import memory
 from bench.text import table as markdown
 
@@ -50,6 +50,7 @@ def traffic() -> list[str]:
     setting = IMAGENET.at(64)
     rows = [
         ["FixMatch: DistributedDataParallel", *_traffic(base_step(setting)), "", ""],
+        ["+ the trainer", *_traffic(trainer_step(setting)), "", ""],
         ["+ SyncBatchNorm", *_traffic(synchronized_norms(setting)), "", ""],
     ]
     for name in METHODS:
@@ -73,6 +74,7 @@ def added(task: Task) -> list[str]:
     hidden = [_part(exposed(task, cluster, p), task.seconds) for cluster, p in places]
     rows = [
         ["FixMatch, what backward does not hide", *hidden],
+        row("+ the trainer", lambda p: trainer_step(task.at(p))),
         row("+ SyncBatchNorm", lambda p: synchronized_norms(task.at(p))),
         *(row(f"+ {name}", partial(of_method, name, task)) for name in METHODS),
         row(f"+ ExampleWeights, every {EVERY} steps", partial(of_method, "ExampleWeights", task), EVERY),

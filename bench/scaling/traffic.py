@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-FLOAT, INDEX = 4, 8  # bytes
+FLOAT, DOUBLE, INDEX = 4, 8, 8  # bytes
 BUCKETS = 2**20, 25 * 2**20  # of DistributedDataParallel's gradients, in bytes: the first, and every other
 
 
@@ -12,11 +12,13 @@ BUCKETS = 2**20, 25 * 2**20  # of DistributedDataParallel's gradients, in bytes:
 class Collective:
     """One call of all processes."""
 
-    kind: Literal["all_reduce", "all_gather"]
+    kind: Literal["all_reduce", "all_gather", "broadcast"]
     size: int  # bytes that a process puts in
 
     def sent(self, processes: int) -> float:
         """Bytes that a process sends in a ring: to all-reduce is to scatter sums and to gather them."""
+        if self.kind == "broadcast":
+            return self.size
         if self.kind == "all_gather":
             return (processes - 1) * self.size
         return 2 * (processes - 1) / processes * self.size
@@ -70,6 +72,11 @@ def base_step(setting: Setting) -> Calls:
         sizes.append(min(other, left))
         left -= sizes[-1]
     return [call for size in sizes for call in summed(size)]
+
+
+def trainer_step(setting: Setting) -> Calls:
+    """The trainer's own: the first process's running statistics, in float64, and whether all losses were finite."""
+    return [Collective("broadcast", 2 * DOUBLE * setting.channels), *summed(FLOAT)]
 
 
 def synchronized_norms(setting: Setting) -> Calls:

@@ -11,6 +11,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.distributed
 from bench import environment, files
 from bench.operators import RESULTS
 from bench.rows import Row, warn_if_contended
+from bench.text import one_line
 from bench.train import report
 from bench.train.measure import measure
 from bench.train.task import SHARED, TASKS, Task
@@ -60,29 +62,36 @@ def run(options: argparse.Namespace) -> int:
         kept = ("none", *options.methods)
         tasks = [dataclasses.replace(t, methods=tuple(m for m in t.methods if m in kept)) for t in tasks]
     start = time.monotonic()
+    folder = options.out or RESULTS / environment.machine_name()
     rows: list[Row] = []
-    left_out = []
+    left_out: list[str] = []
     for task in tasks:
         for count in options.processes:
             if on_gpu and count > torch.cuda.device_count():
                 left_out.append(f"{count} processes: {torch.cuda.device_count()} GPUs")
                 continue
             print(f"{task.name}: {len(task.methods)} methods, processes: {count} ...", flush=True)
-            rows += in_processes(task, machine, options.rounds, count, max(1, options.threads // count))
-    results: Row = {
-        "schema_version": report.SCHEMA_VERSION,
-        "environment": environment.describe(),
-        "settings": {**dataclasses.asdict(machine), "rounds": options.rounds, "threads": options.threads},
-        "rows": rows,
-        "left_out": sorted(set(left_out)),
-        "seconds": time.monotonic() - start,
-    }
-    folder = options.out or RESULTS / environment.machine_name()
-    files.write(folder / "train.json", results)
-    (folder / "train.md").write_text(report.markdown(results))
-    print("\n".join([*report.tables(rows), f"{results['seconds']:.0f} s; train.json, train.md in {folder}"]))
-    warn_if_contended(rows)
-    return 0
+            try:
+                rows += in_processes(task, machine, options.rounds, count, max(1, options.threads // count))
+            except Exception as error:  # one task must not end the run: a card too small for it, say
+                traceback.print_exc()
+                left_out.append(f"{task.name}, processes: {count}: {one_line(repr(error))}")
+            results: Row = {
+                "schema_version": report.SCHEMA_VERSION,
+                "environment": environment.describe(),
+                "settings": {**dataclasses.asdict(machine), "rounds": options.rounds, "threads": options.threads},
+                "rows": rows,
+                "left_out": sorted(set(left_out)),
+                "seconds": time.monotonic() - start,
+            }
+            files.write(folder / "train.json", results)
+            (folder / "train.md").write_text(report.markdown(results))
+    print("\n".join([*report.tables(rows), f"{time.monotonic() - start:.0f} s; train.json, train.md in {folder}"]))
+    for line in left_out:
+        print(f"Not measured: {line}", file=sys.stderr)
+    if rows:
+        warn_if_contended(rows)
+    return 0 if rows else 1
 
 
 def in_processes(task: Task, machine: MachineConfig, rounds: int, count: int, threads: int) -> list[Row]:

@@ -19,8 +19,9 @@ METHOD = (
 
 
 def markdown(results: Row) -> str:
-    busy = f"Other processes ran during {100 * contended_share(results['rows']):.0f}% of the steps."
-    lines = ["# Training", "", where(results["environment"]), "", METHOD, "", busy, "", *tables(results["rows"])]
+    rows = results["rows"]
+    busy = f"Other processes ran during {100 * contended_share(rows) if rows else 0:.0f}% of the steps."
+    lines = ["# Training", "", where(results["environment"]), "", METHOD, "", busy, "", *tables(rows)]
     if results["left_out"]:
         lines += ["Not measured: " + "; ".join(results["left_out"]) + ".", ""]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from fastmeta.training.trainer import Trainer
 
 STEPS = 2**20  # of the papers' runs at 32 pixels
 SHARED = tuple(name for name, recipe in METHODS.items() if recipe.passes == "shared")
-PRESET_PROCESSES = 8  # that a preset's batch is divided by, to fit a card
+MOST_IMAGES = 400  # labeled and unlabeled, of a preset's step on one card
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,11 @@ def small(labeled: int, unlabeled: int) -> Task:
 def of_preset(name: str) -> Task:
     """The preset's own step, with and without its method, on one process's part of its batch."""
     preset = PRESETS[name]
+    processes = 1
+    while (preset.labeled_batch or 0) + (preset.unlabeled_batch or 0) > MOST_IMAGES * processes:
+        processes *= 2
     parts = {
-        batch: size // PRESET_PROCESSES
+        batch: size // processes
         for batch in ("labeled_batch", "unlabeled_batch", "holdout_batch")
         if (size := getattr(preset, batch)) is not None
     }
@@ -85,7 +88,7 @@ def of_preset(name: str) -> Task:
     )
     pixels = preset.image_size or 32
     stored = pixels if pixels <= 96 else round(pixels * 8 / 7)
-    return Task(f"{name}, 1/{PRESET_PROCESSES} of its batch", config, 1000, stored, ("none", preset.method))
+    return Task(f"{name}, 1/{processes} of its batch", config, 1000, stored, ("none", preset.method))
 
 
 TASKS = {"cpu": (small(16, 48),), "cuda": (small(64, 448), *map(of_preset, PRESETS))}

@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fastmeta.data.images import DataError, UnreadableImage
+from fastmeta.data.names import printable
 from fastmeta.data.pictures import canvas_of, suitable_mode, suitable_size, to_canvas
 
 _SAMPLE = 100  # pictures that sizes and colours are taken from
@@ -75,7 +76,8 @@ class DecodedImages:
             modes, sizes = _sampled(collection)
             image_size = suitable_size(sizes) if image_size is None else image_size
             mode = suitable_mode(modes) if mode is None else mode
-        self.collection, self.mode, self.canvas = collection, mode, canvas_of(image_size)
+        self.collection, self.image_size, self.mode = collection, image_size, mode
+        self.canvas = canvas_of(image_size)
         self.name, self.classes, self.targets = collection.name, collection.classes, collection.targets
         self.parts, self.fingerprint = collection.parts, collection.fingerprint
         self.image_shape: tuple[int, ...] = (1 if mode == "L" else 3, self.canvas, self.canvas)
@@ -92,7 +94,7 @@ class DecodedImages:
 
     def describe(self, place: int) -> str:
         """Path, or shard and row."""
-        return self.collection.names[place]
+        return printable(self.collection.names[place])
 
     def _decode(self, place: int) -> np.ndarray:
         try:
@@ -112,7 +114,7 @@ def _sampled(collection: Collection) -> tuple[list[str], list[tuple[int, int]]]:
                 modes.append(picture.mode)
                 sizes.append(picture.size)
         except Exception as error:  # a broken file may raise anything
-            causes.append(f"{collection.names[place]}: {_cause(error)}")
+            causes.append(f"{printable(collection.names[place])}: {_cause(error)}")
     if not sizes:
         raise DataError(f"{collection.name}: none of {len(causes)} pictures can be read, the first is {causes[0]}")
     return modes, sizes

@@ -25,31 +25,35 @@ def collect_csv(path: Path) -> Collection:
         DataError: columns are missing, a part is unknown, a path is there twice, files are missing (all are counted),
             or a label is no class.
     """
-    rows = _rows(path)
-    relative = [row["path"] for row in rows]
+    lines, rows = _rows(path)
+    relative = [row["path"].strip() for row in rows]
     labels = [class_name(row.get("label") or "") for row in rows]
+
+    def describe(place: int) -> str:
+        return f"{path}: line {lines[place]}"
+
     places: dict[str, list[int]] = {part: [] for part in PARTS}
     for place, row in enumerate(rows):
         asked = (row.get("part") or "").strip().lower() or ("train" if labels[place] else "unlabeled")
         if asked not in PART_NAMES:
-            raise DataError(f"{path}: row {place + 2}: part must be one of {', '.join(PARTS)}, got {asked!r}")
+            raise DataError(f"{describe(place)}: part must be one of {', '.join(PARTS)}, got {asked!r}")
         places[PART_NAMES[asked]].append(place)
     names = [os.path.normpath(path.absolute().parent / name) for name in relative]
-    _check_paths(path, names)
+    status = _status(path, lines, names)
     parts = {part: torch.tensor(where, dtype=torch.int64) for part, where in places.items()}
-    classes, targets = number_labels(labels, parts, lambda place: f"{path}: row {place + 2}")
-    parts = checked_parts(path.name, classes, targets, parts, lambda place: f"{path}: row {place + 2}")
-    status = [os.stat(name) for name in names]
+    classes, targets = number_labels(labels, parts, describe)
+    parts = checked_parts(path.name, classes, targets, parts, describe)
     sizes = torch.tensor([one.st_size for one in status])
     times = torch.tensor([one.st_mtime_ns for one in status])
     opened = Names(names)
     order = [(part, where.tolist()) for part, where in parts.items()]
-    fingerprint = fingerprint_of(path.name, classes, relative, sizes, targets, order)
+    fingerprint = fingerprint_of(classes, relative, sizes, targets, order)
     stamp = fingerprint_of(opened.digest(), sizes, times)
     return Collection(path.name, classes, targets, parts, opened, OpenFile(opened), fingerprint, stamp)
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def _rows(path: Path) -> tuple[list[int], list[dict[str, str]]]:
+    """The rows with a path, and the line that each ends in."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         try:
             header = file.readline()
@@ -57,24 +61,32 @@ def _rows(path: Path) -> list[dict[str, str]]:
             if delimiter is None:
                 raise DataError(f"{path}: the first line must name the columns path and label, got {header.strip()!r}")
             names = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter))]
-            rows = [row for row in csv.DictReader(file, names, delimiter=delimiter) if (row["path"] or "").strip()]
+            reader = csv.DictReader(file, names, delimiter=delimiter)
+            rows = [(reader.line_num + 1, row) for row in reader if (row["path"] or "").strip()]
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: must be UTF-8 text, got byte {error.object[error.start]:#x}") from None
     if not rows:
         raise DataError(f"{path}: no images found, expected a row an image below the line of columns")
-    return rows
+    return [line for line, _ in rows], [row for _, row in rows]
 
 
 def _columns(header: str, delimiter: str) -> set[str]:
     return {name.strip().strip('"').lower() for name in header.split(delimiter)}
 
 
-def _check_paths(path: Path, names: list[str]) -> None:
+def _status(path: Path, lines: list[int], names: list[str]) -> list[os.stat_result]:
+    """Of each file; that all are there, once, is checked."""
     first: dict[str, int] = {}
+    missing: list[str] = []
+    found: list[os.stat_result] = []
     for place, name in enumerate(names):
         if name in first:
-            raise DataError(f"{path}: {name} is there twice, in rows {first[name] + 2} and {place + 2}")
+            raise DataError(f"{path}: {name} is there twice, in lines {lines[first[name]]} and {lines[place]}")
         first[name] = place
-    missing = [name for name in names if not os.path.exists(name)]
+        try:
+            found.append(os.stat(name))
+        except OSError:
+            missing.append(name)
     if missing:
         raise DataError(f"{path}: {len(missing)} of {len(names)} files are missing: {shown(missing)}")
+    return found

@@ -13,7 +13,7 @@ from PIL import Image
 from fastmeta.data.collection import Collection
 from fastmeta.data.images import DataError, fingerprint_of
 from fastmeta.data.labels import PART_NAMES, checked_parts, class_name, shown
-from fastmeta.data.names import Names
+from fastmeta.data.names import Names, base_name
 from fastmeta.data.pictures import SUFFIXES
 
 _UNREAD = frozenset({".heic", ".heif", ".dng", ".cr2", ".nef", ".arw", ".svg", ".psd"})  # pictures, but not to Pillow
@@ -54,10 +54,18 @@ def collect_folder(root: Path) -> Collection:
     any folders: where each is in one named as a class, that is the truth which reports compare with.
 
     Raises:
-        DataError: a class has no pictures, a picture is in no class's folder, or a class is not in ``train``.
+        DataError: a class has no pictures, a picture is in no class's folder, a class is not in ``train``, or two
+            folders are one part.
     """
-    folders = {PART_NAMES.get(entry.name.lower(), ""): entry for entry in _entries(root) if entry.is_dir()}
-    parts = {part: Path(entry.path) for part, entry in folders.items() if part}
+    parts: dict[str, Path] = {}
+    for entry in _entries(root):
+        part = PART_NAMES.get(entry.name.lower())
+        if part and entry.is_dir():
+            if part in parts:
+                raise DataError(
+                    f"{root}: {parts[part].name} and {entry.name} are one part, {part}: expected one of them"
+                )
+            parts[part] = Path(entry.path)
     train = _classes_below(root, parts.get("train", root), parts)
     classes = tuple(sorted(train))
     if not classes:
@@ -82,7 +90,7 @@ def collect_folder(root: Path) -> Collection:
             files += found
             targets += [classes.index(name) if name in classes else -1] * len(found)
         places[part] = torch.arange(start, len(files))
-    return _collection(root, root.name, files, classes, torch.tensor(targets, dtype=torch.int64), places)
+    return _collection(root, base_name(root), files, classes, torch.tensor(targets, dtype=torch.int64), places)
 
 
 def collect_files(paths: Sequence[Path]) -> Collection:
@@ -108,7 +116,7 @@ def collect_files(paths: Sequence[Path]) -> Collection:
     if not files:
         raise DataError("no images found, expected files or folders of pictures")
     targets = torch.full((len(files),), -1)
-    return _collection(root, paths[0].name, files, (), targets, {"unlabeled": torch.arange(len(files))})
+    return _collection(root, base_name(paths[0]), files, (), targets, {"unlabeled": torch.arange(len(files))})
 
 
 def _collection(
@@ -119,20 +127,18 @@ def _collection(
     targets: torch.Tensor,
     places: dict[str, torch.Tensor],
 ) -> Collection:
-    root = root.absolute()
-    names = Names(os.path.join(root, file.path) for file in files)
+    names = Names((file.path for file in files), os.path.join(root.absolute(), ""))
     parts = places if not classes else checked_parts(name, classes, targets, places, names.__getitem__)
     sizes = torch.tensor([file.size for file in files], dtype=torch.int64)
     times = torch.tensor([file.time for file in files], dtype=torch.int64)
-    below = Names(file.path for file in files)
-    fingerprint = fingerprint_of(name, classes, below.digest(), sizes, targets)
-    stamp = fingerprint_of(names.digest(), sizes, times)
+    fingerprint = fingerprint_of(classes, names.digest(), sizes, targets)
+    stamp = fingerprint_of(str(root.absolute()), names.digest(), sizes, times)
     return Collection(name, classes, targets, parts, names, OpenFile(names), fingerprint, stamp)
 
 
 def _classes_below(root: Path, folder: Path, parts: dict[str, Path]) -> dict[str, list[File]]:
     """The pictures of each class, a folder below ``folder`` that is no part."""
-    loose = [file.path for file in _pictures(root, folder, deep=False)]
+    loose = [os.path.basename(file.path) for file in _pictures(root, folder, deep=False)]
     if loose:
         raise DataError(
             f"{folder}: {shown(loose)}: in no class's folder, expected {folder.name}/<class>/{loose[0]}, or the folder "
@@ -164,7 +170,7 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 def _pictures(root: Path, folder: Path, deep: bool = True) -> Iterator[File]:
     """The pictures in a folder and, if ``deep``, in those inside; other kinds of pictures are warned of."""
     unread: Counter[str] = Counter()
-    below = str(folder.relative_to(root)) if folder != root else ""
+    below = os.path.join(folder.relative_to(root), "") if folder != root else ""
     yield from _walk(str(folder), below, deep, unread, frozenset())
     if unread and deep:
         counted = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
@@ -179,11 +185,11 @@ def _walk(
     if here in above:  # a link back up
         return
     for entry in _entries(folder):
-        path = os.path.join(below, entry.name)
+        path = below + entry.name
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.is_dir():
             if deep:
-                yield from _walk(entry.path, path, deep, unread, above | {here})
+                yield from _walk(entry.path, path + os.sep, deep, unread, above | {here})
         elif suffix in SUFFIXES:
             try:
                 status = entry.stat()

@@ -40,7 +40,7 @@ def collect_huggingface(name: str) -> Collection:
 
     Raises:
         DataError: there is no such data set here, or it has no such features.
-        ImportError: datasets is not installed.
+        MissingPackage: datasets is not installed.
     """
     datasets = optional("datasets", "datasets", "data sets of the hub")
     try:
@@ -74,7 +74,7 @@ def collect_huggingface(name: str) -> Collection:
     parts = checked_parts(name, classes, targets, places, names.__getitem__)
     opener = OpenExample([rows.cast_column(image, datasets.Image(decode=False)) for rows in splits.values()], image)
     prints = [getattr(rows, "_fingerprint", "") for rows in splits.values()]
-    fingerprint = fingerprint_of(name, classes, counts, targets)
+    fingerprint = fingerprint_of(classes, counts, targets)
     return Collection(
         name.rsplit("/", 1)[-1], classes, targets, parts, names, opener, fingerprint, fingerprint_of(name, prints)
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.data.images import PARTS, DataError
+from fastmeta.data.names import printable
 
 PART_NAMES = {
     **{part: part for part in PARTS},
@@ -49,7 +50,7 @@ def class_name(label: str) -> str:
     >>> class_name(" cafe\u0301 ") == "caf\u00e9"
     True
     """
-    return unicodedata.normalize("NFC", label.strip())
+    return unicodedata.normalize("NFC", printable(label.strip()))
 
 
 def number_labels(
@@ -87,9 +88,10 @@ def checked_parts(
     kept = {part: places for part, places in parts.items() if len(places)}
     if "train" not in kept:
         raise DataError(f"{name}: no images found for training, got {_sizes(parts)}")
-    if len(targets) and int(targets.max()) >= len(classes):
-        place = int(targets.argmax())
-        raise DataError(f"{describe(place)}: label {int(targets[place])} is no class, expected 0 to {len(classes) - 1}")
+    if len(targets) and not -1 <= int(targets.min()) <= int(targets.max()) < len(classes):
+        place = int(targets.argmax() if int(targets.min()) >= -1 else targets.argmin())
+        expected = f"0 to {len(classes) - 1}, or -1 for none"
+        raise DataError(f"{describe(place)}: label {int(targets[place])} is no class, expected {expected}")
     for part in ("validation", "test"):
         if part not in kept:
             continue

@@ -1,12 +1,9 @@
 """Images as one array on disk: nothing is decoded, and processes share what was read."""
 
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +11,11 @@ from torch import Tensor
 
 from fastmeta.data.images import DataError, Images, UnreadableImage
 from fastmeta.data.labels import checked_parts
+from fastmeta.data.names import printable
+from fastmeta.data.new_folder import flush, new_folder
 
 PIXELS = "images.npy"
 INDEX = "index.json"
-UNFINISHED = ".unfinished"
 _FORMAT = "fastmeta images 1"
 _CHUNK_BYTES = 16 * 2**20
 
@@ -72,7 +70,7 @@ class MappedImages:
 
     def describe(self, place: int) -> str:
         """Path or number of the image that was stored."""
-        return self._names[place]
+        return printable(self._names[place])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pixels": None}  # a process maps the file by itself
@@ -175,14 +173,9 @@ def write_map(
     Raises:
         OSError: it cannot be written, or ``folder`` is there and not empty; nothing is left behind.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"folder must be new or empty, got {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.{secrets.token_hex(4)}{UNFINISHED}"
-    temporary.mkdir()
-    try:
-        unreadable: dict[int, str] = {}
-        with open(temporary / PIXELS, "wb") as file:
+    unreadable: dict[int, str] = {}
+    with new_folder(folder) as unfinished:
+        with open(unfinished / PIXELS, "wb") as file:
             dtype = None
             for pixels, failed in chunks:
                 unreadable |= failed
@@ -191,16 +184,7 @@ def write_map(
                     header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(np.ascontiguousarray(pixels, dtype).data)
-            _flush(file)
-        with open(temporary / INDEX, "w", encoding="utf-8") as text:
+            flush(file)
+        with open(unfinished / INDEX, "w", encoding="utf-8") as text:
             json.dump(index(unreadable), text, separators=(",", ":"))
-            _flush(text)
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _flush(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+            flush(text)

@@ -7,15 +7,38 @@ from typing import overload
 import numpy as np
 
 
+def base_name(path: str | os.PathLike[str]) -> str:
+    """The last name of a path, of "." and ".." too.
+
+    >>> base_name("photos/cats/..")
+    'photos'
+    """
+    return os.path.basename(os.path.abspath(path))
+
+
+def printable(name: str) -> str:
+    r"""A name as text that can be written anywhere; bytes of a file's name that are no UTF-8 are spelled out.
+
+    >>> print(printable(os.fsdecode(b"caf\xe9.png")), printable("café.png"))
+    caf\xe9.png café.png
+    """
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 class Names(Sequence[str]):
     """Names of files, a byte a character: a million takes what they take on disk, and no worker that reads copies them.
 
-    >>> names = Names(["cat/a 1.jpg", "dog/é.png"])
+    Args:
+        names: in their order.
+        prefix: of every name.
+
+    >>> names = Names(["cat/a 1.jpg", "dog/é.png"], "photos/")
     >>> names[1], len(names), names[-2:]
-    ('dog/é.png', 2, ['cat/a 1.jpg', 'dog/é.png'])
+    ('photos/dog/é.png', 2, ['photos/cat/a 1.jpg', 'photos/dog/é.png'])
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], prefix: str = "") -> None:
+        self._prefix = prefix
         encoded = [os.fsencode(name) for name in names]
         self._bytes = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)])
@@ -33,8 +56,8 @@ class Names(Sequence[str]):
         if not -len(self) <= place < len(self):
             raise IndexError(f"place must lie in [0, {len(self)}), got {place}")
         place %= len(self)
-        return os.fsdecode(self._bytes[self._ends[place] : self._ends[place + 1]])
+        return self._prefix + os.fsdecode(self._bytes[self._ends[place] : self._ends[place + 1]])
 
     def digest(self) -> bytes:
-        """All names as bytes, for a fingerprint."""
+        """All names without the prefix as bytes, for a fingerprint."""
         return self._bytes + self._ends.tobytes()

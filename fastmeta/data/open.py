@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastmeta.data.arrays import as_asked
-from fastmeta.data.cache import GIGABYTES, cached
 from fastmeta.data.collection import Collection, DecodedImages
 from fastmeta.data.csv_table import collect_csv
+from fastmeta.data.decoded_once import GIGABYTES, decoded_once
 from fastmeta.data.digits import load_digits
 from fastmeta.data.folder import collect_files, collect_folder
 from fastmeta.data.images import DataError, Images
@@ -31,7 +31,7 @@ def open_images(
     ============================ =====================================================================================
     ``digits``                   scikit-learn's digits
     a folder of pictures         ``train/<class>/``, and ``unlabeled/``, ``val/``, ``test/``; or class folders alone
-    ``*.csv``                    columns path, label and, optionally, part
+    ``*.csv``, ``*.tsv``         columns path, label and, optionally, part
     ``*.parquet``, or a folder   the hub's schema: ``image`` or ``img`` and ``label``; parts by file or folder name
     ``*.npz``                    ``images`` and ``labels``; ``test_images`` and so on for other parts
     ``*.tar``, or a folder       webdataset's: ``key.jpg`` and ``key.cls``; parts by file name
@@ -49,7 +49,7 @@ def open_images(
 
     Raises:
         DataError: nothing is there to be read, or it is inconsistent.
-        ImportError: a package that reads this is not installed.
+        MissingPackage: a package that reads this is not installed; a DataError and an ImportError.
         ValueError: an argument is out of range.
 
     >>> open_images("digits").image_shape
@@ -66,7 +66,7 @@ def open_images(
     if not isinstance(found, Collection):
         return found
     images = DecodedImages(found, image_size, mode)
-    return cached(images, cache_gigabytes) if cache else images
+    return decoded_once(images, cache_gigabytes) if cache else images
 
 
 def open_pictures(
@@ -87,7 +87,7 @@ def _found(path: Path, image_size: int | None, mode: str | None) -> Images | Col
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if path.is_file():
-        if suffix == ".csv":
+        if suffix in (".csv", ".tsv"):
             return collect_csv(path)
         if suffix == ".npz":
             return as_asked(open_npz(path), image_size, mode, stamp_of([path]))

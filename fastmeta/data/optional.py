@@ -3,18 +3,24 @@
 import importlib
 from typing import Any
 
+from fastmeta.data.images import DataError
+
+
+class MissingPackage(DataError, ImportError):
+    """What reads these data is not installed; the text says how to install it."""
+
 
 def optional(module: str, package: str, what: str) -> Any:
-    """The module, or an error that says what to install.
+    """The module of a package.
 
     Raises:
-        ImportError: it is not installed.
+        MissingPackage: it is not installed.
 
     >>> optional("no_such_module", "no-such-package", "such files")
     Traceback (most recent call last):
-    ImportError: such files are read with no-such-package, which is not installed: pip install no-such-package
+    fastmeta.data.optional.MissingPackage: such files are read with no-such-package: pip install no-such-package
     """
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{what} are read with {package}, which is not installed: pip install {package}") from error
+    except ModuleNotFoundError:
+        raise MissingPackage(f"{what} are read with {package}: pip install {package}") from None

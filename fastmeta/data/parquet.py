@@ -14,6 +14,7 @@ from PIL import Image
 from fastmeta.data.collection import Collection
 from fastmeta.data.images import DataError, fingerprint_of
 from fastmeta.data.labels import checked_parts, class_name, number_labels
+from fastmeta.data.names import base_name
 from fastmeta.data.optional import optional
 from fastmeta.data.shards import RowNames, parts_of_shards, places_of_parts, stamp_of
 
@@ -26,25 +27,36 @@ class OpenRow:
     """Opens pictures in the rows of shards: bytes, or a struct of bytes and path.
 
     A row's whole row group is read, and the last few are kept.
+
+    Args:
+        shards: their paths.
+        column: of the pictures.
+        groups: shard, number in the shard, and rows of each row group.
     """
 
     def __init__(self, shards: Sequence[Path], column: str, groups: Sequence[tuple[int, int, int]]) -> None:
         self._shards, self._column = list(shards), column
         self._group_of = [(shard, group) for shard, group, _ in groups]
         self._starts = np.cumsum([0, *(rows for _, _, rows in groups)])
+        self.size = sum(shard.stat().st_size for shard in shards)
         self._files: dict[int, Any] = {}
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
     def __call__(self, place: int) -> Image.Image:
         """The picture of a row."""
+        content = self.content(place)
+        if not content:
+            raise ValueError("there is no picture in this row")
+        return Image.open(io.BytesIO(content))
+
+    def content(self, place: int) -> bytes:
+        """The picture's file, empty where there is none."""
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
         value = self._read(number)[place - int(self._starts[number])].as_py()
         content, path = (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
-        if content is not None:
-            return Image.open(io.BytesIO(content))
-        if path is None:
-            raise ValueError("there is no picture in this row")
-        return Image.open(self._shards[self._group_of[number][0]].parent / path)
+        if content is None and path is not None:
+            return (self._shards[self._group_of[number][0]].parent / path).read_bytes()
+        return content or b""
 
     def _read(self, number: int) -> Any:
         if number not in self._kept:
@@ -69,8 +81,9 @@ def collect_parquet(path: Path, shards: Sequence[Path]) -> Collection:
 
     Raises:
         DataError: a shard cannot be read, or has no such columns.
-        ImportError: pyarrow is not installed.
+        MissingPackage: pyarrow is not installed.
     """
+    name = base_name(path)
     part_of = parts_of_shards(path, shards)
     kept = list(part_of)
     files = [_open(shard) for shard in kept]
@@ -83,6 +96,9 @@ def collect_parquet(path: Path, shards: Sequence[Path]) -> Collection:
         labels += file.read(columns=[label]).column(0).to_pylist()
         meta = file.metadata
         groups += [(number, group, meta.row_group(group).num_rows) for group in range(meta.num_row_groups)]
+    strange = next((value for value in labels if not isinstance(value, int | str | None)), None)
+    if strange is not None:
+        raise DataError(f"{path}: column {label} must hold whole numbers or names, got {strange!r}")
     counts = [file.metadata.num_rows for file in files]
     names = RowNames([str(shard) for shard in kept], counts)
     parts = places_of_parts(list(part_of.values()), counts)
@@ -92,10 +108,10 @@ def collect_parquet(path: Path, shards: Sequence[Path]) -> Collection:
         classes, targets = number_labels(texts, parts, names.__getitem__)
     else:
         targets = torch.tensor([-1 if value is None else value for value in labels], dtype=torch.int64)
-    parts = checked_parts(path.name, classes, targets, parts, names.__getitem__)
-    fingerprint = fingerprint_of(path.name, classes, [shard.name for shard in kept], counts, targets)
+    parts = checked_parts(name, classes, targets, parts, names.__getitem__)
+    fingerprint = fingerprint_of(classes, [shard.name for shard in kept], counts, targets)
     opener = OpenRow(kept, images, groups)
-    return Collection(path.name, classes, targets, parts, names, opener, fingerprint, stamp_of(kept))
+    return Collection(name, classes, targets, parts, names, opener, fingerprint, stamp_of(kept))
 
 
 def _open(shard: Path) -> Any:

@@ -61,7 +61,7 @@ def make_split(
         test_fraction: share of a class for ``test``.
 
     Raises:
-        DataError: a class has too few labels.
+        DataError: a class has too few labels, or there is one class only.
         ValueError: a size is out of range, or is asked for although there is an official part.
 
     >>> from fastmeta.data import load_digits
@@ -83,6 +83,11 @@ def make_split(
         if drawn and part in images.parts:
             raise ValueError(f"{name} must be 0, because {images.name} has an official {part} part, got {drawn}")
 
+    if len(images.classes) < 2:
+        raise DataError(
+            f"{images.name}: expected two classes or more, got {' '.join(images.classes) or 'none'}; if that is a "
+            "folder of class folders, give its path"
+        )
     train = images.parts["train"]
     train_targets = images.targets[train]
     parts: dict[str, list[Tensor]] = {field.name: [train[:0]] for field in fields(Split)}

@@ -1,7 +1,9 @@
 """Endless streams of images: a DataLoader over a stateless order, so that one integer resumes it."""
 
 import itertools
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -198,18 +200,21 @@ class _Part(Dataset[_Read]):
 
     def __getitems__(self, index: Tensor) -> _Read:
         skipped: dict[int, str] = {}
-        wanted = index.tolist()
-        rows = [next(self._candidates(row, skipped), row) for row in wanted]
         images: Tensor | None
+        rows = self._without_known(index, skipped) if self._causes else index
         try:
             images = self.images.get(self.places[rows])
         except UnreadableImage:
-            read = [self._first_readable(row, skipped) for row in wanted]
-            rows = [row for row, _ in read]
+            read = [self._first_readable(row, skipped) for row in index.tolist()]
+            rows = torch.tensor([row for row, _ in read])
             pieces = [image for _, image in read if image is not None]
             images = torch.cat(pieces) if len(pieces) == len(read) else None
         unreadable = {self.images.describe(int(self.places[row])): cause for row, cause in skipped.items()}
-        return _Read(images, self.places[rows], torch.tensor(rows), unreadable)
+        return _Read(images, self.places[rows], rows, unreadable)
+
+    def _without_known(self, index: Tensor, skipped: dict[int, str]) -> Tensor:
+        rows = index.tolist()
+        return torch.tensor([next(self._candidates(row, skipped), row) if row in self._causes else row for row in rows])
 
     def _first_readable(self, row: int, skipped: dict[int, str]) -> tuple[int, Tensor | None]:
         for candidate in self._candidates(row, skipped):
@@ -236,6 +241,14 @@ def _unchanged(read: Any) -> Any:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """A signal to the whole group, as Ctrl-C and batch systems send, must not end workers before the run has saved."""
+    """Signals to all processes of a run, as Ctrl-C and batch systems send, must not end workers before it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to all ends workers, too
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)  # a worker may be blocked for good by one that was killed

@@ -18,7 +18,7 @@ from PIL import Image
 from fastmeta.data.collection import Collection
 from fastmeta.data.images import DataError, fingerprint_of
 from fastmeta.data.labels import checked_parts, class_name, number_labels
-from fastmeta.data.names import Names
+from fastmeta.data.names import Names, base_name
 from fastmeta.data.pictures import SUFFIXES
 from fastmeta.data.shards import parts_of_shards, places_of_parts, stamp_of
 
@@ -61,6 +61,7 @@ def collect_tars(path: Path, shards: Sequence[Path]) -> Collection:
     Raises:
         DataError: a shard is no tar file, or is compressed.
     """
+    name = base_name(path)
     part_of = parts_of_shards(path, shards)
     kept = list(part_of)
     members: list[_Member] = []
@@ -74,13 +75,13 @@ def collect_tars(path: Path, shards: Sequence[Path]) -> Collection:
     names = Names(member.name for member in members)
     parts = places_of_parts(list(part_of.values()), counts)
     classes, targets = number_labels([member.label for member in members], parts, names.__getitem__)
-    parts = checked_parts(path.name, classes, targets, parts, names.__getitem__)
+    parts = checked_parts(name, classes, targets, parts, names.__getitem__)
     shard_of = [number for number, count in enumerate(counts) for _ in range(count)]
     where = torch.tensor([(s, m.start, m.size) for s, m in zip(shard_of, members, strict=True)])
     below = [(m.name.rsplit("/", 1)[-1], m.size) for m in members]
-    fingerprint = fingerprint_of(path.name, classes, counts, below, targets)
+    fingerprint = fingerprint_of(classes, counts, below, targets)
     opener = OpenMember(kept, where)
-    return Collection(path.name, classes, targets, parts, names, opener, fingerprint, stamp_of(kept))
+    return Collection(name, classes, targets, parts, names, opener, fingerprint, stamp_of(kept))
 
 
 def _members(shard: Path) -> list[_Member]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmeta.capture import FeatureTape, capture_features
+from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.methods import Method
 
 
@@ -29,6 +30,10 @@ class TrainingBatch:
         labeled_share: the factor of a mean over the labeled images, ``n W / B`` for n of the B images that W processes
             share: the mean of the processes' gradients is then that of one process, whoever has how many.
         unlabeled_share: that of a mean over the unlabeled images.
+        labeled_keys: the labeled images' numbers in their stream ``[B_l]``, from which :meth:`random` draws; None where
+            there is no stream.
+        unlabeled_keys: those of the unlabeled images ``[B_u]``.
+        seed: of the run.
     """
 
     labeled: Tensor
@@ -40,12 +45,23 @@ class TrainingBatch:
     holdout_targets: Tensor | None = None
     labeled_share: float = 1.0
     unlabeled_share: float = 1.0
+    labeled_keys: Tensor | None = None
+    unlabeled_keys: Tensor | None = None
+    seed: int = 0
 
     @property
     def joined_share(self) -> float:
         """The factor of a mean over labeled and unlabeled images together."""
         labeled, unlabeled = len(self.labeled), len(self.weak)
         return (labeled + unlabeled) / (labeled / self.labeled_share + unlabeled / self.unlabeled_share)
+
+    def random(self, purpose: str) -> tuple[KeyedRandom, KeyedRandom] | None:
+        """Numbers for each labeled and unlabeled image, whichever process has it; None without keys."""
+        if self.labeled_keys is None or self.unlabeled_keys is None:
+            return None
+        keys = {"labeled": self.labeled_keys, "unlabeled": self.unlabeled_keys}
+        labeled, unlabeled = (KeyedRandom(self.seed, stream, purpose, numbers) for stream, numbers in keys.items())
+        return labeled, unlabeled
 
 
 @dataclass(frozen=True)
@@ -72,9 +88,9 @@ class StepLoss:
     """What one step minimizes, and the labels behind it.
 
     Args:
-        total: scalar on the graph.
-        labeled: the labeled part, scalar.
-        unlabeled: the unlabeled part before its weight, scalar.
+        total: scalar on the graph; where several processes share the batch, the mean of theirs is that of all.
+        labeled: the labeled part, scalar; likewise.
+        unlabeled: the unlabeled part before its weight, scalar; likewise.
         imputed: probabilities that the base imputes ``[B_u, C]``, detached; None for a base that imputes none.
         used: what the unlabeled part was computed from.
     """
@@ -243,9 +259,10 @@ def refine(
     given: dict[str, Any] = {"index": batch.index, "labels": hard if refiner.hard else imputed}
     given["mask"] = confident if refiner.hard else None
     if tape is None:
-        refined = refiner.method.refine(
-            model=model, unlabeled=inputs[refiner.view], **_examples(batch, batch.labeled, batch.holdout), **given
-        )
+        with own_precision(refiner, imputed):
+            refined = refiner.method.refine(
+                model=model, unlabeled=inputs[refiner.view], **_examples(batch, batch.labeled, batch.holdout), **given
+            )
     else:
         labeled, holdout = tape.outputs(labeled_logits), None
         if batch.holdout is not None:
@@ -259,6 +276,12 @@ def refine(
         return Used(soft, refined.labels, confident * refined.weights, confident, refined.loss)
     labels, mask = harden_soft(refined.labels)
     return Used(refined.labels, labels, mask * refined.weights, mask, refined.loss)
+
+
+def own_precision(refiner: Refiner, logits: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """No autocast for a method that takes differences of passes of its own: bfloat16 cannot resolve them."""
+    differences = refiner.method.derivative.how in ("finite_difference", "forward_difference")
+    return torch.autocast(logits.device.type, enabled=False) if differences else contextlib.nullcontext()
 
 
 def _examples(batch: TrainingBatch, labeled: Any, holdout: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class FixMatch:
         )
         per_example = functional.cross_entropy(strong_logits, used.labels, reduction="none")
 
-        labeled = functional.cross_entropy(labeled_logits, batch.targets)
-        unlabeled = (used.weights * per_example).mean()
-        total = batch.labeled_share * labeled + batch.unlabeled_share * self.weight * unlabeled + used.loss
+        labeled = batch.labeled_share * functional.cross_entropy(labeled_logits, batch.targets)
+        unlabeled = batch.unlabeled_share * (used.weights * per_example).mean()
+        total = labeled + self.weight * unlabeled + used.loss
         return StepLoss(total, labeled.detach(), unlabeled.detach(), weak_logits.detach().softmax(dim=1), used)

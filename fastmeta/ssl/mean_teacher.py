@@ -61,8 +61,8 @@ class MeanTeacher:
         )
         per_example = (probabilities - used.labels).square().sum(dim=1)
 
-        labeled = functional.cross_entropy(labeled_logits, batch.targets)
-        unlabeled = (used.weights * per_example).mean()
+        labeled = batch.labeled_share * functional.cross_entropy(labeled_logits, batch.targets)
+        unlabeled = batch.unlabeled_share * (used.weights * per_example).mean()
         weight = self.weight * ramp_up(progress, self.ramp, self.ramp_shape)
-        total = batch.labeled_share * labeled + batch.unlabeled_share * weight * unlabeled + used.loss
+        total = labeled + weight * unlabeled + used.loss
         return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed, used)

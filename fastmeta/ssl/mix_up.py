@@ -1,11 +1,13 @@
 """Mix-up (Zhang et al., 2018) of two batches."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmeta import checks
+from fastmeta.data.random_numbers import KeyedRandom
 
 
 class Mixed(NamedTuple):
@@ -23,6 +25,7 @@ def mix_up(
     *,
     alpha: float,
     generator: torch.Generator | None = None,
+    random: KeyedRandom | None = None,
 ) -> Mixed:
     r"""Each example of one batch mixed with its partner in the other, as in Eq. (17) of the Meta-Gradient slides.
 
@@ -40,6 +43,7 @@ def mix_up(
         second_targets: its probabilities ``[N, C]``.
         alpha: above 0; the smaller, the closer to unmixed.
         generator: source of randomness; None: the default one of the inputs' device.
+        random: draws for each example by its number instead, so that it mixes alike whatever batch it is in.
 
     Raises:
         ValueError: the batches differ in shape, or ``alpha`` is not above 0.
@@ -61,7 +65,7 @@ def mix_up(
     checks.like(first_targets, "first_targets", second_targets=second_targets)
     if not checks.number(alpha, "alpha") > 0:
         raise ValueError(f"alpha must be above 0, got {alpha}")
-    share = _beta(len(first), alpha, generator, first.device)
+    share = _beta(len(first), alpha, generator, first.device) if random is None else _keyed_beta(random, alpha)
     return Mixed(_mixed(first, second, share), _mixed(first_targets, second_targets, share))
 
 
@@ -76,6 +80,17 @@ def _beta(count: int, alpha: float, generator: torch.Generator | None, device: t
     uniform = torch.rand(2, count, dtype=torch.float64, device=source, generator=generator)
     logarithms = torch._standard_gamma(above, generator=generator).log() + uniform.log() / alpha
     return (logarithms[0] - logarithms[1]).sigmoid().to(device)
+
+
+def _keyed_beta(random: KeyedRandom, alpha: float) -> Tensor:
+    """``[n]`` draws of Beta(alpha, alpha) in float64 from two uniform numbers each (Devroye, 1996).
+
+    Student's t with 2 alpha degrees of freedom by Bailey's polar method, squeezed into [0, 1].
+    """
+    uniform = random.uniform(2).double()
+    cosine = (2 * math.pi * uniform[:, 1]).cos()
+    square = torch.expm1((1 - uniform[:, 0]).log() / -alpha) * cosine.square()  # t^2 / (2 alpha)
+    return 0.5 + 0.5 * cosine.sign() / (1 + 1 / square).sqrt()
 
 
 def _mixed(first: Tensor, second: Tensor, share: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class MixUpConsistency:
     a method makes of the same image's prediction in evaluation mode (running statistics, no dropout), a constant;
     ``x_mix`` and ``y_mix`` mix each labeled image and its label with an unlabeled one and q (Meta-Gradient, Algorithm 2
     with Eq. (17); the published code has the ramp). Without a method it is its baseline with mix-up alone. The papers'
-    batches are of one size; of two, the smaller is gone through again until every image of the larger has a partner.
+    batches are of one size; of two, the smaller is gone through again until every image of the larger has a partner (of
+    its own process, so that partners depend on how many there are).
 
     Args:
         alpha: both parameters of mix-up's Beta distribution (1.0 for CIFAR and ImageNet, 0.1 for SVHN).
@@ -76,13 +77,21 @@ class MixUpConsistency:
         targets = functional.one_hot(batch.targets, used.labels.shape[1]).to(used.labels)
         pairs = torch.arange(max(len(targets), len(used.labels)), device=targets.device)
         first, second = pairs % len(targets), pairs % len(used.labels)
-        mixed = mix_up(batch.labeled[first], targets[first], batch.weak[second], used.labels[second], alpha=self.alpha)
-        labeled = kl_divergence(model(mixed.inputs), mixed.targets)
+        random, larger = batch.random("mix-up"), 0 if len(targets) >= len(used.labels) else 1
+        mixed = mix_up(
+            batch.labeled[first],
+            targets[first],
+            batch.weak[second],
+            used.labels[second],
+            alpha=self.alpha,
+            random=None if random is None else random[larger],
+        )
+        share = (batch.labeled_share, batch.unlabeled_share)[larger]
+        labeled = share * kl_divergence(model(mixed.inputs), mixed.targets)
         difference = model(batch.weak).softmax(dim=1) - used.labels
-        unlabeled = (used.weights * difference.square().sum(dim=1)).mean()
+        unlabeled = batch.unlabeled_share * (used.weights * difference.square().sum(dim=1)).mean()
         weight = self.weight * ramp_up(progress, self.ramp, self.ramp_shape)
-        share = batch.labeled_share if len(batch.labeled) >= len(batch.weak) else batch.unlabeled_share
-        total = share * labeled + batch.unlabeled_share * weight * unlabeled + used.loss
+        total = labeled + weight * unlabeled + used.loss
         return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed_logits.detach().softmax(dim=1), used)
 
 

@@ -58,8 +58,8 @@ class PseudoLabel:
         )
         per_example = functional.cross_entropy(logits_u, used.labels, reduction="none")
 
-        labeled = functional.cross_entropy(labeled_logits, batch.targets)
-        unlabeled = (used.weights * per_example).mean()
+        labeled = batch.labeled_share * functional.cross_entropy(labeled_logits, batch.targets)
+        unlabeled = batch.unlabeled_share * (used.weights * per_example).mean()
         weight = self.weight * ramp_up(progress, self.ramp, self.ramp_shape)
-        total = batch.labeled_share * labeled + batch.unlabeled_share * weight * unlabeled + used.loss
+        total = labeled + weight * unlabeled + used.loss
         return StepLoss(total, labeled.detach(), unlabeled.detach(), logits_u.detach().softmax(dim=1), used)

@@ -32,5 +32,5 @@ class Supervised:
         """
         if refiner is not None:
             raise ValueError("the supervised base imputes no labels, so refiner must be None")
-        labeled = functional.cross_entropy(model(batch.labeled), batch.targets)
-        return StepLoss(total=batch.labeled_share * labeled, labeled=labeled.detach(), unlabeled=labeled.new_zeros(()))
+        labeled = batch.labeled_share * functional.cross_entropy(model(batch.labeled), batch.targets)
+        return StepLoss(total=labeled, labeled=labeled.detach(), unlabeled=labeled.new_zeros(()))

@@ -20,6 +20,7 @@ def virtual_adversarial_direction(
     xi: float = 1e-2,
     power_iterations: int = 1,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     r"""The direction in which a small step changes each prediction most, ``[N, ...]`` with rows of length 1.
 
@@ -33,17 +34,20 @@ def virtual_adversarial_direction(
     """
     _check(inputs, logits, xi, power_iterations)
     inputs = inputs.detach()
-    source = inputs.device if generator is None else generator.device
-    start = torch.randn(inputs.shape, dtype=inputs.dtype, device=source, generator=generator)
-    direction = _unit(start.to(inputs.device), otherwise=torch.zeros_like(inputs))
-    random = RandomState([inputs.device])
+    if start is None:
+        source = inputs.device if generator is None else generator.device
+        start = torch.randn(inputs.shape, dtype=inputs.dtype, device=source, generator=generator)
+    checks.shaped(start, "start", "[N, ...]", inputs.shape)
+    direction = _unit(start.to(inputs), otherwise=torch.zeros_like(inputs))
+    random, device = RandomState([inputs.device]), inputs.device.type
+    rounded = torch.is_autocast_enabled(device)
     target = logits.detach().softmax(dim=1)
     for iteration in range(power_iterations):
         offset = (xi * direction).requires_grad_()
-        with torch.enable_grad(), frozen_statistics(model):
+        with torch.enable_grad(), frozen_statistics(model), torch.autocast(device, enabled=False):
             moved = model(inputs + offset)
-            if iteration == 0 and not random.is_current():
-                # A dropout mask: the difference of two masks would drown that of the inputs.
+            if iteration == 0 and (rounded or not random.is_current()):
+                # The difference of two dropout masks, or autocast's rounding, would drown that of the inputs.
                 random.restore()
                 with torch.no_grad():
                     target = model(inputs).softmax(dim=1)
@@ -62,6 +66,7 @@ def virtual_adversarial_loss(
     xi: float = 1e-2,
     power_iterations: int = 1,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     r"""How far the worst small change of the inputs moves the predictions: the paper's local smoothness.
 
@@ -75,6 +80,7 @@ def virtual_adversarial_loss(
     alone. With batch statistics, ``logits`` must come from a forward of just these inputs; those of a larger batch
     differ by more than ``xi`` does. With dropout all passes made here share one mask, and where a model draws any, the
     search runs one more forward for ``p(x)`` under that mask; ``p(x)`` of the loss is that of ``logits`` as they are.
+    Under autocast the search runs in the parameters' dtype, and one more forward for ``p(x)``, too.
 
     The published ``xi = 1e-6`` is below what float32 resolves: the change of the logits drowns in their rounding.
     Cosine of the direction to its limit in float64, one iteration, mean over images and three nets:
@@ -87,11 +93,11 @@ def virtual_adversarial_loss(
     float32, WRN-28-2, noise, untrained          -0.02  0.36  0.95  0.998  0.996  0.96  0.72
     float32, ConvLarge, noise, untrained         0.04   0.35  0.94  0.999  0.998  0.97  0.75
     float64, ConvNet, digits, trained            1.00   1.00  1.00  1.000  0.997  0.92  0.46
-    bfloat16 autocast, ConvNet, digits, trained  -0.15  -0.1  -0.1  -0.08  0.43   0.91  0.46
-    bfloat16 autocast, WRN-28-2, untrained       0.07   0.07  0.17  0.06   0.17   0.23  0.62
+    bfloat16, ConvNet, digits, trained           -0.15  -0.1  -0.1  -0.08  0.43   0.91  0.46
+    bfloat16, WRN-28-2, untrained                0.07   0.07  0.17  0.06   0.17   0.23  0.62
     ===========================================  =====  ====  ====  =====  =====  ====  ====
 
-    Hence the default, and no autocast around the call where the direction matters.
+    Hence the default, and no autocast in the search.
 
     Args:
         model: from ``[N, ...]`` to logits ``[N, C]``.
@@ -101,6 +107,7 @@ def virtual_adversarial_loss(
         xi: length of the search's step, in the same units.
         power_iterations: 0 perturbs at random.
         generator: draws the start; None: the default one of the inputs' device.
+        start: the start itself, ``[N, ...]`` of any length; None: it is drawn.
 
     Raises:
         ValueError: a shape or number does not fit.
@@ -114,7 +121,7 @@ def virtual_adversarial_loss(
     """
     checks.number(radius, "radius", low=0.0)
     direction = virtual_adversarial_direction(
-        model, inputs, logits, xi=xi, power_iterations=power_iterations, generator=generator
+        model, inputs, logits, xi=xi, power_iterations=power_iterations, generator=generator, start=start
     )
     with frozen_statistics(model):
         moved = model(inputs + radius * direction)
@@ -183,8 +190,6 @@ class VirtualAdversarial:
             labeled_logits=labeled_logits,
             threshold=0.0 if refiner is not None and refiner.hard else None,
         )
-        # The default CPU generator is part of a checkpoint; those of other devices are not.
-        seed = int(torch.randint(2**62, ()))
         adversarial = virtual_adversarial_loss(
             model,
             images,
@@ -192,16 +197,22 @@ class VirtualAdversarial:
             radius=self.radius,
             xi=self.xi,
             power_iterations=self.power_iterations,
-            generator=torch.Generator(images.device).manual_seed(seed),
+            start=_start(images, batch),
         )
-        unlabeled = self.weight * adversarial + self.entropy_weight * conditional_entropy(logits)
-        labeled = functional.cross_entropy(labeled_logits, batch.targets)
-        total = batch.labeled_share * labeled + batch.joined_share * unlabeled + used.loss
+        unlabeled = batch.joined_share * (self.weight * adversarial + self.entropy_weight * conditional_entropy(logits))
         if refiner is not None:
             per_example = functional.cross_entropy(weak_logits, used.labels, reduction="none")
-            refined = (used.weights * per_example).mean()
-            total, unlabeled = total + batch.unlabeled_share * refined, unlabeled + refined
+            unlabeled = unlabeled + batch.unlabeled_share * (used.weights * per_example).mean()
+        labeled = batch.labeled_share * functional.cross_entropy(labeled_logits, batch.targets)
+        total = labeled + unlabeled + used.loss
         return StepLoss(total, labeled.detach(), unlabeled.detach(), weak_logits.detach().softmax(dim=1), used)
+
+
+def _start(images: Tensor, batch: TrainingBatch) -> Tensor | None:
+    """Each image's own draw, whatever batch and process it is in; None for a batch that has no keys."""
+    random = batch.random("adversarial direction")
+    columns = images[0].numel()
+    return None if random is None else torch.cat([part.normal(columns) for part in random]).view_as(images)
 
 
 def _unit(rows: Tensor, *, otherwise: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class Batches:
         self.device = torch.device(machine.device)
         self.targets = data.images.targets.to(self.device)
         self._streams: dict[str, Stream] = {}
+        self._unreadable: dict[str, str] = {}  # of streams that are closed
         self._holdout: tuple[Tensor, Tensor] | None = None
         self._check()
 
@@ -81,6 +82,9 @@ class Batches:
             index=unlabeled.index,
             labeled_share=self.processes.share(len(labeled.places), self.data.labeled_batch // parts),
             unlabeled_share=self.processes.share(len(unlabeled.places), self.data.unlabeled_batch // parts),
+            labeled_keys=labeled.keys,
+            unlabeled_keys=unlabeled.keys,
+            seed=self.seed,
         )
         if not self.uses_holdout:
             return batch
@@ -103,7 +107,7 @@ class Batches:
         position = number * batch_size
         if name not in self._streams or self._streams[name].position != position:
             if name in self._streams:
-                self._streams[name].close()
+                self._close(name)
             self._streams[name] = Stream(
                 self.data.images,
                 getattr(self.data.split, name),
@@ -131,7 +135,13 @@ class Batches:
     @property
     def unreadable(self) -> dict[str, str]:
         """Images that could not be read so far, and why, by their names."""
-        return {name: cause for stream in self._streams.values() for name, cause in stream.unreadable.items()}
+        return self._unreadable | {
+            name: cause for stream in self._streams.values() for name, cause in stream.unreadable.items()
+        }
+
+    @unreadable.setter
+    def unreadable(self, known: dict[str, str]) -> None:
+        self._unreadable = dict(known)
 
     def positions(self, number: int) -> dict[str, int]:
         """The next example of each stream at batch ``number``: all that a resume needs."""
@@ -140,13 +150,21 @@ class Batches:
 
     def close(self) -> None:
         """End the processes that read images."""
-        for stream in self._streams.values():
-            stream.close()
-        self._streams.clear()
+        for name in list(self._streams):
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        self._unreadable |= self._streams[name].unreadable
+        self._streams.pop(name).close()
 
     def _check(self) -> None:
-        if self.uses_holdout and not len(self.data.split.holdout):
+        holdout = len(self.data.split.holdout)
+        if self.uses_holdout and not holdout:
             raise ValueError("split.holdout_per_class must be at least 1 for a method with hold-out labels, got 0")
+        if self.uses_holdout and holdout < self.processes.count:
+            raise ValueError(
+                f"processes must be at most the number of hold-out images, {holdout}, got {self.processes.count}"
+            )
         for name in ("labeled_batch", "unlabeled_batch", "holdout_batch"):
             size = getattr(self.data, name)
             if size is None:

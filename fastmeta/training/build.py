@@ -1,13 +1,16 @@
 """From settings to a trainer: what depends on the data is filled in, then everything is made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmeta.data import Images, Split, generator_for, make_split, open_images, record, views_for
-from fastmeta.models import build_model
+from fastmeta.data.cache import cache_folder
+from fastmeta.data.features import frozen_features, restore_head
+from fastmeta.models import automatic_model, build_model
 from fastmeta.ssl import BASES
 from fastmeta.training.batches import TrainingData
 from fastmeta.training.config import RunConfig, SplitConfig
@@ -18,6 +21,8 @@ from fastmeta.training.trainer import Trainer
 
 _SMALL = 16  # pixels: nets for such images are too small for more than one thread
 _LARGE = 96  # from here on a crop of 7/8 of what is stored is trained on
+_PUBLISHED: dict[str, dict[str, Any]] = {"fixmatch": {"threshold": 0.95}, "pseudo-label": {"threshold": 0.95}}
+"""Settings of bases whose recipes were chosen on digits."""
 _FEW = 10  # labeled images of a class, whose weak views are soon known by heart
 
 
@@ -39,6 +44,7 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
         labeled_in_unlabeled=config.split.labeled_in_unlabeled,
     )
     every = config.evaluation.every or (50 if digits else max(1, steps // 20))
+    size = config.image_size or (side if side <= _LARGE else round(side * 7 / 8))
     few = labels is not None and labels <= _FEW
     rate = 0.2 if digits and config.optimizer.name == "sgd" else config.optimizer.peak
     small = config.machine.device == "cpu"
@@ -49,8 +55,10 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
         split=split,
         labeled_batch=config.labeled_batch or (40 if digits else 32 if small else 64),
         unlabeled_batch=config.unlabeled_batch or (120 if digits else 96 if small else 448),
-        image_size=config.image_size or (side if side <= _LARGE else round(side * 7 / 8)),
+        model=automatic_model(size) if config.model == "auto" else config.model,
+        image_size=size,
         views="digits" if digits and config.views == "auto" else config.views,
+        base_settings=config.base_settings if digits else {**_PUBLISHED.get(config.base, {}), **config.base_settings},
         labeled_view=config.labeled_view or ("strong" if few else "weak"),
         optimizer=replace(config.optimizer, learning_rate=config.optimizer.learning_rate or rate),
         average=replace(config.average, decay=_first(config.average.decay, min(0.999, max(0.99, 1 - 10 / steps)))),
@@ -72,6 +80,15 @@ class Built:
     split: Split
     trainer: Trainer
     evaluator: Evaluator
+    whole: nn.Module | None = None
+    """The net whose last layer alone is trained; None where all of it is."""
+
+    def weights_for_use(self, trained: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The state of the whole net, from that of what was trained."""
+        if self.whole is None:
+            return trained
+        restore_head(self.whole, trained)
+        return self.whole.state_dict()
 
 
 def split_of(config: RunConfig, images: Images) -> Split:
@@ -117,10 +134,23 @@ def build(config: RunConfig, images: Images, processes: Processes | None = None)
     assert config.steps is not None
     assert config.image_size is not None
     model, views = _model(config, images), views_for(config.views, images.image_shape, config.image_size)
+    whole, seen = None, images
+    if config.trainable == "head":
+        whole = model
+        # In the cache, where the runs of all seeds and methods share them.
+        seen, views, model = frozen_features(
+            whole,
+            images,
+            views,
+            folder=cache_folder() / "features",
+            augmented=torch.cat([split.labeled, split.unlabeled]),
+            workers=config.machine.workers,
+            device=config.machine.device,
+        )
     trainer = Trainer(
         model,
         TrainingData(
-            images,
+            seen,
             split,
             views,
             labeled_batch=config.labeled_batch,
@@ -139,8 +169,8 @@ def build(config: RunConfig, images: Images, processes: Processes | None = None)
         machine=config.machine,
         processes=processes,
     )
-    evaluator = Evaluator(config.evaluation, images, split, views, machine=config.machine, processes=processes)
-    return Built(config, images, split, trainer, evaluator)
+    evaluator = Evaluator(config.evaluation, seen, split, views, machine=config.machine, processes=processes)
+    return Built(config, images, split, trainer, evaluator, whole)
 
 
 def _model(config: RunConfig, images: Images) -> nn.Module:

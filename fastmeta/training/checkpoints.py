@@ -119,10 +119,6 @@ class Checkpoints:
         """Like :meth:`latest`, of those that were saved with ``is_best``."""
         return self._first_readable([saved for saved in _on_first(self._found)[::-1] if saved.is_best], like or {})
 
-    def remove(self) -> None:
-        """Remove the folder: the run is finished."""
-        _on_first(lambda: shutil.rmtree(self.folder))
-
     def _make_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(".step-*"):

@@ -112,7 +112,7 @@ def run_folder(out: Path, run: RunConfig) -> Path:
 
 
 def _results(jobs: Sequence[Job], step_seconds: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
-    finished = [result for job in jobs if (result := read_json(job.folder / "results.json")) is not None]
+    finished = [result for job in jobs if (result := _result(job.folder)) is not None]
     return {
         "finished": len(finished),
         "planned": len(jobs),
@@ -120,6 +120,13 @@ def _results(jobs: Sequence[Job], step_seconds: Mapping[str, float] = MappingPro
         "step_seconds": dict(step_seconds),
         "runs": finished,
     }
+
+
+def _result(folder: Path) -> dict[str, Any] | None:
+    """A finished run's figures and its time, which is not among them: a run started twice has the same figures."""
+    result = read_json(folder / "results.json")
+    seconds = [row["seconds_per_step"] for row in read_jsonl(folder / "timing.jsonl")]
+    return result and {**result, "seconds_per_step": statistics.median(seconds) if seconds else None}
 
 
 def _write(config: CompareConfig, results: dict[str, Any]) -> None:

@@ -130,6 +130,8 @@ class MachineConfig:
     """Memory format of images and weights."""
     compile: bool = False
     """torch.compile for everything below the last layer."""
+    graph: bool = False
+    """CUDA graph of a last-layer method's step: one launch in place of ten or more."""
     accumulation: int = 1
     """Parts that a step's batch is computed in, one after the other; a method refines each part by itself."""
     batch_norm: Literal["per-process", "synchronized"] = "per-process"
@@ -149,6 +151,8 @@ class MachineConfig:
         _in_range("machine.workers", self.workers, least=0)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("machine.device must be cpu where torch sees no GPU, got 'cuda'")
+        if self.graph and self.device == "cpu":
+            raise ValueError("machine.graph must be False on the CPU, got True")
         if self.batch_norm == "synchronized" and self.device == "cpu":
             raise ValueError("machine.batch_norm must be per-process on the CPU: torch's SyncBatchNorm needs a GPU")
 

@@ -23,7 +23,9 @@ class ExponentialMovingAverage:
     def __init__(self, model: nn.Module, config: AverageConfig) -> None:
         self.config = config
         self.updates = 0
-        self.model = copy.deepcopy(model).requires_grad_(False)
+        groups = [layer.process_group for layer in model.modules() if isinstance(layer, nn.SyncBatchNorm)]
+        shared = {id(group): group for group in groups}  # by the copies, too: a group cannot be copied
+        self.model = copy.deepcopy(model, shared).requires_grad_(False)
         averages: list[Tensor] = list(self.model.parameters())
         values: list[Tensor] = list(model.parameters())
         copies: list[tuple[Tensor, Tensor]] = []

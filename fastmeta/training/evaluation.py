@@ -24,8 +24,9 @@ class Evaluator:
 
     ``best-validation``: the weights with the least validation error of the run (ties: the later ones, the average
     first); their test error rides along and is compared with nothing. ``last``: the last ones. ``mean-of-last-20`` and
-    ``median-of-last-20``: of the test errors at the last 20 evaluations; the weights are the last ones. Each process
-    evaluates its part of the images.
+    ``median-of-last-20``: of the test errors at the last 20 evaluations (of the validation errors where there are no
+    test images, as papers have it on ImageNet); the weights are the last ones. Each process evaluates its part of the
+    images.
 
     Args:
         config: the protocol; ``report`` None: best-validation where there are validation images, else last.
@@ -53,11 +54,12 @@ class Evaluator:
             raise ValueError(
                 "evaluation.report must not be best-validation without validation images; got none of them"
             )
-        if "last-20" in self.report and not len(split.test):
-            raise ValueError(f"evaluation.report must be last without test images, got {self.report!r}")
+        if "last-20" in self.report and not len(split.test) + len(split.validation):
+            raise ValueError(f"evaluation.report must be last without test or validation images, got {self.report!r}")
+        self._figure = "test_error" if len(split.test) else "validation_error"
         self.unreadable: dict[str, str] = {}
         self.best: dict[str, Any] = {"validation_error": math.inf}
-        self._history: list[float] = []  # test errors of the reported kind of weights
+        self._history: list[float] = []  # of the reported kind of weights
 
     def __call__(self, step: int, student: nn.Module, average: nn.Module) -> dict[str, Any]:
         """A line of metrics.jsonl: the errors of the weights that the protocol names."""
@@ -78,8 +80,8 @@ class Evaluator:
             if is_better:
                 figures = {"validation_error": None, "test_error": None, **errors, "step": step, "weights": name}
                 self.best = {**figures, "model": copy.deepcopy(model.state_dict())}
-        if self.best["test_error"] is not None:
-            self._history = [*self._history, self.best["test_error"]][-_LAST:]
+        if self.best[self._figure] is not None:
+            self._history = [*self._history, self.best[self._figure]][-_LAST:]
         return row
 
     def reported(self) -> dict[str, Any]:
@@ -87,7 +89,7 @@ class Evaluator:
         figures = {name: value for name, value in self.best.items() if name != "model"}
         if "last-20" in self.report:
             middle = statistics.fmean if self.report.startswith("mean") else statistics.median
-            figures["test_error"] = middle(self._history)
+            figures[self._figure] = middle(self._history)
         return figures
 
     def predict(self, model: nn.Module, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

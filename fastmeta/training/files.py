@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+_TEMPORARY = ".partial"
+
 
 def replace(
     path: Path,
@@ -30,7 +32,7 @@ def replace(
         OSError: it could not be written; ``path`` is as it was, and no temporary file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -44,6 +46,12 @@ def replace(
             sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a process that was killed in :func:`replace` left in a folder."""
+    for path in folder.glob(f".*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -81,9 +89,9 @@ def write_text(path: Path, text: str, *, fsync: bool = False) -> None:
     replace(path, lambda file: file.write(text.encode()), fsync=fsync)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, fsync: bool = False) -> None:
     """Write ``value`` as indented JSON."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n", fsync=fsync)
 
 
 def read_json(path: Path) -> Any:
@@ -97,8 +105,8 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read one JSON object per line; nothing if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Read one JSON object per line, but for a last one that was cut off; nothing if there is no such file."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from fastmeta.training.processes import Processes
@@ -31,24 +30,26 @@ class LabelChanges:
     def add(self, step: int, index: Tensor, before: Tensor, after: Tensor) -> None:
         """Offer a batch: places ``index [N]``, labels ``before`` and ``after`` ``[N, C]``."""
         change = (after - before).abs().sum(dim=1).float()
+        row = _largest_of_each(index, change)  # an example may be in a batch more than once
+        index, change, before, after = index[row], change[row], before[row], after[row]
         old = self.change[index]
         larger = change > old
         probability_before, class_before = before.float().max(dim=1)
         probability_after, class_after = after.float().max(dim=1)
         steps = torch.full_like(change, step)
-        row = torch.stack([steps, class_before, probability_before, class_after, probability_after], dim=1)
+        values = torch.stack([steps, class_before, probability_before, class_after, probability_after], dim=1)
         self.change[index] = torch.where(larger, change, old)
-        self.values[index] = torch.where(larger.unsqueeze(1), row, self.values[index])
+        self.values[index] = torch.where(larger.unsqueeze(1), values, self.values[index])
 
     def join(self, processes: Processes) -> None:
-        """The largest changes of all processes, on all of them."""
+        """The largest changes of all processes, on all of them; of equal ones the first."""
         if processes.group is None:
             return
-        largest = self.change.clone()
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=processes.group)
-        # The first process that has it gives the rest.
-        owner = torch.where(self.change == largest, processes.rank, processes.count)
-        torch.distributed.all_reduce(owner, torch.distributed.ReduceOp.MIN, group=processes.group)
+        largest = processes.extremum_(self.change.clone(), "max")
+        steps = self.values[:, 0]
+        first = processes.extremum_(torch.where(self.change == largest, steps, torch.inf), "min")
+        mine = (self.change == largest) & (steps == first)
+        owner = processes.extremum_(torch.where(mine, processes.rank, processes.count), "min")
         self.values *= (owner == processes.rank).unsqueeze(1)
         processes.sum_(self.values)
         self.change = largest
@@ -79,3 +80,13 @@ class LabelChanges:
         """Continue from :meth:`state_dict`."""
         self.change.copy_(state["change"])
         self.values.copy_(state["values"])
+
+
+def _largest_of_each(index: Tensor, change: Tensor) -> Tensor:
+    """Rows ``[N]``, that of the largest ``change`` for each row's ``index``: equal for all rows of one example."""
+    order = change.argsort(descending=True, stable=True)
+    order = order[index[order].argsort(stable=True)]
+    sorted_index = index[order]
+    starts = torch.arange(len(index), device=index.device)
+    starts[1:] *= sorted_index[1:] != sorted_index[:-1]
+    return order[starts.cummax(dim=0).values]

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fastmeta.methods import ExampleWeights, ImputeAndWeight
 from fastmeta.training.build import Built
-from fastmeta.training.files import read_jsonl, replace, write_checkpoint, write_json
+from fastmeta.training.files import write_checkpoint, write_json, write_text
 from fastmeta.training.processes import Processes
 
 _MOST_CLASSES = 100  # of a confusion matrix
@@ -27,7 +26,7 @@ def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, A
         What results.json holds.
     """
     config, evaluator, best, trainer = run.config, run.evaluator, run.evaluator.best, run.trainer
-    imputed = _impute_all(run, processes)
+    confidence, label = _impute_all(run, processes)
     model = trainer.model if best["weights"] == "student" else trainer.average.model
     model.load_state_dict(best["model"])
     part = next((name for name in ("test", "validation") if len(getattr(run.split, name))), None)
@@ -36,7 +35,6 @@ def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, A
         confusion = {"part": part, "counts": evaluator.confusion(model, part).tolist()}
     method = None if trainer.method is None else trainer.method.method
     weights = method.weights.tolist() if isinstance(method, (ExampleWeights, ImputeAndWeight)) else None
-    timing = read_jsonl(folder / "timing.jsonl")
     results: dict[str, Any] = {
         "base": config.base,
         "method": config.method,
@@ -44,31 +42,31 @@ def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, A
         "labels": config.labels_per_class,
         **evaluator.reported(),
         "report": evaluator.report,
-        "seconds_per_step": statistics.median(row["seconds_per_step"] for row in timing) if timing else None,
         "split": run.split.sizes(),
         "confusion": confusion,
         "skipped_steps": int(trainer.skipped[0]),
-        "unreadable": {**trainer.batches.unreadable, **evaluator.unreadable},
+        "unreadable": dict(sorted(processes.joined({**trainer.batches.unreadable, **evaluator.unreadable}).items())),
     }
     if processes.is_first:
-        confidence, label = imputed.max(dim=1)
         table = _unlabeled_table(run, label, confidence, weights)
-        write_checkpoint(folder / "model.pt", best["model"])
+        write_checkpoint(folder / "model.pt", dict(run.weights_for_use(best["model"])), fsync=True)
         write_json(folder / "details.json", _details(run, label, confidence, weights))
-        replace(folder / "unlabeled.csv", lambda file: file.write(table.encode()))
-        write_json(folder / "results.json", results)
+        write_text(folder / "unlabeled.csv", table)
+        write_json(folder / "results.json", results, fsync=True)
     return results
 
 
-def _impute_all(run: Built, processes: Processes) -> Tensor:
-    """Probabilities of the averaged weights for every unlabeled image as it is; 0 where it cannot be read."""
+def _impute_all(run: Built, processes: Processes) -> tuple[Tensor, Tensor]:
+    """Confidence and class by the averaged weights of every unlabeled image as it is; 0 where it cannot be read."""
     places, images = run.split.unlabeled, run.images
     row_of = torch.zeros(len(images), dtype=torch.int64)
     row_of[places] = torch.arange(len(places))
-    imputed = torch.zeros(len(places), len(images.classes), device=run.trainer.device)
+    confidence = torch.zeros(len(places), device=run.trainer.device)
+    label = torch.zeros(len(places), dtype=torch.int64, device=run.trainer.device)
     for read, logits in run.evaluator.predict(run.trainer.average.model, places):
-        imputed[row_of[read].to(logits.device)] = logits.softmax(dim=1).float()
-    return processes.sum_(imputed).cpu()
+        rows = row_of[read].to(logits.device)
+        confidence[rows], label[rows] = logits.float().softmax(dim=1).max(dim=1)
+    return processes.sum_(confidence).cpu(), processes.sum_(label).cpu()
 
 
 def _details(run: Built, label: Tensor, confidence: Tensor, weights: list[float] | None) -> dict[str, Any]:

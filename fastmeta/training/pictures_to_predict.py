@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fastmeta.data import DataError, Images, open_images
-from fastmeta.data.collection import DecodedImages
+from fastmeta.data.collection import Collection, DecodedImages
 from fastmeta.data.folder import collect_files
 from fastmeta.data.labels import class_name, part_of
 from fastmeta.data.pictures import SUFFIXES
@@ -32,11 +32,12 @@ def open_for_prediction(paths: Sequence[str], run: RunFolder) -> Images:
     if len(paths) == 1 and not _has_pictures(Path(paths[0])):
         return open_images(paths[0], image_size=size, mode=run.mode)
     found = collect_files([Path(path).absolute() for path in paths])
-    if run.mode == "L" and DecodedImages(found, size).mode != "L":
+    if run.mode == "L" and _have_colours(found):
         raise DataError(f"{', '.join(paths)}: pictures have colours, expected gray ones as the run's")
     roots = sorted({str(Path(path).absolute()) for path in paths}, key=len, reverse=True)
     number = {name: place for place, name in enumerate(run.classes)}
-    targets, parts = [], {}
+    targets: list[int] = []
+    parts: dict[str, list[int]] = {}
     for place, name in enumerate(found.names):
         root = next((root for root in roots if name.startswith(root + os.sep)), os.path.dirname(name))
         folders = os.path.relpath(name, root).split(os.sep)[:-1]
@@ -53,6 +54,13 @@ def open_for_prediction(paths: Sequence[str], run: RunFolder) -> Images:
         size,
         run.mode,
     )
+
+
+def _have_colours(found: Collection) -> bool:
+    try:
+        return DecodedImages(found).mode == "RGB"
+    except DataError:  # none can be read: what predicts them names them
+        return False
 
 
 def _has_pictures(path: Path) -> bool:

@@ -1,10 +1,12 @@
 """A finished run on other images: classes, confidences and, for the run's unlabeled images, what became of them."""
 
 import csv
+import functools
 import io
 import os
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,28 +159,28 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _write(out: Path, run: RunFolder, images: Images, labels: Tensor, confidences: Tensor) -> int:
     """Write the CSV; how many of the images were unlabeled ones of the run."""
-    of_run = {_identity(row["path"]): row for row in run.unlabeled()}
-    found: list[Mapping[str, str] | None] = []
-    rows: list[list[str]] = []
+    folder_of = functools.cache(os.path.realpath)
+
+    def identity(path: str) -> str:
+        """The same for two ways to write one file's path."""
+        folder, name = os.path.split(path)
+        return os.path.join(folder_of(folder), name)
+
+    of_run = {identity(row["path"]): [sys.intern(row[name]) for name in _OF_UNLABELED] for row in run.unlabeled()}
+    rows, known = [], 0
     for place, (label, confidence) in enumerate(zip(labels.tolist(), confidences.tolist(), strict=True)):
         path = images.describe(place)
-        found.append(of_run.get(_identity(path)))
-        rows.append([path, *(["", ""] if label < 0 else [run.classes[label], f"{confidence:.6f}"])])
-    header = ["path", "label", "confidence"]
-    known = sum(row is not None for row in found)
-    if known:
-        header += _OF_UNLABELED
-        for row, old in zip(rows, found, strict=True):
-            row += ["" if old is None else old[name] for name in _OF_UNLABELED]
+        old = of_run.get(identity(path))
+        known += old is not None
+        predicted = ["", ""] if label < 0 else [run.classes[label], f"{confidence:.6f}"]
+        rows.append([path, *predicted, *(old or [""] * len(_OF_UNLABELED))])
+    header = ["path", "label", "confidence", *_OF_UNLABELED]
+    if not known:
+        header, rows = header[:3], [row[:3] for row in rows]
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text(out, text.getvalue())
     return known
-
-
-def _identity(path: str) -> str:
-    """The same for two ways to write one file's path; what is no file stays as it is."""
-    return os.path.realpath(path) if os.path.exists(path) else path
 
 
 def _judged(run: RunFolder, images: Images, labels: Tensor) -> tuple[tuple[PartError, ...], Tensor, dict[str, int]]:
@@ -233,7 +235,7 @@ def _matrix(counts: Tensor, classes: Sequence[str]) -> list[str]:
     width = max(4, *(len(str(count)) + 1 for count in counts.flatten().tolist()))
     longest = max(map(len, classes))
     numbers = "".join(f"{number:{width}}" for number in range(len(classes)))
-    lines = ["confusion: a row is a label, a column what is predicted", " " * (longest + 4) + numbers]
+    lines = ["confusion (all parts): a row is a label, a column what is predicted", " " * (longest + 4) + numbers]
     for number, (name, row) in enumerate(zip(classes, counts.tolist(), strict=True)):
         lines.append(f"{number:3} {name:{longest}}" + "".join(f"{count or '.':>{width}}" for count in row))
     return lines

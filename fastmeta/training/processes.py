@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 import torch.distributed
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastmeta.ops.process_group import Group
 
-_TIMEOUT = timedelta(seconds=60)  # after which the others notice that one is gone
+TIMEOUT = timedelta(seconds=60)  # after which the others notice that one is gone
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,13 @@ class Processes:
             torch.distributed.all_reduce(tensor, group=self.group)
         return tensor
 
+    def extremum_(self, tensor: Tensor, which: Literal["max", "min"]) -> Tensor:
+        """``tensor`` becomes its largest or smallest over the processes."""
+        if self.group is not None:
+            operation = torch.distributed.ReduceOp.MAX if which == "max" else torch.distributed.ReduceOp.MIN
+            torch.distributed.all_reduce(tensor, operation, group=self.group)
+        return tensor
+
     def broadcast_(self, tensors: list[Tensor]) -> None:
         """``tensors`` become those of the first process."""
         if self.group is None or not tensors:
@@ -58,6 +66,14 @@ class Processes:
         torch.distributed.broadcast(flat, 0, group=self.group)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
+
+    def joined(self, values: dict[str, str]) -> dict[str, str]:
+        """What any of them has; of one key, the value of the last."""
+        if self.group is None:
+            return values
+        parts: list[dict[str, str]] = [{}] * self.count
+        torch.distributed.all_gather_object(parts, values, group=self.group)
+        return {key: value for part in parts for key, value in part.items()}
 
     def part(self, count: int) -> slice:
         """This process's part of ``count`` things."""
@@ -75,8 +91,26 @@ def launched(device: str) -> Iterator[Processes]:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
+    backend = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=TIMEOUT, **_meeting())
     try:
         yield Processes(torch.distributed.group.WORLD)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _meeting() -> dict[str, Any]:
+    """Where the processes find each other: nothing to say, but for restarts by torchrun on one machine.
+
+    It keeps one store for all attempts, in which new processes find the addresses of the dead (torch 2.13,
+    https://github.com/pytorch/pytorch/issues/135712): each attempt gets keys of its own. Agents on several machines
+    count their attempts differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun does it.
+    """
+    given = os.environ
+    if given.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or given.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store = torch.distributed.TCPStore(
+        given["MASTER_ADDR"], int(given["MASTER_PORT"]), is_master=False, timeout=TIMEOUT
+    )
+    attempt = torch.distributed.PrefixStore(f"attempt-{given['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": attempt, "rank": int(given["RANK"]), "world_size": int(given["WORLD_SIZE"])}

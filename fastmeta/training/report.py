@@ -29,6 +29,7 @@ _CURVES = (
     ("wrong ones among those used", "used_error", True),
     ("confident: unlabeled images that are used", "confident", True),
 )
+_OF_TRUTH = ("imputed_error", "used_error")  # these say nothing where no true label is known
 _MOST_PICTURES = 480  # of all runs: some 2 MB
 _MOST_EXAMPLES = 24  # of a kind and run
 _MOST_UNREADABLE = 100
@@ -46,11 +47,17 @@ class RunPage:
     settings: dict[str, str]
     headlines: list[sections.Figure] = field(default_factory=list)
     confusion: sections.Confusion | None = None
+    examples: list[sections.Example] = field(default_factory=list)
     changed: list[sections.Example] = field(default_factory=list)
+    differing: list[sections.Example] = field(default_factory=list)
+    differing_from: str = ""
     lowest: list[sections.Example] = field(default_factory=list)
     balance: tuple[sections.ClassShare, ...] = ()
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     pictures: dict[str, str] = field(default_factory=dict)
+    known_truths: int = 0
+    weighted: int = 0
+    low_weights: int = 0
     notes: list[str] = field(default_factory=list)
 
     def part(self, what: str, make: Callable[[], T], otherwise: T) -> T:
@@ -84,8 +91,11 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
 def report_html(runs: Sequence[RunFolder]) -> str:
     """The page as text."""
     count = max(4, min(_MOST_EXAMPLES, _MOST_PICTURES // (2 * len(runs))))
-    pages = [_page(run, name, count) for run, name in zip(runs, _names(runs), strict=True)]
-    panels = [_curves(runs, *curve) for curve in _CURVES]
+    pages = [_read(run, name) for run, name in zip(runs, _names(runs), strict=True)]
+    for page in pages:
+        _choose_examples(page, pages, count)
+        _add_images(page)
+    panels = [_curves(pages, *curve) for curve in _CURVES]
     return _template().render(
         pages=pages,
         panels=[figure for figure in panels if figure is not None],
@@ -116,7 +126,8 @@ def _names(runs: Sequence[RunFolder]) -> list[str]:
     return names
 
 
-def _page(run: RunFolder, name: str, count: int) -> RunPage:
+def _read(run: RunFolder, name: str) -> RunPage:
+    """All but what needs the images or the other runs."""
     config = run.config
     base, method = config.get("base", "?"), config.get("method", "none")
     settings = sections.flattened({key: value for key, value in config.items() if key != "record"})
@@ -126,21 +137,39 @@ def _page(run: RunFolder, name: str, count: int) -> RunPage:
     page.unreadable = page.part(
         "unreadable files", lambda: sorted((run.results or {}).get("unreadable", {}).items()), []
     )
-    none: list[sections.Example] = []
-    examples = page.part("the unlabeled images", lambda: sections.examples_of(run.unlabeled()), none)
-    page.changed = sections.most_changed(examples, count)
-    page.lowest = sections.lowest_weights(examples, count)
-    images = _open(page) if examples else None
-    labeled = page.part("labels of each class", lambda: _labeled_of_each_class(run, images), None)
-    if examples:
-        page.balance = sections.balance_of(run.classes, labeled, examples)
-    shown = list(dict.fromkeys(example.path for example in (*page.changed, *page.lowest)))
+    page.examples = page.part("the unlabeled images", lambda: sections.examples_of(run.unlabeled()), page.examples)
+    weights = [example.weight for example in page.examples if example.weight is not None]
+    page.weighted, page.low_weights = len(weights), sum(weight < 0.5 for weight in weights)
+    page.known_truths = sum(bool(example.truth) for example in page.examples)
+    return page
+
+
+def _choose_examples(page: RunPage, pages: Sequence[RunPage], count: int) -> None:
+    """Those that are shown. A method that leaves labels alone and moves what imputes them is held against its base."""
+    page.lowest = sections.lowest_weights(page.examples, count)
+    page.changed = sections.most_changed(page.examples, count)
+    alone = next((other for other in pages if _is_base_of(other.run, page.run)), None)
+    if not page.changed and alone is not None:
+        page.differing = sections.differing_labels(alone.examples, page.examples, count)
+        page.differing_from = alone.name
+
+
+def _is_base_of(other: RunFolder, run: RunFolder) -> bool:
+    same = all(other.config.get(name) == run.config.get(name) for name in ("base", "seed", "labels_per_class"))
+    same_data = other.record.get("fingerprint") == run.record.get("fingerprint")
+    return same and same_data and other.config.get("method") == "none" != run.config.get("method")
+
+
+def _add_images(page: RunPage) -> None:
+    """What needs the run's images: thumbnails, and the labels of each class."""
+    if not page.examples:
+        return
+    images = _open(page)
+    labeled = page.part("labels of each class", lambda: _labeled_of_each_class(page.run, images), None)
+    page.balance = sections.balance_of(page.run.classes, labeled, page.examples)
+    shown = {example.path: None for example in (*page.changed, *page.differing, *page.lowest)}
     if images is not None and shown:
         page.pictures = page.part("pictures", lambda: thumbnails(images, places_of(images, shown)), {})
-        missing = len(shown) - len(page.pictures)
-        if missing:
-            page.notes.append(f"{missing} of {len(shown)} pictures could not be read")
-    return page
 
 
 def _open(page: RunPage) -> Images | None:
@@ -160,10 +189,12 @@ def _labeled_of_each_class(run: RunFolder, images: Images | None) -> list[int] |
     return torch.bincount(images.targets[split.labeled], minlength=len(run.classes)).tolist()
 
 
-def _curves(runs: Sequence[RunFolder], title: str, key: str, percent: bool) -> Panel | None:
+def _curves(pages: Sequence[RunPage], title: str, key: str, percent: bool) -> Panel | None:
     """One quantity of all runs; errors are those of the weights that each run reports."""
     curves = []
-    for run in runs:
+    for page in pages:
+        run = page.run
         name = key.format(weights=(run.results or {}).get("weights") or "average")
-        curves.append([(row["step"], row.get(name)) for row in run.metrics if "step" in row])
+        shown = page.known_truths or not page.examples or key not in _OF_TRUTH
+        curves.append([(row["step"], row.get(name)) for row in run.metrics if "step" in row] if shown else [])
     return panel(title, curves, percent=percent)

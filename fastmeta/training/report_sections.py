@@ -1,9 +1,10 @@
 """What a report says of one run: figures, confusion, examples, balance of classes."""
 
 import statistics
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastmeta.training.intervals import error_interval
@@ -37,7 +38,7 @@ class Confusion:
     pairs: tuple[tuple[str, str, int, float], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """An unlabeled image that is worth a look: a line of unlabeled.csv."""
 
@@ -122,15 +123,15 @@ def confusion_of(results: Mapping[str, Any] | None, classes: Sequence[str]) -> C
     return Confusion(found["part"], rows, tuple(pairs[:_MOST_ROWS]))
 
 
-def examples_of(rows: Sequence[Mapping[str, str]]) -> list[Example]:
+def examples_of(rows: Iterable[Mapping[str, str]]) -> list[Example]:
     """The lines of unlabeled.csv with their numbers read."""
     return [
         Example(
             path=row["path"],
-            label=row["label"],
-            before=row["label_before"],
-            after=row["label_after"],
-            truth=row["truth"],
+            label=sys.intern(row["label"]),
+            before=sys.intern(row["label_before"]),
+            after=sys.intern(row["label_after"]),
+            truth=sys.intern(row["truth"]),
             confidence=_number(row["confidence"]),
             weight=_number(row["weight"]),
             change=_number(row["label_change"]),
@@ -153,6 +154,18 @@ def lowest_weights(examples: Sequence[Example], count: int) -> list[Example]:
     """Those whose learned weight fell most below 1, where all weights start."""
     low = [example for example in examples if example.weight is not None and example.weight < 1]
     return sorted(low, key=lambda example: example.weight or 0.0)[:count]
+
+
+def differing_labels(alone: Sequence[Example], examples: Sequence[Example], count: int) -> list[Example]:
+    """Images that another run took for another class at the end, the most confident of both runs first."""
+    before = {example.path: example for example in alone}
+    found = []
+    for example in examples:
+        other = before.get(example.path)
+        if other is not None and other.label and example.label and other.label != example.label:
+            confidence = (other.confidence or 0.0) + (example.confidence or 0.0)
+            found.append((confidence, replace(example, before=other.label, after=example.label)))
+    return [example for _, example in sorted(found, key=lambda pair: -pair[0])[:count]]
 
 
 def balance_of(

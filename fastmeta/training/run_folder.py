@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,12 @@ class RunFolder:
         """Images in each part of the split."""
         return self.record.get("sizes", {})
 
-    def unlabeled(self) -> list[dict[str, str]]:
-        """The lines of unlabeled.csv: what the run made of each unlabeled image; nothing if there is no such file."""
+    def unlabeled(self) -> Iterator[dict[str, str]]:
+        """The lines of unlabeled.csv: what the run made of each unlabeled image; none if there is no such file."""
         path = self.folder / "unlabeled.csv"
-        if not path.exists():
-            return []
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                yield from csv.DictReader(file)
 
 
 def read_run(folder: Path) -> RunFolder:

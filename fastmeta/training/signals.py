@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 import torch.distributed
 
 from fastmeta.ops.process_group import running_processes
+from fastmeta.training.processes import TIMEOUT
+
+SAME_REQUEST = 3.0  # s
 
 
 class StopRequest:
@@ -23,7 +27,7 @@ class StopRequest:
         self.signal: int = 0
         """What asked to stop; SIGTERM where processes were sent both; 0 while nothing did."""
         # On the CPU, whatever the steps use.
-        self._group = torch.distributed.new_group(backend="gloo") if running_processes() > 1 else None
+        self._group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if running_processes() > 1 else None
         self._answer = torch.zeros(1, dtype=torch.int32)
         self._work: Any = None
 
@@ -50,7 +54,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[StopRequest]:
-    """Within the block a first Ctrl-C or SIGTERM is only noted, for the loop to ask; the next one acts as usual.
+    """Within the block a first Ctrl-C or SIGTERM is only noted, for the loop to ask; a later one acts as usual.
+
+    Those of the first seconds are one request: a batch system sends SIGTERM to all processes, and torchrun, which is
+    one of them, sends it on.
 
     >>> with stop_requested() as should_stop:
     ...     should_stop()
@@ -58,6 +65,7 @@ def stop_requested() -> Iterator[StopRequest]:
     """
     request = StopRequest()
     before: dict[int, Any] = {}
+    asked: list[float] = []
     owner = os.getpid()
 
     def handle(number: int, frame: Any) -> None:
@@ -66,9 +74,13 @@ def stop_requested() -> Iterator[StopRequest]:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        request.signal = number
-        _restore(before)
-        print("\nstopping at the next step (once more: at once)", file=sys.stderr, flush=True)
+        if not asked:
+            asked.append(time.monotonic())
+            print("\nstopping at the next step (once more: at once)", file=sys.stderr, flush=True)
+        elif time.monotonic() - asked[0] > SAME_REQUEST:
+            _restore(before)
+            os.kill(os.getpid(), number)
+        request.signal = max(number, request.signal)
 
     with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from PIL import Image
@@ -13,7 +13,7 @@ from fastmeta.data.images import Images, UnreadableImage
 SIDE = 96  # pixels of the longer side; smaller images stay as they are
 
 
-def places_of(images: Images, paths: Sequence[str]) -> dict[str, int]:
+def places_of(images: Images, paths: Iterable[str]) -> dict[str, int]:
     """Where the images with these descriptions are; those that there are none of are left out."""
     wanted = set(paths)
     found: dict[str, int] = {}

@@ -1,7 +1,10 @@
 """A run on disk: trains, logs, checkpoints, and continues where a checkpoint left off."""
 
 import contextlib
+import json
+import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from fastmeta.data import Images
 from fastmeta.training.build import Built, build, load_images, record_of
 from fastmeta.training.checkpoints import Checkpoints
 from fastmeta.training.config import RunConfig
-from fastmeta.training.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
+from fastmeta.training.files import append_jsonl, read_json, read_jsonl, remove_temporaries, write_json, write_jsonl
 from fastmeta.training.optimizers import rate_at
 from fastmeta.training.outcome import write_outcome
 from fastmeta.training.processes import Processes
@@ -66,11 +69,14 @@ def train(
         run = build(config, images, processes)
         set_threads(run.config.machine.threads or 1)
         check_folder(record_of(config, images), folder)
-        finished = read_json(folder / "results.json")
-        if finished is not None:
+        results = read_json(folder / "results.json")
+        if results is None:
+            results = _Loop(run, folder, processes).run(on_step, on_wait, should_stop)
+        else:
             on_step(run.trainer.steps)
-            return finished
-        return _Loop(run, folder, processes).run(on_step, on_wait, should_stop)
+        if results is not None and processes.is_first:
+            _tidy(folder)
+        return results
 
 
 class _Loop:
@@ -79,7 +85,10 @@ class _Loop:
     def __init__(self, run: Built, folder: Path, processes: Processes) -> None:
         self.built, self.folder, self.processes = run, folder, processes
         self.trainer, self.evaluator = run.trainer, run.evaluator
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep=run.config.machine.keep)
+        self.record = record_of(run.config, run.images)
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", keep=run.config.machine.keep, fingerprint=_fingerprint(self.record)
+        )
         self.rows: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
         self._saved: int | None = None
@@ -117,22 +126,27 @@ class _Loop:
             self.rows = state["rows"]
             self._timed = (self.trainer.step, 0.0, 0.0)
         if self.processes.is_first:
-            write_json(self.folder / "config.json", record_of(self.built.config, self.built.images))
+            remove_temporaries(self.folder)
+            write_json(self.folder / "config.json", self.record)
             write_jsonl(self.folder / "metrics.jsonl", self.rows)  # lines after the checkpoint are written again
             timing = [row for row in read_jsonl(self.folder / "timing.jsonl") if row["step"] <= self.trainer.step]
             write_jsonl(self.folder / "timing.jsonl", timing)
 
     def _save(self) -> None:
-        self._check_finite()
+        """A checkpoint, but for a step without a finite loss: what may be broken takes no good one's place."""
+        if self._check_finite():
+            return
+        step = self.trainer.step
         state = {
             "trainer": self.trainer.state_dict(),
             "evaluator": self.evaluator.state_dict(),
             "rows": self.rows,
         }
-        self.checkpoints.save(self.trainer.step, state, is_best=self.evaluator.best.get("step") == self.trainer.step)
-        self._saved = self.trainer.step
+        self.checkpoints.save(step, state, is_best=self.evaluator.best.get("step") == step)
+        self._saved = step
 
-    def _check_finite(self) -> None:
+    def _check_finite(self) -> int:
+        """How many steps in a row, up to now, had no finite loss."""
         skipped, in_a_row = self.trainer.skipped.tolist()
         if in_a_row >= self.built.config.machine.max_skipped:
             good = "there is no checkpoint" if self._saved is None else f"the last checkpoint is of step {self._saved}"
@@ -140,6 +154,7 @@ class _Loop:
                 f"the loss of the last {in_a_row} steps was not finite (step {self.trainer.step}; {skipped} in all); "
                 f"{good} ({self.checkpoints.folder})"
             )
+        return in_a_row
 
     def _evaluate(self) -> float:
         """A line of metrics.jsonl and one of timing.jsonl; the share of the time that steps waited for data."""
@@ -174,11 +189,19 @@ class _Loop:
 
     def _finish(self) -> dict[str, Any]:
         self.trainer.synchronize()
-        results = write_outcome(self.built, self.folder, self.processes)
-        self.checkpoints.remove()
-        if self.processes.is_first:
-            write_report([self.folder], self.folder / "report.html")
-        return results
+        return write_outcome(self.built, self.folder, self.processes)
+
+
+def _tidy(folder: Path) -> None:
+    """What follows results.json; a run killed in between has it done when it is started again."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not (folder / "report.html").exists():
+        write_report([folder], folder / "report.html")
+
+
+def _fingerprint(record: dict[str, Any]) -> str:
+    """Of settings and data: what :func:`check_folder` compares."""
+    return f"{zlib.crc32(json.dumps({**record, 'machine': None}, sort_keys=True).encode()):08x}"
 
 
 def check_folder(record: dict[str, Any], folder: Path) -> None:

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.data import generator_for
+from fastmeta.ops.process_group import sum_over
 from fastmeta.ssl import Algorithm, Refiner, StepLoss, TrainingBatch
+from fastmeta.ssl.base import own_precision
 from fastmeta.training.batches import Batches, TrainingData
 from fastmeta.training.config import AverageConfig, MachineConfig, OptimizerConfig, ScheduleConfig
 from fastmeta.training.ema import ExponentialMovingAverage
 from fastmeta.training.label_changes import LabelChanges
+from fastmeta.training.machine import capture_steps, refuse_compile, refuse_synchronized
 from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer, rate_at
 from fastmeta.training.processes import Processes
 
@@ -26,8 +29,8 @@ class Trainer:
 
     Everything random is keyed by the seed and the step, so runs that differ only in their base or method share data
     order, initialization and augmentation, and what :meth:`state_dict` holds of the streams is their positions. On
-    several processes a step is that of one process on the joined batch, but for batch statistics and what is drawn
-    inside of a model or a base (dropout, the first direction of VAT).
+    several processes a step is that of one process on the joined batch, but for batch statistics and what a model draws
+    (dropout).
 
     Args:
         model: a classifier; images ``[N, channels, height, width]`` to logits ``[N, C]``.
@@ -84,6 +87,7 @@ class Trainer:
         if self.machine.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.machine.batch_norm == "synchronized" and self.processes.group is not None:
+            refuse_synchronized(method)
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.processes.group)
         self.model: nn.Module = model
         self.average = ExponentialMovingAverage(model, average or AverageConfig())
@@ -91,16 +95,20 @@ class Trainer:
         self._decayed: list[Tensor] = list(decayed_parameters(model, self.optimizer_config))
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        if self.machine.compile:
-            model.compile()
         self.network = self._distributed(model)
+        if self.machine.compile:
+            refuse_compile(base, method)
+            model.compile()
         if method is not None:
             method.method.to(self.device)
+        if self.machine.graph:
+            capture_steps(method, self.processes)
 
         self.step = 0
         self.label_changes = LabelChanges(len(data.split.unlabeled), self.device)
         self._truth = data.images.targets[data.split.unlabeled].to(self.device)
-        self._sums = torch.zeros(len(AVERAGES), device=self.device)
+        # One more: images whose label is known, of which the last two are shares.
+        self._sums = torch.zeros(len(AVERAGES) + 1, dtype=torch.float64, device=self.device)
         self._summed = 0
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
         """Steps without a finite loss: all of them, and those in a row up to now."""
@@ -156,14 +164,15 @@ class Trainer:
             imputed = self.model(batch.second).softmax(dim=1)
         elif refiner.view == "learned" and batch.second is not None:
             learned = batch.second
-        refined = refiner.method.refine(
-            model=self.model,
-            unlabeled=learned,
-            labels=imputed,
-            holdout=batch.labeled,
-            targets=batch.targets,
-            index=batch.index,
-        )
+        with own_precision(refiner, learned):
+            refined = refiner.method.refine(
+                model=self.model,
+                unlabeled=learned,
+                labels=imputed,
+                holdout=batch.labeled,
+                targets=batch.targets,
+                index=batch.index,
+            )
         return refined.loss
 
     def _update(self, finite: Tensor) -> None:
@@ -179,32 +188,39 @@ class Trainer:
 
     def _average_gradients(self) -> None:
         """What DistributedDataParallel does in its own backward, for a loss whose passes do not go through it."""
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                self.processes.sum_(parameter.grad).div_(self.processes.count)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if self.processes.group is not None and gradients:
+            summed = sum_over(gradients, self.processes.group)
+            torch._foreach_copy_(gradients, torch._foreach_div(summed, self.processes.count))
 
     @torch.no_grad()
     def _watch(self, batch: TrainingBatch, loss: StepLoss) -> None:
         zero = loss.total.new_zeros(())
-        values = [loss.total.detach(), loss.labeled, loss.unlabeled, zero, zero, zero]
+        # Of means the mean over the processes is wanted, of counts the sum.
+        means = [loss.total.detach(), loss.labeled, loss.unlabeled, zero]
+        counts = [zero, zero, zero]
         if loss.imputed is not None and loss.used is not None:
             truth = self._truth[batch.index]
-            known = (truth >= 0).float()
-            share = known / known.sum().clamp(min=1)
-            values[3] = loss.used.mask.mean()
-            values[4] = ((loss.imputed.argmax(dim=1) != truth) * share).sum()
-            values[5] = ((loss.used.soft.argmax(dim=1) != truth) * share).sum()
+            known = truth >= 0
+            means[3] = batch.unlabeled_share * loss.used.mask.mean()
+            wrong = [(labels.argmax(dim=1) != truth) & known for labels in (loss.imputed, loss.used.soft)]
+            counts = [wrong[0].sum(), wrong[1].sum(), known.sum()]
             if self.method is not None:
                 self.label_changes.add(self.step, batch.index, loss.imputed, loss.used.soft)
-        self._sums += torch.nan_to_num(torch.stack([value.float() for value in values]))
+        values = [mean.double() / self.processes.count for mean in means] + [count.double() for count in counts]
+        self._sums += torch.nan_to_num(torch.stack(values), posinf=0.0, neginf=0.0)
         self._summed += 1
 
     def averages(self) -> dict[str, float]:
         """Means of :data:`AVERAGES` over the steps since the last call, of all processes; this waits for the device."""
-        sums = self.processes.sum_(self._sums.clone()) / (self.processes.count * max(1, self._summed))
+        *sums, known = self.processes.sum_(self._sums.clone()).tolist()
+        steps, known = max(1, self._summed), max(1.0, known)
         self._sums.zero_()
         self._summed = 0
-        return dict(zip(AVERAGES, sums.tolist(), strict=True))
+        return {
+            name: total / (known if name.endswith("_error") else steps)
+            for name, total in zip(AVERAGES, sums, strict=True)
+        }
 
     def synchronize(self) -> None:
         """Running statistics and label changes become the same on all processes (those of the first, the largest)."""
@@ -215,7 +231,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on; tensors and plain values only. Every process calls it."""
         self.synchronize()
-        sums = torch.zeros(self.processes.count, len(AVERAGES), device=self.device)
+        sums = self._sums.new_zeros(self.processes.count, len(self._sums))
         sums[self.processes.rank] = self._sums
         return {
             "step": self.step,
@@ -228,6 +244,7 @@ class Trainer:
             "sums": self.processes.sum_(sums),
             "summed": self._summed,
             "skipped": self.skipped,
+            "unreadable": self.processes.joined(self.batches.unreadable),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -242,18 +259,27 @@ class Trainer:
         sums: Tensor = state["sums"].to(self.device)
         if len(sums) == self.processes.count:
             self._sums = sums[self.processes.rank].clone()
-        else:  # of another number of processes: means of as many parts
-            self._sums = sums.mean(dim=0)
+        else:  # of another number of processes
+            self._sums = sums.sum(dim=0) * self.processes.is_first
         self._summed = state["summed"]
         self.skipped.copy_(state["skipped"])
         self.batches.close()
+        self.batches.unreadable = state["unreadable"]
 
     def _distributed(self, model: nn.Module) -> nn.Module:
         if self.processes.group is None:
             return model
-        return nn.parallel.DistributedDataParallel(
-            model, process_group=self.processes.group, broadcast_buffers=False, gradient_as_bucket_view=True
+        network = nn.parallel.DistributedDataParallel(
+            model, process_group=self.processes.group, gradient_as_bucket_view=True
         )
+        network.broadcast_buffers = False  # train_step does, once: a base forwards several times
+        # After its first backward pass DDP puts its buckets in another order, in which sums round differently. One
+        # without effect comes before all steps, so that those of a resumed run round as those of one that was not.
+        network.eval()
+        images = torch.zeros(1, *self.data.images.image_shape, device=self.device)
+        network(self.data.views.plain(images)).sum().backward()
+        self.optimizer.zero_grad()
+        return network.train()
 
     def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager[Any]:
         """Whether a backward pass leaves the gradients of the processes as they are."""

@@ -1,5 +1,6 @@
 """``python -m bench train``: a small run from end to end, and the stopwatch against a loop by hand."""
 
+import dataclasses
 import json
 import time
 
@@ -57,6 +58,19 @@ def test_from_end_to_end(monkeypatch, tmp_path):
     assert rows[0]["ratio"] == 1
 
 
+def test_a_task_that_fails_is_named_and_the_others_go_on(monkeypatch, tmp_path, capsys):
+    broken = dataclasses.replace(TINY, name="broken", config=dataclasses.replace(TINY.config, model="no-net"))
+    monkeypatch.setattr(command, "TASKS", {"cpu": (broken, TINY), "cuda": ()})
+    given = ["train", "--rounds", "1", "--threads", "1", "--processes", "1", "--methods", "l2i", "--out", str(tmp_path)]
+    assert main(given) == 0
+    results = json.loads((tmp_path / "train.json").read_text())
+    assert [row["method"] for row in results["rows"]] == ["none", "l2i"]
+    assert "broken, processes: 1" in results["left_out"][0]
+    assert "no-net" in (tmp_path / "train.md").read_text()
+    assert main([*given, "--tasks", "broken"]) == 1
+    assert "Not measured: broken" in capsys.readouterr().err
+
+
 def test_the_stopwatch_gives_each_part_its_own_time():
     """A part that sleeps has that time, and what it is called from has it not."""
     trainer = TINY.trainer("l2i", MachineConfig(), TINY.images(), Processes())
@@ -94,4 +108,5 @@ def test_tasks():
     assert small(64, 448).batch == 512
     for task in TASKS["cuda"][1:]:
         assert task.methods[0] == "none"
+        assert task.batch <= 400
         assert task.config.steps == PRESETS[task.name.split(",")[0]].steps

@@ -1,5 +1,6 @@
 """docs/scaling.md: its formulas against the collectives that methods call, its tables against its formulas."""
 
+import dataclasses
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,19 @@ from torch.nn.parallel import DistributedDataParallel
 import fastmeta
 from bench.scaling import cost, memory, page, traffic
 from bench.scaling.command import PAGE
+from bench.train.task import Task
+from fastmeta.training.config import MachineConfig, RunConfig
+from fastmeta.training.processes import Processes
 
 C, D, B, M, INPUTS = 3, 5, 7, 40, 6
 Counted = list[tuple[str, int]]
+
+TASK = Task(
+    "tiny",
+    RunConfig(data="generated", labels_per_class=2, model="conv-net", labeled_batch=4, unlabeled_batch=6, steps=9),
+    classes=3,
+    pixels=8,
+)
 
 METHODS: dict[str, Callable[..., fastmeta.Method]] = {
     "MetaGradient": fastmeta.MetaGradient,
@@ -64,7 +75,7 @@ def count(rank: int, world: int, folder: Path) -> None:
     meeting = (folder / "meeting").as_uri()
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     seen: Counted = []
-    real = {name: getattr(torch.distributed, name) for name in ("all_reduce", "all_gather")}
+    real = {name: getattr(torch.distributed, name) for name in ("all_reduce", "all_gather", "broadcast")}
 
     def all_reduce(tensor: torch.Tensor, *arguments: Any, **named: Any) -> Any:
         seen.append(("all_reduce", tensor.nbytes))
@@ -74,7 +85,12 @@ def count(rank: int, world: int, folder: Path) -> None:
         seen.append(("all_gather", tensor.nbytes))
         return real["all_gather"](into, tensor, *arguments, **named)
 
+    def broadcast(tensor: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        seen.append(("broadcast", tensor.nbytes))
+        return real["broadcast"](tensor, *arguments, **named)
+
     torch.distributed.all_reduce, torch.distributed.all_gather = all_reduce, all_gather
+    torch.distributed.broadcast = broadcast
     torch.manual_seed(0)
     model = make_model()
     torch.manual_seed(rank)
@@ -86,6 +102,11 @@ def count(rank: int, world: int, folder: Path) -> None:
                 seen.clear()
                 refine(method, model)
             found[f"{name}, {how}"] = list(seen), iterations(method)
+    trainer = TASK.trainer("none", MachineConfig(), TASK.images(), Processes(torch.distributed.group.WORLD))
+    seen.clear()
+    trainer.train_step()
+    channels = sum(m.num_features for m in trainer.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    found["trainer"] = list(seen), channels
     buckets: Counted = []
     running = DistributedDataParallel(model)
 
@@ -120,6 +141,9 @@ def test_the_formulas_are_what_methods_exchange(world, tmp_path):
             setting = traffic.Setting(C, D, parameters, B, world, iterations=made)
             if key == "base":
                 calls = traffic.base_step(setting)
+            elif key == "trainer":
+                assert made > 0
+                calls = traffic.trainer_step(dataclasses.replace(setting, channels=made))
             else:
                 name, how = key.rsplit(", ", 1)
                 calls = traffic.METHODS[name](setting, setting.model if how == "jvp" else setting.last_layer)
@@ -151,7 +175,7 @@ def test_the_model_against_published_times():
 
 
 def test_more_processes_cost_no_less():
-    for kind in ("all_reduce", "all_gather"):
+    for kind in ("all_reduce", "all_gather", "broadcast"):
         for size in (8, 10**6, 10**9):
             call = traffic.Collective(kind, size)
             seconds = [cost.NDR.seconds(call, processes) for processes in (1, 8, 64, 512)]

@@ -201,8 +201,7 @@ def test_strength_zero_of_a_cropped_picture_is_the_crop():
     source = pixels(64, 3, 20, 24)
     result = StrongPicture(16, strength=0.0, cutout=0.0, crop=crop)(source, random())
     draws = random()
-    draws.uniform(2 * len(pictures.OPERATIONS))
-    flip = draws.uniform(3)[:, 2] < 0.5
+    flip = draws.uniform(2 * len(pictures.OPERATIONS) + 3)[:, -1] < 0.5
     expected = crop(source, draws)
     expected = torch.where(flip.view(-1, 1, 1, 1), expected.flip(3), expected)
     # gray comes in at the picture's border

@@ -7,9 +7,11 @@ import torch
 from scipy import stats
 
 from fastmeta.data import KeyedRandom
+from fastmeta.data.random_numbers import _WEYL, _mix
 
 ROWS = 20_000
 KEYS = torch.arange(ROWS)
+BASE = 0xC5DFCD72C2115132 - 2**64  # the hash of (0, 'unlabeled', 'weak'): part of every recorded run
 
 
 def random(seed=0, stream="unlabeled", view="weak", keys=KEYS):
@@ -32,8 +34,7 @@ def test_numbers_are_those_of_splitmix():
 
     assert mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # the published generator's first number from state 0
     weyl = 0x9E3779B97F4A7C15
-    # what the hash gives for this key is part of every recorded run
-    base = 0xC5DFCD72C2115132
+    base = BASE % 2**64
     keys = [0, 1, 5_000_000_000]
     expected = [[mix(mix(base + k * weyl & word) + j * weyl & word) >> 40 for j in (1, 2, 3)] for k in keys]
     drawn = random(keys=torch.tensor(keys)).uniform(3)
@@ -49,6 +50,15 @@ def test_a_row_is_the_same_in_any_batch_and_any_portions():
     first, second = random(), random()
     first.uniform(2)
     assert not first.uniform(1).equal(second.uniform(1))
+
+
+def test_a_tensor_s_numbers_are_an_array_s():
+    on_device = random()  # as on a GPU
+    on_device._rows = _mix(KEYS * _WEYL + BASE).unsqueeze(1)
+    expected = random()
+    for _ in range(2):
+        assert on_device.uniform(4).equal(expected.uniform(4))
+        assert on_device.integers(-3, 1000, 4).equal(expected.integers(-3, 1000, 4))
 
 
 @pytest.mark.parametrize("column", range(3))

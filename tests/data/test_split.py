@@ -99,3 +99,9 @@ def test_a_class_needs_labels(official):
     official.targets[official.targets == 1] = -1
     with pytest.raises(DataError, match="official: class dog has no labeled training image"):
         make_split(official, labels_per_class=1, seed=0)
+
+
+def test_one_class_is_a_path_one_folder_too_high():
+    pets = ImageDataset("pets", torch.zeros(2, 1, 2, 2), torch.tensor([0, 0]), ("images",))
+    with pytest.raises(DataError, match="pets: expected two classes or more, got images; if that is a folder of class"):
+        make_split(pets, labels_per_class=1, seed=0)

@@ -47,10 +47,9 @@ def test_an_unknown_preset_is_refused():
         preset("imagenet")
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_smoke(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("resnet-50")])
+def test_smoke(name, tmp_path):
     """On a smaller net and smaller images than the preset's own."""
-    monkeypatch.setattr(smoke, "CLASSES", 20)
     config = dataclasses.replace(preset(name), model="conv-net", image_size=24)
     layouts = ["folder", "parquet"] if smoke._has_pyarrow() else ["folder"]
     results = smoke.run_smoke(config, tmp_path)
@@ -83,7 +82,8 @@ def test_both_layouts_hold_the_same_images(tmp_path):
 def test_the_command_line_starts_from_a_preset(monkeypatch, capsys):
     seen: list[RunConfig] = []
     monkeypatch.setattr(cli, "train_command", lambda run, out: seen.append(run) or 0)
-    monkeypatch.setattr(cli, "run_smoke", lambda run, out: seen.append(run) or {"folder": {"step": 4}})
+    found = {"step": 4, "skipped_steps": 0, "validation_error": 0.95, "validation_top5_error": 0.7}
+    monkeypatch.setattr(cli, "run_smoke", lambda run, out: seen.append(run) or {"folder": found})
     name = "imagenet-5pct-fixmatch-l2i"
     assert (
         cli.main(["train", "--preset", name, "--data", "images", "--seed", "7", "--optimizer.learning-rate", "0.2"])
@@ -94,6 +94,10 @@ def test_the_command_line_starts_from_a_preset(monkeypatch, capsys):
     assert seen.pop() == dataclasses.replace(expected, data="images", seed=7, optimizer=changed)
     assert cli.main(["train", "--preset", name, "--smoke"]) == 0
     assert seen.pop() == expected
-    assert "imagenet-5pct-fixmatch-l2i, folder: 4 steps" in capsys.readouterr().out
+    assert "l2i, folder: 4 steps, 0 of them without a finite loss; top-1 and top-5 error 95% and 70%" in (
+        capsys.readouterr().out
+    )
+    found["skipped_steps"] = 1
+    assert cli.main(["train", "--preset", name, "--smoke"]) == 1
     assert cli.main(["train", "--smoke"]) == 2
     assert "--preset must be one of" in capsys.readouterr().err

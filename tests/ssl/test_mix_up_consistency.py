@@ -56,6 +56,24 @@ def test_by_hand(batch, progress):
     assert model.training
 
 
+def test_imputed_labels_are_constants(batch):
+    """The gradient is that of the loss with the labels written in as numbers."""
+    model = net()
+    with torch.no_grad():
+        labels = copy.deepcopy(model).eval()(batch.weak).softmax(1)
+    torch.manual_seed(3)
+    targets = nn.functional.one_hot(batch.targets, CLASSES).double()
+    mixed = mix_up(batch.labeled, targets, batch.weak, labels, alpha=1.0)
+    divergence = nn.functional.kl_div(model(mixed.inputs).log_softmax(1), mixed.targets, reduction="batchmean")
+    written = divergence + (model(batch.weak).softmax(1) - labels).square().sum(1).mean()
+    torch.manual_seed(3)
+    loss = MixUpConsistency(ramp=0.0).loss(model, batch, teacher=model, progress=0.0)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(written, parameters)
+    for got, wanted in zip(torch.autograd.grad(loss.total, parameters), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
 def test_the_methods_labels_are_learned_and_own_passes_are_the_shared_ones(batch):
     """At the last layer, and in the evaluation mode of both."""
     results = []

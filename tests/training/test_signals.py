@@ -9,13 +9,14 @@ import time
 import pytest
 import torch.distributed
 
+from fastmeta.training import signals
 from fastmeta.training.signals import stop_requested
 
 FORK = multiprocessing.get_context("fork")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_a_question_and_the_next_acts(number, capsys):
+def test_the_first_signal_is_a_question_and_a_later_one_acts(number, capsys, monkeypatch):
     taken = []
     before = signal.signal(number, lambda *_: taken.append(number))
     try:
@@ -26,6 +27,10 @@ def test_the_first_signal_is_a_question_and_the_next_acts(number, capsys):
             assert should_stop.is_termination == (number == signal.SIGTERM)
             assert not taken
             assert "stopping at the next step" in capsys.readouterr().err
+            os.kill(os.getpid(), number)  # sent twice, it is one request
+            assert not taken
+            assert capsys.readouterr().err == ""
+            monkeypatch.setattr(signals, "SAME_REQUEST", 0.0)
             os.kill(os.getpid(), number)
             assert len(taken) == 1
         os.kill(os.getpid(), number)

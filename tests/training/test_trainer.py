@@ -8,6 +8,7 @@ from torch import nn
 
 from fastmeta.training import AverageConfig, ExponentialMovingAverage, OptimizerConfig, RunConfig, build
 from fastmeta.training.config import EvaluationConfig
+from fastmeta.training.evaluation import Evaluator
 from fastmeta.training.label_changes import LabelChanges
 from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer
 
@@ -200,3 +201,19 @@ def test_figures_of_the_last_twenty(digits):
             run.evaluator(step, run.trainer.model, run.trainer.average.model)
         assert run.evaluator.reported()["test_error"] == expected
         assert run.evaluator.reported()["weights"] == "average"
+
+
+def test_without_test_images_the_last_twenty_are_of_validation_images(digits):
+    config = RunConfig(**{**small(), "evaluation": EvaluationConfig(3, "average", "median-of-last-20")})
+    run = build(config, digits)
+    without = dataclasses.replace(run.split, test=run.split.test[:0])
+    evaluator = Evaluator(config.evaluation, digits, without, run.evaluator.views)
+    values = iter(range(100))
+    evaluator._errors = lambda model, part: {f"{part}_error": float(next(values))}
+    for step in range(23):
+        evaluator(step, run.trainer.model, run.trainer.average.model)
+    assert evaluator.reported()["validation_error"] == 12.5
+    assert evaluator.reported()["test_error"] is None
+    none = dataclasses.replace(without, validation=without.test)
+    with pytest.raises(ValueError, match=r"evaluation\.report must be last without test or validation images"):
+        Evaluator(config.evaluation, digits, none, run.evaluator.views)

@@ -58,10 +58,11 @@ class StrongPicture:
     def __call__(self, images: Tensor, random: KeyedRandom) -> Tensor:
         """Of ``[n, channels, height, width]`` in [0, 1] or uint8: ``[n, channels, size, size]`` float32 in [0, 1]."""
         images = centre(images, self.size) if self.crop is None else to_canvas(images, self.size)
+        uniform = random.uniform(2 * len(OPERATIONS) + 3).to(images.device)
+        of_operations, drawn = uniform.split([2 * len(OPERATIONS), 3], dim=1)
         strengths = draw_operations(
-            random, OPERATIONS, per_image=self.operations_per_image, strength=self.strength, device=images.device
+            of_operations, OPERATIONS, per_image=self.operations_per_image, strength=self.strength
         )
-        drawn = random.uniform(3).to(images.device)
         maps = mirrored(affine_map(strengths), drawn[:, 2] < 0.5)
         if self.crop is not None:
             maps = _after(self.crop.maps(images, random), maps)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Above it pictures are stored on a canvas a little larger than what a network sees, as is usual (256 for 224).
-LARGEST_SMALL = 96
+from fastmeta.data.pictures import canvas_of
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -21,15 +20,6 @@ def to_unit(images: Tensor) -> Tensor:
     return images.to(torch.float32)
 
 
-def canvas_side(size: int) -> int:
-    """Side of what is kept of a picture that a network sees at ``size``.
-
-    >>> canvas_side(32), canvas_side(224)
-    (32, 256)
-    """
-    return size if size <= LARGEST_SMALL else round(size * 8 / 7)
-
-
 def to_canvas(images: Tensor, size: int) -> Tensor:
     """Shrink or enlarge ``images`` so that their shorter side lies between ``size`` and the canvas' side.
 
@@ -37,7 +27,7 @@ def to_canvas(images: Tensor, size: int) -> Tensor:
     """
     height, width = images.shape[-2:]
     shorter = min(height, width)
-    side = min(max(shorter, size), canvas_side(size))
+    side = min(max(shorter, size), canvas_of(size))
     if side == shorter or not len(images):
         return images
     shape = (round(height * side / shorter), round(width * side / shorter))

@@ -51,10 +51,11 @@ class StrongAugment:
     def __call__(self, images: Tensor, random: KeyedRandom) -> Tensor:
         """Of ``[n, channels, height, width]`` in [0, 1] or uint8: ``[n, channels, size, size]`` float32 in [0, 1]."""
         images = centre(images, self.size)
+        uniform = random.uniform(2 * len(OPERATIONS) + 3).to(images.device)
+        of_operations, drawn = uniform.split([2 * len(OPERATIONS), 3], dim=1)
         strengths = draw_operations(
-            random, OPERATIONS, per_image=self.operations_per_image, strength=self.strength, device=images.device
+            of_operations, OPERATIONS, per_image=self.operations_per_image, strength=self.strength
         )
-        drawn = random.uniform(3).to(images.device)
         moved = warp(images, affine_map(strengths), (self.size, self.size), fill=0.0)
         shaded = _shade(moved, {name: strength.view(-1, 1, 1, 1) for name, strength in strengths.items()}, drawn[:, 2])
         return cut_(shaded, drawn[:, :2], self.cutout, 0.0)

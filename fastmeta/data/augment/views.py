@@ -6,9 +6,10 @@ from typing import Literal, Protocol, get_args
 from torch import Tensor
 
 from fastmeta.data.augment.pictures import StrongPicture
-from fastmeta.data.augment.pixels import LARGEST_SMALL, centre, to_unit
+from fastmeta.data.augment.pixels import centre, to_unit
 from fastmeta.data.augment.strong import StrongAugment
 from fastmeta.data.augment.weak import RandomCrop, Shift
+from fastmeta.data.pictures import SMALL
 from fastmeta.data.random_numbers import KeyedRandom
 
 ViewsName = Literal["auto", "digits", "pictures", "none"]
@@ -74,7 +75,7 @@ def views_for(name: ViewsName, image_shape: tuple[int, ...], image_size: int) ->
         return Views(plain, plain, plain)
     if name == "digits":
         return Views(Shift(image_size, 1), StrongAugment(image_size), plain)
-    if image_size > LARGEST_SMALL:
+    if image_size > SMALL:
         crop = RandomCrop(image_size)
         return Views(crop, StrongPicture(image_size, crop=crop), plain)
     return Views(Shift(image_size, max(1, image_size // 8), "reflected", flip=True), StrongPicture(image_size), plain)

@@ -1,5 +1,6 @@
 """Weak augmentation: what moves an image without changing what it shows."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,7 +98,7 @@ class RandomCrop:
         drawn = random.uniform(5).to(images.device)
         height, width = images.shape[-2:]
         area = self.area[0] + (self.area[1] - self.area[0]) * drawn[:, 0]
-        low, high = (torch.tensor(end, dtype=torch.float64).log().item() for end in self.ratio)
+        low, high = (math.log(end) for end in self.ratio)
         ratio = (low + (high - low) * drawn[:, 1].double()).exp()
         share = torch.stack([(area * ratio * height / width).sqrt(), (area / ratio * width / height).sqrt()], dim=1)
         share = share.float().clamp_(max=1)  # [n, 2], of width and height

@@ -1,0 +1,100 @@
+"""Trainers of a small net in float64 on random images, a few in a batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.data import ImageDataset, KeyedRandom, Split
+from fastmeta.data.augment import Plain, Views
+from fastmeta.ops.process_group import Group
+from fastmeta.ssl import BASES
+from fastmeta.training import TrainingData
+from fastmeta.training.config import AverageConfig, MachineConfig, OptimizerConfig
+from fastmeta.training.processes import Processes
+from fastmeta.training.recipes import METHODS, base_of
+from fastmeta.training.trainer import Trainer
+
+CLASSES, STEPS = 3, 2
+SIZES = {"labeled": 9, "unlabeled": 23, "holdout": 7, "validation": 5, "test": 11}
+# FixMatch with every method; every base alone and with a method that fits.
+CASES = [("fixmatch", method) for method in METHODS] + [
+    (base, method)
+    for base in BASES
+    if base != "fixmatch"
+    for method in ("none", "label-gradient-alignment" if base == "vat" else "l2i")
+    if method == "none" or BASES[base].imputes
+]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """An augmentation that is keyed by example, in float64."""
+
+    size: float
+
+    def __call__(self, images: Tensor, random: KeyedRandom) -> Tensor:
+        noise = random.uniform(images[0].numel()).view_as(images)
+        return images.double() + self.size * noise
+
+
+class Doubled(Plain):
+    def __call__(self, images: Tensor, random: KeyedRandom | None = None) -> Tensor:
+        return super().__call__(images).double()
+
+
+class Net(nn.Module):
+    """Logits that are large enough for some of the predictions to be confident."""
+
+    def __init__(self, normalized: bool) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2d(4) if normalized else nn.GroupNorm(2, 4)
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Tanh(), nn.Conv2d(4, 6, 3), nn.Tanh(), nn.Flatten())
+        self.fc = nn.Linear(24, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(4 * self.body(images.to(self.fc.weight.dtype)))
+
+
+def data(labeled_batch: int) -> TrainingData:
+    generator = torch.Generator().manual_seed(0)
+    count = sum(SIZES.values())
+    images = torch.rand(count, 1, 6, 6, generator=generator)
+    targets = torch.arange(count) % CLASSES
+    places = torch.randperm(count, generator=generator).split(list(SIZES.values()))
+    return TrainingData(
+        ImageDataset("random", images, targets, CLASSES),
+        Split(*places),
+        Views(Noise(0.1), Noise(0.5), Doubled(6)),
+        labeled_batch=labeled_batch,
+        unlabeled_batch=9,
+    )
+
+
+def trainer(
+    base: str,
+    method: str,
+    group: Group,
+    machine: MachineConfig | None = None,
+    *,
+    normalized: bool = False,
+    tol: float = 1e-12,
+) -> Trainer:
+    """At the default ``tol`` rounding does not end a solver an iteration later."""
+    torch.manual_seed(1)
+    model = Net(normalized).double()
+    recipe = METHODS[method]
+    solver = {"tol": tol, "damping": 1.0} if "cg" in recipe.settings.values() else {}
+    settings = {"threshold": 0.5} if base in ("fixmatch", "pseudo-label") else {}
+    return Trainer(
+        model,
+        data(9 if base == "mix-up-consistency" else 6),  # of unequal sizes, each process makes its own pairs
+        base=base_of(base, settings),
+        method=recipe.build(SIZES["unlabeled"], CLASSES, solver, group),
+        uses_holdout=recipe.uses_holdout,
+        steps=STEPS,
+        optimizer=OptimizerConfig(learning_rate=0.1),
+        average=AverageConfig(decay=0.9),
+        machine=machine,
+        processes=Processes(group),
+    )

@@ -1,0 +1,193 @@
+"""Training on 2, 3 and 4 processes, whose batches do not divide evenly, is that of one process on the same batches.
+
+In float64, so that what is left is rounding; without batch statistics, which are each process's own.
+"""
+
+import copy
+from typing import Any
+
+import forked
+import pytest
+import torch
+from small_trainers import CASES, SIZES, STEPS, data, trainer
+from torch import Tensor, nn
+
+from fastmeta.ops.process_group import Group
+from fastmeta.training.batches import Batches
+from fastmeta.training.config import AverageConfig, EvaluationConfig, MachineConfig
+from fastmeta.training.ema import ExponentialMovingAverage
+from fastmeta.training.evaluation import Evaluator
+from fastmeta.training.label_changes import LabelChanges
+from fastmeta.training.recipes import METHODS
+from fastmeta.training.trainer import Trainer
+
+WORLDS = (2, 3, 4)
+RESUMED = [("fixmatch", "l2i"), ("fixmatch", "example-weights"), ("vat", "label-gradient-alignment")]
+
+
+def trained(group: Group, base: str, method: str, machine: MachineConfig | None = None) -> dict[str, Any]:
+    """What a run of some steps leaves."""
+    run = trainer(base, method, group, machine)
+    for _ in range(STEPS):
+        run.train_step()
+    averages = run.averages()
+    return comparable(run, averages)
+
+
+def comparable(run: Trainer, averages: dict[str, float]) -> dict[str, Any]:
+    state = {**run.state_dict(), "sums": averages}
+    if run.method is not None:
+        state["method"].pop("direction.solver.numbers", None)  # iterations, and how well it went
+    return state
+
+
+def all_cases(group: Group) -> dict[str, Any]:
+    cases = CASES if group is None or group.size() < 4 else [case for case in CASES if case[0] == "fixmatch"]
+    return {f"{base} + {method}": trained(group, base, method) for base, method in cases}
+
+
+def assert_alike(found: Any, wanted: Any, name: str) -> None:
+    if isinstance(wanted, Tensor):
+        assert found.shape == wanted.shape, name
+        tolerance = 1e-10 if wanted.dtype == torch.float64 else 1e-6
+        difference = float((found.double() - wanted.double()).abs().max()) if wanted.numel() else 0.0
+        assert difference <= tolerance * max(1.0, float(wanted.double().abs().max() if wanted.numel() else 0)), (
+            f"{name}: {difference:.1e}"
+        )
+    elif isinstance(wanted, dict):
+        assert found.keys() == wanted.keys(), name
+        for key, value in wanted.items():
+            assert_alike(found[key], value, f"{name}, {key}")
+    elif isinstance(wanted, (list, tuple)):
+        assert len(found) == len(wanted), name
+        for place, value in enumerate(wanted):
+            assert_alike(found[place], value, f"{name}, {place}")
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, abs=1e-6), name
+    else:
+        assert found == wanted, name
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    found = all_cases(None)
+    for base in ("fixmatch", "pseudo-label"):
+        assert 0.1 < found[f"{base} + l2i"]["sums"]["confident"] < 0.9  # or there is little to compare
+    return found
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_method_on_processes_is_that_of_one(alone: dict[str, Any], world: int) -> None:
+    wrong = []
+    for rank, found in enumerate(forked.run(all_cases, world)):
+        assert len(found) >= len(METHODS)
+        for name, state in found.items():
+            try:
+                assert_alike(state, alone[name], f"process {rank}, {name}")
+            except AssertionError as error:
+                wrong.append(str(error))
+    assert not wrong, "\n".join(wrong)
+
+
+def continued(group: Group, saved: dict[str, Any]) -> dict[str, Any]:
+    """The second half of runs whose first half others had."""
+    found = {}
+    for (base, method), state in saved.items():
+        run = trainer(base, method, group)
+        run.load_state_dict(copy.deepcopy(state))  # whose tensors an optimizer takes as they are
+        run.train_step()
+        averages = run.averages()
+        found[f"{base} + {method}"] = comparable(run, averages)
+    return found
+
+
+def with_statistics(group: Group) -> dict[str, Any]:
+    """A net with batch normalization, whose statistics are each process's own until all need the same."""
+    run = trainer("mean-teacher", "l2i", group, normalized=True)
+    for _ in range(STEPS):
+        run.train_step()
+    own = run.model.body[1].running_mean.clone()
+    evaluator = Evaluator(EvaluationConfig(), run.data.images, run.data.split, run.data.views, processes=run.processes)
+    run.synchronize()
+    figures = evaluator(STEPS, run.model, run.average.model)
+    confusion = evaluator.confusion(run.model, "test")
+    return {"own": own, "state": run.state_dict(), "figures": figures, "confusion": confusion}
+
+
+def several(group: Group) -> dict[str, Any]:
+    """First halves of runs; steps in parts; running statistics."""
+    first = {}
+    for base, method in RESUMED:
+        run = trainer(base, method, group)
+        run.train_step()
+        first[base, method] = run.state_dict()
+    machine = MachineConfig(accumulation=3)
+    parts = {method: trained(group, "fixmatch", method, machine) for method in ("none", "example-weights")}
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(2)), group)
+    average = ExponentialMovingAverage(synchronized, AverageConfig()).model
+    return {
+        "first": first,
+        "parts": parts,
+        "statistics": with_statistics(group),
+        "same group": average[0].process_group is group,
+    }
+
+
+@pytest.fixture(scope="module")
+def two() -> list[dict[str, Any]]:
+    return forked.run(several, 2)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert_alike(two[1]["first"], two[0]["first"], "first half")
+    found = [continued(None, two[0]["first"]), *forked.run(continued, 3, two[0]["first"])]
+    for part in found:
+        for name, state in part.items():
+            assert_alike(state, alone[name], name)
+
+
+def test_a_step_in_parts(two: list[dict[str, Any]]) -> None:
+    machine = MachineConfig(accumulation=3)
+    for method in ("none", "example-weights"):
+        wanted = trained(None, "fixmatch", method, machine)
+        for part in two:
+            assert_alike(part["parts"][method], wanted, method)
+
+
+def test_an_average_of_synchronized_statistics(two: list[dict[str, Any]]) -> None:
+    """A group cannot be copied; a forward pass would need a GPU."""
+    assert [part["same group"] for part in two] == [True, True]
+
+
+def test_running_statistics_and_errors_are_the_same_on_all(two: list[dict[str, Any]]) -> None:
+    first, second = (part["statistics"] for part in two)
+    assert not first["own"].equal(second["own"])
+    assert_alike(second["state"], first["state"], "state")
+    assert first["state"]["model"]["body.1.running_mean"].equal(first["own"])
+    run = trainer("mean-teacher", "l2i", None, normalized=True)
+    run.load_state_dict(first["state"])
+    evaluator = Evaluator(EvaluationConfig(), run.data.images, run.data.split, run.data.views)
+    figures = evaluator(STEPS, run.model, run.average.model)
+    assert 0 < figures["test_error_student"] < 1
+    assert first["figures"] == second["figures"] == figures
+    assert first["confusion"].equal(evaluator.confusion(run.model, "test"))
+    assert first["confusion"].sum() == SIZES["test"]
+
+
+def test_more_processes_than_images() -> None:
+    class Five:
+        rank, count, group = 0, 8, None
+
+    with pytest.raises(ValueError, match="labeled_batch must be at least the number of processes, 8, got 6"):
+        Batches(data(6), second_view=None, uses_holdout=False, seed=0, machine=MachineConfig(), processes=Five())
+    with pytest.raises(ValueError, match="processes must be at most the number of hold-out images, 7, got 8"):
+        Batches(data(6), second_view=None, uses_holdout=True, seed=0, machine=MachineConfig(), processes=Five())
+
+
+def test_an_example_that_is_twice_in_a_batch() -> None:
+    changes = LabelChanges(3)
+    before = torch.tensor([[1.0, 0.0]]).expand(5, 2)
+    moves = torch.tensor([0.1, 0.4, 0.4, 0.2, 0.3]).unsqueeze(1) * torch.tensor([-1.0, 1.0])
+    changes.add(1, torch.tensor([2, 0, 2, 0, 2]), before, before + moves)
+    assert changes.change.tolist() == pytest.approx([0.8, 0.0, 0.8])
+    assert changes.values[:, 4].tolist() == pytest.approx([0.6, 0.0, 0.6])
