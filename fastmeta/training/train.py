@@ -88,7 +88,10 @@ class _Loop:
         self.trainer, self.evaluator = run.trainer, run.evaluator
         self.record = record_of(run.config, run.images)
         self.checkpoints = Checkpoints(
-            folder / "checkpoints", keep=run.config.machine.keep, fingerprint=_fingerprint(self.record)
+            folder / "checkpoints",
+            keep=run.config.machine.keep,
+            sharded=run.config.machine.sharding != "none",
+            fingerprint=_fingerprint(self.record),
         )
         self.rows: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
@@ -122,7 +125,7 @@ class _Loop:
                 self._board.close()
 
     def _resume(self) -> None:
-        saved = self.checkpoints.latest()
+        saved = self.checkpoints.latest({"trainer": self.trainer.state_dict()} if self.checkpoints.sharded else None)
         if saved is not None:
             self._saved, state = saved
             self.trainer.load_state_dict(state["trainer"])
