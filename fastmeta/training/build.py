@@ -55,7 +55,7 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
         split=split,
         labeled_batch=config.labeled_batch or (40 if digits else 32 if small else 64),
         unlabeled_batch=config.unlabeled_batch or (120 if digits else 96 if small else 448),
-        model=automatic_model(size) if config.model == "auto" else config.model,
+        model=_automatic_model(size, small) if config.model == "auto" else config.model,
         image_size=size,
         views="digits" if digits and config.views == "auto" else config.views,
         base_settings=config.base_settings if digits else {**_PUBLISHED.get(config.base, {}), **config.base_settings},
@@ -182,6 +182,11 @@ def _model(config: RunConfig, images: Images) -> nn.Module:
         image_size=config.image_size or min(images.image_shape[1:]),
         pretrained=config.pretrained,
     )
+
+
+def _automatic_model(size: int, small: bool) -> str:
+    """A wide residual net takes seconds a step on a laptop's cores."""
+    return "conv-net" if small and size <= _LARGE else automatic_model(size)
 
 
 def _first(value: Any, otherwise: Any) -> Any:

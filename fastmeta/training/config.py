@@ -116,7 +116,11 @@ class SplitConfig:
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """How a run uses its machine. Nothing here changes what is computed by more than rounding."""
+    """How a run uses its machine; an interrupted run may go on with other settings of these.
+
+    They change what is computed by rounding alone, but for ``precision``, ``accumulation`` (a method refines each part
+    by itself) and ``batch_norm``.
+    """
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to train."""

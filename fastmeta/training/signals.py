@@ -76,7 +76,8 @@ def stop_requested() -> Iterator[StopRequest]:
             return
         if not asked:
             asked.append(time.monotonic())
-            print("\nstopping at the next step (once more: at once)", file=sys.stderr, flush=True)
+            if os.environ.get("RANK", "0") == "0":
+                print("\nstopping at the next step (once more: at once)", file=sys.stderr, flush=True)
         elif time.monotonic() - asked[0] > SAME_REQUEST:
             _restore(before)
             os.kill(os.getpid(), number)

@@ -1,6 +1,7 @@
 """A run on disk: trains, logs, checkpoints, and continues where a checkpoint left off."""
 
 import contextlib
+import importlib.util
 import json
 import shutil
 import time
@@ -94,6 +95,7 @@ class _Loop:
         )
         self.rows: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
+        self._board = _tensorboard(folder) if processes.is_first else None
         self._saved: int | None = None
         self._timed = (0, 0.0, 0.0)  # step, seconds of steps, seconds of waiting at the last evaluation
 
@@ -119,6 +121,8 @@ class _Loop:
             return self._finish()
         finally:
             trainer.batches.close()
+            if self._board is not None:
+                self._board.close()
 
     def _resume(self) -> None:
         saved = self.checkpoints.latest({"trainer": self.trainer.state_dict()} if self.checkpoints.sharded else None)
@@ -188,11 +192,23 @@ class _Loop:
                 "time": time.time(),
             }
             append_jsonl(self.folder / "timing.jsonl", timing)
+            for name, value in row.items():
+                if self._board is not None and isinstance(value, float):
+                    self._board.add_scalar(name, value, trainer.step)
         return share
 
     def _finish(self) -> dict[str, Any]:
         self.trainer.synchronize()
         return write_outcome(self.built, self.folder, self.processes)
+
+
+def _tensorboard(folder: Path) -> Any:
+    """A writer of events for TensorBoard where it is installed; metrics.jsonl has the same numbers."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def _tidy(folder: Path) -> None:
