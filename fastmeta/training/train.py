@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ def train(
     processes: Processes | None = None,
     on_step: Callable[[int], None] = lambda step: None,
     on_wait: Callable[[float], None] = lambda share: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
     """Train ``config`` in ``folder``, from its newest good checkpoint if it has one; a finished run is only read.
@@ -53,6 +55,7 @@ def train(
         processes: all of which call this; the first one writes.
         on_step: called with the number of finished steps after each.
         on_wait: called with the share of the time since the last evaluation that steps waited for data.
+        on_progress: see :func:`fastmeta.training.build.build`.
         should_stop: asked before each step; if true, a checkpoint is written and the run left. All processes must be
             told the same, as :func:`fastmeta.training.signals.stop_requested` does.
 
@@ -67,7 +70,7 @@ def train(
     processes = processes or Processes()
     images = load_images(config) if images is None else images
     with torch.random.fork_rng(devices=[]), threads() as set_threads:
-        run = build(config, images, processes)
+        run = build(config, images, processes, on_progress=on_progress)
         set_threads(run.config.machine.threads or 1)
         check_folder(record_of(config, images), folder)
         results = read_json(folder / "results.json")
@@ -215,7 +218,10 @@ def _tidy(folder: Path) -> None:
     """What follows results.json; a run killed in between has it done when it is started again."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if not (folder / "report.html").exists():
-        write_report([folder], folder / "report.html")
+        try:
+            write_report([folder], folder / "report.html")
+        except OSError as error:  # the run is finished, and `fastmeta report` writes the page at any time
+            warnings.warn(f"{folder / 'report.html'} could not be written: {error}", stacklevel=3)
 
 
 def _fingerprint(record: dict[str, Any]) -> str:

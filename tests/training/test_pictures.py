@@ -65,12 +65,12 @@ def test_photographs(tmp_path):
     """Patches of photographs: in colour, 32 pixels, mirrored; a few steps of a small net."""
     pictures = write_photographs(tmp_path / "photographs")
     out = tmp_path / "run"
-    arguments = ["train", "--data", str(pictures), "--labels-per-class", "4", "--method", "l2i", "--steps", "20"]
-    assert cli.main([*arguments, "--out", str(out), *SHORT]) == 0
+    arguments = ["train", "--data", str(pictures), "--labels-per-class", "4", "--method", "l2i", "--steps", "10"]
+    assert cli.main([*arguments, "--evaluation.weights", "average", "--out", str(out), *SHORT]) == 0
     config = json.loads((out / "config.json").read_text())
     assert (config["image_size"], config["model"], config["record"]["image_shape"]) == (32, "conv-net", [3, 32, 32])
     results = json.loads((out / "results.json").read_text())
-    assert results["test_error"] < 1 - 1.2 / len(config["record"]["classes"])  # better than chance
+    assert results["test_error"] < 1 - 1.1 / len(config["record"]["classes"])  # better than chance
 
 
 @pytest.mark.skipif(
