@@ -24,8 +24,8 @@ from fastmeta.training.files import make_folder
 from fastmeta.training.pictures_to_predict import open_for_prediction
 from fastmeta.training.predict import predict, require_finished, summary_of, unreadable_text
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
-from fastmeta.training.report import write_report
-from fastmeta.training.run_folder import read_run
+from fastmeta.training.reports.report import write_report
+from fastmeta.training.reports.run_folder import read_run
 from fastmeta.training.train import ConfigMismatch, NotFinite
 from fastmeta.training.workers import WorkerError
 

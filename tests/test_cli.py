@@ -136,11 +136,11 @@ def test_ctrl_c_leaves_a_readable_partial_result_and_the_same_command_goes_on(tm
     [
         (
             ["compare", "--labels-per-class", "500"],
-            ["--labels-per-class must be at most 110, because class 0 has 134", "got 500"],
+            ["--labels-per-class must be at most 111, because class 0 has 134", "got 500"],
         ),
         (
             ["train", "--labels-per-class", "500"],
-            ["--labels-per-class must be at most 110, because class 0 has 134", "got 500"],
+            ["--labels-per-class must be at most 111, because class 0 has 134", "got 500"],
         ),
         (
             ["compare", "--out", "/dev/null/here"],
@@ -156,7 +156,7 @@ def test_ctrl_c_leaves_a_readable_partial_result_and_the_same_command_goes_on(tm
         (["compare", "--full", "--base", "supervised"], ["--full must be given without base"]),
         (
             ["train", "--optimizer.learning-rate", "-1"],
-            ["optimizer.learning_rate must be above 0 and finite, got -1.0"],
+            ["--optimizer.learning-rate must be above 0 and finite, got -1.0"],
         ),
         (
             ["train", "--base-settings", "threshold"],

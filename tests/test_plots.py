@@ -5,7 +5,7 @@ import pytest
 matplotlib = pytest.importorskip("matplotlib")
 from PIL import Image  # noqa: E402
 
-from fastmeta.training.plots import _STYLES, _weights, write_plots  # noqa: E402
+from fastmeta.training.reports.plots import _STYLES, _weights, write_plots  # noqa: E402
 
 METHODS = [name for name, (_, line) in _STYLES.items() if line == "-"]  # each with a color of its own
 

@@ -15,8 +15,8 @@ from fastmeta.data.digits import load_digits, split_digits
 from fastmeta.data.features import FeatureImages, FrozenFeatures, frozen_features, restore_head
 from fastmeta.data.images import DataError, ImageDataset, Images, UnreadableImage
 from fastmeta.data.memory_map import save_images
-from fastmeta.data.open import open_images, open_pictures
 from fastmeta.data.random_numbers import KeyedRandom
+from fastmeta.data.readers.open import open_images, open_pictures
 from fastmeta.data.reading import Read, read_in_order
 from fastmeta.data.sampler import BatchSampler, StatelessSampler
 from fastmeta.data.seeding import generator_for

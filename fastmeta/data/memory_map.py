@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastmeta.data.images import DataError, Images, UnreadableImage
-from fastmeta.data.labels import checked_parts
-from fastmeta.data.names import printable
 from fastmeta.data.new_folder import flush, new_folder
+from fastmeta.data.readers.labels import checked_parts
+from fastmeta.data.readers.names import printable
 
 PIXELS = "images.npy"
 INDEX = "index.json"

@@ -7,12 +7,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastmeta.training.build import load_images, resolve
+from fastmeta.training.build import load_images, record_of, resolve
 from fastmeta.training.config import RunConfig
 from fastmeta.training.files import make_folder
 from fastmeta.training.processes import launched
 from fastmeta.training.signals import stop_requested
-from fastmeta.training.train import train
+from fastmeta.training.train import check_folder, train
 
 
 def train_command(config: RunConfig, out: Path) -> int:
@@ -26,6 +26,7 @@ def train_command(config: RunConfig, out: Path) -> int:
     with launched(config.machine.device) as processes, stop_requested() as stop:
         images = load_images(config)
         resolved = resolve(config, images)
+        check_folder(record_of(config, images), out)  # all that can be wrong with the data, before anything is written
         if processes.is_first:
             make_folder(out)
         with _bar(resolved, visible=processes.is_first) as bar:

@@ -19,8 +19,8 @@ from fastmeta.training.config import RunConfig
 from fastmeta.training.files import make_folder, read_json, read_jsonl, write_json, write_jsonl
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
 from fastmeta.training.reference import support_vector_error
+from fastmeta.training.reports.summary import summarize, table
 from fastmeta.training.signals import stop_requested
-from fastmeta.training.summary import summarize, table
 from fastmeta.training.timing import interleaved_seconds
 from fastmeta.training.train import check_folder
 from fastmeta.training.workers import Job, available_cores, run_jobs
@@ -160,7 +160,7 @@ def _support_vector_errors(config: CompareConfig, images: Images) -> dict[str, f
 
 
 def _report(config: CompareConfig, results: dict[str, Any], stopped: bool) -> None:
-    from fastmeta.training.plots import write_plots
+    from fastmeta.training.reports.plots import write_plots
 
     if stopped:
         print(f"\nstopped with {results['finished']} of {results['planned']} runs finished; the same command continues")

@@ -34,7 +34,8 @@ class OptimizerConfig:
     decayed: Literal["all", "kernels"] = "all"
     """Which parameters decay: all, or kernels alone (no biases, no normalization)."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError for a value out of range; the command line makes these before it checks them."""
         if self.learning_rate is not None:
             _in_range("optimizer.learning_rate", self.learning_rate, above=0)
         _in_range("optimizer.weight_decay", self.weight_decay, least=0)
@@ -61,7 +62,8 @@ class ScheduleConfig:
     factor: float = 0.1
     """By this."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError for a value out of range; the command line makes these before it checks them."""
         _in_range("schedule.warm_up", self.warm_up, least=0)
         _in_range("schedule.factor", self.factor, above=0)
         if self.milestones and self.name != "steps":
@@ -79,7 +81,8 @@ class AverageConfig:
     buffers: Literal["copied", "averaged"] = "copied"
     """What it does with batch normalization's running statistics."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError for a value out of range; the command line makes these before it checks them."""
         if self.decay is not None:
             _in_range("average.decay", self.decay, least=0, below=1)
 
@@ -95,7 +98,8 @@ class EvaluationConfig:
     report: Literal["best-validation", "last", "mean-of-last-20", "median-of-last-20"] | None = None
     """Figure that is reported (default: best-validation where there are validation images, else last)."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError for a value out of range; the command line makes these before it checks them."""
         if self.every is not None:
             _in_range("evaluation.every", self.every, least=1)
 
@@ -149,7 +153,8 @@ class MachineConfig:
     max_skipped: int = 20
     """Steps in a row without a finite loss after which the run stops."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError for a value out of range; the command line makes these before it checks them."""
         for name in ("accumulation", "keep", "max_skipped", "checkpoint_every", "threads"):
             value = getattr(self, name)
             if value is not None:
@@ -228,6 +233,8 @@ class RunConfig:
             _one_of("labeled_view", self.labeled_view, dict.fromkeys(("weak", "strong")))
         _in_range("seed", self.seed, least=0)
         self.settings()
+        for part in (self.optimizer, self.schedule, self.average, self.evaluation, self.machine):
+            part.check()
 
     def settings(self) -> dict[str, Any]:
         """All settings of the base and the method, those of their recipes included."""

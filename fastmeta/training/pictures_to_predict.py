@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from fastmeta.data import DataError, Images, open_images
-from fastmeta.data.collection import Collection, DecodedImages
-from fastmeta.data.folder import collect_files
-from fastmeta.data.labels import class_name, part_of
-from fastmeta.data.pictures import SUFFIXES
-from fastmeta.training.run_folder import RunFolder
+from fastmeta.data.readers.collection import Collection, DecodedImages
+from fastmeta.data.readers.folder import collect_files
+from fastmeta.data.readers.labels import class_name, part_of
+from fastmeta.data.readers.pictures import SUFFIXES
+from fastmeta.training.reports.run_folder import RunFolder
 
 
 def open_for_prediction(paths: Sequence[str], run: RunFolder) -> Images:

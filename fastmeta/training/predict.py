@@ -17,8 +17,8 @@ from tqdm import tqdm
 from fastmeta.data import Images, read_in_order, views_for
 from fastmeta.models import build_model
 from fastmeta.training.files import write_text
-from fastmeta.training.report_sections import FULL_CONFUSION
-from fastmeta.training.run_folder import RunFolder
+from fastmeta.training.reports.run_folder import RunFolder
+from fastmeta.training.reports.sections import FULL_CONFUSION
 
 _FEW = 1000  # images; with so few the start of worker processes takes longer than they save
 _SHOWN = 3  # files or labels named in a line

@@ -21,7 +21,7 @@ from fastmeta.training.files import append_jsonl, read_json, read_jsonl, remove_
 from fastmeta.training.optimizers import rate_at
 from fastmeta.training.outcome import write_outcome
 from fastmeta.training.processes import Processes
-from fastmeta.training.report import write_report
+from fastmeta.training.reports.report import write_report
 
 
 class ConfigMismatch(ValueError):

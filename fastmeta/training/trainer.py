@@ -73,6 +73,8 @@ class Trainer:
         self.optimizer_config = optimizer or OptimizerConfig()
         self.schedule = schedule or ScheduleConfig()
         self.machine = machine or MachineConfig()
+        for part in (self.optimizer_config, self.schedule, self.machine):
+            part.check()
         self.processes = processes or Processes()
         self.device = torch.device(self.machine.device)
         second_view = base.second_view or ("weak" if method is not None and method.two_views else None)

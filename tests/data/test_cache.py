@@ -13,8 +13,8 @@ from picture_folders import write_digits
 from PIL import Image
 
 from fastmeta.data import UnreadableImage, decoded_once, open_images
-from fastmeta.data.collection import DecodedImages
 from fastmeta.data.memory_map import INDEX, PIXELS, MappedImages
+from fastmeta.data.readers.collection import DecodedImages
 
 FORK = multiprocessing.get_context("fork")
 

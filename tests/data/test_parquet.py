@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fastmeta.data import DataError, UnreadableImage, open_images
-from fastmeta.data.parquet import OpenRow
+from fastmeta.data.readers.parquet import OpenRow
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

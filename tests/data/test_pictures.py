@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fastmeta.data.pictures import canvas_of, suitable_mode, suitable_size, to_canvas
+from fastmeta.data.readers.pictures import canvas_of, suitable_mode, suitable_size, to_canvas
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)

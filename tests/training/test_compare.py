@@ -10,9 +10,9 @@ from fastmeta.training.build import record_of
 from fastmeta.training.checkpoints import Checkpoints
 from fastmeta.training.compare import notes
 from fastmeta.training.files import write_json
-from fastmeta.training.intervals import mean_and_deviation, t_interval
 from fastmeta.training.recipes import METHODS
-from fastmeta.training.summary import summarize, table
+from fastmeta.training.reports.intervals import mean_and_deviation, t_interval
+from fastmeta.training.reports.summary import summarize, table
 from fastmeta.training.timing import interleaved_seconds
 from fastmeta.training.workers import Job, WorkerError
 

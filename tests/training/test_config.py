@@ -5,6 +5,7 @@ import pytest
 
 from fastmeta.training import (
     AverageConfig,
+    EvaluationConfig,
     MachineConfig,
     OptimizerConfig,
     RunConfig,
@@ -38,25 +39,20 @@ def test_settings_name_what_is_wrong(settings, message):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("name", "part", "message"),
     [
-        (
-            lambda: OptimizerConfig(learning_rate=math.nan),
-            "optimizer.learning_rate must be above 0 and finite, got nan",
-        ),
-        (lambda: OptimizerConfig(weight_decay=-1.0), "optimizer.weight_decay must be at least 0 and finite, got -1.0"),
-        (lambda: AverageConfig(decay=1.0), r"average\.decay must lie in \[0, 1\), got 1.0"),
-        (
-            lambda: ScheduleConfig("cosine", milestones=(3,)),
-            "schedule.milestones must be left out with schedule cosine",
-        ),
-        (lambda: MachineConfig(accumulation=0), "machine.accumulation must be at least 1, got 0"),
-        (lambda: MachineConfig(batch_norm="synchronized"), "machine.batch_norm must be per-process on the CPU"),
+        ("optimizer", OptimizerConfig(learning_rate=math.nan), "learning_rate must be above 0 and finite, got nan"),
+        ("optimizer", OptimizerConfig(weight_decay=-1.0), "weight_decay must be at least 0 and finite, got -1.0"),
+        ("average", AverageConfig(decay=1.0), r"average\.decay must lie in \[0, 1\), got 1.0"),
+        ("schedule", ScheduleConfig("cosine", milestones=(3,)), "milestones must be left out with schedule cosine"),
+        ("evaluation", EvaluationConfig(every=0), "evaluation.every must be at least 1, got 0"),
+        ("machine", MachineConfig(accumulation=0), "machine.accumulation must be at least 1, got 0"),
+        ("machine", MachineConfig(batch_norm="synchronized"), "machine.batch_norm must be per-process on the CPU"),
     ],
 )
-def test_each_part_names_what_is_wrong(make, message):
+def test_each_part_names_what_is_wrong(name, part, message):
     with pytest.raises(ValueError, match=message):
-        make()
+        RunConfig(**{name: part})
 
 
 def test_config_is_plain_json_and_is_read_back():

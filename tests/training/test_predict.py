@@ -13,7 +13,7 @@ from fastmeta.data import ImageDataset, open_images
 from fastmeta.training import predict as module
 from fastmeta.training.pictures_to_predict import open_for_prediction
 from fastmeta.training.predict import predict, summary_of
-from fastmeta.training.run_folder import read_run
+from fastmeta.training.reports.run_folder import read_run
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,14 @@ from picture_runs import CLASSES, train_on, write_pictures
 from PIL import Image
 
 from fastmeta import cli
-from fastmeta.training import report
 from fastmeta.training.files import read_json, read_jsonl, write_json
-from fastmeta.training.intervals import error_interval
-from fastmeta.training.report import report_html, write_report
-from fastmeta.training.report_figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, panel
-from fastmeta.training.report_sections import confusion_of
-from fastmeta.training.run_folder import read_run
-from fastmeta.training.thumbnails import SIDE, address_of
+from fastmeta.training.reports import report
+from fastmeta.training.reports.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, panel
+from fastmeta.training.reports.intervals import error_interval
+from fastmeta.training.reports.report import report_html, write_report
+from fastmeta.training.reports.run_folder import read_run
+from fastmeta.training.reports.sections import confusion_of
+from fastmeta.training.reports.thumbnails import SIDE, address_of
 
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -389,7 +389,7 @@ def test_runs_with_one_name_are_told_apart(tmp_path, weighted):
 
 def test_many_runs_of_large_pictures_stay_small(tmp_path, weighted, monkeypatch):
     """Noise compresses worst."""
-    monkeypatch.setattr("fastmeta.training.report.open_images", lambda path, **options: Noise())
+    monkeypatch.setattr("fastmeta.training.reports.report.open_images", lambda path, **options: Noise())
     rows = list(read_run(weighted).unlabeled())
     table = table_of([{**rows[0], "path": f"noise[{place}]", "weight": place / 1000} for place in range(100)])
     runs = [copy_of(weighted, tmp_path / str(number), unlabeled_csv=table) for number in range(24)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastmeta.data.pictures import canvas_of
+from fastmeta.data.readers.pictures import canvas_of
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from fastmeta.data.augment.pictures import StrongPicture
 from fastmeta.data.augment.pixels import centre, to_unit
 from fastmeta.data.augment.strong import StrongAugment
 from fastmeta.data.augment.weak import RandomCrop, Shift
-from fastmeta.data.pictures import SMALL
 from fastmeta.data.random_numbers import KeyedRandom
+from fastmeta.data.readers.pictures import SMALL
 
 ViewsName = Literal["auto", "digits", "pictures", "none"]
 LARGEST_DRAWING = 32  # "auto" takes smaller gray images for drawings or writing

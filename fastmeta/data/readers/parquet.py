@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastmeta.data.collection import Collection
 from fastmeta.data.images import DataError, fingerprint_of
-from fastmeta.data.labels import checked_parts, class_name, number_labels
-from fastmeta.data.names import base_name
-from fastmeta.data.optional import optional
-from fastmeta.data.shards import RowNames, parts_of_shards, places_of_parts, stamp_of
+from fastmeta.data.readers.collection import Collection
+from fastmeta.data.readers.labels import checked_parts, class_name, number_labels
+from fastmeta.data.readers.names import base_name
+from fastmeta.data.readers.optional import optional
+from fastmeta.data.readers.shards import RowNames, parts_of_shards, places_of_parts, stamp_of
 
 _IMAGES = ("image", "img", "images", "picture")
 _LABELS = ("label", "labels", "fine_label", "class")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.data.images import PARTS, fingerprint_of
-from fastmeta.data.labels import part_of, shown
+from fastmeta.data.readers.labels import part_of, shown
 
 _DEPTH = 3  # folders: the hub has data/train-0.parquet and default/train/0000.parquet
 _FOLDERS = 20  # more than that are classes

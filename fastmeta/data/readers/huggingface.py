@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastmeta.data.collection import Collection
 from fastmeta.data.images import DataError, fingerprint_of
-from fastmeta.data.labels import PART_NAMES, checked_parts, class_name, number_labels
-from fastmeta.data.optional import optional
-from fastmeta.data.shards import RowNames, places_of_parts
+from fastmeta.data.readers.collection import Collection
+from fastmeta.data.readers.labels import PART_NAMES, checked_parts, class_name, number_labels
+from fastmeta.data.readers.optional import optional
+from fastmeta.data.readers.shards import RowNames, places_of_parts
 
 
 class OpenExample:

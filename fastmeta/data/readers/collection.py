@@ -10,8 +10,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fastmeta.data.images import DataError, UnreadableImage
-from fastmeta.data.names import printable
-from fastmeta.data.pictures import canvas_of, suitable_mode, suitable_size, to_canvas
+from fastmeta.data.readers.names import printable
+from fastmeta.data.readers.pictures import canvas_of, suitable_mode, suitable_size, to_canvas
 
 _SAMPLE = 100  # pictures that sizes and colours are taken from
 

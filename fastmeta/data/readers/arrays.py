@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from fastmeta.data.collection import Collection
 from fastmeta.data.images import Images
-from fastmeta.data.names import Names
-from fastmeta.data.pictures import canvas_of
+from fastmeta.data.readers.collection import Collection
+from fastmeta.data.readers.names import Names
+from fastmeta.data.readers.pictures import canvas_of
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.data.images import DataError, ImageDataset
-from fastmeta.data.labels import checked_parts, class_name, number_labels
-from fastmeta.data.shards import RowNames, places_of_parts
+from fastmeta.data.readers.labels import checked_parts, class_name, number_labels
+from fastmeta.data.readers.shards import RowNames, places_of_parts
 
 # Ours; MedMNIST's, the same with train_ and val_; Keras's, x_train and y_train.
 _NAMES = {

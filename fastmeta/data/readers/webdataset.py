@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastmeta.data.collection import Collection
 from fastmeta.data.images import DataError, fingerprint_of
-from fastmeta.data.labels import checked_parts, class_name, number_labels
-from fastmeta.data.names import Names, base_name
-from fastmeta.data.pictures import SUFFIXES
-from fastmeta.data.shards import parts_of_shards, places_of_parts, stamp_of
+from fastmeta.data.readers.collection import Collection
+from fastmeta.data.readers.labels import checked_parts, class_name, number_labels
+from fastmeta.data.readers.names import Names, base_name
+from fastmeta.data.readers.pictures import SUFFIXES
+from fastmeta.data.readers.shards import parts_of_shards, places_of_parts, stamp_of
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from fastmeta.data.collection import Collection
-from fastmeta.data.folder import OpenFile
 from fastmeta.data.images import PARTS, DataError, fingerprint_of
-from fastmeta.data.labels import PART_NAMES, checked_parts, class_name, number_labels, shown
-from fastmeta.data.names import Names
+from fastmeta.data.readers.collection import Collection
+from fastmeta.data.readers.folder import OpenFile
+from fastmeta.data.readers.labels import PART_NAMES, checked_parts, class_name, number_labels, shown
+from fastmeta.data.readers.names import Names
 
 _DELIMITERS = (",", ";", "\t")  # a spreadsheet's choice depends on its language
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastmeta.training.intervals import mean_and_deviation, t_interval
+from fastmeta.training.reports.intervals import mean_and_deviation, t_interval
 
 
 def summarize(runs: Sequence[dict[str, Any]], step_seconds: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastmeta.training.intervals import error_interval
-from fastmeta.training.run_folder import RunFolder
+from fastmeta.training.reports.intervals import error_interval
+from fastmeta.training.reports.run_folder import RunFolder
 
 FULL_CONFUSION = 20  # classes; of more only the most confused pairs are shown
 _MOST_ROWS = 20  # of a table of pairs or classes

@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmeta.data.arrays import as_asked
-from fastmeta.data.collection import Collection, DecodedImages
-from fastmeta.data.csv_table import collect_csv
-from fastmeta.data.decoded_once import GIGABYTES, decoded_once
 from fastmeta.data.digits import load_digits
-from fastmeta.data.folder import collect_files, collect_folder
 from fastmeta.data.images import DataError, Images
 from fastmeta.data.memory_map import INDEX, PIXELS, open_memory_map
-from fastmeta.data.npz import open_npz
-from fastmeta.data.shards import shards_below, stamp_of
-from fastmeta.data.webdataset import collect_tars
+from fastmeta.data.readers.arrays import as_asked
+from fastmeta.data.readers.collection import Collection, DecodedImages
+from fastmeta.data.readers.csv_table import collect_csv
+from fastmeta.data.readers.decoded_once import GIGABYTES, decoded_once
+from fastmeta.data.readers.folder import collect_files, collect_folder
+from fastmeta.data.readers.npz import open_npz
+from fastmeta.data.readers.shards import shards_below, stamp_of
+from fastmeta.data.readers.webdataset import collect_tars
 
 _HUB = "huggingface:"
 
@@ -58,7 +58,7 @@ def open_images(
     if str(path) == "digits":
         found = as_asked(load_digits(), image_size, mode, "digits")
     elif str(path).startswith(_HUB):
-        from fastmeta.data.huggingface import collect_huggingface  # needs datasets
+        from fastmeta.data.readers.huggingface import collect_huggingface  # needs datasets
 
         found = collect_huggingface(str(path)[len(_HUB) :])
     else:
@@ -103,6 +103,6 @@ def _found(path: Path, image_size: int | None, mode: str | None) -> Images | Col
 
 
 def _collect_parquet(path: Path, shards: list[Path]) -> Collection:
-    from fastmeta.data.parquet import collect_parquet  # needs pyarrow
+    from fastmeta.data.readers.parquet import collect_parquet  # needs pyarrow
 
     return collect_parquet(path, shards)

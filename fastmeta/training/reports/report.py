@@ -10,13 +10,13 @@ import torch
 
 import fastmeta
 from fastmeta.data import Images, open_images
-from fastmeta.training import report_sections as sections
 from fastmeta.training.build import split_of
 from fastmeta.training.config import from_dict
 from fastmeta.training.files import write_text
-from fastmeta.training.report_figures import Panel, panel
-from fastmeta.training.run_folder import RunFolder, read_run
-from fastmeta.training.thumbnails import places_of, thumbnails
+from fastmeta.training.reports import sections
+from fastmeta.training.reports.figures import Panel, panel
+from fastmeta.training.reports.run_folder import RunFolder, read_run
+from fastmeta.training.reports.thumbnails import places_of, thumbnails
 
 # Quantities of metrics.jsonl: title, key, whether it is a share.
 _CURVES = (

@@ -11,7 +11,7 @@ import torch
 from fastmeta.training.build import load_images
 from fastmeta.training.config import from_dict
 from fastmeta.training.files import read_json, read_jsonl
-from fastmeta.training.intervals import t_interval
+from fastmeta.training.reports.intervals import t_interval
 
 # Color-blind safe (Okabe and Ito); the base is black, a variant has its method's color and a line of its own.
 _STYLES = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.data.images import PARTS, DataError
-from fastmeta.data.names import printable
+from fastmeta.data.readers.names import printable
 
 PART_NAMES = {
     **{part: part for part in PARTS},

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastmeta.data.cache import cache_folder, stored
-from fastmeta.data.collection import DecodedImages
 from fastmeta.data.images import Images, fingerprint_of
 from fastmeta.data.memory_map import INDEX, Chunk, MappedImages, read_chunk, write_map
-from fastmeta.data.pictures import SMALL
-from fastmeta.data.unpacked import unpacked
+from fastmeta.data.readers.collection import DecodedImages
+from fastmeta.data.readers.pictures import SMALL
+from fastmeta.data.readers.unpacked import unpacked
 
 GIGABYTES = 4.0  # images larger than 96 pixels are stored up to here, smaller ones always
 _FORMAT = 1  # of pixels: a change of how pictures are decoded counts it up

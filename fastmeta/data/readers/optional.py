@@ -18,7 +18,7 @@ def optional(module: str, package: str, what: str) -> Any:
 
     >>> optional("no_such_module", "no-such-package", "such files")
     Traceback (most recent call last):
-    fastmeta.data.optional.MissingPackage: such files are read with no-such-package: pip install no-such-package
+    fastmeta.data.readers.optional.MissingPackage: such files are read with no-such-package: pip install no-such-package
     """
     try:
         return importlib.import_module(module)

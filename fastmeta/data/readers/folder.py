@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fastmeta.data.collection import Collection
 from fastmeta.data.images import DataError, fingerprint_of
-from fastmeta.data.labels import PART_NAMES, checked_parts, class_name, shown
-from fastmeta.data.names import Names, base_name
-from fastmeta.data.pictures import SUFFIXES
+from fastmeta.data.readers.collection import Collection
+from fastmeta.data.readers.labels import PART_NAMES, checked_parts, class_name, shown
+from fastmeta.data.readers.names import Names, base_name
+from fastmeta.data.readers.pictures import SUFFIXES
 
 _UNREAD = frozenset({".heic", ".heif", ".dng", ".cr2", ".nef", ".arw", ".svg", ".psd"})  # pictures, but not to Pillow
 _MISSING = -1  # size of a file that is not there: a link to nowhere

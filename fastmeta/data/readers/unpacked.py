@@ -15,9 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastmeta.data.cache import cache_folder, stored
-from fastmeta.data.collection import DecodedImages
 from fastmeta.data.images import fingerprint_of
 from fastmeta.data.new_folder import flush, new_folder
+from fastmeta.data.readers.collection import DecodedImages
 
 _BYTES, _ENDS = "pictures.bin", "ends.npy"
 

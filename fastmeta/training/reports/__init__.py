@@ -1,0 +1,1 @@
+"""What runs and comparisons look like to a reader: pages, plots and tables."""
