@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = tyro.cli(commands, prog="fastmeta", description=_DESCRIPTION, args=given)  # type: ignore[call-overload]
     try:
         return command.run()
-    except (ValueError, OSError, CheckpointError, ConfigMismatch, NotFinite, WorkerError) as error:
+    except (ValueError, OSError, ImportError, CheckpointError, ConfigMismatch, NotFinite, WorkerError) as error:
         print(f"fastmeta: error: {_with_flag(str(error))}", file=sys.stderr)
         return 2
 

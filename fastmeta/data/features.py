@@ -71,12 +71,12 @@ class CachedView:
 
     def __call__(self, images: Tensor, random: KeyedRandom | None = None) -> Tensor:
         """The features of ``images``, as :meth:`FeatureImages.get` gives them; ``random`` chooses among several."""
-        rows = self.first.to(images.device)[images]
+        rows = self.first.to(images.device).index_select(0, images)
         if self.count > 1:
             if random is None:
                 raise ValueError(f"random must be given to choose one of {self.count} views")
             rows = rows + random.integers(0, self.count, 1)[:, 0]
-        return self.features[rows.to(self.features.device)].to(images.device, torch.float32)
+        return self.features.index_select(0, rows.to(self.features.device)).to(images.device, torch.float32)
 
 
 class FrozenFeatures(NamedTuple):

@@ -1,9 +1,6 @@
 """Endless streams of images: a DataLoader over a stateless order, so that one integer resumes it."""
 
 import itertools
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastmeta.data.images import DataError, Images, UnreadableImage
 from fastmeta.data.sampler import BatchSampler, StatelessSampler, rows_of
+from fastmeta.data.worker_signals import leave_signals_to_the_parent, sigterm_blocked
 
 NAMED_FILES = 5  # how many an error about unreadable images names
 
@@ -131,7 +129,8 @@ class Stream:
     def __next__(self) -> Rows:
         begin = time.perf_counter()
         if self._iterator is None:
-            self._iterator = iter(self._loader())
+            with sigterm_blocked():
+                self._iterator = iter(self._loader())
         read = next(self._iterator)
         images = self._checked(read)
         first = self.position + rows_of(self._rank, self._processes, self.batch_size)[0]
@@ -164,7 +163,7 @@ class Stream:
             collate_fn=_unchanged,
             num_workers=self._workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # else it draws a number, which nobody needs, from the global one
         )
 
@@ -238,17 +237,3 @@ class _Part(Dataset[_Read]):
 
 def _unchanged(read: Any) -> Any:
     return read
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Signals to all processes of a run, as Ctrl-C and batch systems send, must not end workers before it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to all ends workers, too
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
-
-
-def _end_when_the_parent_says_so() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)  # a worker may be blocked for good by one that was killed

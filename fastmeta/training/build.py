@@ -1,6 +1,6 @@
 """From settings to a trainer: what depends on the data is filled in, then everything is made."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastmeta.data import Images, Split, generator_for, make_split, open_images, record, views_for
 from fastmeta.data.cache import cache_folder
 from fastmeta.data.features import frozen_features, restore_head
-from fastmeta.models import automatic_model, build_model
+from fastmeta.models import NETS, automatic_model, build_model
 from fastmeta.ssl import BASES
 from fastmeta.training.batches import TrainingData
 from fastmeta.training.config import RunConfig, SplitConfig
@@ -47,6 +47,8 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
     size = config.image_size or (side if side <= _LARGE else round(side * 7 / 8))
     few = labels is not None and labels <= _FEW
     rate = 0.2 if digits and config.optimizer.name == "sgd" else config.optimizer.peak
+    if config.trainable == "head":  # features are far longer than those of a net in training
+        rate = 0.002 if config.optimizer.name == "sgd" else 0.0005
     small = config.machine.device == "cpu"
     return replace(
         config,
@@ -55,7 +57,7 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
         split=split,
         labeled_batch=config.labeled_batch or (40 if digits else 32 if small else 64),
         unlabeled_batch=config.unlabeled_batch or (120 if digits else 96 if small else 448),
-        model=automatic_model(size) if config.model == "auto" else config.model,
+        model=_automatic_model(size, small) if config.model == "auto" else config.model,
         image_size=size,
         views="digits" if digits and config.views == "auto" else config.views,
         base_settings=config.base_settings if digits else {**_PUBLISHED.get(config.base, {}), **config.base_settings},
@@ -118,8 +120,20 @@ def record_of(config: RunConfig, images: Images) -> dict[str, Any]:
     return {**config.as_dict(), "record": record(images, split_of(config, images))}
 
 
-def build(config: RunConfig, images: Images, processes: Processes | None = None) -> Built:
+def build(
+    config: RunConfig,
+    images: Images,
+    processes: Processes | None = None,
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Built:
     """Everything that a run needs, from its settings.
+
+    Args:
+        config: the settings.
+        images: the images.
+        processes: those of the run.
+        on_progress: called with the number of images whose features are computed, and of all, where a head is trained.
 
     Raises:
         ValueError: data and settings do not fit.
@@ -136,6 +150,12 @@ def build(config: RunConfig, images: Images, processes: Processes | None = None)
     model, views = _model(config, images), views_for(config.views, images.image_shape, config.image_size)
     whole, seen = None, images
     if config.trainable == "head":
+        if config.pretrained is None and (config.model in NETS or config.model.startswith(("torchvision:", "timm:"))):
+            raise ValueError(
+                f"pretrained must be given with trainable head: the backbone of {config.model} would be random"
+            )
+        if config.machine.channels_last:
+            raise ValueError("machine.channels_last must be left out with trainable head, which has no images")
         whole = model
         # In the cache, where the runs of all seeds and methods share them.
         seen, views, model = frozen_features(
@@ -143,9 +163,9 @@ def build(config: RunConfig, images: Images, processes: Processes | None = None)
             images,
             views,
             folder=cache_folder() / "features",
-            augmented=torch.cat([split.labeled, split.unlabeled]),
             workers=config.machine.workers,
             device=config.machine.device,
+            on_progress=on_progress,
         )
     trainer = Trainer(
         model,
@@ -182,6 +202,11 @@ def _model(config: RunConfig, images: Images) -> nn.Module:
         image_size=config.image_size or min(images.image_shape[1:]),
         pretrained=config.pretrained,
     )
+
+
+def _automatic_model(size: int, small: bool) -> str:
+    """A wide residual net takes seconds a step on a laptop's cores."""
+    return "conv-net" if small and size <= _LARGE else automatic_model(size)
 
 
 def _first(value: Any, otherwise: Any) -> Any:

@@ -36,8 +36,18 @@ def train_command(config: RunConfig, out: Path) -> int:
             def on_wait(share: float) -> None:
                 bar.set_postfix_str(f"{100 * share:.0f}% waiting for data", refresh=False)
 
+            def on_progress(done: int, total: int) -> None:
+                bar.set_postfix_str("" if done == total else f"features of {done} of {total} images")
+
             results = train(
-                config, out, images=images, processes=processes, on_step=on_step, on_wait=on_wait, should_stop=stop
+                config,
+                out,
+                images=images,
+                processes=processes,
+                on_step=on_step,
+                on_wait=on_wait,
+                on_progress=on_progress,
+                should_stop=stop,
             )
         if processes.is_first:
             print(_summary(results, out))

@@ -20,7 +20,7 @@ class OptimizerConfig:
     name: Literal["sgd", "adam"] = "sgd"
     """SGD with momentum, or Adam."""
     learning_rate: float | None = None
-    """Peak learning rate (default: 0.2 for digits, else 0.03 with SGD and 0.002 with Adam)."""
+    """Peak learning rate (default: 0.2 for digits, 0.03 else; of a head 0.002; with Adam 0.002, and 0.0005)."""
     momentum: float = 0.9
     """Of SGD."""
     nesterov: bool = True
@@ -116,7 +116,11 @@ class SplitConfig:
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """How a run uses its machine. Nothing here changes what is computed by more than rounding."""
+    """How a run uses its machine; an interrupted run may go on with other settings of these.
+
+    They change what is computed by rounding alone, but for ``precision``, ``accumulation`` (a method refines each part
+    by itself) and ``batch_norm``.
+    """
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to train."""
@@ -136,6 +140,8 @@ class MachineConfig:
     """Parts that a step's batch is computed in, one after the other; a method refines each part by itself."""
     batch_norm: Literal["per-process", "synchronized"] = "per-process"
     """Whose batch statistics, where several processes train; synchronized needs a GPU (SyncBatchNorm)."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """fsdp2: each process keeps a part of the weights, for models that outgrow a card; last-layer methods alone."""
     checkpoint_every: int | None = None
     """Steps between checkpoints (default: as many as between evaluations)."""
     keep: int = 2

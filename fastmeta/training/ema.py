@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.training.config import AverageConfig
+from fastmeta.training.shards import local
 
 
 class ExponentialMovingAverage:
@@ -26,11 +27,15 @@ class ExponentialMovingAverage:
         groups = [layer.process_group for layer in model.modules() if isinstance(layer, nn.SyncBatchNorm)]
         shared = {id(group): group for group in groups}  # by the copies, too: a group cannot be copied
         self.model = copy.deepcopy(model, shared).requires_grad_(False)
-        averages: list[Tensor] = list(self.model.parameters())
-        values: list[Tensor] = list(model.parameters())
+        self.follow(model)
+
+    def follow(self, model: nn.Module) -> None:
+        """Follow ``model`` from here on, of the same parameters; where they are sharded, those of this process."""
+        averages = [local(parameter) for parameter in self.model.parameters()]
+        values = [local(parameter) for parameter in model.parameters()]
         copies: list[tuple[Tensor, Tensor]] = []
         for buffer, source in zip(self.model.buffers(), model.buffers(), strict=True):
-            if config.buffers == "averaged" and buffer.is_floating_point():
+            if self.config.buffers == "averaged" and buffer.is_floating_point():
                 averages.append(buffer)
                 values.append(source)
             else:

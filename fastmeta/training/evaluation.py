@@ -1,6 +1,5 @@
 """The evaluation protocol: which weights are evaluated, and which figure is a run's."""
 
-import copy
 import math
 import statistics
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from fastmeta.data import Images, Split, Views
 from fastmeta.data.reading import read_in_order
 from fastmeta.training.config import EvaluationConfig, MachineConfig
 from fastmeta.training.processes import Processes
+from fastmeta.training.shards import is_sharded, whole_state
 
 _PARTS = ("validation", "test")
 _FROM_CLASSES = 20  # the second figure, of the five likeliest classes, says nothing where there are few
@@ -79,7 +79,7 @@ class Evaluator:
                 is_better = name == list(kept)[-1]  # the average, if it is evaluated
             if is_better:
                 figures = {"validation_error": None, "test_error": None, **errors, "step": step, "weights": name}
-                self.best = {**figures, "model": copy.deepcopy(model.state_dict())}
+                self.best = {**figures, "model": whole_state(model)}
         if self.best[self._figure] is not None:
             self._history = [*self._history, self.best[self._figure]][-_LAST:]
         return row
@@ -94,18 +94,24 @@ class Evaluator:
 
     def predict(self, model: nn.Module, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Places that could be read and their logits, this process's part of ``places``, a batch at a time."""
+        size = min(1000, max(16, 2**24 // math.prod(self.images.image_shape)))
+        # A forward of sharded weights takes all processes, those that have no images left, too.
+        missing = math.ceil(math.ceil(len(places) / self.processes.count) / size) if is_sharded(model) else 0
         places = places[self.processes.part(len(places))]
-        pixels = math.prod(self.images.image_shape)
-        size = min(1000, max(16, 2**24 // pixels))
         model.eval()
         for read in read_in_order(self.images, places, batch_size=size, workers=self.machine.workers):
             self.unreadable.update(read.unreadable)
             if len(read.places):
+                missing -= 1
                 images = self.views.plain(read.images.to(self.machine.device, non_blocking=True))
                 if self.machine.channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
                 with torch.no_grad():
                     yield read.places, model(images)
+        blank = torch.zeros(1, *self.images.image_shape, device=self.machine.device)
+        for _ in range(missing):
+            with torch.no_grad():
+                model(self.views.plain(blank))
 
     def confusion(self, model: nn.Module, part: str) -> Tensor:
         """Counts ``[C, C]`` of the images of a part, by class (rows) and predicted class (columns)."""

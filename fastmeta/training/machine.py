@@ -2,6 +2,7 @@
 
 from fastmeta import graph
 from fastmeta.ssl import Algorithm, MixUpConsistency, Refiner
+from fastmeta.training.config import MachineConfig
 from fastmeta.training.processes import Processes
 
 
@@ -16,6 +17,23 @@ def refuse_compile(base: Algorithm, method: Refiner | None) -> None:
             "machine.compile must be False for mix-up-consistency with a method whose loss has a gradient: its pass in "
             "evaluation mode needs the running statistics that a compiled pass in training mode writes, got True"
         )
+
+
+def refuse_sharding(method: Refiner | None, machine: MachineConfig, processes: Processes) -> None:
+    """Nothing where the model's parameters may be spread over the processes.
+
+    Raises:
+        ValueError: there is one process, or something needs whole parameters.
+    """
+    if processes.group is None:
+        reason = "on one process"
+    elif method is not None and method.passes == "own":
+        reason = f"with a method that makes passes of its own (how={method.method.derivative.how!r})"
+    elif machine.compile or machine.channels_last:
+        reason = f"with machine.{'compile' if machine.compile else 'channels_last'}"
+    else:
+        return
+    raise ValueError(f"machine.sharding must be none {reason}, got 'fsdp2'")
 
 
 def refuse_synchronized(method: Refiner | None) -> None:

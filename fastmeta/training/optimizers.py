@@ -26,7 +26,11 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if config.name == "adam":
-        return torch.optim.Adam(groups, lr=config.peak, betas=config.betas, fused=True)
+        adam = torch.optim.Adam(groups, lr=config.peak, betas=config.betas, fused=True)
+        for parameter in decayed + others:  # torch would make it at the first step: a checkpoint needs it before
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+        return adam
     nesterov = config.nesterov and config.momentum > 0
     optimizer = torch.optim.SGD(groups, lr=config.peak, momentum=config.momentum, nesterov=nesterov, fused=True)
     if config.momentum > 0:

@@ -12,6 +12,7 @@ from fastmeta.methods import ExampleWeights, ImputeAndWeight
 from fastmeta.training.build import Built
 from fastmeta.training.files import write_checkpoint, write_json, write_text
 from fastmeta.training.processes import Processes
+from fastmeta.training.shards import load_whole_state
 
 _MOST_CLASSES = 100  # of a confusion matrix
 _COLUMNS = ("path", "label", "confidence", "weight", "label_before", "label_after", "label_change", "truth")
@@ -28,7 +29,7 @@ def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, A
     config, evaluator, best, trainer = run.config, run.evaluator, run.evaluator.best, run.trainer
     confidence, label = _impute_all(run, processes)
     model = trainer.model if best["weights"] == "student" else trainer.average.model
-    model.load_state_dict(best["model"])
+    load_whole_state(model, best["model"])
     part = next((name for name in ("test", "validation") if len(getattr(run.split, name))), None)
     confusion = None
     if part is not None and len(run.images.classes) <= _MOST_CLASSES:

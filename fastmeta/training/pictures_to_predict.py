@@ -31,15 +31,16 @@ def open_for_prediction(paths: Sequence[str], run: RunFolder) -> Images:
     size = run.config["image_size"]
     if len(paths) == 1 and not _has_pictures(Path(paths[0])):
         return open_images(paths[0], image_size=size, mode=run.mode)
-    found = collect_files([Path(path).absolute() for path in paths])
+    roots = [os.path.abspath(path) for path in paths]
+    found = collect_files([Path(root) for root in roots])
     if run.mode == "L" and _have_colours(found):
         raise DataError(f"{', '.join(paths)}: pictures have colours, expected gray ones as the run's")
-    roots = sorted({str(Path(path).absolute()) for path in paths}, key=len, reverse=True)
+    inner_first = sorted(set(roots), key=len, reverse=True)
     number = {name: place for place, name in enumerate(run.classes)}
     targets: list[int] = []
     parts: dict[str, list[int]] = {}
     for place, name in enumerate(found.names):
-        root = next((root for root in roots if name.startswith(root + os.sep)), os.path.dirname(name))
+        root = next((root for root in inner_first if name.startswith(root + os.sep)), os.path.dirname(name))
         folders = os.path.relpath(name, root).split(os.sep)[:-1]
         targets.append(next((number[c] for c in map(class_name, reversed(folders)) if c in number), -1))
         part = part_of(folders[0]) if folders else None

@@ -87,13 +87,15 @@ def predict(
         progress: show a bar.
 
     Raises:
-        ValueError: the run is not finished, or its net was trained on images of another shape.
+        ValueError: the run is not finished, its net was trained on images of another shape, or there is no such device.
         OSError: the CSV cannot be written.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if workers is not None and workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu where torch sees no GPU, got 'cuda'")
     model = load_model(run).to(device)
     if tuple(images.image_shape) != run.image_shape:
         raise ValueError(

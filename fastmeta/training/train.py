@@ -1,9 +1,11 @@
 """A run on disk: trains, logs, checkpoints, and continues where a checkpoint left off."""
 
 import contextlib
+import importlib.util
 import json
 import shutil
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +40,7 @@ def train(
     processes: Processes | None = None,
     on_step: Callable[[int], None] = lambda step: None,
     on_wait: Callable[[float], None] = lambda share: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
     """Train ``config`` in ``folder``, from its newest good checkpoint if it has one; a finished run is only read.
@@ -52,6 +55,7 @@ def train(
         processes: all of which call this; the first one writes.
         on_step: called with the number of finished steps after each.
         on_wait: called with the share of the time since the last evaluation that steps waited for data.
+        on_progress: see :func:`fastmeta.training.build.build`.
         should_stop: asked before each step; if true, a checkpoint is written and the run left. All processes must be
             told the same, as :func:`fastmeta.training.signals.stop_requested` does.
 
@@ -66,7 +70,7 @@ def train(
     processes = processes or Processes()
     images = load_images(config) if images is None else images
     with torch.random.fork_rng(devices=[]), threads() as set_threads:
-        run = build(config, images, processes)
+        run = build(config, images, processes, on_progress=on_progress)
         set_threads(run.config.machine.threads or 1)
         check_folder(record_of(config, images), folder)
         results = read_json(folder / "results.json")
@@ -87,10 +91,14 @@ class _Loop:
         self.trainer, self.evaluator = run.trainer, run.evaluator
         self.record = record_of(run.config, run.images)
         self.checkpoints = Checkpoints(
-            folder / "checkpoints", keep=run.config.machine.keep, fingerprint=_fingerprint(self.record)
+            folder / "checkpoints",
+            keep=run.config.machine.keep,
+            sharded=run.config.machine.sharding != "none",
+            fingerprint=_fingerprint(self.record),
         )
         self.rows: list[dict[str, Any]] = []
         self.timing: list[dict[str, Any]] = []
+        self._board = _tensorboard(folder) if processes.is_first else None
         self._saved: int | None = None
         self._timed = (0, 0.0, 0.0)  # step, seconds of steps, seconds of waiting at the last evaluation
 
@@ -116,9 +124,11 @@ class _Loop:
             return self._finish()
         finally:
             trainer.batches.close()
+            if self._board is not None:
+                self._board.close()
 
     def _resume(self) -> None:
-        saved = self.checkpoints.latest()
+        saved = self.checkpoints.latest({"trainer": self.trainer.state_dict()} if self.checkpoints.sharded else None)
         if saved is not None:
             self._saved, state = saved
             self.trainer.load_state_dict(state["trainer"])
@@ -185,6 +195,9 @@ class _Loop:
                 "time": time.time(),
             }
             append_jsonl(self.folder / "timing.jsonl", timing)
+            for name, value in row.items():
+                if self._board is not None and isinstance(value, float):
+                    self._board.add_scalar(name, value, trainer.step)
         return share
 
     def _finish(self) -> dict[str, Any]:
@@ -192,11 +205,23 @@ class _Loop:
         return write_outcome(self.built, self.folder, self.processes)
 
 
+def _tensorboard(folder: Path) -> Any:
+    """A writer of events for TensorBoard where it is installed; metrics.jsonl has the same numbers."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
 def _tidy(folder: Path) -> None:
     """What follows results.json; a run killed in between has it done when it is started again."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if not (folder / "report.html").exists():
-        write_report([folder], folder / "report.html")
+        try:
+            write_report([folder], folder / "report.html")
+        except OSError as error:  # the run is finished, and `fastmeta report` writes the page at any time
+            warnings.warn(f"{folder / 'report.html'} could not be written: {error}", stacklevel=3)
 
 
 def _fingerprint(record: dict[str, Any]) -> str:

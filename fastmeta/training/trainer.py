@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmeta.capture import last_linear
 from fastmeta.data import generator_for
 from fastmeta.ops.process_group import sum_over
 from fastmeta.ssl import Algorithm, Refiner, StepLoss, TrainingBatch
@@ -15,9 +16,10 @@ from fastmeta.training.batches import Batches, TrainingData
 from fastmeta.training.config import AverageConfig, MachineConfig, OptimizerConfig, ScheduleConfig
 from fastmeta.training.ema import ExponentialMovingAverage
 from fastmeta.training.label_changes import LabelChanges
-from fastmeta.training.machine import capture_steps, refuse_compile, refuse_synchronized
+from fastmeta.training.machine import capture_steps, refuse_compile, refuse_sharding, refuse_synchronized
 from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer, rate_at
 from fastmeta.training.processes import Processes
+from fastmeta.training.shards import FSDPModule, Shards, shard
 
 # Averaged over the steps between two evaluations. The two errors compare labels with the truth that training never
 # reads: they are shown, nothing is chosen by them.
@@ -83,6 +85,8 @@ class Trainer:
             processes=self.processes,
         )
 
+        if self.machine.sharding == "fsdp2":
+            refuse_sharding(method, self.machine, self.processes)
         model = model.to(self.device)
         if self.machine.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -91,9 +95,11 @@ class Trainer:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.processes.group)
         self.model: nn.Module = model
         self.average = ExponentialMovingAverage(model, average or AverageConfig())
-        self.optimizer = make_optimizer(model, self.optimizer_config)
-        self._decayed: list[Tensor] = list(decayed_parameters(model, self.optimizer_config))
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._shards = self._sharded(model) if self.machine.sharding == "fsdp2" else None
+        weights = model if self._shards is None else self._shards
+        self.optimizer = make_optimizer(weights, self.optimizer_config)
+        self._decayed: list[Tensor] = list(decayed_parameters(weights, self.optimizer_config))
+        self._parameters = [parameter for parameter in weights.parameters() if parameter.requires_grad]
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self.network = self._distributed(model)
         if self.machine.compile:
@@ -129,18 +135,20 @@ class Trainer:
         self.processes.broadcast_(self._buffers)
         buffers = [buffer.clone() for buffer in self._buffers]
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self.optimizer.zero_grad()
+        self._zero_gradients()
         parts = self.machine.accumulation
         for part in range(parts):
             batch = self.batches(parts * self.step + part)
             with self._gradients_kept_apart(part + 1 < parts), self._precision():
                 loss = self._base_loss(batch)
                 (loss.total / parts).backward()
+            if self._shards is not None and part + 1 == parts:
+                self._average(self._shards.take_gradients())
             finite &= loss.total.detach().isfinite()
             self._watch(batch, loss)
         self._update(finite)
         if self.method is not None and self.method.own_update:
-            self.optimizer.zero_grad()
+            self._zero_gradients()
             with self._precision():
                 own = self._method_loss(self.method, batch)
                 own.backward()
@@ -175,6 +183,11 @@ class Trainer:
             )
         return refined.loss
 
+    def _zero_gradients(self) -> None:
+        self.optimizer.zero_grad()
+        if self._shards is not None:
+            self.model.zero_grad()
+
     def _update(self, finite: Tensor) -> None:
         """A step of the optimizer, left out and counted on all processes if any has no finite loss or gradient."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
@@ -188,7 +201,9 @@ class Trainer:
 
     def _average_gradients(self) -> None:
         """What DistributedDataParallel does in its own backward, for a loss whose passes do not go through it."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        self._average([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+
+    def _average(self, gradients: list[Tensor]) -> None:
         if self.processes.group is not None and gradients:
             summed = sum_over(gradients, self.processes.group)
             torch._foreach_copy_(gradients, torch._foreach_div(summed, self.processes.count))
@@ -238,7 +253,7 @@ class Trainer:
             "positions": self.batches.positions(self.step * self.machine.accumulation),
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._spread(self.optimizer.state_dict()),
             "method": None if self.method is None else self.method.method.state_dict(),
             "label_changes": self.label_changes.state_dict(),
             "sums": self.processes.sum_(sums),
@@ -252,7 +267,8 @@ class Trainer:
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        moments = state["optimizer"]
+        self.optimizer.load_state_dict(moments if self._shards is None else self._shards.gather(moments))
         if self.method is not None:
             self.method.method.load_state_dict(state["method"])
         self.label_changes.load_state_dict(state["label_changes"])
@@ -267,7 +283,7 @@ class Trainer:
         self.batches.unreadable = state["unreadable"]
 
     def _distributed(self, model: nn.Module) -> nn.Module:
-        if self.processes.group is None:
+        if self.processes.group is None or self._shards is not None:
             return model
         network = nn.parallel.DistributedDataParallel(
             model, process_group=self.processes.group, gradient_as_bucket_view=True
@@ -281,8 +297,21 @@ class Trainer:
         self.optimizer.zero_grad()
         return network.train()
 
+    def _sharded(self, model: nn.Module) -> Shards:
+        group = self.processes.group
+        assert group is not None
+        for each in (model, self.average.model):
+            shard(each, last_linear(each)[0], group, self.device.type)
+        self.average.follow(model)
+        return Shards(model)
+
+    def _spread(self, state: dict[str, Any]) -> dict[str, Any]:
+        return state if self._shards is None else self._shards.spread(state)
+
     def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager[Any]:
         """Whether a backward pass leaves the gradients of the processes as they are."""
+        if isinstance(self.network, FSDPModule):
+            self.network.set_requires_gradient_sync(not apart)
         if apart and isinstance(self.network, nn.parallel.DistributedDataParallel):
             return self.network.no_sync()
         return contextlib.nullcontext()

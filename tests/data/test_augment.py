@@ -9,6 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 from sklearn.datasets import load_digits
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmeta.data import KeyedRandom, Plain, RandomCrop, Shift, StrongAugment, StrongPicture, views_for, weak_augment
 from fastmeta.data.augment import pictures, strong
@@ -91,6 +92,21 @@ def test_keys_decide_and_nothing_else(name, digits):
     assert not first.equal(seed)
     assert not first.equal(view)
     assert torch.get_rng_state().equal(state)
+
+
+class NothingRead(TorchDispatchMode):
+    """Fails where a GPU's host would wait: a value is read, or a shape depends on values."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        assert function.name() not in {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
+        return function(*arguments, **keywords or {})
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_the_host_waits_for_nothing(name):
+    source = pixels(5, 3, 40, 50)
+    with NothingRead():
+        AUGMENTATIONS[name](source, random(5))
 
 
 @pytest.mark.parametrize(("name", "least"), [("shift", 9), ("reflected", 45), ("strong", 64), ("picture", 64)])

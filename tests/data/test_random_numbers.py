@@ -116,3 +116,14 @@ def test_wrong_arguments_are_named():
         random(keys=torch.zeros(2))
     with pytest.raises(ValueError, match=r"high - low must lie in 1 .. 2\*\*31, got 3 - 3"):
         random().integers(3, 3, 1)
+
+
+def test_normal_numbers():
+    numbers = random().normal(3)
+    assert numbers.shape == (ROWS, 3)
+    for column in numbers.T:
+        assert stats.kstest(column.numpy(), "norm").pvalue > 1e-4
+    uniform = torch.special.ndtr(numbers.double())
+    for first, second in itertools.combinations(uniform.T, 2):
+        assert p_value_of_pairs(first, second) > 1e-4
+    assert random(keys=KEYS[5:7]).normal(3).equal(numbers[5:7])

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from fastmeta.data import Stream
+from fastmeta.data import KeyedRandom, Stream, views_for
 from fastmeta.data.images import DataError, ImageDataset, UnreadableImage
 
 CLASSES = 4
@@ -100,6 +100,27 @@ def test_a_stream_resumes_from_its_position_alone(reference, step):
     assert_same(taken(stream(Pictures(BAD), position=before.position), 20 - step), reference[0][step:])
 
 
+def test_views_are_the_same_for_any_workers_processes_and_start():
+    pixels = torch.randint(0, 256, (60, 3, 9, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = ImageDataset("random", pixels, torch.zeros(60, dtype=torch.int64), 1)
+    views = views_for("pictures", images.image_shape, 9)
+
+    def seen(source, steps):
+        for rows in taken(source, steps):
+            for name, view in (("weak", views.weak), ("strong", views.strong)):
+                yield view(rows.images, KeyedRandom(3, "unlabeled", name, rows.keys))
+
+    def make(**settings):
+        return Stream(images, torch.arange(60), batch_size=8, seed=3, name="unlabeled", **settings)
+
+    whole = list(seen(make(), 6))
+    for processes in (2, 3):
+        shares = [seen(make(rank=rank, processes=processes), 6) for rank in range(processes)]
+        assert all(torch.cat(parts).equal(view) for parts, view in zip(zip(*shares, strict=True), whole, strict=True))
+    resumed = seen(make(position=16, workers=1), 4)
+    assert all(one.equal(other) for one, other in zip(resumed, whole[4:], strict=True))
+
+
 def test_a_closed_stream_goes_on(reference):
     source = stream(Pictures(BAD), workers=1, steps=4)
     first = taken(source, 2)
@@ -191,6 +212,9 @@ def test_global_random_state_is_not_touched():
 
 
 def test_workers_outlive_a_signal_to_the_group():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)  # gives workers a thread of torch's
+    torch.set_num_threads(threads)
     source = stream(workers=1)
     next(source)
     (worker,) = source._iterator._workers

@@ -13,6 +13,7 @@ from fastmeta import capture_features
 from fastmeta.data import (
     ImageDataset,
     KeyedRandom,
+    Split,
     Stream,
     UnreadableImage,
     Views,
@@ -22,6 +23,11 @@ from fastmeta.data import (
     views_for,
 )
 from fastmeta.models import build_model
+from fastmeta.training.batches import TrainingData
+from fastmeta.training.config import EvaluationConfig, OptimizerConfig
+from fastmeta.training.evaluation import Evaluator
+from fastmeta.training.recipes import METHODS, base_of
+from fastmeta.training.trainer import Trainer
 
 COUNT, SIZE = 11, 8
 AUGMENTED = torch.tensor([1, 2, 3, 5, 8, 10])
@@ -118,6 +124,38 @@ def test_a_stream_and_an_evaluation_run_on_the_features(model, tmp_path):
     assert made.images.image_shape == (64,)
     assert made.images.targets.equal(Gallery().targets)
     assert made.images.describe(3) == "gallery[3]"
+
+
+@pytest.mark.parametrize("method", ["none", "l2i", "example-weights"])
+def test_the_trainer_trains_a_head_on_features_as_it_trains_a_net_on_images(model, tmp_path, method):
+    images = Gallery()
+    made = frozen_features(model, images, VIEWS, folder=tmp_path)
+    split = Split(
+        AUGMENTED[:3], AUGMENTED[3:], *[images.parts["test"][start:stop] for start, stop in ((0, 2), (0, 0), (2, 5))]
+    )
+    recipe = METHODS[method]
+    trainer = Trainer(
+        copy.deepcopy(made.head),
+        TrainingData(made.images, split, made.views, labeled_batch=4, unlabeled_batch=6),
+        base=base_of("fixmatch"),
+        method=recipe.build(len(split.unlabeled), 3, {}),
+        uses_holdout=recipe.uses_holdout,
+        steps=3,
+        optimizer=OptimizerConfig(name="adam", learning_rate=0.01),
+    )
+    for _ in range(3):
+        trainer.train_step()
+    assert trainer.skipped.tolist() == [0, 0]
+    assert (trainer.model.weight - made.head.weight).abs().max() > 0.01
+    with torch.no_grad():
+        model.fc.weight.zero_()
+    restore_head(model, trainer.model.state_dict())
+    config = EvaluationConfig(weights="student")
+    errors = [
+        Evaluator(config, seen, split, views)(3, net.eval(), net)
+        for seen, views, net in ((made.images, made.views, trainer.model), (images, VIEWS, model))
+    ]
+    assert errors[0] == errors[1]
 
 
 def test_what_cannot_be_read_is_remembered_and_told_again(model, tmp_path):

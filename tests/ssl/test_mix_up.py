@@ -2,7 +2,9 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
+from fastmeta.data import KeyedRandom
 from fastmeta.ssl import kl_divergence, mix_up
 
 
@@ -116,3 +118,17 @@ def test_divergence_of_half_precision_logits_is_computed_in_float32(generator):
     loss = kl_divergence(logits, logits.float().softmax(1))
     assert loss.dtype == torch.float32
     assert abs(loss.item()) < 1e-6
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.75, 1.0, 4.0])
+def test_shares_keyed_by_example_are_of_the_beta_distribution(alpha):
+    ones, zeros = torch.ones(20_000, 1, dtype=torch.float64), torch.zeros(20_000, 1, dtype=torch.float64)
+    keys = torch.arange(20_000)
+
+    def share(rows):
+        random = KeyedRandom(3, "labeled", "mix-up", keys[rows])
+        return mix_up(ones[rows], ones[rows], zeros[rows], zeros[rows], alpha=alpha, random=random).inputs.flatten()
+
+    everything = share(slice(None))
+    assert stats.kstest(everything.numpy(), "beta", args=(alpha, alpha)).pvalue > 1e-4
+    assert share(slice(7, 9)).equal(everything[7:9])

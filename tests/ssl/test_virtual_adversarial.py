@@ -354,3 +354,21 @@ def test_the_start_comes_from_the_checkpointed_generator(model, batch):
     assert not second.equal(first)
     torch.set_rng_state(state)
     assert base.loss(model, batch, teacher=model, progress=0.3).total.equal(second)
+
+
+def test_a_start_that_is_given(model, images):
+    start = torch.randn(images.shape, dtype=images.dtype, generator=same_start())
+    options = {"power_iterations": 2}
+    drawn = virtual_adversarial_direction(model, images, model(images), generator=same_start(), **options)
+    given = virtual_adversarial_direction(model, images, model(images), start=3 * start, **options)
+    assert torch.allclose(given, drawn, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match=r"start must be \[N, ...\]"):
+        virtual_adversarial_direction(model, images, model(images), start=start[1:])
+
+
+def test_the_search_is_not_rounded_by_autocast(model, images):
+    model, images = copy.deepcopy(model).float(), images.float()
+    exact = virtual_adversarial_direction(model, images, model(images), generator=same_start())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = virtual_adversarial_direction(model, images, model(images), generator=same_start())
+    assert (found * exact).flatten(1).sum(1).min() > 0.999

@@ -26,7 +26,8 @@ LAST_LAYER = [name for name, recipe in METHODS.items() if recipe.make is not Non
 
 
 def batch_on_device(batch: TrainingBatch) -> TrainingBatch:
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    """Without keys, from which NumPy draws on a CPU."""
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if "keys" not in field.name}
     return TrainingBatch(**{name: on_device(value) for name, value in fields.items()})
 
 

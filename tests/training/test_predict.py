@@ -181,6 +181,7 @@ def test_what_cannot_be_predicted_is_one_line(tmp_path, pictures, run, capsys):
         ([run], ["no images found"]),
         ([run, pictures, "--out", tmp_path], ["--out must be a file, got the folder"]),
         ([run, pictures, "--workers", -1], ["--workers must be at least 0, got -1"]),
+        ([run, pictures, "--device", "cuda"], ["--device must be cpu where torch sees no GPU, got 'cuda'"]),
         ([run, pictures, "--batch-size", 0], ["--batch-size must be at least 1, got 0"]),
     ):
         assert cli.main(["predict", *map(str, arguments), *([] if "--out" in arguments else ["--out", str(out)])]) == 2

@@ -4,24 +4,37 @@ In float64, so that what is left is rounding; without batch statistics, which ar
 """
 
 import copy
+import importlib
+import shutil
+from pathlib import Path
 from typing import Any
 
 import forked
 import pytest
 import torch
+from short_runs import assert_same_run, small, tensors
 from small_trainers import CASES, SIZES, STEPS, data, trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from fastmeta.data import Images
+from fastmeta.models import build_model
 from fastmeta.ops.process_group import Group
+from fastmeta.training import RunConfig, train
 from fastmeta.training.batches import Batches
 from fastmeta.training.config import AverageConfig, EvaluationConfig, MachineConfig
 from fastmeta.training.ema import ExponentialMovingAverage
 from fastmeta.training.evaluation import Evaluator
+from fastmeta.training.files import read_jsonl
 from fastmeta.training.label_changes import LabelChanges
+from fastmeta.training.machine import refuse_sharding
+from fastmeta.training.processes import Processes
 from fastmeta.training.recipes import METHODS
+from fastmeta.training.shards import whole_state
 from fastmeta.training.trainer import Trainer
 
 WORLDS = (2, 3, 4)
+SHARDED = [case for case in CASES if METHODS[case[1]].passes == "shared" and "published" not in case[1]]
 RESUMED = [("fixmatch", "l2i"), ("fixmatch", "example-weights"), ("vat", "label-gradient-alignment")]
 
 
@@ -191,3 +204,92 @@ def test_an_example_that_is_twice_in_a_batch() -> None:
     changes.add(1, torch.tensor([2, 0, 2, 0, 2]), before, before + moves)
     assert changes.change.tolist() == pytest.approx([0.8, 0.0, 0.8])
     assert changes.values[:, 4].tolist() == pytest.approx([0.6, 0.0, 0.6])
+
+
+def sharded(group: Group, cases: list[tuple[str, str]]) -> dict[str, Any]:
+    """Runs whose weights are spread over the processes."""
+    found: dict[str, Any] = {}
+    for base, method in cases:
+        run = trainer(base, method, group, MachineConfig(sharding="fsdp2"))
+        found[f"{base} + {method}"] = whole(run)
+    return found
+
+
+def whole(run: Trainer) -> dict[str, Any]:
+    for _ in range(STEPS):
+        run.train_step()
+    averages = run.averages()
+    state = comparable(run, averages)
+    model, average = whole_state(run.model), whole_state(run.average.model)
+    moments = [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()]
+    spread = sum(isinstance(moment, DTensor) for moment in moments)
+    moments = [moment.full_tensor() if isinstance(moment, DTensor) else moment for moment in moments]
+    kept = {name: state[name] for name in ("step", "method", "label_changes", "sums", "skipped")}
+    return {"state": kept, "model": model, "average": average, "moments": moments, "spread": spread}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_sharded_weights(alone: dict[str, Any], world: int) -> None:
+    cases = SHARDED if world == 2 else SHARDED[:2]
+    parts = forked.run(sharded, world, cases)
+    for case in cases:
+        name = " + ".join(case)
+        wanted, found = alone[name], [part[name] for part in parts]
+        for part in found:
+            assert_alike(part["state"], {key: wanted[key] for key in part["state"]}, name)
+            moments = [entry["momentum_buffer"] for entry in wanted["optimizer"]["state"].values()]
+            assert_alike(part["moments"], moments, name)
+            assert part["spread"] == 6  # of eight: the head is whole
+        assert_alike(found[0]["model"], wanted["model"], name)
+        assert_alike(found[0]["average"], wanted["average"]["model"], name)
+        assert not found[1]["model"]
+
+
+def run_of(group: Group, digits: Images, folder: Path, stop: int | None) -> bool:
+    """Whether it came to its end."""
+    importlib.import_module("fastmeta.training.train").write_report = lambda *arguments: None  # in this process alone
+    config = RunConfig(method="l2i", **small(sharding="fsdp2"))
+    steps: list[int] = []
+    results = train(
+        config,
+        folder,
+        images=digits,
+        processes=Processes(group),
+        on_step=steps.append,
+        should_stop=lambda: stop is not None and len(steps) > stop,
+    )
+    return results is not None
+
+
+def sharded_runs(group: Group, digits: Images, folder: Path) -> None:
+    """One from end to end, and one that is stopped and goes on; what it goes on from is kept."""
+    assert run_of(group, digits, folder / "whole", None)
+    assert not run_of(group, digits, folder / "same", 5)
+    if group.rank() == 0:
+        shutil.copytree(folder / "same", folder / "more")
+    torch.distributed.barrier()
+    assert run_of(group, digits, folder / "same", None)
+
+
+def test_a_sharded_run_is_stopped_and_goes_on(digits: Images, tmp_path: Path) -> None:
+    """As one that was not, on two processes; on three, too."""
+    forked.run(sharded_runs, 2, digits, tmp_path)
+    assert [path.is_dir() for path in (tmp_path / "more" / "checkpoints").iterdir()] == [True, True]
+    assert all(forked.run(run_of, 3, digits, tmp_path / "more", None))
+    assert_same_run(tmp_path / "whole", tmp_path / "same")
+    build_model("conv-net", num_classes=10, channels=1, image_size=8).load_state_dict(tensors(tmp_path / "more"))
+    assert len(read_jsonl(tmp_path / "more" / "metrics.jsonl")) == 3
+
+
+def test_what_cannot_be_sharded() -> None:
+    machine = MachineConfig(sharding="fsdp2")
+    with pytest.raises(ValueError, match=r"machine.sharding must be none on one process, got 'fsdp2'"):
+        trainer("fixmatch", "l2i", None, machine)
+    refiner = METHODS["l2i-jvp"].build(9, 3)
+    several = Processes(object())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a method that makes passes of its own \(how='jvp'\)"):
+        refuse_sharding(refiner, machine, several)
+    for name in ("compile", "channels_last"):
+        with pytest.raises(ValueError, match=f"machine.sharding must be none with machine.{name}"):
+            refuse_sharding(None, MachineConfig(sharding="fsdp2", **{name: True}), several)
+    refuse_sharding(None, machine, several)
