@@ -217,6 +217,8 @@ def _content(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         content = torch.load(path, map_location="cpu", weights_only=True) if broken is None else None
+    except zipfile.BadZipFile:
+        raise _Unusable("cut off, or not a checkpoint") from None
     except Exception as error:  # whatever a file of random bytes may cause
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _Unusable(f"it cannot be read: {cause}") from None
