@@ -67,7 +67,7 @@ def data(labeled_batch: int) -> TrainingData:
         Split(*places),
         Views(Noise(0.1), Noise(0.5), Doubled(6)),
         labeled_batch=labeled_batch,
-        unlabeled_batch=9,
+        unlabeled_batch=10,
     )
 
 
@@ -88,7 +88,7 @@ def trainer(
     settings = {"threshold": 0.5} if base in ("fixmatch", "pseudo-label") else {}
     return Trainer(
         model,
-        data(9 if base == "mix-up-consistency" else 6),  # of unequal sizes, each process makes its own pairs
+        data(10 if base == "mix-up-consistency" else 6),  # of unequal sizes, each process makes its own pairs
         base=base_of(base, settings),
         method=recipe.build(SIZES["unlabeled"], CLASSES, solver, group),
         uses_holdout=recipe.uses_holdout,

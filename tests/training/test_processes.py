@@ -34,6 +34,11 @@ from fastmeta.training.shards import whole_state
 from fastmeta.training.trainer import Trainer
 
 WORLDS = (2, 3, 4)
+ON_FOUR = [
+    ("fixmatch", method)
+    for method in ("none", "l2i", "example-weights", "label-gradient-alignment", "l2i-alternating", "l2i-jvp")
+]
+PARTS = 2  # of a step, of three labeled images each
 SHARDED = [case for case in CASES if METHODS[case[1]].passes == "shared" and "published" not in case[1]]
 RESUMED = [("fixmatch", "l2i"), ("fixmatch", "example-weights"), ("vat", "label-gradient-alignment")]
 
@@ -55,7 +60,7 @@ def comparable(run: Trainer, averages: dict[str, float]) -> dict[str, Any]:
 
 
 def all_cases(group: Group) -> dict[str, Any]:
-    cases = CASES if group is None or group.size() < 4 else [case for case in CASES if case[0] == "fixmatch"]
+    cases = CASES if group is None or group.size() < 4 else ON_FOUR
     return {f"{base} + {method}": trained(group, base, method) for base, method in cases}
 
 
@@ -93,7 +98,7 @@ def alone() -> dict[str, Any]:
 def test_every_method_on_processes_is_that_of_one(alone: dict[str, Any], world: int) -> None:
     wrong = []
     for rank, found in enumerate(forked.run(all_cases, world)):
-        assert len(found) >= len(METHODS)
+        assert len(found) == (len(CASES) if world < 4 else len(ON_FOUR))
         for name, state in found.items():
             try:
                 assert_alike(state, alone[name], f"process {rank}, {name}")
@@ -134,7 +139,7 @@ def several(group: Group) -> dict[str, Any]:
         run = trainer(base, method, group)
         run.train_step()
         first[base, method] = run.state_dict()
-    machine = MachineConfig(accumulation=3)
+    machine = MachineConfig(accumulation=PARTS)
     parts = {method: trained(group, "fixmatch", method, machine) for method in ("none", "example-weights")}
     synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(2)), group)
     average = ExponentialMovingAverage(synchronized, AverageConfig()).model
@@ -160,7 +165,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone: dict[str, Any], t
 
 
 def test_a_step_in_parts(two: list[dict[str, Any]]) -> None:
-    machine = MachineConfig(accumulation=3)
+    machine = MachineConfig(accumulation=PARTS)
     for method in ("none", "example-weights"):
         wanted = trained(None, "fixmatch", method, machine)
         for part in two:
@@ -212,7 +217,8 @@ def sharded(group: Group, cases: list[tuple[str, str]]) -> dict[str, Any]:
     for base, method in cases:
         run = trainer(base, method, group, MachineConfig(sharding="fsdp2"))
         found[f"{base} + {method}"] = whole(run)
-    return found
+    parts = trainer("fixmatch", "l2i", group, MachineConfig(sharding="fsdp2", accumulation=PARTS))
+    return {**found, "parts": whole(parts)}
 
 
 def whole(run: Trainer) -> dict[str, Any]:
@@ -232,9 +238,10 @@ def whole(run: Trainer) -> dict[str, Any]:
 def test_sharded_weights(alone: dict[str, Any], world: int) -> None:
     cases = SHARDED if world == 2 else SHARDED[:2]
     parts = forked.run(sharded, world, cases)
-    for case in cases:
-        name = " + ".join(case)
-        wanted, found = alone[name], [part[name] for part in parts]
+    expected = {" + ".join(case): alone[" + ".join(case)] for case in cases}
+    expected["parts"] = trained(None, "fixmatch", "l2i", MachineConfig(accumulation=PARTS))
+    for name, wanted in expected.items():
+        found = [part[name] for part in parts]
         for part in found:
             assert_alike(part["state"], {key: wanted[key] for key in part["state"]}, name)
             moments = [entry["momentum_buffer"] for entry in wanted["optimizer"]["state"].values()]
