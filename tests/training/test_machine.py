@@ -138,4 +138,4 @@ def test_what_is_refused() -> None:
     for name in ("l2i", "meta-gradient-finite-difference"):
         refuse_synchronized(refiner(name))
     with pytest.raises(ValueError, match=r"machine.graph must be False on the CPU"):
-        MachineConfig(graph=True)
+        MachineConfig(graph=True).check()
