@@ -74,11 +74,16 @@ def capture_steps(method: Refiner | None, processes: Processes) -> None:
 
 def distributed(model: nn.Module, images: Tensor, group: ProcessGroup) -> nn.parallel.DistributedDataParallel:
     """The model, whose gradients are averaged over the processes; ``images`` are any that it takes."""
-    network = nn.parallel.DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+    model.eval()
+    model(images).sum().backward()
+    unused = any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    model.zero_grad()
+    network = nn.parallel.DistributedDataParallel(
+        model, process_group=group, gradient_as_bucket_view=True, find_unused_parameters=unused
+    )
     network.broadcast_buffers = False  # the trainer does, once a step: a base forwards several times
     # After its first backward pass DDP puts its buckets in another order, in which sums round differently. One
     # without effect comes before all steps, so that those of a resumed run round as those of one that was not.
-    network.eval()
     network(images).sum().backward()
     network.zero_grad()
     return network.train()
