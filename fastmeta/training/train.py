@@ -169,7 +169,7 @@ class _Loop:
     def _evaluate(self) -> float:
         """A line of metrics.jsonl and one of timing.jsonl; the share of the time that steps waited for data."""
         trainer, config = self.trainer, self.built.config
-        averages = trainer.averages()
+        averages = trainer.step_averages.read()
         self._check_finite()
         trainer.synchronize()
         row: dict[str, Any] = {"base": config.base, "method": config.method, "seed": config.seed, "step": trainer.step}

@@ -27,10 +27,7 @@ from fastmeta.training.machine import (
 from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer, rate_at
 from fastmeta.training.processes import Processes
 from fastmeta.training.shards import FSDPModule, Shards, shard
-
-# Averaged over the steps between two evaluations. The two errors compare labels with the truth that training never
-# reads: they are shown, nothing is chosen by them.
-AVERAGES = ("loss", "loss_labeled", "loss_unlabeled", "confident", "imputed_error", "used_error")
+from fastmeta.training.step_averages import StepAverages
 
 
 class Trainer:
@@ -131,9 +128,7 @@ class Trainer:
         self.step = 0
         self.label_changes = LabelChanges(len(data.split.unlabeled), self.device)
         self._truth = data.images.targets[data.split.unlabeled].to(self.device)
-        # One more: images whose label is known, of which the last two are shares.
-        self._sums = torch.zeros(len(AVERAGES) + 1, dtype=torch.float64, device=self.device)
-        self._summed = 0
+        self.step_averages = StepAverages(self.processes, self.device)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
         """Steps without a finite loss: all of them, and those in a row up to now."""
         self.seconds = 0.0
@@ -163,7 +158,9 @@ class Trainer:
             if self._shards is not None and part + 1 == parts:
                 self._average(self._shards.take_gradients())
             finite &= loss.total.detach().isfinite()
-            self._watch(batch, loss)
+            self.step_averages.add(loss, self._truth[batch.index], batch.unlabeled_share)
+            if self.method is not None and loss.imputed is not None and loss.used is not None:
+                self.label_changes.add(self.step, batch.index, loss.imputed, loss.used.soft)
         self._update(finite)
         if self.method is not None and self.method.own_update:
             self._zero_gradients()
@@ -226,35 +223,6 @@ class Trainer:
             summed = sum_over(gradients, self.processes.group)
             torch._foreach_copy_(gradients, torch._foreach_div(summed, self.processes.count))
 
-    @torch.no_grad()
-    def _watch(self, batch: TrainingBatch, loss: StepLoss) -> None:
-        zero = loss.total.new_zeros(())
-        # Of means the mean over the processes is wanted, of counts the sum.
-        means = [loss.total.detach(), loss.labeled, loss.unlabeled, zero]
-        counts = [zero, zero, zero]
-        if loss.imputed is not None and loss.used is not None:
-            truth = self._truth[batch.index]
-            known = truth >= 0
-            means[3] = batch.unlabeled_share * loss.used.mask.mean()
-            wrong = [(labels.argmax(dim=1) != truth) & known for labels in (loss.imputed, loss.used.soft)]
-            counts = [wrong[0].sum(), wrong[1].sum(), known.sum()]
-            if self.method is not None:
-                self.label_changes.add(self.step, batch.index, loss.imputed, loss.used.soft)
-        values = [mean.double() / self.processes.count for mean in means] + [count.double() for count in counts]
-        self._sums += torch.nan_to_num(torch.stack(values), posinf=0.0, neginf=0.0)
-        self._summed += 1
-
-    def averages(self) -> dict[str, float]:
-        """Means of :data:`AVERAGES` over the steps since the last call, of all processes; this waits for the device."""
-        *sums, known = self.processes.sum_(self._sums.clone()).tolist()
-        steps, known = max(1, self._summed), max(1.0, known)
-        self._sums.zero_()
-        self._summed = 0
-        return {
-            name: total / (known if name.endswith("_error") else steps)
-            for name, total in zip(AVERAGES, sums, strict=True)
-        }
-
     def synchronize(self) -> None:
         """Running statistics and label changes become the same on all processes (those of the first, the largest)."""
         averaged = [buffer for buffer in self.average.model.buffers() if buffer.is_floating_point()]
@@ -264,8 +232,6 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on; tensors and plain values only. Every process calls it."""
         self.synchronize()
-        sums = self._sums.new_zeros(self.processes.count, len(self._sums))
-        sums[self.processes.rank] = self._sums
         return {
             "step": self.step,
             "positions": self.batches.positions(self.step * self.machine.accumulation),
@@ -274,8 +240,7 @@ class Trainer:
             "optimizer": self._spread(self.optimizer.state_dict()),
             "method": None if self.method is None else self.method.method.state_dict(),
             "label_changes": self.label_changes.state_dict(),
-            "sums": self.processes.sum_(sums),
-            "summed": self._summed,
+            "averages": self.step_averages.state_dict(),
             "skipped": self.skipped,
             "unreadable": self.processes.joined(self.batches.unreadable),
         }
@@ -290,12 +255,7 @@ class Trainer:
         if self.method is not None:
             self.method.method.load_state_dict(state["method"])
         self.label_changes.load_state_dict(state["label_changes"])
-        sums: Tensor = state["sums"].to(self.device)
-        if len(sums) == self.processes.count:
-            self._sums = sums[self.processes.rank].clone()
-        else:  # of another number of processes
-            self._sums = sums.sum(dim=0) * self.processes.is_first
-        self._summed = state["summed"]
+        self.step_averages.load_state_dict(state["averages"])
         self.skipped.copy_(state["skipped"])
         self.batches.close()
         self.batches.unreadable = state["unreadable"]

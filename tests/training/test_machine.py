@@ -52,7 +52,7 @@ def test_a_step_waits_for_no_device(base: str, method: str, monkeypatch: pytest.
     with no_wait():
         run.train_step()
     with pytest.raises(AssertionError, match="waits for the device"), no_wait():
-        run.averages()
+        run.step_averages.read()
 
 
 @pretends_a_gpu

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fastmeta import cli
 from fastmeta.data import ImageDataset, open_images
+from fastmeta.models import build_model
 from fastmeta.training import predict as module
 from fastmeta.training.pictures_to_predict import open_for_prediction
 from fastmeta.training.predict import predict, summary_of
@@ -53,7 +54,11 @@ def test_it_predicts_what_the_evaluation_of_training_did(tmp_path, pictures, run
 
 
 def test_a_run_of_the_last_layer_alone_predicts_with_its_whole_net(tmp_path, pictures):
-    finished = read_run(train_on(pictures, tmp_path / "run", model="conv-net", trainable="head"))
+    weights = tmp_path / "weights.pt"
+    net = build_model("conv-net", num_classes=10, channels=1, image_size=8)
+    torch.save(net.state_dict(), weights)
+    run = train_on(pictures, tmp_path / "run", model="conv-net", pretrained=str(weights), trainable="head")
+    finished = read_run(run)
     found = predict(finished, open_for_prediction([str(pictures / "test")], finished), tmp_path / "out.csv")
     assert found.counts.tolist() == finished.results["confusion"]["counts"]
 

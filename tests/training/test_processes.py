@@ -49,7 +49,7 @@ def trained(group: Group, base: str, method: str, machine: MachineConfig | None 
     run = trainer(base, method, group, machine)
     for _ in range(STEPS):
         run.train_step()
-    averages = run.averages()
+    averages = run.step_averages.read()
     return comparable(run, averages)
 
 
@@ -115,7 +115,7 @@ def continued(group: Group, saved: dict[str, Any]) -> dict[str, Any]:
         run = trainer(base, method, group)
         run.load_state_dict(copy.deepcopy(state))  # whose tensors an optimizer takes as they are
         run.train_step()
-        averages = run.averages()
+        averages = run.step_averages.read()
         found[f"{base} + {method}"] = comparable(run, averages)
     return found
 
@@ -239,7 +239,7 @@ def sharded(group: Group, cases: list[tuple[str, str]]) -> dict[str, Any]:
 def whole(run: Trainer) -> dict[str, Any]:
     for _ in range(STEPS):
         run.train_step()
-    averages = run.averages()
+    averages = run.step_averages.read()
     state = comparable(run, averages)
     model, average = whole_state(run.model), whole_state(run.average.model)
     moments = [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()]

@@ -356,7 +356,7 @@ def test_training_leaves_a_report_in_its_folder(weighted):
 
 
 def test_the_template_is_installed():
-    root = Path(report.__file__).parents[2]
+    root = Path(report.__file__).parents[3]
     patterns = re.search(r'^fastmeta = \["(.*)"\]$', (root / "pyproject.toml").read_text(), re.MULTILINE)[1]
     templates = list((root / "fastmeta").rglob("*.jinja"))
     assert templates
