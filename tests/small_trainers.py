@@ -46,8 +46,9 @@ class Doubled(Plain):
 class Net(nn.Module):
     """Logits that are large enough for some of the predictions to be confident."""
 
-    def __init__(self, normalized: bool) -> None:
+    def __init__(self, normalized: bool, unused: bool = False) -> None:
         super().__init__()
+        self.unused = nn.Linear(2, 2) if unused else nn.Identity()
         norm = nn.BatchNorm2d(4) if normalized else nn.GroupNorm(2, 4)
         self.body = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Tanh(), nn.Conv2d(4, 6, 3), nn.Tanh(), nn.Flatten())
         self.fc = nn.Linear(24, CLASSES)
@@ -78,11 +79,12 @@ def trainer(
     machine: MachineConfig | None = None,
     *,
     normalized: bool = False,
+    unused: bool = False,
     tol: float = 1e-12,
 ) -> Trainer:
     """At the default ``tol`` rounding does not end a solver an iteration later."""
     torch.manual_seed(1)
-    model = Net(normalized).double()
+    model = Net(normalized, unused).double()
     recipe = METHODS[method]
     solver = {"tol": tol, "damping": 1.0} if "cg" in recipe.settings.values() else {}
     settings = {"threshold": 0.5} if base in ("fixmatch", "pseudo-label") else {}

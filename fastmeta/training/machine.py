@@ -1,6 +1,10 @@
-"""What the settings of a machine ask of the base and the method."""
+"""What the settings of a machine ask of the model, the base and the method."""
+
+import torch
+from torch import Tensor, nn
 
 from fastmeta import graph
+from fastmeta.ops.process_group import ProcessGroup
 from fastmeta.ssl import Algorithm, MixUpConsistency, Refiner
 from fastmeta.training.config import MachineConfig
 from fastmeta.training.processes import Processes
@@ -66,3 +70,29 @@ def capture_steps(method: Refiner | None, processes: Processes) -> None:
         graph(method.method, copy=False)  # a step's results are used within it
         return
     raise ValueError(f"machine.graph must be False {reason}, got True")
+
+
+def distributed(model: nn.Module, images: Tensor, group: ProcessGroup) -> nn.parallel.DistributedDataParallel:
+    """The model, whose gradients are averaged over the processes; ``images`` are any that it takes."""
+    model.eval()
+    model(images).sum().backward()
+    unused = any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    model.zero_grad()
+    network = nn.parallel.DistributedDataParallel(
+        model, process_group=group, gradient_as_bucket_view=True, find_unused_parameters=unused
+    )
+    network.broadcast_buffers = False  # the trainer does, once a step: a base forwards several times
+    # After its first backward pass DDP puts its buckets in another order, in which sums round differently. One
+    # without effect comes before all steps, so that those of a resumed run round as those of one that was not.
+    network(images).sum().backward()
+    network.zero_grad()
+    return network.train()
+
+
+@torch.no_grad()
+def put_back_(buffers: list[Tensor], before: list[Tensor], *, where: Tensor) -> None:
+    """``buffers`` become what they were, where that is true; the host waits for nothing."""
+    if buffers:
+        flat = [torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (before, buffers)]
+        parts = torch.where(where, flat[0], flat[1]).split([buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])

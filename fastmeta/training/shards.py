@@ -3,26 +3,28 @@
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastmeta.ops.process_group import ProcessGroup
+from fastmeta.ops.process_group import Group
 
 _UNIT = 2**20  # parameters that are gathered together, or more where one layer has more
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def shard(model: nn.Module, head: nn.Module | None, group: ProcessGroup, device: str) -> None:
+def shard(model: nn.Module, head: nn.Module, group: Group, device: torch.device) -> None:
     """Spread the parameters of ``model`` over the processes, but for those of ``head``, its last layer.
 
     Last-layer methods read the head's weight between a forward and its backward, so each process keeps all of it, and
     has to average its gradient itself. The other parameters are gathered as they are needed, some layers at a time.
     """
-    mesh = DeviceMesh.from_group(group, device)
-    kept = set() if head is None else set(head.parameters())
+    assert group is not None
+    mesh = DeviceMesh.from_group(group, device.type)
+    kept = set(head.to(device).parameters())
     for unit in _units(model, kept):
         fully_shard(unit, mesh=mesh, ignored_params=kept)
     fully_shard(model, mesh=mesh, ignored_params=kept)

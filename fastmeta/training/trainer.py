@@ -16,7 +16,14 @@ from fastmeta.training.batches import Batches, TrainingData
 from fastmeta.training.config import AverageConfig, MachineConfig, OptimizerConfig, ScheduleConfig
 from fastmeta.training.ema import ExponentialMovingAverage
 from fastmeta.training.label_changes import LabelChanges
-from fastmeta.training.machine import capture_steps, refuse_compile, refuse_sharding, refuse_synchronized
+from fastmeta.training.machine import (
+    capture_steps,
+    distributed,
+    put_back_,
+    refuse_compile,
+    refuse_sharding,
+    refuse_synchronized,
+)
 from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer, rate_at
 from fastmeta.training.processes import Processes
 from fastmeta.training.shards import FSDPModule, Shards, shard
@@ -86,7 +93,8 @@ class Trainer:
 
         if self.machine.sharding == "fsdp2":
             refuse_sharding(method, self.machine, self.processes)
-        model = model.to(self.device)
+        else:  # which goes to the device by parts
+            model = model.to(self.device)
         if self.machine.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.machine.batch_norm == "synchronized" and self.processes.group is not None:
@@ -94,13 +102,21 @@ class Trainer:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.processes.group)
         self.model: nn.Module = model
         self.average = ExponentialMovingAverage(model, average or AverageConfig())
-        self._shards = self._sharded(model) if self.machine.sharding == "fsdp2" else None
+        self._shards: Shards | None = None
+        if self.machine.sharding == "fsdp2":
+            for each in (model, self.average.model):
+                shard(each, last_linear(each)[0], self.processes.group, self.device)
+            self.average.follow(model)
+            self._shards = Shards(model)
         weights = model if self._shards is None else self._shards
         self.optimizer = make_optimizer(weights, self.optimizer_config)
         self._decayed: list[Tensor] = list(decayed_parameters(weights, self.optimizer_config))
         self._parameters = [parameter for parameter in weights.parameters() if parameter.requires_grad]
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        self.network = self._distributed(model)
+        self.network = model
+        if self.processes.group is not None and self._shards is None:
+            images = data.views.plain(torch.zeros(1, *data.images.image_shape, device=self.device))
+            self.network = distributed(model, images, self.processes.group)
         if self.machine.compile:
             refuse_compile(base, method)
             model.compile()
@@ -154,7 +170,7 @@ class Trainer:
             self._average_gradients()
             self._update(own.detach().isfinite())
         decay_(self._decayed, self.optimizer_config, rate * finite)
-        _put_back(self._buffers, buffers, where=~finite)
+        put_back_(self._buffers, buffers, where=~finite)
         self.average.update()
         self.step += 1
         self.seconds += time.perf_counter() - begin
@@ -244,29 +260,6 @@ class Trainer:
         self.batches.close()
         self.batches.unreadable = state["unreadable"]
 
-    def _distributed(self, model: nn.Module) -> nn.Module:
-        if self.processes.group is None or self._shards is not None:
-            return model
-        network = nn.parallel.DistributedDataParallel(
-            model, process_group=self.processes.group, gradient_as_bucket_view=True
-        )
-        network.broadcast_buffers = False  # train_step does, once: a base forwards several times
-        # After its first backward pass DDP puts its buckets in another order, in which sums round differently. One
-        # without effect comes before all steps, so that those of a resumed run round as those of one that was not.
-        network.eval()
-        images = torch.zeros(1, *self.data.images.image_shape, device=self.device)
-        network(self.data.views.plain(images)).sum().backward()
-        self.optimizer.zero_grad()
-        return network.train()
-
-    def _sharded(self, model: nn.Module) -> Shards:
-        group = self.processes.group
-        assert group is not None
-        for each in (model, self.average.model):
-            shard(each, last_linear(each)[0], group, self.device.type)
-        self.average.follow(model)
-        return Shards(model)
-
     def _spread(self, state: dict[str, Any]) -> dict[str, Any]:
         return state if self._shards is None else self._shards.spread(state)
 
@@ -280,12 +273,3 @@ class Trainer:
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.machine.precision == "bfloat16")
-
-
-@torch.no_grad()
-def _put_back(buffers: list[Tensor], before: list[Tensor], *, where: Tensor) -> None:
-    """``buffers`` become what they were, where that is true; the host waits for nothing."""
-    if buffers:
-        flat = [torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (before, buffers)]
-        parts = torch.where(where, flat[0], flat[1]).split([buffer.numel() for buffer in buffers])
-        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])

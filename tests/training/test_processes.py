@@ -34,6 +34,7 @@ from fastmeta.training.shards import whole_state
 from fastmeta.training.trainer import Trainer
 
 WORLDS = (2, 3, 4)
+UNUSED = [("fixmatch", "l2i"), ("vat", "none"), ("mean-teacher", "none")]
 ON_FOUR = [
     ("fixmatch", method)
     for method in ("none", "l2i", "example-weights", "label-gradient-alignment", "l2i-alternating", "l2i-jvp")
@@ -132,6 +133,12 @@ def with_statistics(group: Group) -> dict[str, Any]:
     return {"own": own, "state": run.state_dict(), "figures": figures, "confusion": confusion}
 
 
+def updated(run: Trainer) -> dict[str, Tensor]:
+    for _ in range(STEPS):
+        run.train_step()
+    return run.model.state_dict()
+
+
 def several(group: Group) -> dict[str, Any]:
     """First halves of runs; steps in parts; running statistics."""
     first = {}
@@ -147,6 +154,7 @@ def several(group: Group) -> dict[str, Any]:
         "first": first,
         "parts": parts,
         "statistics": with_statistics(group),
+        "unused": [updated(trainer(*case, group, unused=True)) for case in UNUSED],
         "same group": average[0].process_group is group,
     }
 
@@ -170,6 +178,13 @@ def test_a_step_in_parts(two: list[dict[str, Any]]) -> None:
         wanted = trained(None, "fixmatch", method, machine)
         for part in two:
             assert_alike(part["parts"][method], wanted, method)
+
+
+def test_parameters_that_no_forward_uses(two: list[dict[str, Any]]) -> None:
+    for number, case in enumerate(UNUSED):
+        wanted = updated(trainer(*case, None, unused=True))
+        for part in two:
+            assert_alike(part["unused"][number], wanted, f"{case}")
 
 
 def test_an_average_of_synchronized_statistics(two: list[dict[str, Any]]) -> None:
