@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -98,7 +99,7 @@ class Compare:
         )
         name = f"{'full' if self.full else self.base}-{self.labels_per_class}-per-class-{self.steps}-steps"
         if self.data != "digits":
-            name = f"{Path(self.data).stem}-{name}"
+            name = f"{_stem(self.data)}-{name}"
         out = self.out if self.out is not None else Path("runs") / name
         results = compare(CompareConfig(runs, out, self.workers))
         return 0 if results["finished"] == results["planned"] else 130
@@ -145,7 +146,7 @@ class Train(RunConfig):
             return 1 if any(found["skipped_steps"] for found in results.values()) else 0
         if out is None:
             labels = "" if run.labels_per_class is None else f"-{run.labels_per_class}-per-class"
-            data = Path(run.data).stem
+            data = _stem(run.data)
             out = Path("runs") / f"{data}-{run.base}-{run.method}{labels}-seed-{run.seed}"
         return train_command(run, out)
 
@@ -162,6 +163,11 @@ def _started_from(arguments: Sequence[str]) -> Train:
     for setting in ("base_settings", "method_settings"):
         values[setting] = tuple(f"{key}={value!r}" for key, value in values[setting].items())
     return Train(**values, preset=name)
+
+
+def _stem(data: str) -> str:
+    """What the default folder of results is named after; "." and ".." are folders with names, too."""
+    return Path(os.path.abspath(data)).stem
 
 
 def _settings(name: str, given: Sequence[str]) -> dict[str, Any]:

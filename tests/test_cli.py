@@ -179,6 +179,19 @@ def test_bad_values_say_what_was_expected(arguments, words, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_settings_that_do_not_fit_leave_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--labeled-batch", "5", "--machine.accumulation", "2", "--out", "new/run"]) == 2
+    assert "--labeled-batch must be a multiple of machine.accumulation, 2, got 5" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_folder_is_named_after_the_data(tmp_path):
+    assert cli._stem("digits") == "digits"
+    assert cli._stem("huggingface:owner/birds") == "birds"
+    assert cli._stem(str(tmp_path / "photos" / ".." / "photos" / ".")) == "photos"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,5 +1,6 @@
 """``fastmeta train``: one run with a progress bar, in one process or in those of torchrun."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def train_command(config: RunConfig, out: Path) -> int:
         images = load_images(config)
         resolved = resolve(config, images)
         check_folder(record_of(config, images), out)  # all that can be wrong with the data, before anything is written
+        made = [place for place in (out, *out.parents) if not place.exists()]
         if processes.is_first:
             make_folder(out)
         with _bar(resolved, visible=processes.is_first) as bar:
@@ -40,16 +42,22 @@ def train_command(config: RunConfig, out: Path) -> int:
             def on_progress(done: int, total: int) -> None:
                 bar.set_postfix_str("" if done == total else f"features of {done} of {total} images")
 
-            results = train(
-                config,
-                out,
-                images=images,
-                processes=processes,
-                on_step=on_step,
-                on_wait=on_wait,
-                on_progress=on_progress,
-                should_stop=stop,
-            )
+            try:
+                results = train(
+                    config,
+                    out,
+                    images=images,
+                    processes=processes,
+                    on_step=on_step,
+                    on_wait=on_wait,
+                    on_progress=on_progress,
+                    should_stop=stop,
+                )
+            except ValueError:  # settings that do not fit: folders in which nothing was written go again
+                with contextlib.suppress(OSError):
+                    for place in made:
+                        place.rmdir()
+                raise
         if processes.is_first:
             print(_summary(results, out))
         return 0 if results is not None or stop.is_termination else 130
