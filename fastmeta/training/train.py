@@ -226,6 +226,7 @@ def _tensorboard(folder: Path) -> Any:
 
 def _tidy(folder: Path) -> None:
     """What follows results.json; a run killed in between has it done when it is started again."""
+    (folder / ".lock").unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if not (folder / "report.html").exists():
         try:
