@@ -54,7 +54,7 @@ def trained(group: Group, base: str, method: str, machine: MachineConfig | None 
 
 
 def comparable(run: Trainer, averages: dict[str, float]) -> dict[str, Any]:
-    state = {**run.state_dict(), "sums": averages}
+    state = {**run.state_dict(), "averages": averages}
     if run.method is not None:
         state["method"].pop("direction.solver.numbers", None)  # iterations, and how well it went
     return state
@@ -91,7 +91,7 @@ def assert_alike(found: Any, wanted: Any, name: str) -> None:
 def alone() -> dict[str, Any]:
     found = all_cases(None)
     for base in ("fixmatch", "pseudo-label"):
-        assert 0.1 < found[f"{base} + l2i"]["sums"]["confident"] < 0.9  # or there is little to compare
+        assert 0.1 < found[f"{base} + l2i"]["averages"]["confident"] < 0.9  # or there is little to compare
     return found
 
 
@@ -245,7 +245,7 @@ def whole(run: Trainer) -> dict[str, Any]:
     moments = [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()]
     spread = sum(isinstance(moment, DTensor) for moment in moments)
     moments = [moment.full_tensor() if isinstance(moment, DTensor) else moment for moment in moments]
-    kept = {name: state[name] for name in ("step", "method", "label_changes", "sums", "skipped")}
+    kept = {name: state[name] for name in ("step", "method", "label_changes", "averages", "skipped")}
     return {"state": kept, "model": model, "average": average, "moments": moments, "spread": spread}
 
 
