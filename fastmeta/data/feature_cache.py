@@ -72,7 +72,9 @@ def cache_features(
         raise ValueError(f"augmented must hold places in [0, {len(images)}), got up to {int(augmented.max())}")
     layer, _ = last_linear(model)
     kept = (views_per_image, seed, str(dtype))
-    key = fingerprint_of(images.fingerprint, images.image_shape, _weights(model, layer), _text(views), augmented, *kept)
+    # Names, sizes and labels say nothing of pixels that were changed in place.
+    pixels = (images.fingerprint, getattr(images, "stamp", ""), images.image_shape)
+    key = fingerprint_of(*pixels, _weights(model, layer), _text(views), augmented, *kept)
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"features-{key}"
     finished, part, record = (stem.with_suffix(suffix) for suffix in (".bin", ".part", ".json"))

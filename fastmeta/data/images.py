@@ -1,5 +1,6 @@
 """What a run looks at: images, their classes and their official parts, wherever they are stored."""
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -130,6 +131,11 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @functools.cached_property
+    def stamp(self) -> str:
+        """Of the pixels: what is kept of images in memory is found again by it."""
+        return fingerprint_of(self.images.contiguous())
 
     def get(self, places: Tensor) -> Tensor:
         """``[n, channels, height, width]``."""

@@ -13,6 +13,7 @@ from fastmeta.data.images import DataError, Images, UnreadableImage
 from fastmeta.data.new_folder import flush, new_folder
 from fastmeta.data.readers.labels import checked_parts
 from fastmeta.data.readers.names import printable
+from fastmeta.data.readers.shards import stamp_of
 
 PIXELS = "images.npy"
 INDEX = "index.json"
@@ -32,6 +33,7 @@ class MappedImages:
         names: of the images.
         fingerprint: of what the images were made from.
         unreadable: places that have no pixels, and why.
+        stamp: of all that tells unchanged pixels.
 
     Raises:
         DataError: the array is no such array, or is cut off.
@@ -47,9 +49,10 @@ class MappedImages:
         names: Sequence[str],
         fingerprint: str,
         unreadable: Mapping[int, str],
+        stamp: str,
     ) -> None:
         self.name, self.classes, self.targets, self.fingerprint = name, classes, targets, fingerprint
-        self.parts, self.unreadable = parts, unreadable
+        self.parts, self.unreadable, self.stamp = parts, unreadable, stamp
         self._names, self._path = names, folder / PIXELS
         self._pixels: np.ndarray | None = None
         pixels = self._mapped()
@@ -106,7 +109,8 @@ def open_memory_map(folder: Path) -> MappedImages:
         unreadable = {int(place): cause for place, cause in index["unreadable"].items()}
         name, classes, names = index["name"], tuple(index["classes"]), index["names"]
         parts = checked_parts(name, classes, targets, parts, names.__getitem__)
-        return MappedImages(name, folder, classes, targets, parts, names, index["fingerprint"], unreadable)
+        stamp = stamp_of([folder / PIXELS])
+        return MappedImages(name, folder, classes, targets, parts, names, index["fingerprint"], unreadable, stamp)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: must be an index that save_images wrote: {error!r}") from None
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.data import Images, Split, Views
+from fastmeta.data import DataError, Images, Split, Views
 from fastmeta.data.reading import read_in_order
 from fastmeta.training.config import EvaluationConfig, MachineConfig
 from fastmeta.training.processes import Processes
@@ -35,6 +35,9 @@ class Evaluator:
         views: ``plain`` makes them the model's inputs.
         machine: device and workers.
         processes: those of the run.
+
+    Raises:
+        DataError: from a call: more than 1% of the validation or test images, and more than one, cannot be read.
     """
 
     def __init__(
@@ -132,10 +135,21 @@ class Evaluator:
             missing = (five != targets.unsqueeze(1)).all(dim=1)
             sums += torch.stack([wrong.new_ones(()) * len(wrong), wrong.sum(), missing.sum()])
         count, wrong_count, missing_count = self.processes.sum_(sums).tolist()
-        errors = {f"{part}_error": wrong_count / max(1, count)}
+        self._check_read(part, int(count))
+        errors = {f"{part}_error": wrong_count / count}
         if several:
-            errors[f"{part}_top5_error"] = missing_count / max(1, count)
+            errors[f"{part}_top5_error"] = missing_count / count
         return errors
+
+    def _check_read(self, part: str, count: int) -> None:
+        """An error of a few of the images is no error of the part."""
+        images = len(getattr(self.split, part))
+        if count and images - count <= max(1, images // 100):
+            return
+        named = ", ".join(f"{name} ({cause})" for name, cause in list(self.unreadable.items())[:3])
+        raise DataError(
+            f"{images - count} of {images} {part} images cannot be read, expected 1% of them or one at most: {named}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

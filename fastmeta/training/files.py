@@ -1,10 +1,11 @@
 """Files that are whole or not there: written to a temporary name first, then renamed over the old one."""
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -138,3 +139,26 @@ def _save(state: dict[str, Any], file: BinaryIO) -> None:
         if isinstance(error.__context__, OSError):  # what the disk said; torch's own words are about positions
             raise error.__context__ from None
         raise
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within the block no other process is in such a block for ``folder``, which is made.
+
+    The lock is the process's own: what it forks does not hold it, and it ends with the process, however that ends.
+
+    Raises:
+        ValueError: another process is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder}: another process trains this run; wait for it, or give another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)

@@ -28,6 +28,7 @@ each other are alike. Width is 32 unless it says 16; chosen values in ``**``.
 - the other variants of L2I and meta-gradient have the settings of the first ones.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
@@ -92,11 +93,18 @@ class Recipe:
         settings: Mapping[str, Any] = MappingProxyType({}),
         process_group: Group = None,
     ) -> Refiner | None:
-        """The method for a data set, with other settings where they are given; None for the base alone."""
+        """The method for a data set, with other settings where they are given; None for the base alone.
+
+        Raises:
+            ValueError: the method has no such setting, or not with this value.
+        """
         if self.make is None:
             return None
         chosen = {**self.settings, **settings}
-        method = self.make(num_unlabeled, num_classes, process_group=process_group, **chosen)
+        try:
+            method = self.make(num_unlabeled, num_classes, process_group=process_group, **chosen)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"method_settings must fit the method: {error}") from error
         return Refiner(method, self.view, self.hard, self.passes, self.own_update, self.two_views, self.scheduled)
 
 
@@ -171,14 +179,25 @@ def base_of(name: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Ba
     """The base algorithm of a recipe, with other settings where they are given.
 
     Raises:
-        ValueError: the base has no such setting.
+        ValueError: the base has no such setting, or not with this value.
     """
     recipe = BASE_RECIPES[name]
     known = [item.name for item in fields(recipe)]
     for setting in settings:
         if setting not in known:
             raise ValueError(f"base_settings must be among {', '.join(known)} for base {name}, got {setting!r}")
-    return replace(recipe, **settings)
+    return replace(recipe, **{setting: _checked(recipe, setting, value) for setting, value in settings.items()})
+
+
+def _checked(recipe: Base, setting: str, value: Any) -> Any:
+    """Settings that are numbers are finite and not negative, and a threshold is a probability."""
+    if not isinstance(getattr(recipe, setting), float):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"base_settings must have a number of at least 0 for {setting}, got {value!r}")
+    if setting == "threshold" and value > 1:
+        raise ValueError(f"base_settings must have a threshold of at most 1, got {value!r}")
+    return float(value)
 
 
 def settings_of(

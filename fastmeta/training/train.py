@@ -17,7 +17,15 @@ from fastmeta.data import Images
 from fastmeta.training.build import Built, build, load_images, record_of
 from fastmeta.training.checkpoints import Checkpoints
 from fastmeta.training.config import RunConfig
-from fastmeta.training.files import append_jsonl, read_json, read_jsonl, remove_temporaries, write_json, write_jsonl
+from fastmeta.training.files import (
+    alone,
+    append_jsonl,
+    read_json,
+    read_jsonl,
+    remove_temporaries,
+    write_json,
+    write_jsonl,
+)
 from fastmeta.training.optimizers import rate_at
 from fastmeta.training.outcome import write_outcome
 from fastmeta.training.processes import Processes
@@ -64,6 +72,7 @@ def train(
 
     Raises:
         ConfigMismatch: the folder holds a run with other settings or data.
+        ValueError: another process trains in the folder.
         NotFinite: ``machine.max_skipped`` steps in a row had no finite loss.
         ValueError: data and settings do not fit.
     """
@@ -75,7 +84,8 @@ def train(
         check_folder(record_of(config, images), folder)
         results = read_json(folder / "results.json")
         if results is None:
-            results = _Loop(run, folder, processes).run(on_step, on_wait, should_stop)
+            with alone(folder) if processes.is_first else contextlib.nullcontext():
+                results = _Loop(run, folder, processes).run(on_step, on_wait, should_stop)
         else:
             on_step(run.trainer.steps)
         if results is not None and processes.is_first:

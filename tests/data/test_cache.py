@@ -12,8 +12,9 @@ import torch
 from picture_folders import write_digits
 from PIL import Image
 
-from fastmeta.data import UnreadableImage, decoded_once, open_images
+from fastmeta.data import UnreadableImage, open_images
 from fastmeta.data.memory_map import INDEX, PIXELS, MappedImages
+from fastmeta.data.readers import decoded_once
 from fastmeta.data.readers.collection import DecodedImages
 
 FORK = multiprocessing.get_context("fork")

@@ -50,6 +50,13 @@ def test_parts_under_the_names_that_are_used(tmp_path, train, validation, test):
     assert images.describe(7) == f"data.npz:{test[0]}[1]"
 
 
+def test_numbers_are_places_where_classes_are_called_by_other_numbers(tmp_path):
+    images, classes = np.zeros((3, 4, 4), np.uint8), ["1", "2", "0"]
+    assert open_images(_save(tmp_path, images=images, labels=[0, 2, 1], classes=classes)).targets.tolist() == [0, 2, 1]
+    named = _save(tmp_path, images=images, labels=["0", "2", "1"], classes=classes)
+    assert open_images(named).targets.tolist() == [2, 1, 0]
+
+
 def test_named_classes_and_floats(tmp_path):
     path = _save(
         tmp_path, images=np.linspace(0, 1, 32).reshape(2, 1, 4, 4), labels=["b", "a"], classes=["a", "b", "never"]

@@ -190,6 +190,9 @@ def test_features_are_computed_once_and_again_where_something_else_went_in(model
     relabeled = Gallery()
     relabeled.fingerprint = "other"
     assert reads(images=relabeled) == COUNT
+    changed = Gallery()  # in place: names, sizes and labels are what they were
+    changed.images[3, 0, 0, 0] = 0
+    assert reads(images=changed) == COUNT
     with torch.no_grad():
         model.body[0].weight[0, 0, 0, 0] += 1e-6
     assert reads() == COUNT

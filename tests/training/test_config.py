@@ -15,6 +15,7 @@ from fastmeta.training import (
     resolve,
 )
 from fastmeta.training.optimizers import rate_at
+from fastmeta.training.recipes import METHODS
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,8 @@ from fastmeta.training.optimizers import rate_at
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"base_settings": {"tau": 0.5}}, "base_settings must be among threshold, weight for base fixmatch, got 'tau'"),
         ({"method_settings": {"weight": 2}}, "method_settings must be left out without a method, got .*weight"),
+        ({"base_settings": {"threshold": 7}}, "base_settings must have a threshold of at most 1, got 7"),
+        ({"base_settings": {"weight": "x"}}, "base_settings must have a number of at least 0 for weight, got .x."),
     ],
 )
 def test_settings_name_what_is_wrong(settings, message):
@@ -85,3 +88,9 @@ def test_rates():
     assert rate_at(ScheduleConfig("cosine"), 5, 10) == pytest.approx(0.5)
     assert rate_at(ScheduleConfig("cosine-7/16"), 4, 10) == math.cos(7 / 16 * math.pi * 0.4)
     assert rate_at(ScheduleConfig("constant"), 9, 10) == 1
+
+
+@pytest.mark.parametrize("settings", [{"weigth": 3.0}, {"weight": "much"}])
+def test_a_setting_that_a_method_does_not_have_is_named(settings):
+    with pytest.raises(ValueError, match=r"^method_settings must fit the method: .*weig"):
+        METHODS["l2i"].build(4, 3, settings)

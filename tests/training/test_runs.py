@@ -1,12 +1,14 @@
 import dataclasses
 import math
+import multiprocessing
+import os
 
 import pytest
 import torch
 from short_runs import assert_same_run, small, tensors
 
 from fastmeta.training import ConfigMismatch, RunConfig, build, train
-from fastmeta.training.files import read_jsonl
+from fastmeta.training.files import alone, read_jsonl
 from fastmeta.training.recipes import METHODS
 
 
@@ -67,6 +69,31 @@ def test_a_finished_run_is_only_read(tmp_path, digits):
     written = (tmp_path / "model.pt").stat().st_mtime_ns
     assert train(config, tmp_path, images=digits) == first
     assert (tmp_path / "model.pt").stat().st_mtime_ns == written
+
+
+def _trained_alone(folder):
+    """Whether another process may train there."""
+
+    def enter():
+        try:
+            with alone(folder):
+                os._exit(0)
+        except ValueError:
+            os._exit(1)
+
+    process = multiprocessing.get_context("fork").Process(target=enter)
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
+def test_two_processes_do_not_train_one_run(tmp_path):
+    with alone(tmp_path):
+        assert not _trained_alone(tmp_path)
+    assert _trained_alone(tmp_path)
+    with alone(tmp_path):  # what the child left is no lock
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_other_settings_is_refused(tmp_path, digits):

@@ -6,6 +6,7 @@ import torch
 from short_runs import small
 from torch import nn
 
+from fastmeta.data import DataError, UnreadableImage
 from fastmeta.training import AverageConfig, ExponentialMovingAverage, OptimizerConfig, RunConfig, build
 from fastmeta.training.config import EvaluationConfig
 from fastmeta.training.evaluation import Evaluator
@@ -217,3 +218,33 @@ def test_without_test_images_the_last_twenty_are_of_validation_images(digits):
     none = dataclasses.replace(without, validation=without.test)
     with pytest.raises(ValueError, match=r"evaluation\.report must be last without test or validation images"):
         Evaluator(config.evaluation, digits, none, run.evaluator.views)
+
+
+class _Broken:
+    def __init__(self, images, places):
+        self.images, self.broken = images, set(places.tolist())
+
+    def __getattr__(self, name):
+        return getattr(self.images, name)
+
+    def get(self, places):
+        for place in places.tolist():
+            if place in self.broken:
+                raise UnreadableImage(place, self.images.describe(place), "broken")
+        return self.images.get(places)
+
+
+def test_an_error_of_a_few_of_the_images_is_none(digits):
+    run = build(RunConfig(**small()), digits)
+    test = run.split.test
+    for count, allowed in ((1, True), (4, True), (5, False), (len(test), False)):
+        images = _Broken(digits, test[:count])
+        evaluator = Evaluator(run.config.evaluation, images, run.split, run.evaluator.views)
+        if allowed:
+            rest = dataclasses.replace(run.split, test=test[count:])
+            expected = Evaluator(run.config.evaluation, digits, rest, run.evaluator.views)
+            found = evaluator(1, run.trainer.model, run.trainer.average.model)
+            assert found == expected(1, run.trainer.model, run.trainer.average.model)
+        else:
+            with pytest.raises(DataError, match=f"{count} of {len(test)} test images cannot be read"):
+                evaluator(1, run.trainer.model, run.trainer.average.model)

@@ -79,7 +79,7 @@ class DecodedImages:
         self.collection, self.image_size, self.mode = collection, image_size, mode
         self.canvas = canvas_of(image_size)
         self.name, self.classes, self.targets = collection.name, collection.classes, collection.targets
-        self.parts, self.fingerprint = collection.parts, collection.fingerprint
+        self.parts, self.fingerprint, self.stamp = collection.parts, collection.fingerprint, collection.stamp
         self.image_shape: tuple[int, ...] = (1 if mode == "L" else 3, self.canvas, self.canvas)
 
     def __len__(self) -> int:

@@ -46,7 +46,15 @@ def decoded_once(images: DecodedImages, gigabytes: float = GIGABYTES) -> Images:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             failed = {int(place): cause for place, cause in index["unreadable"].items()}
             return MappedImages(
-                found.name, folder, found.classes, found.targets, found.parts, found.names, found.fingerprint, failed
+                found.name,
+                folder,
+                found.classes,
+                found.targets,
+                found.parts,
+                found.names,
+                found.fingerprint,
+                failed,
+                found.stamp,
             )
         except (OSError, ValueError, KeyError):  # DataError is a ValueError
             return None

@@ -116,8 +116,14 @@ def _classes(
     if classes.ndim != 1 or classes.dtype.kind != "U":
         raise DataError(f"{path}: classes must be names, got {classes.dtype} {classes.shape}")
     named = tuple(class_name(name) for name in classes.tolist())
-    number = {"": -1} | {str(place): place for place in range(len(named))} | {c: i for i, c in enumerate(named)}
-    for place, text in enumerate(texts):
+    numbers = {str(place): place for place in range(len(named))} | {"": -1}
+    # Whole numbers are places in classes, also where classes are called by other numbers ("1" to "9", "0").
+    by_name = numbers | {name: place for place, name in enumerate(named)}
+    are_names = [part.dtype.kind == "U" for part in labels for _ in part]
+    targets = []
+    for place, (text, is_name) in enumerate(zip(texts, are_names, strict=True)):
+        number = by_name if is_name else numbers
         if text not in number:
             raise DataError(f"{names[place]}: label {text!r} is no class, expected one of {len(named)}")
-    return named, torch.tensor([number[text] for text in texts], dtype=torch.int64)
+        targets.append(number[text])
+    return named, torch.tensor(targets, dtype=torch.int64)
