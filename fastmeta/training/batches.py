@@ -73,7 +73,10 @@ class Batches:
         """The data of part ``number`` of the run (a step has ``machine.accumulation`` parts)."""
         parts, second = self.machine.accumulation, self.second_view
         labeled = next(self._stream("labeled", self.data.labeled_batch // parts, number))
-        unlabeled = next(self._stream("unlabeled", self.data.unlabeled_batch // parts, number))
+        if len(self.data.split.unlabeled):
+            unlabeled = next(self._stream("unlabeled", self.data.unlabeled_batch // parts, number))
+        else:  # a base that imputes nothing needs none
+            unlabeled = Rows(labeled.images[:0], labeled.places[:0], labeled.places[:0], labeled.keys[:0])
         batch = TrainingBatch(
             labeled=self._view(labeled, "labeled", "labeled", self.data.labeled_view),
             targets=self.targets[labeled.places],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from short_runs import assert_same_run, small, tensors
 
+from fastmeta.data import ImageDataset
 from fastmeta.training import ConfigMismatch, RunConfig, build, train
 from fastmeta.training.files import alone, read_jsonl
 from fastmeta.training.recipes import METHODS
@@ -128,3 +129,12 @@ def test_a_changed_recipe_is_another_run(tmp_path, digits, monkeypatch):
     monkeypatch.setitem(METHODS, "l2i", changed)
     with pytest.raises(ConfigMismatch, match=r"method_settings\.weight="):
         train(RunConfig(method="l2i", **small()), tmp_path, images=digits)
+
+
+def test_a_supervised_run_needs_no_unlabeled_pictures(tmp_path):
+    pixels = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = ImageDataset("twelve", pixels, torch.arange(12) % 2, 2)
+    found = train(RunConfig(data="twelve", base="supervised", steps=2), tmp_path, images=images)
+    assert found["split"]["unlabeled"] == 0
+    assert (tmp_path / "unlabeled.csv").read_text().count("\n") == 1
+    assert "supervised" in (tmp_path / "report.html").read_text()
