@@ -11,7 +11,7 @@ AVERAGES = ("loss", "loss_labeled", "loss_unlabeled", "confident", "imputed_erro
 
 
 class StepAverages:
-    """Means of :data:`AVERAGES` over steps and processes; the host waits when they are read.
+    """Means of :data:`AVERAGES` over steps with a finite loss and processes; the host waits when they are read.
 
     Args:
         processes: those of the run.
@@ -20,9 +20,8 @@ class StepAverages:
 
     def __init__(self, processes: Processes, device: torch.device) -> None:
         self.processes = processes
-        # One more: images whose label is known, of which the last two are shares.
-        self._sums = torch.zeros(len(AVERAGES) + 1, dtype=torch.float64, device=device)
-        self._steps = 0
+        # Two more: images whose label is known, of which the last two are shares, and steps.
+        self._sums = torch.zeros(len(AVERAGES) + 2, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, loss: StepLoss, truth: Tensor, share: float) -> None:
@@ -34,7 +33,6 @@ class StepAverages:
             share: the factor of a mean over the unlabeled images, :attr:`fastmeta.ssl.TrainingBatch.unlabeled_share`.
         """
         zero = loss.total.new_zeros(())
-        # Of means the mean over the processes is wanted, of counts the sum.
         means = [loss.total.detach(), loss.labeled, loss.unlabeled, zero]
         counts = [zero, zero, zero]
         if loss.imputed is not None and loss.used is not None:
@@ -42,35 +40,31 @@ class StepAverages:
             means[3] = share * loss.used.mask.mean()
             wrong = [(labels.argmax(dim=1) != truth) & known for labels in (loss.imputed, loss.used.soft)]
             counts = [wrong[0].sum(), wrong[1].sum(), known.sum()]
-        values = [mean.double() / self.processes.count for mean in means] + [count.double() for count in counts]
-        self._sums += torch.nan_to_num(torch.stack(values), posinf=0.0, neginf=0.0)
-        self._steps += 1
+        finite = loss.total.detach().isfinite()
+        values = torch.stack([value.double() for value in (*means, *counts, finite)])
+        self._sums += torch.where(finite, values, 0.0)
 
     def read(self) -> dict[str, float]:
-        """The means since the last call; an error of labels whose truth nobody knows is left out."""
-        *sums, known = self.processes.sum_(self._sums.clone()).tolist()
-        steps = max(1, self._steps)
+        """The means since the last call; those of nothing, no step or no label whose truth is known, are left out."""
+        *sums, known, steps = self.processes.sum_(self._sums.clone()).tolist()
         self._sums.zero_()
-        self._steps = 0
         means: dict[str, float] = {}
         for name, total in zip(AVERAGES, sums, strict=True):
-            if not name.endswith("_error"):
-                means[name] = total / steps
-            elif known:
-                means[name] = total / known
+            count = known if name.endswith("_error") else steps
+            if count:
+                means[name] = total / count
         return means
 
-    def state_dict(self) -> dict[str, Tensor | int]:
+    def state_dict(self) -> dict[str, Tensor]:
         """For a checkpoint; every process calls it."""
         sums = self._sums.new_zeros(self.processes.count, len(self._sums))
         sums[self.processes.rank] = self._sums
-        return {"sums": self.processes.sum_(sums), "steps": self._steps}
+        return {"sums": self.processes.sum_(sums)}
 
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from :meth:`state_dict`, on any number of processes."""
-        sums = torch.as_tensor(state["sums"]).to(self._sums.device)
+        sums = state["sums"].to(self._sums.device)
         if len(sums) == self.processes.count:
             self._sums = sums[self.processes.rank].clone()
         else:
             self._sums = sums.sum(dim=0) * self.processes.is_first
-        self._steps = int(state["steps"])

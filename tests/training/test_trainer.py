@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -7,11 +8,14 @@ from short_runs import small
 from torch import nn
 
 from fastmeta.data import DataError, UnreadableImage
+from fastmeta.ssl import StepLoss
 from fastmeta.training import AverageConfig, ExponentialMovingAverage, OptimizerConfig, RunConfig, build
 from fastmeta.training.config import EvaluationConfig
 from fastmeta.training.evaluation import Evaluator
 from fastmeta.training.label_changes import LabelChanges
 from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer
+from fastmeta.training.processes import Processes
+from fastmeta.training.step_averages import StepAverages
 
 
 def trainer_of(digits, **settings):
@@ -248,3 +252,14 @@ def test_an_error_of_a_few_of_the_images_is_none(digits):
         else:
             with pytest.raises(DataError, match=f"{count} of {len(test)} test images cannot be read"):
                 evaluator(1, run.trainer.model, run.trainer.average.model)
+
+
+def test_a_step_without_a_finite_loss_is_in_no_mean():
+    averages = StepAverages(Processes(), torch.device("cpu"))
+    nothing = torch.full((1,), -1)
+    for total in (1.0, math.nan, 3.0, math.inf):
+        value = torch.tensor(total)
+        averages.add(StepLoss(value, value, value), nothing, 1.0)
+    assert averages.read() == {"loss": 2.0, "loss_labeled": 2.0, "loss_unlabeled": 2.0, "confident": 0.0}
+    averages.add(StepLoss(*[torch.tensor(math.nan)] * 3), nothing, 1.0)
+    assert averages.read() == {}
