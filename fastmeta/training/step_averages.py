@@ -41,7 +41,9 @@ class StepAverages:
             wrong = [(labels.argmax(dim=1) != truth) & known for labels in (loss.imputed, loss.used.soft)]
             counts = [wrong[0].sum(), wrong[1].sum(), known.sum()]
         finite = loss.total.detach().isfinite()
-        values = torch.stack([value.double() for value in (*means, *counts, finite)])
+        # Each process's share of means and steps, as all may be other processes after a resume; of counts the sum.
+        shares = [value.double() / self.processes.count for value in (*means, finite)]
+        values = torch.stack([*shares[:-1], *(count.double() for count in counts), shares[-1]])
         self._sums += torch.where(finite, values, 0.0)
 
     def read(self) -> dict[str, float]:
