@@ -37,7 +37,7 @@ def test_a_net_of_elsewhere_is_normalized_and_left_in_its_mode(monkeypatch):
     ("net", "expected"),
     [
         (nn.Sequential(nn.Conv2d(3, 4, 64), nn.Flatten()), "by a last nn.Linear: module must be or contain"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 4), nn.ReLU()), "by a last nn.Linear$"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 4), nn.Sigmoid()), "by a last nn.Linear$"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 5)), r"must give logits \[N, 4\] by a last nn.Linear$"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)), "cannot take images of 64 x 64 pixels: mat1 and mat2"),
     ],

@@ -107,6 +107,7 @@ def test_bfloat16_and_channels_last(base: str, method: str, monkeypatch: pytest.
 
 def test_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # reset leaves what other tests counted
     compiled: list[nn.Module] = []
 
     def compile_(module: nn.Module) -> None:
