@@ -107,7 +107,6 @@ class _Loop:
             fingerprint=_fingerprint(self.record),
         )
         self.rows: list[dict[str, Any]] = []
-        self.timing: list[dict[str, Any]] = []
         self._board = _tensorboard(folder) if processes.is_first else None
         self._saved: int | None = None
         self._timed = (0, 0.0, 0.0)  # step, seconds of steps, seconds of waiting at the last evaluation

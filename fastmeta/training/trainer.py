@@ -162,15 +162,20 @@ class Trainer:
             if self.method is not None and loss.imputed is not None and loss.used is not None:
                 self.label_changes.add(self.step, batch.index, loss.imputed, loss.used.soft)
         self._update(finite)
+        whole = finite
         if self.method is not None and self.method.own_update:
             self._zero_gradients()
             with self._precision():
                 own = self._method_loss(self.method, batch)
                 own.backward()
             self._average_gradients()
-            self._update(own.detach().isfinite())
+            own_finite = own.detach().isfinite()
+            self._update(own_finite)
+            whole = finite & own_finite
+        self.skipped[0] += ~whole
+        self.skipped[1] = torch.where(whole, 0, self.skipped[1] + 1)
         decay_(self._decayed, self.optimizer_config, rate * finite)
-        put_back_(self._buffers, buffers, where=~finite)
+        put_back_(self._buffers, buffers, where=~whole)
         self.average.update()
         self.step += 1
         self.seconds += time.perf_counter() - begin
@@ -204,13 +209,11 @@ class Trainer:
             self.model.zero_grad()
 
     def _update(self, finite: Tensor) -> None:
-        """A step of the optimizer, left out and counted on all processes if any has no finite loss or gradient."""
+        """A step of the optimizer, left out on all processes if any has no finite loss or gradient: ``finite``."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).sum()
         bad = self.processes.sum_(((~finite) | ~norm.isfinite()).float()) > 0
         finite.copy_(~bad)
-        self.skipped[0] += bad
-        self.skipped[1] = torch.where(bad, self.skipped[1] + 1, 0)
         self.optimizer.found_inf, self.optimizer.grad_scale = bad.float(), None  # type: ignore[attr-defined]
         self.optimizer.step()
 

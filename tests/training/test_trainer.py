@@ -173,6 +173,28 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(digits):
     assert all(value.isfinite().all() for value in run.model.state_dict().values())
 
 
+@pytest.mark.parametrize("broken", ["base", "own"])
+def test_an_update_of_the_methods_own_that_is_not_finite_is_counted_once(digits, broken, monkeypatch):
+    """The other update stands, running statistics stay finite, and a good one does not hide the bad one."""
+    run = trainer_of(digits, method="l2i-alternating")
+    name = "_base_loss" if broken == "base" else "_method_loss"
+    loss = getattr(run, name)
+
+    def without_value(*args):
+        found = loss(*args)
+        return dataclasses.replace(found, total=found.total * torch.nan) if broken == "base" else found * torch.nan
+
+    monkeypatch.setattr(run, name, without_value)
+    before = copy.deepcopy(run.model.state_dict())
+    for step in (1, 2):
+        run.train_step()
+        assert run.skipped.tolist() == [step, step]
+    after = run.model.state_dict()
+    assert all(value.isfinite().all() for value in after.values())
+    assert not all(after[name].equal(before[name]) for name in after if name.startswith("body"))
+    assert all(after[name].equal(before[name]) for name in after if "running" in name)
+
+
 def test_weights_are_chosen_by_validation_error_only(digits):
     run = build(RunConfig(**small()), digits)
     errors = iter([(0.5, 0.1), (0.4, 0.9), (0.4, 0.8), (0.6, 0.0)])
