@@ -112,12 +112,12 @@ class SplitConfig:
     """Labels for a method's outer objective only."""
     validation_per_class: int | None = None
     """Labels for choices."""
-    validation: int | None = None
-    """Labels for choices, so many in all, drawn without regard to their classes."""
     test_fraction: float | None = None
     """Share of the training images."""
     labeled_in_unlabeled: bool = False
     """Whether the labeled images are also among the unlabeled ones (FixMatch: yes; MixMatch, L2I: no)."""
+    validation: int | None = None
+    """Labels for choices, so many in all, drawn without regard to their classes."""
     imbalance: float = 1.0
     """Labels of the first class over those of the last, geometric in between; labels_per_class is the first's."""
     unlabeled_imbalance: float = 1.0
