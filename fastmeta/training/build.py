@@ -38,10 +38,11 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
     side = min(images.image_shape[1:])
     steps = config.steps or (1000 if config.machine.device == "cpu" else 20_000)
     labels = config.labels_per_class if config.labels_per_class is not None or not digits else 1
+    balanced = digits and not config.split.validation
     split = replace(
         config.split,
         holdout_per_class=_first(config.split.holdout_per_class, 3 if digits else 0),
-        validation_per_class=_first(config.split.validation_per_class, 20 if digits and not config.split.validation else 0),
+        validation_per_class=_first(config.split.validation_per_class, 20 if balanced else 0),
         test_fraction=_first(config.split.test_fraction, 0.25 if digits else 0.0),
     )
     every = config.evaluation.every or (50 if digits else max(1, steps // 20))
