@@ -2,6 +2,7 @@
 
 from fastmeta.data.augment import (
     Augmentation,
+    AugmentationConfig,
     Plain,
     RandomCrop,
     Shift,
@@ -25,6 +26,7 @@ from fastmeta.data.streams import Rows, Stream
 
 __all__ = [
     "Augmentation",
+    "AugmentationConfig",
     "BatchSampler",
     "DataError",
     "FeatureImages",

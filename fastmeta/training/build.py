@@ -147,7 +147,8 @@ def build(
     assert config.labeled_view is not None
     assert config.steps is not None
     assert config.image_size is not None
-    model, views = _model(config, images), views_for(config.views, images.image_shape, config.image_size)
+    model = _model(config, images)
+    views = views_for(config.views, images.image_shape, config.image_size, config.augmentation)
     whole, seen = None, images
     if config.trainable == "head":
         if config.pretrained is None and (config.model in NETS or config.model.startswith(("torchvision:", "timm:"))):

@@ -4,13 +4,17 @@ Random numbers are keyed by example (:class:`fastmeta.data.KeyedRandom`), so an 
 nothing beside it.
 """
 
+from fastmeta.data.augment.augmentation import Augmentation
+from fastmeta.data.augment.noisy import Noisy
 from fastmeta.data.augment.pictures import StrongPicture
 from fastmeta.data.augment.strong import StrongAugment
-from fastmeta.data.augment.views import Augmentation, Plain, Views, ViewsName, views_for
+from fastmeta.data.augment.views import AugmentationConfig, Plain, Views, ViewsName, views_for
 from fastmeta.data.augment.weak import RandomCrop, Shift, weak_augment
 
 __all__ = [
     "Augmentation",
+    "AugmentationConfig",
+    "Noisy",
     "Plain",
     "RandomCrop",
     "Shift",
