@@ -13,3 +13,11 @@ class Augmentation(Protocol):
     def __call__(self, images: Tensor, random: KeyedRandom) -> Tensor:
         """The views, one an image."""
         ...
+
+
+class PlainView(Protocol):
+    """The same of an image as evaluation sees it, of which nothing is drawn."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The images, of the size that the net takes."""
+        ...

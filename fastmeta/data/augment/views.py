@@ -6,12 +6,14 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from fastmeta.data.augment.augmentation import Augmentation
+from fastmeta.data.augment.augmentation import Augmentation, PlainView
+from fastmeta.data.augment.ctaugment import CTAugment
 from fastmeta.data.augment.noisy import Noisy
 from fastmeta.data.augment.pictures import StrongPicture
 from fastmeta.data.augment.pixels import centre, to_unit
 from fastmeta.data.augment.strong import StrongAugment
 from fastmeta.data.augment.weak import RandomCrop, Shift
+from fastmeta.data.augment.whitening import Whitened, Whitening
 from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.data.readers.pictures import SMALL
 
@@ -34,12 +36,21 @@ class AugmentationConfig:
     """What a shift moves in (default: reflected for pictures, else zeros)."""
     noise: float = 0.0
     """Standard deviation of Gaussian noise on both views, in units of the pixels that the net is given."""
+    whitening: Literal["none", "zca"] = "none"
+    """zca: contrast normalization and ZCA, of the training images, before all else; the strong view is then weak."""
+    cutout: bool = True
+    """Of ctaugment: cut a square out at last (ReMixMatch: no)."""
+    threshold: float = 0.85
+    """Of ctaugment: share of an operation's best rate below which a magnitude is left out."""
+    adapt: bool = True
+    """Of ctaugment: whether its rates move."""
 
     def check(self) -> None:
         """Raise ValueError for a value out of range; the command line makes these before it checks them."""
         for name, value, choices in (
             ("strong", self.strong, get_args(StrongName)),
             ("padding", self.padding, (None, "zeros", "reflected")),
+            ("whitening", self.whitening, ("none", "zca")),
         ):
             if value not in choices:
                 names = ", ".join(choice for choice in choices if choice is not None)
@@ -48,6 +59,8 @@ class AugmentationConfig:
             raise ValueError(f"augmentation.shift must be at least 0, got {self.shift}")
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"augmentation.noise must be at least 0 and finite, got {self.noise}")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"augmentation.threshold must lie in [0, 1], got {self.threshold}")
 
 
 @dataclass(frozen=True)
@@ -63,15 +76,27 @@ class Plain:
 
 @dataclass(frozen=True)
 class Views:
-    """Weak and strong augmentation, and the image as it is."""
+    """Weak and strong augmentation, and the image as it is.
+
+    Args:
+        weak: a weak view.
+        strong: a strong one.
+        plain: what evaluation sees.
+        policy: what the strong view is drawn from, where training moves it.
+    """
 
     weak: Augmentation
     strong: Augmentation
-    plain: Plain
+    plain: PlainView
+    policy: CTAugment | None = None
 
 
 def views_for(
-    name: ViewsName, image_shape: tuple[int, ...], image_size: int, augmentation: AugmentationConfig | None = None
+    name: ViewsName,
+    image_shape: tuple[int, ...],
+    image_size: int,
+    augmentation: AugmentationConfig | None = None,
+    whitening: Whitening | None = None,
 ) -> Views:
     """The views that suit images of a kind.
 
@@ -91,6 +116,7 @@ def views_for(
         image_size: side of what the network sees.
         augmentation: what is to be otherwise; None: nothing. With a ``shift`` or a ``padding`` of its own the weak view
             of larger pictures shifts their middle.
+        whitening: comes before all else; None: pixels as they are.
 
     Raises:
         ValueError: ``name`` is none of these, ``image_size`` is less than 2, or the augmentation is out of its range.
@@ -110,9 +136,19 @@ def views_for(
         name = "digits" if image_shape[0] == 1 and image_size <= LARGEST_DRAWING else "pictures"
     weak = _weak(name, image_size, chosen)
     strong = _strong(name, image_size, chosen, weak)
+    policy = strong if isinstance(strong, CTAugment) and strong.adapt else None
+    plain: PlainView = Plain(image_size)
+    if whitening is not None:
+        if strong is not weak or isinstance(weak, RandomCrop):
+            raise ValueError(
+                f"augmentation.whitening must be none with strong view {chosen.strong} or crops of pictures: they need "
+                "pixels; give augmentation.strong weak and augmentation.shift"
+            )
+        weak = strong = Whitened(whitening, weak)
+        plain = whitening
     if chosen.noise:
         weak, strong = Noisy(weak, chosen.noise), Noisy(strong, chosen.noise)
-    return Views(weak, strong, Plain(image_size))
+    return Views(weak, strong, plain, policy)
 
 
 def _weak(name: ViewsName, size: int, chosen: AugmentationConfig) -> Augmentation:
@@ -135,4 +171,6 @@ def _strong(name: ViewsName, size: int, chosen: AugmentationConfig, weak: Augmen
         if name == "pictures":
             crop = weak if isinstance(weak, RandomCrop) else None
             return StrongPicture(size, crop=crop, flip=chosen.flip is not False)
+    if chosen.strong == "ctaugment":
+        return CTAugment(size, weak, threshold=chosen.threshold, cutout=chosen.cutout, adapt=chosen.adapt)
     return weak
