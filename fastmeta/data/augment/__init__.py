@@ -4,13 +4,18 @@ Random numbers are keyed by example (:class:`fastmeta.data.KeyedRandom`), so an 
 nothing beside it.
 """
 
+from fastmeta.data.augment.apply import apply_operations
+from fastmeta.data.augment.operations import CODES, OPERATIONS, Operation
 from fastmeta.data.augment.pictures import StrongPicture
 from fastmeta.data.augment.strong import StrongAugment
 from fastmeta.data.augment.views import Augmentation, Plain, Views, ViewsName, views_for
 from fastmeta.data.augment.weak import RandomCrop, Shift, weak_augment
 
 __all__ = [
+    "CODES",
+    "OPERATIONS",
     "Augmentation",
+    "Operation",
     "Plain",
     "RandomCrop",
     "Shift",
@@ -18,6 +23,7 @@ __all__ = [
     "StrongPicture",
     "Views",
     "ViewsName",
+    "apply_operations",
     "views_for",
     "weak_augment",
 ]
