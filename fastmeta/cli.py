@@ -1,4 +1,4 @@
-"""The command line: ``fastmeta compare``, ``train``, ``predict``, ``report``, ``doctor``, and ``--version``."""
+"""The command line: ``fastmeta compare``, ``train``, ``predict``, ``report``, ``reproduce``, ``doctor``."""
 
 import argparse
 import ast
@@ -16,6 +16,7 @@ import tyro
 import fastmeta
 from fastmeta.presets import PRESETS, preset
 from fastmeta.presets.smoke import run_smoke
+from fastmeta.reproduce import EXPERIMENTS
 from fastmeta.training.checkpoints import CheckpointError
 from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
@@ -34,10 +35,12 @@ if TYPE_CHECKING:
     Base: TypeAlias = str
     Method: TypeAlias = str
     Preset: TypeAlias = str
+    ExperimentName: TypeAlias = str
 else:
     Base = tyro.extras.literal_type_from_choices(list(BASE_RECIPES))
     Method = tyro.extras.literal_type_from_choices(list(METHODS))
     Preset = tyro.extras.literal_type_from_choices(list(PRESETS))
+    ExperimentName = tyro.extras.literal_type_from_choices(list(EXPERIMENTS))
 # With the features of the base's own forward and the last layer alone.
 DEFAULT_METHODS = tuple(name for name, recipe in METHODS.items() if recipe.passes == "shared")
 
@@ -251,6 +254,36 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Reproduce:
+    """Measure an experiment of a paper here: results.json, table.md beside the paper's figures, and pictures.
+
+    Without a name: the list of them. The same command continues an interrupted experiment.
+    """
+
+    name: Annotated[ExperimentName | None, tyro.conf.Positional] = None
+    """Of the experiment."""
+    out: Path | None = None
+    """Folder for the results (default: a name under runs/reproduced/)."""
+    quick: bool = False
+    """A small version that shows that everything works; its figures mean nothing."""
+    minutes: float | None = None
+    """No cell of the experiment is begun after that long; the same command goes on later."""
+
+    def run(self) -> int:
+        """Exit status: 0."""
+        if self.name is None:
+            width = max(map(len, EXPERIMENTS))
+            print("\n".join(f"{name:{width}}  {experiment.paper}" for name, experiment in EXPERIMENTS.items()))
+            return 0
+        out = self.out
+        if out is None:
+            out = Path("runs") / "reproduced" / f"{self.name}{'-quick' if self.quick else ''}"
+        EXPERIMENTS[self.name].run(out, self.quick, self.minutes)
+        print(out / "table.md")
+        return 0
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Print which implementation of each operator is available, and why the others are not; or verify a model."""
 
@@ -280,6 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
         | Annotated[Train, tyro.conf.subcommand("train", default=_started_from(given))]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
     command = tyro.cli(commands, prog="fastmeta", description=_DESCRIPTION, args=given)  # type: ignore[call-overload]
