@@ -38,8 +38,10 @@ else:
     Base = tyro.extras.literal_type_from_choices(list(BASE_RECIPES))
     Method = tyro.extras.literal_type_from_choices(list(METHODS))
     Preset = tyro.extras.literal_type_from_choices(list(PRESETS))
-# With the features of the base's own forward and the last layer alone.
-DEFAULT_METHODS = tuple(name for name, recipe in METHODS.items() if recipe.passes == "shared")
+# With the features of the base's own forward and the last layer alone, and settings chosen here.
+DEFAULT_METHODS = tuple(
+    name for name, recipe in METHODS.items() if recipe.passes == "shared" and not name.endswith("-published")
+)
 
 
 @dataclass(frozen=True)
