@@ -41,8 +41,10 @@ else:
     Method = tyro.extras.literal_type_from_choices(list(METHODS))
     Preset = tyro.extras.literal_type_from_choices(list(PRESETS))
     ExperimentName = tyro.extras.literal_type_from_choices(list(EXPERIMENTS))
-# With the features of the base's own forward and the last layer alone.
-DEFAULT_METHODS = tuple(name for name, recipe in METHODS.items() if recipe.passes == "shared")
+# With the features of the base's own forward and the last layer alone, and settings chosen here.
+DEFAULT_METHODS = tuple(
+    name for name, recipe in METHODS.items() if recipe.passes == "shared" and not name.endswith("-published")
+)
 
 
 @dataclass(frozen=True)
