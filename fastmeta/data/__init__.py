@@ -2,6 +2,7 @@
 
 from fastmeta.data.augment import (
     Augmentation,
+    AugmentationConfig,
     Plain,
     RandomCrop,
     Shift,
@@ -28,6 +29,7 @@ from fastmeta.data.streams import Rows, Stream
 
 __all__ = [
     "Augmentation",
+    "AugmentationConfig",
     "BatchSampler",
     "DataError",
     "FeatureImages",

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.data import Images, Split, generator_for, make_split, open_images, record, views_for, with_foreign_classes
+from fastmeta.data.augment import Whitening
 from fastmeta.data.cache import cache_folder
 from fastmeta.data.features import frozen_features, restore_head
-from fastmeta.models import NETS, automatic_model, build_model
+from fastmeta.models import NETS, Normalized, automatic_model, build_model
 from fastmeta.ssl import BASES
 from fastmeta.training.batches import TrainingData
 from fastmeta.training.config import RunConfig
@@ -18,6 +19,7 @@ from fastmeta.training.evaluation import Evaluator
 from fastmeta.training.processes import Processes
 from fastmeta.training.recipes import METHODS, base_of
 from fastmeta.training.trainer import Trainer
+from fastmeta.training.whitening import agreed_whitening
 
 _SMALL = 16  # pixels: nets for such images are too small for more than one thread
 _LARGE = 96  # from here on a crop of 7/8 of what is stored is trained on
@@ -86,6 +88,8 @@ class Built:
     evaluator: Evaluator
     whole: nn.Module | None = None
     """The net whose last layer alone is trained; None where all of it is."""
+    whitening: Whitening | None = None
+    """What the views begin with; None: pixels."""
 
     def weights_for_use(self, trained: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The state of the whole net, from that of what was trained."""
@@ -132,6 +136,7 @@ def build(
     images: Images,
     processes: Processes | None = None,
     *,
+    whitening: Whitening | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Built:
     """Everything that a run needs, from its settings.
@@ -140,6 +145,7 @@ def build(
         config: the settings.
         images: the images.
         processes: those of the run.
+        whitening: that of the run, where it was begun before; None: it is computed, if the settings ask for one.
         on_progress: called with the number of images whose features are computed, and of all, where a head is trained.
 
     Raises:
@@ -155,7 +161,20 @@ def build(
     assert config.labeled_view is not None
     assert config.steps is not None
     assert config.image_size is not None
-    model, views = _model(config, images), views_for(config.views, images.image_shape, config.image_size)
+    model = _model(config, images)
+    if config.augmentation.whitening == "none":
+        whitening = None
+    else:
+        whitening = agreed_whitening(
+            whitening,
+            images,
+            split,
+            config.image_size,
+            workers=config.machine.workers,
+            device=config.machine.device,
+            processes=processes,
+        )
+    views = views_for(config.views, images.image_shape, config.image_size, config.augmentation, whitening)
     whole, seen = None, images
     if config.trainable == "head":
         if config.pretrained is None and (config.model in NETS or config.model.startswith(("torchvision:", "timm:"))):
@@ -164,6 +183,8 @@ def build(
             )
         if config.machine.channels_last:
             raise ValueError("machine.channels_last must be left out with trainable head, which has no images")
+        if views.policy is not None:
+            raise ValueError("augmentation.adapt must be False with trainable head, whose views are computed once")
         whole = model
         # In the cache, where the runs of all seeds and methods share them.
         seen, views, model = frozen_features(
@@ -188,7 +209,6 @@ def build(
         ),
         base=base_of(config.base, config.base_settings),
         method=recipe.build(len(split.unlabeled), len(images.classes), config.method_settings, processes.group),
-        uses_holdout=recipe.uses_holdout,
         steps=config.steps,
         seed=config.seed,
         optimizer=config.optimizer,
@@ -198,18 +218,22 @@ def build(
         processes=processes,
     )
     evaluator = Evaluator(config.evaluation, seen, split, views, machine=config.machine, processes=processes)
-    return Built(config, images, split, trainer, evaluator, whole)
+    return Built(config, images, split, trainer, evaluator, whole, whitening)
 
 
 def _model(config: RunConfig, images: Images) -> nn.Module:
     torch.manual_seed(generator_for(config.seed, "initialization").initial_seed())
-    return build_model(
+    model = build_model(
         config.model,
         num_classes=len(images.classes),
         channels=images.image_shape[0],
         image_size=config.image_size or min(images.image_shape[1:]),
         pretrained=config.pretrained,
     )
+    if config.augmentation.whitening != "none" and isinstance(model, Normalized):
+        model.mean.zero_()  # what is whitened is normalized
+        model.std.fill_(1)
+    return model
 
 
 def _automatic_model(size: int, small: bool) -> str:

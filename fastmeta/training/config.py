@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from fastmeta.data import AugmentationConfig
 from fastmeta.ssl import BASES
 from fastmeta.training.recipes import METHODS, settings_of
 
@@ -219,6 +220,7 @@ class RunConfig:
     """Settings of the base other than its recipe's."""
     method_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the method other than its recipe's."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
@@ -241,7 +243,7 @@ class RunConfig:
             _one_of("labeled_view", self.labeled_view, dict.fromkeys(("weak", "strong")))
         _in_range("seed", self.seed, least=0)
         self.settings()
-        for part in (self.optimizer, self.schedule, self.average, self.evaluation, self.machine):
+        for part in (self.augmentation, self.optimizer, self.schedule, self.average, self.evaluation, self.machine):
             part.check()
 
     def settings(self) -> dict[str, Any]:
