@@ -125,6 +125,8 @@ class SplitConfig:
     """The same of the unlabeled images; those that are too many are left out."""
     foreign_classes: int = 0
     """The last classes, so many, have no labels: their images are among the unlabeled ones and are not evaluated."""
+    file: str | None = None
+    """The split.json of another run: its places, whatever the seed and all of these but foreign_classes say."""
 
 
 @dataclass(frozen=True)
