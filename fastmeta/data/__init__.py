@@ -14,8 +14,11 @@ from fastmeta.data.augment import (
 )
 from fastmeta.data.digits import load_digits, split_digits
 from fastmeta.data.features import FeatureImages, FrozenFeatures, frozen_features, restore_head
+from fastmeta.data.foreign import WithForeignClasses, with_foreign_classes
 from fastmeta.data.images import DataError, ImageDataset, Images, UnreadableImage
 from fastmeta.data.memory_map import save_images
+from fastmeta.data.mnist import load_mnist_5k
+from fastmeta.data.photographs import load_photographs
 from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.data.readers.open import open_images, open_pictures
 from fastmeta.data.reading import Read, read_in_order
@@ -46,9 +49,12 @@ __all__ = [
     "StrongPicture",
     "UnreadableImage",
     "Views",
+    "WithForeignClasses",
     "frozen_features",
     "generator_for",
     "load_digits",
+    "load_mnist_5k",
+    "load_photographs",
     "make_split",
     "open_images",
     "open_pictures",
@@ -59,4 +65,5 @@ __all__ = [
     "split_digits",
     "views_for",
     "weak_augment",
+    "with_foreign_classes",
 ]

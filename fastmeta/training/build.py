@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.data import Images, Split, generator_for, make_split, open_images, record, views_for
+from fastmeta.data import Images, Split, generator_for, make_split, open_images, record, views_for, with_foreign_classes
 from fastmeta.data.augment import Whitening
 from fastmeta.data.cache import cache_folder
 from fastmeta.data.features import frozen_features, restore_head
 from fastmeta.models import NETS, Normalized, automatic_model, build_model
 from fastmeta.ssl import BASES
 from fastmeta.training.batches import TrainingData
-from fastmeta.training.config import RunConfig, SplitConfig
+from fastmeta.training.config import RunConfig
 from fastmeta.training.evaluation import Evaluator
 from fastmeta.training.processes import Processes
 from fastmeta.training.recipes import METHODS, base_of
@@ -30,20 +30,22 @@ _FEW = 10  # labeled images of a class, whose weak views are soon known by heart
 
 def load_images(config: RunConfig) -> Images:
     """The images that the settings name."""
-    return open_images(config.data, image_size=config.image_size)
+    images = open_images(config.data, image_size=config.image_size)
+    return with_foreign_classes(images, config.split.foreign_classes)
 
 
 def resolve(config: RunConfig, images: Images) -> RunConfig:
     """The settings with everything filled in that was left to the data."""
-    digits = config.data == "digits"
+    digits = config.data in ("digits", "mnist-5k")
     side = min(images.image_shape[1:])
     steps = config.steps or (1000 if config.machine.device == "cpu" else 20_000)
     labels = config.labels_per_class if config.labels_per_class is not None or not digits else 1
-    split = SplitConfig(
+    balanced = digits and not config.split.validation
+    split = replace(
+        config.split,
         holdout_per_class=_first(config.split.holdout_per_class, 3 if digits else 0),
-        validation_per_class=_first(config.split.validation_per_class, 20 if digits else 0),
+        validation_per_class=_first(config.split.validation_per_class, 20 if balanced else 0),
         test_fraction=_first(config.split.test_fraction, 0.25 if digits else 0.0),
-        labeled_in_unlabeled=config.split.labeled_in_unlabeled,
     )
     every = config.evaluation.every or (50 if digits else max(1, steps // 20))
     size = config.image_size or (side if side <= _LARGE else round(side * 7 / 8))
@@ -100,13 +102,17 @@ class Built:
 def split_of(config: RunConfig, images: Images) -> Split:
     """The parts of the images, from resolved settings."""
     part = config.split
+    images = with_foreign_classes(images, part.foreign_classes)
     split = make_split(
         images,
         labels_per_class=config.labels_per_class,
         seed=config.seed,
         holdout_per_class=part.holdout_per_class or 0,
         validation_per_class=part.validation_per_class or 0,
+        validation=part.validation or 0,
         test_fraction=part.test_fraction or 0.0,
+        imbalance=part.imbalance,
+        unlabeled_imbalance=part.unlabeled_imbalance,
     )
     if part.labeled_in_unlabeled:
         split = replace(split, unlabeled=torch.cat([split.unlabeled, split.labeled]))
@@ -120,6 +126,7 @@ def split_of(config: RunConfig, images: Images) -> Split:
 
 def record_of(config: RunConfig, images: Images) -> dict[str, Any]:
     """For config.json: all settings, what was left to the data filled in, and what the data are."""
+    images = with_foreign_classes(images, config.split.foreign_classes)
     config = resolve(config, images)
     return {**config.as_dict(), "record": record(images, split_of(config, images))}
 
@@ -145,6 +152,7 @@ def build(
         ValueError: data and settings do not fit.
     """
     processes = processes or Processes()
+    images = with_foreign_classes(images, config.split.foreign_classes)
     config = resolve(config, images)
     split = split_of(config, images)
     recipe = METHODS[config.method]
@@ -201,7 +209,6 @@ def build(
         ),
         base=base_of(config.base, config.base_settings),
         method=recipe.build(len(split.unlabeled), len(images.classes), config.method_settings, processes.group),
-        uses_holdout=recipe.uses_holdout,
         steps=config.steps,
         seed=config.seed,
         optimizer=config.optimizer,

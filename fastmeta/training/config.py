@@ -117,6 +117,14 @@ class SplitConfig:
     """Share of the training images."""
     labeled_in_unlabeled: bool = False
     """Whether the labeled images are also among the unlabeled ones (FixMatch: yes; MixMatch, L2I: no)."""
+    validation: int | None = None
+    """Labels for choices, so many in all, drawn without regard to their classes."""
+    imbalance: float = 1.0
+    """Labels of the first class over those of the last, geometric in between; labels_per_class is the first's."""
+    unlabeled_imbalance: float = 1.0
+    """The same of the unlabeled images; those that are too many are left out."""
+    foreign_classes: int = 0
+    """The last classes, so many, have no labels: their images are among the unlabeled ones and are not evaluated."""
 
 
 @dataclass(frozen=True)
