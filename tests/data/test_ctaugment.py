@@ -146,15 +146,15 @@ def test_what_is_drawn_is_done_as_pillow_does_it(probe: bool) -> None:
     assert different <= 3  # places halfway between two pixels: magnitudes are float32 there
 
 
-def test_the_weak_view_comes_first_and_shares_the_draws_of_nothing() -> None:
+def test_the_weak_view_comes_first() -> None:
     weak = Shift(SIDE, 4, "reflected", flip=True)
-    augment = CTAugment(SIDE, weak, cutout=False)
+    augment = CTAugment(SIDE, weak, depth=1, cutout=False)
     images = pixels(300)
     keys = random(300)
     expected = weak(images, keys)
     operations = augment._draw(keys, even=False, device=images.device).operations
     untouched = (operations == NAMES.index("identity")).all(dim=1)
-    assert 0 < int(untouched.sum()) < 10
+    assert 5 < int(untouched.sum()) < 40
     assert augment(images, random(300))[untouched].equal(expected[untouched])
 
 
