@@ -1,4 +1,4 @@
-"""The command line: ``fastmeta compare``, ``train``, ``presets``, ``predict``, ``report``, ``reproduce``, ``doctor``."""
+"""The command line: ``fastmeta compare``, ``train``, ``presets``, ``predict``, ``report``, ``reproduce``."""
 
 import argparse
 import ast
