@@ -7,6 +7,7 @@ nothing beside it.
 from fastmeta.data.augment.apply import apply_operations
 from fastmeta.data.augment.operations import CODES, OPERATIONS, Operation
 from fastmeta.data.augment.pictures import StrongPicture
+from fastmeta.data.augment.randaugment import RANDAUGMENT, RandAugment
 from fastmeta.data.augment.strong import StrongAugment
 from fastmeta.data.augment.views import Augmentation, Plain, Views, ViewsName, views_for
 from fastmeta.data.augment.weak import RandomCrop, Shift, weak_augment
@@ -14,9 +15,11 @@ from fastmeta.data.augment.weak import RandomCrop, Shift, weak_augment
 __all__ = [
     "CODES",
     "OPERATIONS",
+    "RANDAUGMENT",
     "Augmentation",
     "Operation",
     "Plain",
+    "RandAugment",
     "RandomCrop",
     "Shift",
     "StrongAugment",
