@@ -11,6 +11,7 @@ from fastmeta.data.augment.ctaugment import CTAugment
 from fastmeta.data.augment.noisy import Noisy
 from fastmeta.data.augment.pictures import StrongPicture
 from fastmeta.data.augment.pixels import centre, to_unit
+from fastmeta.data.augment.randaugment import RandAugment
 from fastmeta.data.augment.strong import StrongAugment
 from fastmeta.data.augment.weak import RandomCrop, Shift
 from fastmeta.data.augment.whitening import Whitened, Whitening
@@ -132,6 +133,10 @@ def views_for(
         raise ValueError(f"image_size must be at least 2, got {image_size}")
     chosen = augmentation or AugmentationConfig()
     chosen.check()
+    if image_shape[0] not in (1, 3) and chosen.strong not in ("auto", "weak"):
+        raise ValueError(
+            f"augmentation.strong must be auto or weak for images of {image_shape[0]} channels, got {chosen.strong!r}"
+        )
     if name == "auto":
         name = "digits" if image_shape[0] == 1 and image_size <= LARGEST_DRAWING else "pictures"
     weak = _weak(name, image_size, chosen)
@@ -171,6 +176,12 @@ def _strong(name: ViewsName, size: int, chosen: AugmentationConfig, weak: Augmen
         if name == "pictures":
             crop = weak if isinstance(weak, RandomCrop) else None
             return StrongPicture(size, crop=crop, flip=chosen.flip is not False)
+    if chosen.strong == "randaugment-google":
+        return RandAugment(size, "google", weak)
+    if chosen.strong == "randaugment-paper":
+        return RandAugment(size, "paper", weak)
+    if chosen.strong == "randaugment-usb":
+        return RandAugment(size, "usb", weak)
     if chosen.strong == "ctaugment":
         return CTAugment(size, weak, threshold=chosen.threshold, cutout=chosen.cutout, adapt=chosen.adapt)
     return weak
