@@ -467,6 +467,7 @@ def test_noise_is_added_to_both_views_and_never_where_nothing_is_drawn():
         ({"noise": math.nan}, "augmentation.noise must be at least 0 and finite, got nan"),
         ({"threshold": 2.0}, r"augmentation.threshold must lie in \[0, 1\], got 2.0"),
         ({"whitening": "pca"}, "augmentation.whitening must be one of none, zca, got 'pca'"),
+        ({"whitening": "zca", "strong": "ctaugment"}, "strong must be auto or weak with whitening: .* got 'ctaugment'"),
         ({"shift": 8}, "pixels must lie between 0 and size - 1 = 7, got 8"),
     ],
 )

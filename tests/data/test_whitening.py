@@ -56,7 +56,7 @@ def test_larger_images_are_whitened_in_their_middle() -> None:
 def test_views_begin_with_it() -> None:
     images = pictures(200)
     whitening = Whitening.of(second_moments(images, SIDE), (3, SIDE, SIDE))
-    settings = AugmentationConfig(strong="weak", shift=2, noise=0.15)
+    settings = AugmentationConfig(shift=2, noise=0.15, whitening="zca")
     views = views_for("pictures", (3, SIDE, SIDE), SIDE, settings, whitening)
     weak = Noisy(Whitened(whitening, Shift(SIDE, 2, "reflected", flip=True)), 0.15)
     assert (views.weak, views.strong) == (weak, weak)
@@ -68,13 +68,6 @@ def test_views_begin_with_it() -> None:
     assert "Whitening((3, 6, 6), " in repr(views)
     other = Whitening.of(second_moments(images[:150], SIDE), (3, SIDE, SIDE))
     assert repr(other) != repr(whitening) == repr(Whitening(whitening.mean, whitening.matrix, (3, SIDE, SIDE)))
-
-
-@pytest.mark.parametrize("settings", [{}, {"strong": "ctaugment"}])
-def test_operations_on_pixels_cannot_follow_it(settings: dict) -> None:
-    whitening = Whitening(torch.zeros(108), torch.eye(108), (3, SIDE, SIDE))
-    with pytest.raises(ValueError, match=r"augmentation.whitening must be none with .*; give .*strong weak"):
-        views_for("pictures", (3, SIDE, SIDE), SIDE, AugmentationConfig(**settings), whitening)
 
 
 def test_one_image_is_not_enough() -> None:
