@@ -34,6 +34,8 @@ class TrainingBatch:
             there is no stream.
         unlabeled_keys: those of the unlabeled images ``[B_u]``.
         seed: of the run.
+        probe: labeled images as the augmentation's policy tries them ``[B_l, channels, height, width]``; None: it is
+            not learned.
     """
 
     labeled: Tensor
@@ -48,6 +50,7 @@ class TrainingBatch:
     labeled_keys: Tensor | None = None
     unlabeled_keys: Tensor | None = None
     seed: int = 0
+    probe: Tensor | None = None
 
     @property
     def joined_share(self) -> float:

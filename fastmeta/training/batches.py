@@ -10,6 +10,7 @@ from fastmeta.data import Images, KeyedRandom, Rows, Split, Stream, Views
 from fastmeta.data.sampler import rows_of
 from fastmeta.ssl import TrainingBatch
 from fastmeta.training.config import MachineConfig
+from fastmeta.training.probes import STREAM, VIEW
 from fastmeta.training.processes import Processes
 
 
@@ -100,6 +101,7 @@ class Batches:
             labeled_keys=labeled.keys,
             unlabeled_keys=unlabeled.keys,
             seed=self.seed,
+            probe=self._probe(labeled),
         )
         if not holdout or self.holdout == "batch":
             return batch
@@ -154,7 +156,16 @@ class Batches:
 
     def _view(self, rows: Rows, stream: str, name: str, which: str) -> Tensor:
         augmentation = self.data.views.weak if which == "weak" else self.data.views.strong
-        images = augmentation(rows.images, KeyedRandom(self.seed, stream, name, rows.keys))
+        return self._in_order(augmentation(rows.images, KeyedRandom(self.seed, stream, name, rows.keys)))
+
+    def _probe(self, rows: Rows) -> Tensor | None:
+        if self.data.views.policy is None:
+            return None
+        return self._in_order(
+            self.data.views.policy.probe(rows.images, KeyedRandom(self.seed, STREAM, VIEW, rows.keys))
+        )
+
+    def _in_order(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=torch.channels_last) if self.machine.channels_last else images
 
     @property

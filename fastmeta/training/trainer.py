@@ -28,6 +28,7 @@ from fastmeta.training.machine import (
     refuse_synchronized,
 )
 from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer, rate_at
+from fastmeta.training.probes import Probes
 from fastmeta.training.processes import Processes
 from fastmeta.training.shards import FSDPModule, Shards, shard
 from fastmeta.training.step_averages import StepAverages
@@ -128,6 +129,9 @@ class Trainer:
         if self.machine.graph:
             capture_steps(method, self.processes)
 
+        self.probes: Probes | None = None
+        if data.views.policy is not None:
+            self.probes = Probes(data.views.policy, data.labeled_batch, seed, self.processes, self.device)
         self.step = 0
         self.label_changes = LabelChanges(len(data.split.unlabeled), self.device)
         self._truth = data.images.targets[data.split.unlabeled].to(self.device)
@@ -155,6 +159,9 @@ class Trainer:
         parts = self.machine.accumulation
         for part in range(parts):
             batch = self.batches(parts * self.step + part)
+            if self.probes is not None:
+                with self._precision():
+                    self.probes.add(self.step, self.average.model, batch)
             with self._gradients_kept_apart(part + 1 < parts), self._precision():
                 loss = self._base_loss(batch)
                 (loss.total / parts).backward()
@@ -181,6 +188,8 @@ class Trainer:
         self.skipped[1] = torch.where(whole, 0, self.skipped[1] + 1)
         decay_(self._decayed, self.optimizer_config, rate * finite.double())
         put_back_(self._buffers, buffers, where=~whole)
+        if self.probes is not None:
+            self.probes.update(self.step, whole)
         self.average.update()
         self.step += 1
         self.seconds += time.perf_counter() - begin
@@ -286,6 +295,7 @@ class Trainer:
             "average": self.average.state_dict(),
             "optimizer": self._spread(self.optimizer.state_dict()),
             "method": None if self.method is None else self.method.method.state_dict(),
+            "augmentation": None if self.probes is None else self.probes.policy.state_dict(),
             "label_changes": self.label_changes.state_dict(),
             "averages": self.step_averages.state_dict(),
             "skipped": self.skipped,
@@ -301,6 +311,8 @@ class Trainer:
         self.optimizer.load_state_dict(moments if self._shards is None else self._shards.gather(moments))
         if self.method is not None:
             self.method.method.load_state_dict(state["method"])
+        if self.probes is not None:
+            self.probes.policy.load_state_dict(state["augmentation"])
         self.label_changes.load_state_dict(state["label_changes"])
         self.step_averages.load_state_dict(state["averages"])
         self.skipped.copy_(state["skipped"])
