@@ -1,4 +1,4 @@
-"""The papers' own loops in the trainer against loops written out here from the papers, whole steps in float64.
+"""Learning to Impute and Meta-Gradient in the trainer against loops written out here from the papers, in float64.
 
 What is taken from the project is the data of each step; derivatives are autograd's, through the inner step.
 """
@@ -6,12 +6,12 @@ What is taken from the project is the data of each step; derivatives are autogra
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from small_trainers import CLASSES, STEPS, trainer
+from loops_by_hand import Parameters, assert_same_parameters, at, leaves, rate, run_of, stepped, updated
+from small_trainers import CLASSES, STEPS
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, one_hot
@@ -19,31 +19,8 @@ from torch.nn.functional import cross_entropy, one_hot
 from fastmeta.methods import l2i
 from fastmeta.ssl import TrainingBatch
 from fastmeta.training.config import OptimizerConfig
-from fastmeta.training.trainer import Trainer
 
 LR, DECAY = 0.01, 0.5
-Parameters = dict[str, Tensor]
-
-
-def rate(step: int, peak: float = LR) -> float:
-    return peak * math.cos(7 * math.pi * step / (16 * STEPS))
-
-
-def leaves(model: nn.Module) -> Parameters:
-    return {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
-
-
-def at(model: nn.Module, parameters: Parameters, images: Tensor) -> Tensor:
-    """Logits by batch statistics; running ones stay."""
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-    return functional_call(model, {**parameters, **buffers}, (images,))
-
-
-def updated(optimizer: torch.optim.Optimizer, model: nn.Module, gradients: Any, lr: float) -> None:
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        parameter.grad = gradient.detach()
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
 
 
 def assert_same_model(found: nn.Module, wanted: nn.Module) -> None:
@@ -51,15 +28,6 @@ def assert_same_model(found: nn.Module, wanted: nn.Module) -> None:
         # The gradient of a bias below batch normalization is rounding, which Adam makes steps of.
         noise = 1e-7 if name in ("body.0.bias", "body.1.running_mean") else 1e-11
         torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-9, atol=noise, msg=name)
-
-
-def run_of(base: str, method: str, **settings: Any) -> tuple[Trainer, nn.Module, Callable[[int], TrainingBatch]]:
-    """A run after all its steps, the model it began with, and the data of each step."""
-    run, same = (trainer(base, method, None, **settings) for _ in range(2))
-    for _ in range(STEPS):
-        run.train_step()
-    assert run.skipped.tolist() == [0, 0]
-    return run, same.model.train(), same.batches
 
 
 def imputed(model: nn.Module, psi: Parameters, batch: TrainingBatch, hard: bool) -> tuple[Tensor, Tensor]:
@@ -103,7 +71,7 @@ def test_learning_to_impute(name: str) -> None:
     theta_star: Parameters
     adam, teacher = torch.optim.Adam(model.parameters(), lr=LR), copy.deepcopy(model)
     for step in range(STEPS):
-        batch, lr = batches(step), rate(step)
+        batch, lr = batches(step), rate(step, LR)
         assert batch.holdout is not None
         assert batch.holdout_targets is not None
         assert batch.second is not None
@@ -174,3 +142,58 @@ def at_features(model: Any, parameters: Parameters, images: Tensor) -> Tensor:
     """What the last layer is given."""
     body = {key.removeprefix("body."): value for key, value in parameters.items() if key.startswith("body.")}
     return 4 * at(model.body, body, images)
+
+
+META_GRADIENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "the code without mix-up": ({"mix_up": False}, {}),
+    "Algorithm 1": ({"mix_up": False, "labeled_weight": 0.0}, {"rate": 0.5, "scheduled": "rate", "step": 40.0}),
+    "Algorithm 1, cross-entropy": (
+        {"mix_up": False, "labeled_weight": 0.0, "consistency": "cross_entropy"},
+        {"inner_loss": "cross_entropy", "project": False},
+    ),
+    "neither": ({"mix_up": False}, {}),
+}
+
+
+@pytest.mark.parametrize("name", META_GRADIENT)
+def test_meta_gradient_without_mix_up(name: str) -> None:
+    """Labels by the model in evaluation mode, a step on them by Eq. (15) or (16), and a step of SGD on both losses."""
+    base_settings, settings = META_GRADIENT[name]
+    base_settings = {"ramp": 0.0, "weight": 2.0, **base_settings}
+    run, model, batches = run_of(
+        "mix-up-consistency",
+        "none" if name == "neither" else "meta-gradient-published",
+        normalized=True,
+        base_settings=base_settings,
+        method_settings=settings,
+        optimizer=OptimizerConfig(learning_rate=0.1, nesterov=False, weight_decay=0.0),
+    )
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    entropy = "inner_loss" in settings
+    for step in range(STEPS):
+        batch = batches(step)
+        model.eval()
+        with torch.no_grad():
+            labels = model(batch.weak).softmax(1)
+        if name != "neither":
+            loss = cross_entropy(model(batch.labeled), batch.targets)
+            g = dict(zip(leaves(model), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+            epsilon = 0.01 / math.sqrt(sum(float(value.square().sum()) for value in g.values()))
+            derivatives = []
+            for sign in (1, -1):
+                moved = {key: value.detach() + sign * epsilon * g[key] for key, value in model.named_parameters()}
+                logits = functional_call(model, moved, (batch.weak,))
+                # -dPhi/dy: 2 (p - y) of the squares, log p of the cross-entropy.
+                derivatives.append(logits.log_softmax(1) if entropy else 2 * logits.softmax(1))
+            step_size = rate(step, 0.1) * 40.0 / len(labels) if "rate" in settings else rate(step, 0.1)
+            labels = (labels - step_size * (derivatives[0] - derivatives[1]) / (2 * epsilon)).detach()
+            if settings.get("project", True):
+                labels = labels.clamp_min(0) / labels.clamp_min(0).sum(1, keepdim=True)
+        model.train()
+        of_labeled = (
+            cross_entropy(model(batch.labeled), batch.targets) if "labeled_weight" not in base_settings else 0.0
+        )
+        logits = model(batch.weak)
+        squares = (logits.softmax(1) - labels).square().sum(1).mean()
+        stepped(sgd, model, of_labeled + 2.0 * (cross_entropy(logits, labels) if entropy else squares), rate(step, 0.1))
+    assert_same_parameters(run.model, model, 1e-7, 1e-9)  # of differences
