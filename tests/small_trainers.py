@@ -94,7 +94,9 @@ def trainer(
     torch.manual_seed(1)
     model = Net(normalized, unused).double()
     recipe = METHODS[method]
-    solver = {"tol": tol, "damping": 1.0} if "cg" in recipe.settings.values() else {}
+    solver: dict[str, Any] = {"tol": tol, "damping": 1.0} if "cg" in recipe.settings.values() else {}
+    if "interval" in recipe.settings:
+        solver["interval"] = 1
     settings = {"threshold": 0.5} if base in ("fixmatch", "pseudo-label") else {}
     return Trainer(
         model,
