@@ -200,16 +200,8 @@ def table(rows: Sequence[Row]) -> str:
         errors = [row["errors"][arm] for row in rows]
         against = t_interval([row["errors"][arm] - row["errors"]["pseudo-label"] for row in rows])
         lines.append([arm, _mean(errors), "" if arm == "pseudo-label" else _interval(against)])
-    told = [
-        [
-            "outer step",
-            "wrong pseudo-labels, %",
-            f"among the {LOWEST} lowest weights, %",
-            "AUC",
-            "margin of all",
-            "of the lowest",
-        ]
-    ]
+    about = ["outer step", "wrong of all, %", f"of the {LOWEST} lightest, %", "AUC", "margin of all", "of the lightest"]
+    told: list[list[object]] = []
     for numbers in zip(*(row["weights"] for row in rows), strict=True):
         known = [found["auc"] for found in numbers if found["auc"] is not None]
         told.append(
@@ -227,9 +219,9 @@ def table(rows: Sequence[Row]) -> str:
         "pseudo-labels of weight 1 on the same seed with its 95% interval. The weights are learned from 30 validation "
         "labels; the last two rows train on those labels instead.\n\n"
         f"{markdown(['', 'test error', 'minus pseudo-label'], lines)}\n\n"
-        "Who lost weight. AUC: probability that a point with a wrong pseudo-label weighs less than one with a right one "
-        "(0.5: weights know nothing of it). Margin: |p - (1 - p)|, 0 on the boundary, 1 for a sure prediction.\n\n"
-        f"{markdown([str(name) for name in told[0]], told[1:])}\n\n{_findings(rows)}"
+        "Who lost weight: points with a wrong pseudo-label? AUC: probability that one weighs less than one with "
+        "a right label (0.5: by chance). Margin: |p - (1 - p)|, 0 on the boundary, 1 for a sure prediction.\n\n"
+        f"{markdown(about, told)}\n\n{_findings(rows)}"
     )
 
 
@@ -252,7 +244,7 @@ def _findings(rows: Sequence[Row]) -> str:
         ["per-example weights beat a single weight (Section 4.3 says so of images)", difference(WEIGHTS, SINGLE)],
         [
             "points that are down-weighted most are near the boundary and on its wrong side (Section 4.1)",
-            f"near it in {near} of {len(last)} seeds; {lowest:.0f}% of them on the wrong side, {wrong:.1f}% of all points",
+            f"near it in {near} of {len(last)} seeds; on the wrong side are {lowest:.0f}% of them, {wrong:.1f}% of all",
         ],
         [
             "(not asked:) weighting by the validation labels beats training on them",
@@ -314,7 +306,7 @@ def experiment(name: str, figure: str) -> Experiment:
     """One of the three data sets."""
     return Experiment(
         name=f"weights-{name}",
-        paper=f"Not All Unlabeled Data Are Equal, Section 4.1, {figure}: learned weights of unlabeled points, {name} data",
+        paper=f"Not All Unlabeled Data Are Equal, Section 4.1, {figure}: weights of points in the plane, {name}",
         cells=cells,
         measure=partial(measure, name=name),
         table=table,
