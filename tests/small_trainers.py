@@ -1,6 +1,7 @@
 """Trainers of a small net in float64 on random images, a few in a batch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,14 @@ from fastmeta.training.trainer import Trainer
 
 CLASSES, STEPS = 3, 2
 SIZES = {"labeled": 9, "unlabeled": 23, "holdout": 7, "validation": 5, "test": 11}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fixmatch": {"threshold": 0.5},
+    "pseudo-label": {"threshold": 0.5},
+    "flexmatch": {"threshold": 0.5},
+    "uda": {"threshold": 0.5, "annealing": "linear", "distribution_alignment": "labels"},
+    "mixmatch": {"views": 3, "ramp": 0.0},
+    "remixmatch": {"ramp": 0.0},
+}
 # FixMatch with every method; every base alone and with a method that fits.
 CASES = [("fixmatch", method) for method in METHODS] + [
     (base, method)
@@ -87,11 +96,10 @@ def trainer(
     model = Net(normalized, unused).double()
     recipe = METHODS[method]
     solver = {"tol": tol, "damping": 1.0} if "cg" in recipe.settings.values() else {}
-    settings = {"threshold": 0.5} if base in ("fixmatch", "pseudo-label") else {}
     return Trainer(
         model,
         data(10 if base == "mix-up-consistency" else 6),  # of unequal sizes, each process makes its own pairs
-        base=base_of(base, settings),
+        base=base_of(base, SETTINGS.get(base, {})),
         method=recipe.build(SIZES["unlabeled"], CLASSES, solver, group),
         uses_holdout=recipe.uses_holdout,
         steps=STEPS,

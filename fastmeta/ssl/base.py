@@ -2,9 +2,9 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn import functional
 from fastmeta.capture import FeatureTape, capture_features
 from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.methods import Method
+from fastmeta.ops.process_group import Group, sum_over, world_size
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class TrainingBatch:
             there is no stream.
         unlabeled_keys: those of the unlabeled images ``[B_u]``.
         seed: of the run.
+        more: further views of the unlabeled images, as many as :attr:`Algorithm.more_views` says, each ``[B_u, ...]``.
+        process_group: the processes that share the batch; None: this one alone.
     """
 
     labeled: Tensor
@@ -48,6 +51,8 @@ class TrainingBatch:
     labeled_keys: Tensor | None = None
     unlabeled_keys: Tensor | None = None
     seed: int = 0
+    more: tuple[Tensor, ...] = ()
+    process_group: Group = None
 
     @property
     def joined_share(self) -> float:
@@ -130,10 +135,28 @@ class Refiner:
 
 
 class Algorithm(Protocol):
-    """A base algorithm: a loss for one step."""
+    """A base algorithm: a loss for one step, and what it remembers from step to step."""
 
     imputes: ClassVar[bool]
     second_view: ClassVar[Literal["weak", "strong"] | None]
+
+    @property
+    def more_views(self) -> int:
+        """How many views of the unlabeled images it needs beside the weak one and the second, of the second's kind."""
+        return 0
+
+    def memory(self, num_unlabeled: int, num_classes: int, *, model: nn.Module, labels: Tensor) -> nn.Module | None:
+        """What lives from step to step, for :meth:`loss`; None where nothing does.
+
+        Buffers are equal on all processes after a step; parameters, if there are any, are trained as the model's are.
+
+        Args:
+            num_unlabeled: M, unlabeled images.
+            num_classes: C.
+            model: the student.
+            labels: classes of the labeled images ``[L]``.
+        """
+        return None
 
     def loss(
         self,
@@ -143,6 +166,7 @@ class Algorithm(Protocol):
         teacher: nn.Module,
         progress: float,
         refiner: Refiner | None = None,
+        memory: nn.Module | None = None,
     ) -> StepLoss:
         """The loss of ``model`` on ``batch``.
 
@@ -152,8 +176,38 @@ class Algorithm(Protocol):
             teacher: the exponential moving average of the student's weights.
             progress: fraction of the training steps already taken, in [0, 1).
             refiner: refines the imputed labels; None for the base alone.
+            memory: what :meth:`memory` gave; this step changes its buffers.
+
+        Raises:
+            ValueError: the algorithm has a memory, and this is not it.
         """
         ...
+
+
+Memory = TypeVar("Memory", bound=nn.Module)
+
+
+def remembered(memory: nn.Module | None, kind: type[Memory]) -> Memory:
+    """The memory of a base that has one.
+
+    Raises:
+        ValueError: it is None or another's.
+    """
+    if not isinstance(memory, kind):
+        raise ValueError(f"memory must be what the base's memory(...) gave, a {kind.__name__}, got {memory!r}")
+    return memory
+
+
+def joined_mean(values: Tensor, share: float, group: Group) -> Tensor:
+    """The mean over the rows of all processes, ``[...]`` float64 without a graph, equal on all of them.
+
+    Args:
+        values: this process's rows ``[n, ...]``.
+        share: the factor of a mean over them, :attr:`TrainingBatch.unlabeled_share` or the like.
+        group: the processes.
+    """
+    own = share * values.detach().double().mean(dim=0)
+    return sum_over([own], group)[0] / world_size(group)
 
 
 @contextlib.contextmanager
@@ -180,15 +234,41 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             layer.track_running_stats = tracks
 
 
-def harden(labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+Finish = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From labels, imputed or refined ``[N, C]``, to those that are learned and a mask ``[N]``."""
+
+
+def as_they_are(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Soft labels ``[N, C]``, and a mask ``[N]`` of ones: every example counts."""
+    return labels, labels.new_ones(len(labels))
+
+
+def harden(labels: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
     """One-hot labels ``[N, C]``, and a mask ``[N]`` that is 1 where the largest probability reaches ``threshold``.
+
+    Args:
+        labels: ``[N, C]``.
+        threshold: of all classes, or of each ``[C]``.
 
     >>> harden(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), 0.8)[1]
     tensor([1., 0.])
     """
     confidence, place = labels.max(dim=1)
     hard = torch.zeros_like(labels).scatter_(1, place.unsqueeze(1), 1.0)
+    threshold = threshold[place] if isinstance(threshold, Tensor) else threshold
     return hard, (confidence >= threshold).to(labels.dtype)
+
+
+def sharpen(labels: Tensor, temperature: float) -> Tensor:
+    """``p_c^(1/T) / sum_c' p_c'^(1/T)`` (MixMatch, Eq. (7)); of a softmax, that of its logits divided by T.
+
+    >>> sharpen(torch.tensor([[0.5, 0.25, 0.25]]), 0.5)
+    tensor([[0.6667, 0.1667, 0.1667]])
+    """
+    if temperature == 1:
+        return labels
+    powers = (labels / labels.amax(dim=1, keepdim=True)).pow(1 / temperature)
+    return powers / powers.sum(dim=1, keepdim=True)
 
 
 def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
@@ -203,6 +283,16 @@ def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     return functional.kl_div(logits.to(wide).log_softmax(dim=1), targets.detach().to(wide), reduction="batchmean")
+
+
+def conditional_entropy(logits: Tensor) -> Tensor:
+    """``mean_i H(softmax f_i)`` of logits ``[N, C]``, in nats.
+
+    >>> conditional_entropy(torch.zeros(2, 4))
+    tensor(1.3863)
+    """
+    logarithms = logits.log_softmax(dim=1)
+    return -(logarithms.exp() * logarithms).sum(dim=1).mean()
 
 
 Ramp = Literal["sigmoid", "linear"]
@@ -228,9 +318,9 @@ def refine(
     views: dict[str, Tensor],
     inputs: dict[str, Tensor],
     labeled_logits: Tensor,
-    threshold: float | None,
+    finish: Finish = as_they_are,
 ) -> Used:
-    """The labels to learn from: ``imputed`` or what a method makes of them, then hardened.
+    """The labels to learn from: ``imputed`` or what a method makes of them, then finished: made hard, sharpened.
 
     Args:
         refiner: None for the base alone.
@@ -242,20 +332,16 @@ def refine(
             learn from them (``learned``).
         inputs: the images ``[B_u, ...]`` of both views.
         labeled_logits: ``[B_l, C]``; the hold-out examples if the batch has none of its own.
-        threshold: confidence that a hard label needs; None leaves labels soft and uses all of them.
+        finish: makes of them what is learned, and says which are: :func:`harden` or the like.
     """
-
-    def harden_soft(labels: Tensor) -> tuple[Tensor, Tensor]:
-        return (labels, labels.new_ones(len(labels))) if threshold is None else harden(labels, threshold)
-
     soft = imputed.detach()
     # Neither forward mode nor a second forward goes through DistributedDataParallel.
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if refiner is None:
-        labels, mask = harden_soft(soft)
+        labels, mask = finish(soft)
         return Used(soft, labels, mask, mask, soft.new_zeros(()))
 
-    hard, confident = harden_soft(soft)
+    hard, confident = finish(soft)
     given: dict[str, Any] = {"index": batch.index, "labels": hard if refiner.hard else imputed}
     given["mask"] = confident if refiner.hard else None
     if tape is None:
@@ -274,7 +360,7 @@ def refine(
         )
     if refiner.hard:
         return Used(soft, refined.labels, confident * refined.weights, confident, refined.loss)
-    labels, mask = harden_soft(refined.labels)
+    labels, mask = finish(refined.labels)
     return Used(refined.labels, labels, mask * refined.weights, mask, refined.loss)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from fastmeta.ssl.base import (
+    Algorithm,
     Ramp,
     Refiner,
     StepLoss,
@@ -19,11 +20,11 @@ from fastmeta.ssl.base import (
     ramp_up,
     refine,
 )
-from fastmeta.ssl.mix_up import mix_up
+from fastmeta.ssl.mixing import mix_up
 
 
 @dataclass(frozen=True)
-class MixUpConsistency:
+class MixUpConsistency(Algorithm):
     """Labeled images are mixed with unlabeled ones, and the model shall say of these what it said before.
 
     ``KL(y_mix || f(x_mix)) + ramp(t) weight mean_i |p_i - q_i|^2``, ``p = softmax f(x_i)`` in training mode, ``q`` what
@@ -56,6 +57,7 @@ class MixUpConsistency:
         teacher: nn.Module,
         progress: float,
         refiner: Refiner | None = None,
+        memory: nn.Module | None = None,
     ) -> StepLoss:
         """See :class:`fastmeta.ssl.Algorithm`."""
         network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -72,7 +74,6 @@ class MixUpConsistency:
             views={"imputed": imputed_logits, "learned": imputed_logits},
             inputs={"imputed": batch.weak, "learned": batch.weak},
             labeled_logits=labeled_logits,
-            threshold=None,
         )
         targets = functional.one_hot(batch.targets, used.labels.shape[1]).to(used.labels)
         pairs = torch.arange(max(len(targets), len(used.labels)), device=targets.device)

@@ -41,6 +41,7 @@ class Batches:
     Args:
         data: the images.
         second_view: the second view of the unlabeled images, weak or strong; None for none.
+        more_views: further views of that kind.
         uses_holdout: whether batches have hold-out images.
         seed: of order and augmentation.
         machine: device, workers, memory format, parts of a step.
@@ -55,12 +56,14 @@ class Batches:
         data: TrainingData,
         *,
         second_view: str | None,
+        more_views: int = 0,
         uses_holdout: bool,
         seed: int,
         machine: MachineConfig,
         processes: Processes,
     ) -> None:
         self.data, self.second_view, self.uses_holdout = data, second_view, uses_holdout
+        self.more_views = more_views
         self.seed, self.machine, self.processes = seed, machine, processes
         self.device = torch.device(machine.device)
         self.targets = data.images.targets.to(self.device)
@@ -77,6 +80,7 @@ class Batches:
             unlabeled = next(self._stream("unlabeled", self.data.unlabeled_batch // parts, number))
         else:  # a base that imputes nothing needs none
             unlabeled = Rows(labeled.images[:0], labeled.places[:0], labeled.places[:0], labeled.keys[:0])
+        more = range(3, 3 + self.more_views)
         batch = TrainingBatch(
             labeled=self._view(labeled, "labeled", "labeled", self.data.labeled_view),
             targets=self.targets[labeled.places],
@@ -88,6 +92,8 @@ class Batches:
             labeled_keys=labeled.keys,
             unlabeled_keys=unlabeled.keys,
             seed=self.seed,
+            more=tuple(self._view(unlabeled, "unlabeled", f"view {k}", second or "weak") for k in more),
+            process_group=self.processes.group,
         )
         if not self.uses_holdout:
             return batch

@@ -85,6 +85,7 @@ class Trainer:
         self.batches = Batches(
             data,
             second_view=second_view,
+            more_views=base.more_views,
             uses_holdout=uses_holdout,
             seed=seed,
             machine=self.machine,
@@ -108,7 +109,22 @@ class Trainer:
                 shard(each, last_linear(each)[0], self.processes.group, self.device)
             self.average.follow(model)
             self._shards = Shards(model)
+        torch.manual_seed(generator_for(seed, "memory").initial_seed())
+        self.memory = base.memory(
+            len(data.split.unlabeled),
+            len(data.images.classes),
+            model=model,
+            labels=data.images.targets[data.split.labeled],
+        )
+        """What the base keeps from step to step; None: nothing."""
         weights = model if self._shards is None else self._shards
+        self._remembered: list[Tensor] = []
+        self._trained_beside: list[nn.Parameter] = []  # parameters that no forward of the network uses
+        if self.memory is not None:
+            self.memory.to(self.device)
+            self._remembered = list(self.memory.buffers())
+            self._trained_beside = list(self.memory.parameters())
+            weights = nn.ModuleList([weights, self.memory]) if self._trained_beside else weights
         self.optimizer = make_optimizer(weights, self.optimizer_config)
         self._decayed: list[Tensor] = list(decayed_parameters(weights, self.optimizer_config))
         self._parameters = [parameter for parameter in weights.parameters() if parameter.requires_grad]
@@ -147,6 +163,7 @@ class Trainer:
         self.model.train()
         self.processes.broadcast_(self._buffers)
         buffers = [buffer.clone() for buffer in self._buffers]
+        remembered = [buffer.clone() for buffer in self._remembered]
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._zero_gradients()
         parts = self.machine.accumulation
@@ -161,6 +178,7 @@ class Trainer:
             self.step_averages.add(loss, self._truth[batch.index], batch.unlabeled_share)
             if self.method is not None and loss.imputed is not None and loss.used is not None:
                 self.label_changes.add(self.step, batch.index, loss.imputed, loss.used.soft)
+        self._average([parameter.grad for parameter in self._trained_beside if parameter.grad is not None])
         self._update(finite)
         whole = finite
         if self.method is not None and self.method.own_update:
@@ -176,6 +194,8 @@ class Trainer:
         self.skipped[1] = torch.where(whole, 0, self.skipped[1] + 1)
         decay_(self._decayed, self.optimizer_config, rate * finite)
         put_back_(self._buffers, buffers, where=~whole)
+        for kept, before in zip(self._remembered, remembered, strict=True):
+            kept.copy_(torch.where(whole, kept, before))
         self.average.update()
         self.step += 1
         self.seconds += time.perf_counter() - begin
@@ -183,7 +203,9 @@ class Trainer:
     def _base_loss(self, batch: TrainingBatch) -> StepLoss:
         refiner = None if self.method is None or self.method.own_update else self.method
         progress = self.step / self.steps
-        return self.base.loss(self.network, batch, teacher=self.average.model, progress=progress, refiner=refiner)
+        return self.base.loss(
+            self.network, batch, teacher=self.average.model, progress=progress, refiner=refiner, memory=self.memory
+        )
 
     def _method_loss(self, refiner: Refiner, batch: TrainingBatch) -> Tensor:
         """The method's loss at the parameters that the base's update left, from passes of its own."""
@@ -242,6 +264,7 @@ class Trainer:
             "average": self.average.state_dict(),
             "optimizer": self._spread(self.optimizer.state_dict()),
             "method": None if self.method is None else self.method.method.state_dict(),
+            "memory": None if self.memory is None else self.memory.state_dict(),
             "label_changes": self.label_changes.state_dict(),
             "averages": self.step_averages.state_dict(),
             "skipped": self.skipped,
@@ -257,6 +280,8 @@ class Trainer:
         self.optimizer.load_state_dict(moments if self._shards is None else self._shards.gather(moments))
         if self.method is not None:
             self.method.method.load_state_dict(state["method"])
+        if self.memory is not None:
+            self.memory.load_state_dict(state["memory"])
         self.label_changes.load_state_dict(state["label_changes"])
         self.step_averages.load_state_dict(state["averages"])
         self.skipped.copy_(state["skipped"])
@@ -264,7 +289,8 @@ class Trainer:
         self.batches.unreadable = state["unreadable"]
 
     def _spread(self, state: dict[str, Any]) -> dict[str, Any]:
-        return state if self._shards is None else self._shards.spread(state)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return state if self._shards is None else self._shards.spread(state, parameters)
 
     def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager[Any]:
         """Whether a backward pass leaves the gradients of the processes as they are."""
