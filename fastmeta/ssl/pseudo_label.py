@@ -7,7 +7,18 @@ from typing import ClassVar, Literal
 from torch import nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import Algorithm, Ramp, Refiner, StepLoss, TrainingBatch, features_for, harden, ramp_up, refine
+from fastmeta.ssl.base import (
+    Algorithm,
+    Ramp,
+    Refiner,
+    StepLoss,
+    TrainingBatch,
+    as_they_are,
+    features_for,
+    harden,
+    ramp_up,
+    refine,
+)
 from fastmeta.ssl.passes import Statistics, forward_parts
 
 
@@ -20,6 +31,8 @@ class PseudoLabel(Algorithm):
 
     Args:
         threshold: confidence below which an image is left out of the step.
+        soft: labels stay as they are and every image counts, for a method whose labels are soft: Label Gradient
+            Alignment, Algorithm 1, is this loss on the labels of its table.
         weight: of the unlabeled loss after the ramp.
         ramp: fraction of training over which that weight rises.
         ramp_shape: sigmoid or linear.
@@ -31,6 +44,7 @@ class PseudoLabel(Algorithm):
     weight: float = 1.0
     ramp: float = 0.4
     ramp_shape: Ramp = "sigmoid"
+    soft: bool = False
     statistics: Statistics = "joined"
 
     imputes: ClassVar[bool] = True
@@ -58,7 +72,7 @@ class PseudoLabel(Algorithm):
             views={"imputed": logits_u, "learned": logits_u},
             inputs={"imputed": batch.weak, "learned": batch.weak},
             labeled_logits=labeled_logits,
-            finish=partial(harden, threshold=self.threshold),
+            finish=as_they_are if self.soft else partial(harden, threshold=self.threshold),
         )
         per_example = functional.cross_entropy(logits_u, used.labels, reduction="none")
 

@@ -20,6 +20,13 @@ def to_unit(images: Tensor) -> Tensor:
     return images.to(torch.float32)
 
 
+def to_pixels(images: Tensor) -> Tensor:
+    """The nearest uint8, of what is uint8 or in [0, 1]."""
+    if images.dtype == torch.uint8:
+        return images
+    return (images * 255).round_().to(torch.uint8)
+
+
 def to_canvas(images: Tensor, size: int) -> Tensor:
     """Shrink or enlarge ``images`` so that their shorter side lies between ``size`` and the canvas' side.
 
