@@ -1,10 +1,11 @@
 """Base semi-supervised algorithms, one file each."""
 
 from fastmeta.ssl.alignment import Alignment
-from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, kl_divergence
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch
 from fastmeta.ssl.fixmatch import FixMatch
 from fastmeta.ssl.flexmatch import FlexMatch
 from fastmeta.ssl.freematch import FreeMatch
+from fastmeta.ssl.labels import kl_divergence
 from fastmeta.ssl.mean_teacher import MeanTeacher
 from fastmeta.ssl.mix_up_consistency import MixUpConsistency
 from fastmeta.ssl.mix_up_guesses import MixUp

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmeta.ssl.alignment import DistributionAlignment, aligned, alignment_for
-from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, harden, refine
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine
+from fastmeta.ssl.labels import harden
 from fastmeta.ssl.passes import Statistics, forward_parts
 
 

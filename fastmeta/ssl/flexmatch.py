@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmeta.ops.process_group import Group, joined_rows
-from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, harden, refine, remembered
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine, remembered
+from fastmeta.ssl.labels import harden
 from fastmeta.ssl.passes import Statistics, forward_parts
 from fastmeta.state import Stateful
 

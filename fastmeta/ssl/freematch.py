@@ -9,17 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmeta.ops.process_group import Group, sum_over, world_size
-from fastmeta.ssl.base import (
-    Algorithm,
-    Refiner,
-    StepLoss,
-    TrainingBatch,
-    features_for,
-    harden,
-    joined_mean,
-    refine,
-    remembered,
-)
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, joined_mean, refine, remembered
+from fastmeta.ssl.labels import harden
 from fastmeta.ssl.passes import Statistics, forward_parts
 from fastmeta.state import Stateful
 

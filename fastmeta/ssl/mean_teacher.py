@@ -7,17 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import (
-    Algorithm,
-    Ramp,
-    Refiner,
-    StepLoss,
-    TrainingBatch,
-    features_for,
-    frozen_statistics,
-    ramp_up,
-    refine,
-)
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, frozen_statistics, refine
+from fastmeta.ssl.labels import Ramp, ramp_up
 from fastmeta.ssl.passes import Statistics, forward_parts
 
 

@@ -10,17 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmeta import losses
-from fastmeta.ssl.base import (
-    Algorithm,
-    Ramp,
-    Refiner,
-    StepLoss,
-    TrainingBatch,
-    features_for,
-    kl_divergence,
-    ramp_up,
-    refine,
-)
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine
+from fastmeta.ssl.labels import Ramp, kl_divergence, ramp_up
 from fastmeta.ssl.mixing import mix_up
 
 

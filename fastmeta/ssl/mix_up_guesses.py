@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 from torch import nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import Algorithm, Ramp, Refiner, StepLoss, TrainingBatch, as_they_are, harden, ramp_up, refine
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, refine
+from fastmeta.ssl.labels import Ramp, as_they_are, harden, ramp_up
 from fastmeta.ssl.mixing import Mixed, mix_up, shuffled_partners
 from fastmeta.ssl.passes import Statistics, forward_parts, guessing
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmeta.ssl.alignment import DistributionAlignment, aligned, alignment_for
-from fastmeta.ssl.base import Algorithm, Ramp, Refiner, StepLoss, TrainingBatch, as_they_are, ramp_up, refine, sharpen
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, refine
+from fastmeta.ssl.labels import Ramp, as_they_are, ramp_up, sharpen
 from fastmeta.ssl.mixing import Mixed, mix_up, shuffled_partners
 from fastmeta.ssl.passes import Statistics, forward_parts, guessing
 

@@ -6,17 +6,8 @@ from typing import ClassVar, Literal
 from torch import nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import (
-    Algorithm,
-    Ramp,
-    Refiner,
-    StepLoss,
-    TrainingBatch,
-    conditional_entropy,
-    features_for,
-    ramp_up,
-    refine,
-)
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine
+from fastmeta.ssl.labels import Ramp, conditional_entropy, ramp_up
 from fastmeta.ssl.passes import Statistics, forward_parts
 
 

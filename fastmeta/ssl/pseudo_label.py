@@ -7,18 +7,8 @@ from typing import ClassVar, Literal
 from torch import nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import (
-    Algorithm,
-    Ramp,
-    Refiner,
-    StepLoss,
-    TrainingBatch,
-    as_they_are,
-    features_for,
-    harden,
-    ramp_up,
-    refine,
-)
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine
+from fastmeta.ssl.labels import Ramp, as_they_are, harden, ramp_up
 from fastmeta.ssl.passes import Statistics, forward_parts
 
 

@@ -12,17 +12,8 @@ from torch.nn import functional
 
 from fastmeta.capture import last_linear
 from fastmeta.ssl.alignment import Alignment, DistributionAlignment, aligned, alignment_for
-from fastmeta.ssl.base import (
-    Algorithm,
-    Ramp,
-    Refiner,
-    StepLoss,
-    TrainingBatch,
-    frozen_statistics,
-    ramp_up,
-    refine,
-    remembered,
-)
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, frozen_statistics, refine, remembered
+from fastmeta.ssl.labels import Ramp, ramp_up
 from fastmeta.ssl.mixmatch import mixed_with_all, sharpened
 from fastmeta.ssl.passes import Statistics, forward_parts, guessing
 

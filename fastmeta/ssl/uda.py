@@ -9,16 +9,8 @@ from torch.nn import functional
 
 from fastmeta.ops.process_group import sum_over, world_size
 from fastmeta.ssl.alignment import DistributionAlignment, aligned, alignment_for
-from fastmeta.ssl.base import (
-    Algorithm,
-    Refiner,
-    StepLoss,
-    TrainingBatch,
-    features_for,
-    harden,
-    refine,
-    sharpen,
-)
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine
+from fastmeta.ssl.labels import harden, sharpen
 from fastmeta.ssl.passes import Statistics, forward_parts
 
 Annealing = Literal["none", "linear", "log", "exp"]

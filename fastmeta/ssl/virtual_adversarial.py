@@ -10,19 +10,8 @@ from torch.nn import functional
 
 from fastmeta import checks
 from fastmeta.problem.random_state import RandomState
-from fastmeta.ssl.base import (
-    Algorithm,
-    Refiner,
-    StepLoss,
-    TrainingBatch,
-    as_they_are,
-    conditional_entropy,
-    features_for,
-    frozen_statistics,
-    harden,
-    kl_divergence,
-    refine,
-)
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, frozen_statistics, refine
+from fastmeta.ssl.labels import as_they_are, conditional_entropy, harden, kl_divergence
 
 
 def virtual_adversarial_direction(

@@ -14,7 +14,8 @@ from fastmeta.data import generator_for
 from fastmeta.methods import L2I
 from fastmeta.ops.process_group import sum_over
 from fastmeta.ssl import Algorithm, Refiner, StepLoss, TrainingBatch
-from fastmeta.ssl.base import examples_of, frozen_statistics, harden, own_precision
+from fastmeta.ssl.base import examples_of, frozen_statistics, own_precision
+from fastmeta.ssl.labels import harden
 from fastmeta.training.batches import Batches, TrainingData
 from fastmeta.training.config import AverageConfig, MachineConfig, OptimizerConfig, ScheduleConfig
 from fastmeta.training.ema import ExponentialMovingAverage
