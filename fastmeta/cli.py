@@ -1,4 +1,4 @@
-"""The command line: ``fastmeta compare``, ``train``, ``presets``, ``predict``, ``report`` and ``doctor``."""
+"""The command line: ``fastmeta compare``, ``train``, ``presets``, ``predict``, ``report``, ``reproduce``."""
 
 import argparse
 import ast
@@ -18,6 +18,7 @@ from fastmeta.presets import PRESETS, preset
 from fastmeta.presets.data import require_data
 from fastmeta.presets.listing import as_json, as_text, matching
 from fastmeta.presets.smoke import run_smoke
+from fastmeta.reproduce import EXPERIMENTS
 from fastmeta.training.checkpoints import CheckpointError
 from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
@@ -35,11 +36,15 @@ from fastmeta.training.workers import WorkerError
 if TYPE_CHECKING:
     Base: TypeAlias = str
     Method: TypeAlias = str
+    ExperimentName: TypeAlias = str
 else:
     Base = tyro.extras.literal_type_from_choices(list(BASE_RECIPES))
     Method = tyro.extras.literal_type_from_choices(list(METHODS))
-# With the features of the base's own forward and the last layer alone.
-DEFAULT_METHODS = tuple(name for name, recipe in METHODS.items() if recipe.passes == "shared")
+    ExperimentName = tyro.extras.literal_type_from_choices(list(EXPERIMENTS))
+# With the features of the base's own forward and the last layer alone, and settings chosen here.
+DEFAULT_METHODS = tuple(
+    name for name, recipe in METHODS.items() if recipe.passes == "shared" and not name.endswith("-published")
+)
 
 
 @dataclass(frozen=True)
@@ -266,6 +271,36 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Reproduce:
+    """Measure an experiment of a paper here: results.json, table.md beside the paper's figures, and pictures.
+
+    Without a name: the list of them. The same command continues an interrupted experiment.
+    """
+
+    name: Annotated[ExperimentName | None, tyro.conf.Positional] = None
+    """Of the experiment."""
+    out: Path | None = None
+    """Folder for the results (default: a name under runs/reproduced/)."""
+    quick: bool = False
+    """A small version that shows that everything works; its figures mean nothing."""
+    minutes: float | None = None
+    """No cell of the experiment is begun after that long; the same command goes on later."""
+
+    def run(self) -> int:
+        """Exit status: 0."""
+        if self.name is None:
+            width = max(map(len, EXPERIMENTS))
+            print("\n".join(f"{name:{width}}  {experiment.paper}" for name, experiment in EXPERIMENTS.items()))
+            return 0
+        out = self.out
+        if out is None:
+            out = Path("runs") / "reproduced" / f"{self.name}{'-quick' if self.quick else ''}"
+        EXPERIMENTS[self.name].run(out, self.quick, self.minutes)
+        print(out / "table.md")
+        return 0
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Print which implementation of each operator is available, and why the others are not; or verify a model."""
 
@@ -300,6 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
         | Annotated[Presets, tyro.conf.subcommand("presets")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
     command = tyro.cli(commands, prog="fastmeta", description=_DESCRIPTION, args=given)  # type: ignore[call-overload]

@@ -210,7 +210,6 @@ def build(
         ),
         base=base_of(config.base, config.base_settings),
         method=recipe.build(len(split.unlabeled), len(images.classes), config.method_settings, processes.group),
-        uses_holdout=recipe.uses_holdout,
         steps=config.steps,
         seed=config.seed,
         optimizer=config.optimizer,

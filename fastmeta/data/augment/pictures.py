@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.data.augment.affine import affine_map, mirrored, warp
-from fastmeta.data.augment.operations import draw_operations
 from fastmeta.data.augment.pixels import centre, cut_, gray, mean_of, to_canvas
+from fastmeta.data.augment.strengths import draw_operations
 from fastmeta.data.augment.weak import RandomCrop
 from fastmeta.data.random_numbers import KeyedRandom
 
