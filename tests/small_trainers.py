@@ -93,7 +93,6 @@ def trainer(
         data(10 if base == "mix-up-consistency" else 6),  # of unequal sizes, each process makes its own pairs
         base=base_of(base, settings),
         method=recipe.build(SIZES["unlabeled"], CLASSES, solver, group),
-        uses_holdout=recipe.uses_holdout,
         steps=STEPS,
         optimizer=OptimizerConfig(learning_rate=0.1),
         average=AverageConfig(decay=0.9),

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from fastmeta import checks
 from fastmeta.capture import FeatureTape, capture_features
 from fastmeta.data.random_numbers import KeyedRandom
-from fastmeta.methods import Method
+from fastmeta.methods import L2I, LabelGradientAlignment, Method
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class TrainingBatch:
             there is no stream.
         unlabeled_keys: those of the unlabeled images ``[B_u]``.
         seed: of the run.
+        probe: labeled images as the augmentation's policy tries them ``[B_l, channels, height, width]``; None: it is
+            not learned.
     """
 
     labeled: Tensor
@@ -48,6 +50,7 @@ class TrainingBatch:
     labeled_keys: Tensor | None = None
     unlabeled_keys: Tensor | None = None
     seed: int = 0
+    probe: Tensor | None = None
 
     @property
     def joined_share(self) -> float:
@@ -110,14 +113,31 @@ class Refiner:
         method: refines labels or weights.
         view: the unlabeled images whose predictions it differentiates: ``imputed``, those the labels come from, or
             ``learned``, those that learn from them (the inner loss as it is written).
-        hard: it is given labels as the loss uses them (one-hot, with the mask) and not the probabilities behind them.
+        hard: it is given labels as the loss uses them (one-hot, with the mask) and not the probabilities behind them;
+            their derivative is that of these.
         passes: ``shared``: it works on the features of the base's own forward; ``own``: it is given the images and
             makes its own passes, as methods of the whole model do.
-        own_update: its loss has an update of its own, after the base's and at the parameters that this left.
-        two_views: in that update labels are imputed from the second view and the inner loss is taken on the first, as
-            in Learning to Impute (journal version, Algorithm 1); otherwise both are one view.
-        scheduled: an attribute of the method that is the learning rate of each step, as the published code of
-            Meta-Gradient has it; None: none.
+        own_update: its loss has an update of its own, after the base's and at the parameters that this left. That of a
+            method that steps on labels (L2I V1) is the loss on them, :meth:`fastmeta.L2I.unlabeled_loss`.
+        two_views: in that update the inner loss is taken on the images that the base's loss was trained on, and labels
+            come from their other view, as in Learning to Impute (journal version, Algorithm 1, lines 7 and 8);
+            otherwise both are one view.
+        imputer: who imputes these labels: ``student`` (Algorithm 1 and the published code), or ``teacher``, whose
+            labels have the student's derivative.
+        moves_statistics: passes of that update that move BatchNorm's running statistics, too: ``none``, ``imputing``,
+            ``inner`` (the published code) or ``both``.
+        holdout: the examples of its outer loss: ``batch``, the base's labeled batch; ``labeled``, another batch of the
+            labeled images, in a view of its own (Learning to Impute); ``part``, the hold-out part of the split, or
+            ``drawn``, images drawn from it with replacement (the published code of Not All Unlabeled Data Are Equal).
+        fresh: its table learns from batches of its own, after every ``method.interval`` updates of the base and at the
+            parameters that these left; the base's loss only reads it (Not All Unlabeled Data Are Equal, Algorithm 1,
+            lines 7 to 12).
+        scheduled: an attribute of the method that follows the learning rate, as the published code of Meta-Gradient has
+            it; None: none.
+        scheduled_factor: times which that attribute is the learning rate of each step.
+
+    Raises:
+        ValueError: a choice is not one of those named, or the method is none that can meet the loss there.
     """
 
     method: Method
@@ -126,7 +146,30 @@ class Refiner:
     passes: Literal["shared", "own"] = "shared"
     own_update: bool = False
     two_views: bool = False
+    imputer: Literal["student", "teacher"] = "student"
+    moves_statistics: Literal["none", "imputing", "inner", "both"] = "none"
+    holdout: Literal["batch", "labeled", "part", "drawn"] = "batch"
+    fresh: bool = False
     scheduled: str | None = None
+    scheduled_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.choice(self.view, "view", "imputed", "learned")
+        checks.choice(self.passes, "passes", "shared", "own")
+        checks.choice(self.imputer, "imputer", "student", "teacher")
+        checks.choice(self.moves_statistics, "moves_statistics", "none", "imputing", "inner", "both")
+        checks.choice(self.holdout, "holdout", "batch", "labeled", "part", "drawn")
+        checks.number(self.scheduled_factor, "scheduled_factor", low=0.0)
+        name = type(self.method).__name__
+        if self.scheduled is not None and not isinstance(getattr(self.method, self.scheduled, None), int | float):
+            raise ValueError(f"scheduled must be a number of {name} that may change, got {self.scheduled!r}")
+        if self.fresh and (self.own_update or self.method.update.takes != "weights"):
+            raise ValueError(f"fresh must be False for {name} with own_update={self.own_update}: it is for weights")
+        if not self.own_update:
+            if self.two_views or self.imputer != "student" or self.moves_statistics != "none":
+                raise ValueError("two_views, imputer and moves_statistics must be left out without own_update")
+        elif not self.method.update.needs_graph and (self.hard or not isinstance(self.method, L2I)):
+            raise ValueError(f"own_update must be False for {name} with hard={self.hard}: it has no loss of its own")
 
 
 class Algorithm(Protocol):
@@ -196,13 +239,16 @@ def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: f ``[N, C]``.
-        targets: probabilities y ``[N, C]``, constants.
+        targets: probabilities y ``[N, C]``, constants. An entry below 0, as a step on labels that is not projected may
+            leave it, counts in the cross-entropy and not in the entropy, which has no gradient.
 
     >>> kl_divergence(torch.zeros(1, 4), torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
     tensor(0.6931)
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return functional.kl_div(logits.to(wide).log_softmax(dim=1), targets.detach().to(wide), reduction="batchmean")
+    fixed = targets.detach().to(wide)
+    entropy = torch.special.entr(fixed.clamp_min(0)).sum(dim=1)
+    return (-(fixed * logits.to(wide).log_softmax(dim=1)).sum(dim=1) - entropy).mean()
 
 
 Ramp = Literal["sigmoid", "linear"]
@@ -256,12 +302,16 @@ def refine(
         return Used(soft, labels, mask, mask, soft.new_zeros(()))
 
     hard, confident = harden_soft(soft)
-    given: dict[str, Any] = {"index": batch.index, "labels": hard if refiner.hard else imputed}
-    given["mask"] = confident if refiner.hard else None
+    given: dict[str, Any] = {"index": batch.index, "labels": imputed, "mask": None}
+    if refiner.hard:
+        given |= {"labels": hard + (imputed - soft), "mask": confident}
+    scheduled = isinstance(refiner.method, LabelGradientAlignment) and refiner.method.labeled_weight is not None
+    if scheduled and tape is None:
+        given["labeled_logits"] = labeled_logits
     if tape is None:
         with own_precision(refiner, imputed):
             refined = refiner.method.refine(
-                model=model, unlabeled=inputs[refiner.view], **_examples(batch, batch.labeled, batch.holdout), **given
+                model=model, unlabeled=inputs[refiner.view], **examples_of(batch, batch.labeled, batch.holdout), **given
             )
     else:
         labeled, holdout = tape.outputs(labeled_logits), None
@@ -270,8 +320,10 @@ def refine(
                 holdout_logits = model(batch.holdout)
             holdout = holdout_tape.outputs(holdout_logits)
         refined = refiner.method.refine(
-            unlabeled=tape.outputs(views[refiner.view]), **_examples(batch, labeled, holdout), **given
+            unlabeled=tape.outputs(views[refiner.view]), **examples_of(batch, labeled, holdout), **given
         )
+    if scheduled:  # (T(i) - 1) times the mean over the labeled images that this process has
+        refined = refined._replace(loss=batch.labeled_share * refined.loss)
     if refiner.hard:
         return Used(soft, refined.labels, confident * refined.weights, confident, refined.loss)
     labels, mask = harden_soft(refined.labels)
@@ -284,7 +336,7 @@ def own_precision(refiner: Refiner, logits: Tensor) -> contextlib.AbstractContex
     return torch.autocast(logits.device.type, enabled=False) if differences else contextlib.nullcontext()
 
 
-def _examples(batch: TrainingBatch, labeled: Any, holdout: Any) -> dict[str, Any]:
+def examples_of(batch: TrainingBatch, labeled: Any, holdout: Any) -> dict[str, Any]:
     """A method's examples with labels: the labeled batch is the hold-out batch where there is no other."""
     if holdout is None:
         return {"holdout": labeled, "targets": batch.targets, "labeled": None, "labeled_targets": None}

@@ -19,6 +19,8 @@ class PseudoLabel:
 
     Args:
         threshold: confidence below which an image is left out of the step.
+        soft: labels stay as they are and every image counts, for a method whose labels are soft: Label Gradient
+            Alignment, Algorithm 1, is this loss on the labels of its table.
         weight: of the unlabeled loss after the ramp.
         ramp: fraction of training over which that weight rises.
         ramp_shape: sigmoid or linear.
@@ -28,6 +30,7 @@ class PseudoLabel:
     weight: float = 1.0
     ramp: float = 0.4
     ramp_shape: Ramp = "sigmoid"
+    soft: bool = False
 
     imputes: ClassVar[bool] = True
     second_view: ClassVar[Literal["weak", "strong"] | None] = None
@@ -54,7 +57,7 @@ class PseudoLabel:
             views={"imputed": logits_u, "learned": logits_u},
             inputs={"imputed": batch.weak, "learned": batch.weak},
             labeled_logits=labeled_logits,
-            threshold=self.threshold,
+            threshold=None if self.soft else self.threshold,
         )
         per_example = functional.cross_entropy(logits_u, used.labels, reduction="none")
 

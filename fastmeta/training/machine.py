@@ -23,6 +23,19 @@ def refuse_compile(base: Algorithm, method: Refiner | None) -> None:
         )
 
 
+def refuse_accumulation(method: Refiner | None, machine: MachineConfig) -> None:
+    """Nothing where a step may be computed in parts.
+
+    Raises:
+        ValueError: the method's own update, or its fresh batches, belong to a whole step.
+    """
+    if machine.accumulation > 1 and method is not None and (method.own_update or method.fresh):
+        part = "an update" if method.own_update else "batches"
+        raise ValueError(
+            f"machine.accumulation must be 1 for a method with {part} of its own, got {machine.accumulation}"
+        )
+
+
 def refuse_sharding(method: Refiner | None, machine: MachineConfig, processes: Processes) -> None:
     """Nothing where the model's parameters may be spread over the processes.
 

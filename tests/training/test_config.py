@@ -4,6 +4,7 @@ import math
 import pytest
 
 from fastmeta.training import (
+    AugmentationConfig,
     AverageConfig,
     EvaluationConfig,
     MachineConfig,
@@ -49,6 +50,7 @@ def test_settings_name_what_is_wrong(settings, message):
         ("average", AverageConfig(decay=1.0), r"average\.decay must lie in \[0, 1\), got 1.0"),
         ("schedule", ScheduleConfig("cosine", milestones=(3,)), "milestones must be left out with schedule cosine"),
         ("evaluation", EvaluationConfig(every=0), "evaluation.every must be at least 1, got 0"),
+        ("augmentation", AugmentationConfig(noise=-1.0), "augmentation.noise must be at least 0 and finite, got -1.0"),
         ("machine", MachineConfig(accumulation=0), "machine.accumulation must be at least 1, got 0"),
         ("machine", MachineConfig(batch_norm="synchronized"), "machine.batch_norm must be per-process on the CPU"),
     ],
@@ -66,12 +68,14 @@ def test_config_is_plain_json_and_is_read_back():
         optimizer=OptimizerConfig("adam", betas=(0.5, 0.9)),
         schedule=ScheduleConfig("steps", milestones=(3, 5)),
         split=SplitConfig(validation_per_class=5),
+        augmentation=AugmentationConfig(strong="weak", shift=2, flip=False),
     )
     written = json.loads(json.dumps(config.as_dict()))
     assert written["base_settings"] == {"threshold": 0.9, "weight": 1.0}
     read = from_dict(written)
     assert json.loads(json.dumps(read.as_dict())) == written
-    assert (read.optimizer, read.schedule, read.split) == (config.optimizer, config.schedule, config.split)
+    for part in ("optimizer", "schedule", "split", "augmentation"):
+        assert getattr(read, part) == getattr(config, part)
 
 
 def test_what_is_left_to_the_data_is_filled_in_once(digits):

