@@ -189,9 +189,7 @@ def test_tiny_imagenet_is_tested_on_val(written):
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_what_is_missing_is_named(name, tmp_path):
     (tmp_path / "readme.txt").touch()
-    with pytest.raises(
-        DataError, match=rf"no {name} found; expected .*; or parquet files .* \(.*: no images"
-    ):
+    with pytest.raises(DataError, match=rf"no {name} found; expected .*; or parquet files .* \(.*: no images"):
         open_images(f"{name}:{tmp_path}")
     with pytest.raises(DataError, match="nowhere: no such file or folder"):
         open_images(f"{name}:{tmp_path / 'nowhere'}")
