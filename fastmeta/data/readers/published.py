@@ -15,7 +15,11 @@ from fastmeta.data.readers.tiny_imagenet import TINY_IMAGENET
 
 _ORIGINALS = (*CIFAR, SVHN_EXTRA, SVHN, FASHION_MNIST, MNIST, TINY_IMAGENET)
 PICTURES = {"imagenet": 224, "imagenet-72": 72}
-"""Data sets without a form of their own: folders of pictures or parquet, and the image size of each."""
+"""Data sets without a form of their own, folders of pictures or parquet, and the image size of each.
+
+ImageNet-72 is that of Rebuffi et al. (2017), whose shorter side is 72; any other size is resized to it, and the centre
+square is kept.
+"""
 PUBLISHED = (*dict.fromkeys(original.name for original in _ORIGINALS), *PICTURES)
 
 
