@@ -179,6 +179,15 @@ def test_files_of_mnist_need_a_name(written, tmp_path):
     assert unpacked.get(places).equal(digits.get(places))
 
 
+def test_a_forked_process_opens_the_zip_by_itself(written, monkeypatch):
+    images = open_images(written / "tiny-imagenet", cache=False)
+    images.get(torch.tensor([0]))
+    before = images.collection.opener._file
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    images.get(torch.tensor([1]))
+    assert images.collection.opener._file is not before
+
+
 def test_tiny_imagenet_is_tested_on_val(written):
     images = open_images(written / "tiny-imagenet", cache=False)
     assert all("/val/images/" in images.describe(place) for place in images.parts["test"].tolist())
