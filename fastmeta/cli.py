@@ -60,7 +60,7 @@ class Compare:
     """Methods on top of it; the base alone ("none") is always among them. -jvp: the whole model moves, not the last
     layer alone; -alternating: an update of its own, after the base's."""
     data: str = "digits"
-    """Images: "digits", or a path."""
+    """Images: digits, mnist-5k, photographs, or a path."""
     labels_per_class: int = 1
     """Labeled images per class, at least 1; what is left of a class is unlabeled."""
     seeds: int = 7
