@@ -87,7 +87,9 @@ class MixUpConsistency(Algorithm):
         return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed_logits.detach().softmax(dim=1), used)
 
     def _labeled_loss(self, model: nn.Module, batch: TrainingBatch, labels: Tensor) -> Tensor:
-        """Of the labeled images alone, or mixed with unlabeled ones and their ``labels``."""
+        """Of the labeled images alone, or mixed with unlabeled ones and their ``labels``; 0 where its weight is."""
+        if self.labeled_weight == 0:  # no pass, which would move running statistics
+            return labels.new_zeros(())
         if not self.mix_up:
             return batch.labeled_share * functional.cross_entropy(model(batch.labeled), batch.targets)
         targets = functional.one_hot(batch.targets, labels.shape[1]).to(labels)

@@ -78,7 +78,9 @@ class AverageConfig:
     decay: float | None = None
     """It remembers about 1 / (1 - decay) steps (default: a tenth of the run, at least 100 and at most 1000)."""
     warm_up: bool = True
-    """min(decay, (1 + t) / (10 + t)) at step t, so that it forgets the initialization."""
+    """min(decay, (1 + t) / (delay + t)) at step t, so that it forgets the initialization."""
+    delay: float = 10.0
+    """Of the warm-up: the larger, the sooner it forgets; 2 is 1 - 1 / (t + 2), the published mean teacher's."""
     buffers: Literal["copied", "averaged"] = "copied"
     """What it does with batch normalization's running statistics."""
 
@@ -86,6 +88,7 @@ class AverageConfig:
         """Raise ValueError for a value out of range; the command line makes these before it checks them."""
         if self.decay is not None:
             _in_range("average.decay", self.decay, least=0, below=1)
+        _in_range("average.delay", self.delay, above=1)
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ class SplitConfig:
     """The same of the unlabeled images; those that are too many are left out."""
     foreign_classes: int = 0
     """The last classes, so many, have no labels: their images are among the unlabeled ones and are not evaluated."""
+    holdout: int | None = None
+    """Labels for a method's outer objective only, so many in all, drawn without regard to their classes."""
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ class Trainer:
             self._learn_from_fresh_batches(self.method)
         self.skipped[0] += ~whole
         self.skipped[1] = torch.where(whole, 0, self.skipped[1] + 1)
-        decay_(self._decayed, self.optimizer_config, rate * finite)
+        decay_(self._decayed, self.optimizer_config, rate * finite.double())
         put_back_(self._buffers, buffers, where=~whole)
         for kept, before in zip(self._remembered, remembered, strict=True):
             kept.copy_(torch.where(whole, kept, before))
