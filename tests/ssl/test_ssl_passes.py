@@ -27,6 +27,8 @@ BASES = [
     FixMatch(threshold=0.5),
     PseudoLabel(threshold=0.5, ramp=0.1),
     MeanTeacher(ramp=0.1),
+    MeanTeacher(ramp=0.1, statistics="interleaved"),
+    FixMatch(threshold=0.5, statistics="separate"),
     PiModel(ramp=0.1),
     UDA(threshold=0.5, distribution_alignment="uniform"),
     FlexMatch(threshold=0.5),
