@@ -237,7 +237,7 @@ def remembered(memory: nn.Module | None, kind: type[Memory]) -> Memory:
         ValueError: it is None or another's.
     """
     if not isinstance(memory, kind):
-        raise ValueError(f"memory must be what the base's memory(...) gave, a {kind.__name__}, got {memory!r}")
+        raise ValueError(f"memory must be the {kind.__name__} that the base's memory(...) gave, got {memory!r}")
     return memory
 
 
