@@ -63,7 +63,7 @@ def test_steps_of_a_captured_method(method: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(machine_module, "graph", functools.partial(fastmeta.graph, recorder=tape))
     monkeypatch.setattr(MachineConfig, "check", lambda self: None)  # which refuses it on the CPU
     machine = MachineConfig(graph=True)
-    if METHODS[method].scheduled is not None:
+    if "scheduled" in METHODS[method].settings:
         with pytest.raises(ValueError, match=r"machine.graph must be False with a method whose step changes at every"):
             trainer("fixmatch", method, None, machine)
         return

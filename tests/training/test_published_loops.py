@@ -57,6 +57,7 @@ L2I: dict[str, tuple[str, dict[str, Any]]] = {
     "V2": ("mean-teacher", {**PAPER["V2"], "moves_statistics": "none"}),
     "V1": ("mean-teacher", {**PAPER["V1"], "imputer": "teacher"}),
     "FixMatch": ("fixmatch", {"hard": True, "inner_loss": "cross_entropy", "reduction": "mean", "rate": 5.0}),
+    "L by Eq. (6)": ("mean-teacher", {**CODE["V1"], "how": "last_layer", "derivative": "eq6", "rate": 0.02}),
     "Eq. (6)": ("mean-teacher", {"how": "last_layer", "derivative": "eq6", "outer_reduction": "sum"}),
 }
 
@@ -110,6 +111,11 @@ def test_learning_to_impute(name: str) -> None:
         theta_star = {**theta, **{key: theta[key].detach() - eta * g for key, g in zip(moving, gradients, strict=True)}}
         logits_h = at(model, theta_star, batch.holdout)
         outer = cross_entropy(logits_h, batch.holdout_targets, reduction=chosen["outer_reduction"])
+        if chosen.get("derivative") == "eq6":  # of the labels, in place of the chain rule
+            f_h, f_u = (at_features(model, theta, images) for images in (batch.holdout, batch.second))
+            residual = logits_h.softmax(1) - one_hot(batch.holdout_targets, CLASSES)
+            count = len(residual) if chosen["outer_reduction"] == "mean" else 1
+            outer = (eta * (f_u @ f_h.T @ residual / count).detach() * z).sum()
         if chosen["variant"] == "V1":
             moved = learned - chosen["label_step"] * torch.autograd.grad(outer, learned)[0]
             z = moved.softmax(1) if chosen["label_space"] == "logits" else moved
@@ -117,12 +123,7 @@ def test_learning_to_impute(name: str) -> None:
             second = squares.sum() if chosen["second_reduction"] == "sum" else squares.mean()
             updated(adam, model, torch.autograd.grad(second, list(model.parameters())), lr)
         else:
-            surrogate = outer
-            if chosen.get("derivative") == "eq6":
-                f_h, f_u = (at_features(model, theta, images) for images in (batch.holdout, batch.second))
-                residual = logits_h.softmax(1) - one_hot(batch.holdout_targets, CLASSES)
-                surrogate = (eta * (f_u @ f_h.T @ residual).detach() * z).sum()
-            updated(adam, model, torch.autograd.grad(surrogate, list(psi.values())), lr)
+            updated(adam, model, torch.autograd.grad(outer, list(psi.values())), lr)
             moves = chosen["moves_statistics"]
             for images in {"both": [batch.weak, batch.second], "inner": [batch.second], "none": []}[moves]:
                 functional_call(model, {key: value.detach() for key, value in theta.items()}, (images,))

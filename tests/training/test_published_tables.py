@@ -16,15 +16,25 @@ from fastmeta.ssl import TrainingBatch
 from fastmeta.training.config import OptimizerConfig
 
 
-@pytest.mark.parametrize("how", ["jvp", "last_layer"])
-@pytest.mark.parametrize("optimizer", ["adam", "masked_adam"])
-def test_label_gradient_alignment(how: str, optimizer: str) -> None:
+BASES = {"pseudo-label": {"soft": True, "ramp": 0.0}, "vat": {"weight": 0.0, "entropy_weight": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("base", "how", "optimizer"),
+    [
+        ("pseudo-label", "jvp", "adam"),
+        ("pseudo-label", "jvp", "masked_adam"),
+        ("pseudo-label", "last_layer", "adam"),
+        ("vat", "jvp", "adam"),  # without its own losses it is the same
+    ],
+)
+def test_label_gradient_alignment(base: str, how: str, optimizer: str) -> None:
     """Algorithm 1, Eq. (2): labels softmax(w), T(i) times the labeled loss, Adam on all of w or on what is drawn."""
     run, model, batches = run_of(
-        "pseudo-label",
+        base,
         "label-gradient-alignment-published" if how == "jvp" else "label-gradient-alignment",
         steps=3,
-        base_settings={"soft": True, "ramp": 0.0},
+        base_settings=BASES[base],
         method_settings={"lr": 0.2, "optimizer": optimizer, "ramp_steps": 7, "epsilon": 1e-6, "dtype": torch.float64},
         optimizer=OptimizerConfig(learning_rate=0.1, momentum=0.0, weight_decay=0.0),
     )
@@ -142,6 +152,7 @@ def pseudo_labels(model: nn.Module, batch: TrainingBatch) -> tuple[Tensor, Tenso
 def test_example_weights(name: str) -> None:
     """FixMatch on weighted examples; every N steps the weights learn, in Algorithm 1 on batches of their own."""
     settings = {**WEIGHTS[name], "interval": INTERVAL, "damping": DAMPING, "dtype": torch.float64}
+    settings["inverse_hessian"] = "cholesky"
     run, model, batches = run_of(
         "fixmatch",
         "example-weights-published",
