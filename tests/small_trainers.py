@@ -20,6 +20,14 @@ from fastmeta.training.trainer import Trainer
 
 CLASSES, STEPS = 3, 2
 SIZES = {"labeled": 9, "unlabeled": 23, "holdout": 7, "validation": 5, "test": 11}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fixmatch": {"threshold": 0.5},
+    "pseudo-label": {"threshold": 0.5},
+    "flexmatch": {"threshold": 0.5},
+    "uda": {"threshold": 0.5, "annealing": "linear", "distribution_alignment": "labels"},
+    "mixmatch": {"views": 3, "ramp": 0.0},
+    "remixmatch": {"ramp": 0.0},
+}
 # FixMatch with every method; every base alone and with a method that fits.
 CASES = [("fixmatch", method) for method in METHODS] + [
     (base, method)
@@ -99,12 +107,11 @@ def trainer(
         solver = {"inverse_hessian": "cg", "tol": tol}
     if "interval" in recipe.settings:
         solver["interval"] = 1
-    settings = {"threshold": 0.5} if base in ("fixmatch", "pseudo-label") else {}
     return Trainer(
         model,
         # Of unequal sizes, each process makes its own pairs.
         data(10 if base == "mix-up-consistency" else 6, holdout_batch),
-        base=base_of(base, {**settings, **base_settings}),
+        base=base_of(base, {**SETTINGS.get(base, {}), **base_settings}),
         method=recipe.build(SIZES["unlabeled"], CLASSES, {**solver, **method_settings}, group),
         steps=STEPS,
         optimizer=optimizer or OptimizerConfig(learning_rate=0.1),

@@ -10,21 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmeta import losses
-from fastmeta.ssl.base import (
-    Ramp,
-    Refiner,
-    StepLoss,
-    TrainingBatch,
-    features_for,
-    kl_divergence,
-    ramp_up,
-    refine,
-)
-from fastmeta.ssl.mix_up import mix_up
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine
+from fastmeta.ssl.labels import Ramp, kl_divergence, ramp_up
+from fastmeta.ssl.mixing import mix_up
 
 
 @dataclass(frozen=True)
-class MixUpConsistency:
+class MixUpConsistency(Algorithm):
     """Labeled images are mixed with unlabeled ones, and the model shall say of these what it said before.
 
     ``KL(y_mix || f(x_mix)) + ramp(t) weight mean_i |p_i - q_i|^2``, ``p = softmax f(x_i)`` in training mode, ``q`` what
@@ -68,6 +60,7 @@ class MixUpConsistency:
         teacher: nn.Module,
         progress: float,
         refiner: Refiner | None = None,
+        memory: nn.Module | None = None,
     ) -> StepLoss:
         """See :class:`fastmeta.ssl.Algorithm`."""
         network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -84,7 +77,6 @@ class MixUpConsistency:
             views={"imputed": imputed_logits, "learned": imputed_logits},
             inputs={"imputed": batch.weak, "learned": batch.weak},
             labeled_logits=labeled_logits,
-            threshold=None,
         )
         labeled = self._labeled_loss(model, batch, used.labels)
         per_example = losses.loss_per_example(model(batch.weak), used.labels, self.consistency)

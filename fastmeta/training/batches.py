@@ -43,6 +43,7 @@ class Batches:
     Args:
         data: the images.
         second_view: the second view of the unlabeled images, weak or strong; None for none.
+        more_views: further views of that kind.
         holdout: the examples of a method's outer loss; see :class:`fastmeta.ssl.Refiner`.
         fresh: whether those are for :meth:`fresh` alone.
         seed: of order and augmentation.
@@ -58,13 +59,14 @@ class Batches:
         data: TrainingData,
         *,
         second_view: str | None,
+        more_views: int = 0,
         holdout: str = "batch",
         fresh: bool = False,
         seed: int,
         machine: MachineConfig,
         processes: Processes,
     ) -> None:
-        self.data, self.second_view = data, second_view
+        self.data, self.second_view, self.more_views = data, second_view, more_views
         self.holdout, self.holdout_is_fresh = holdout, fresh
         self.seed, self.machine, self.processes = seed, machine, processes
         self.device = torch.device(machine.device)
@@ -90,6 +92,7 @@ class Batches:
             unlabeled = next(self._stream(prefix, "unlabeled", self.data.unlabeled_batch // parts, number))
         else:  # a base that imputes nothing needs none
             unlabeled = Rows(labeled.images[:0], labeled.places[:0], labeled.places[:0], labeled.keys[:0])
+        more = range(3, 3 + self.more_views)
         batch = TrainingBatch(
             labeled=self._view(labeled, prefix + "labeled", "labeled", self.data.labeled_view),
             targets=self.targets[labeled.places],
@@ -101,6 +104,8 @@ class Batches:
             labeled_keys=labeled.keys,
             unlabeled_keys=unlabeled.keys,
             seed=self.seed,
+            more=tuple(self._view(unlabeled, prefix + "unlabeled", f"view {k}", second or "weak") for k in more),
+            process_group=self.processes.group,
             probe=self._probe(labeled),
         )
         if not holdout or self.holdout == "batch":

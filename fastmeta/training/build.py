@@ -43,7 +43,7 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
     balanced = digits and not config.split.validation
     split = replace(
         config.split,
-        holdout_per_class=_first(config.split.holdout_per_class, 3 if digits else 0),
+        holdout_per_class=_first(config.split.holdout_per_class, 3 if digits and not config.split.holdout else 0),
         validation_per_class=_first(config.split.validation_per_class, 20 if balanced else 0),
         test_fraction=_first(config.split.test_fraction, 0.25 if digits else 0.0),
     )
@@ -113,6 +113,7 @@ def split_of(config: RunConfig, images: Images) -> Split:
         test_fraction=part.test_fraction or 0.0,
         imbalance=part.imbalance,
         unlabeled_imbalance=part.unlabeled_imbalance,
+        holdout=part.holdout or 0,
     )
     if part.labeled_in_unlabeled:
         split = replace(split, unlabeled=torch.cat([split.unlabeled, split.labeled]))

@@ -128,6 +128,8 @@ class SplitConfig:
     """The same of the unlabeled images; those that are too many are left out."""
     foreign_classes: int = 0
     """The last classes, so many, have no labels: their images are among the unlabeled ones and are not evaluated."""
+    holdout: int | None = None
+    """Labels for a method's outer objective only, so many in all, drawn without regard to their classes."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastmeta.methods import (
     L2I,
@@ -50,12 +50,19 @@ from fastmeta.methods import (
 from fastmeta.methods.label_gradient_alignment import inverse_ramp
 from fastmeta.ops.process_group import Group
 from fastmeta.ssl import (
+    UDA,
     Base,
     FixMatch,
+    FlexMatch,
+    FreeMatch,
     MeanTeacher,
+    MixMatch,
+    MixUp,
     MixUpConsistency,
+    PiModel,
     PseudoLabel,
     Refiner,
+    ReMixMatch,
     Supervised,
     VirtualAdversarial,
 )
@@ -112,9 +119,16 @@ class Recipe:
 BASE_RECIPES: dict[str, Base] = {
     "supervised": Supervised(),
     "pseudo-label": PseudoLabel(threshold=0.8),
+    "pi-model": PiModel(),
     "mean-teacher": MeanTeacher(weight=20.0),
-    "fixmatch": FixMatch(threshold=0.8),
     "vat": VirtualAdversarial(radius=2.0, weight=1.0, entropy_weight=0.06),
+    "mix-up": MixUp(),
+    "mixmatch": MixMatch(),
+    "remixmatch": ReMixMatch(),
+    "uda": UDA(),
+    "fixmatch": FixMatch(threshold=0.8),
+    "flexmatch": FlexMatch(),
+    "freematch": FreeMatch(),
     "mix-up-consistency": MixUpConsistency(),
 }
 
@@ -232,15 +246,34 @@ def base_of(name: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Ba
     return replace(recipe, **{setting: _checked(recipe, setting, value) for setting, value in settings.items()})
 
 
+_POSITIVE = ("temperature", "alpha")
+_AT_MOST_ONE = ("threshold", "decay")
+_FEWEST_VIEWS = {MixMatch: 2, ReMixMatch: 1}
+
+
 def _checked(recipe: Base, setting: str, value: Any) -> Any:
-    """Settings that are numbers are finite and not negative, and a threshold is a probability."""
-    if not isinstance(getattr(recipe, setting), float):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"base_settings must have a number of at least 0 for {setting}, got {value!r}")
-    if setting == "threshold" and value > 1:
-        raise ValueError(f"base_settings must have a threshold of at most 1, got {value!r}")
-    return float(value)
+    """Numbers are finite and not negative, a threshold is a probability, a word is one of those that there are."""
+    before, kind = getattr(recipe, setting), get_type_hints(type(recipe))[setting]
+    said = f"got {value!r}"
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"base_settings must have one of {', '.join(get_args(kind))} for {setting}, {said}")
+    elif isinstance(before, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"base_settings must have True or False for {setting}, {said}")
+    elif isinstance(before, int):
+        least = _FEWEST_VIEWS.get(type(recipe), 0) if setting == "views" else 0
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"base_settings must have an integer of at least {least} for {setting}, {said}")
+    elif isinstance(before, float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"base_settings must have a number of at least 0 for {setting}, {said}")
+        if setting in _POSITIVE and not value:
+            raise ValueError(f"base_settings must have a {setting} above 0, {said}")
+        if setting in _AT_MOST_ONE and value > 1:
+            raise ValueError(f"base_settings must have a {setting} of at most 1, {said}")
+        return float(value)
+    return value
 
 
 def settings_of(
@@ -251,8 +284,8 @@ def settings_of(
 ) -> dict[str, Any]:
     """All settings of a base and a method, for the record of a run.
 
-    >>> settings_of("fixmatch", "meta-gradient")
-    {'base_settings': {'threshold': 0.8, 'weight': 1.0}, 'method_settings': {'step': 10.0}}
+    >>> settings_of("vat", "meta-gradient")["method_settings"]
+    {'step': 10.0}
     """
     if method_settings and METHODS[method].make is None:
         raise ValueError(f"method_settings must be left out without a method, got {dict(method_settings)}")

@@ -22,7 +22,7 @@ from fastmeta.data import (
     views_for,
     weak_augment,
 )
-from fastmeta.data.augment import Noisy, pictures, strong
+from fastmeta.data.augment import Noisy, RandAugment, pictures, strong
 from fastmeta.data.augment.affine import affine_map, mirrored, warp
 from fastmeta.data.augment.pixels import centre, gray, mean_of, noise
 
@@ -424,6 +424,12 @@ def test_a_strong_view_follows_what_the_weak_one_is():
 
     assert strong_of(32, strong="weak", shift=1) == weak("pictures", 32, shift=1)
     assert strong_of(32, flip=False) == StrongPicture(32, flip=False)
+    assert strong_of(32, strong="randaugment-paper", shift=2) == RandAugment(32, "paper", weak("pictures", 32, shift=2))
+    policy = views_for("pictures", (3, 32, 32), 32, AugmentationConfig(strong="ctaugment", threshold=0.8, cutout=False))
+    assert policy.strong is policy.policy
+    assert (policy.policy.weak, policy.policy.threshold, policy.policy.cutout) == (policy.weak, 0.8, False)
+    fixed = views_for("pictures", (3, 32, 32), 32, AugmentationConfig(strong="ctaugment", adapt=False))
+    assert (fixed.policy, fixed.strong.adapt) == (None, False)
     assert strong_of(224, flip=False) == StrongPicture(224, crop=RandomCrop(224, flip=False), flip=False)
 
 
@@ -459,9 +465,17 @@ def test_noise_is_added_to_both_views_and_never_where_nothing_is_drawn():
         ({"padding": "wrap"}, "augmentation.padding must be one of zeros, reflected, got 'wrap'"),
         ({"shift": -1}, "augmentation.shift must be at least 0, got -1"),
         ({"noise": math.nan}, "augmentation.noise must be at least 0 and finite, got nan"),
+        ({"threshold": 2.0}, r"augmentation.threshold must lie in \[0, 1\], got 2.0"),
+        ({"whitening": "pca"}, "augmentation.whitening must be one of none, zca, got 'pca'"),
+        ({"whitening": "zca", "strong": "ctaugment"}, "strong must be auto or weak with whitening: .* got 'ctaugment'"),
         ({"shift": 8}, "pixels must lie between 0 and size - 1 = 7, got 8"),
     ],
 )
 def test_views_name_what_is_wrong(settings, message):
     with pytest.raises(ValueError, match=message):
         views_for("pictures", (3, 8, 8), 8, AugmentationConfig(**settings))
+
+
+def test_operations_are_of_gray_or_colored_images():
+    with pytest.raises(ValueError, match="strong must be auto or weak for images of 4 channels, got 'ctaugment'"):
+        views_for("pictures", (4, 8, 8), 8, AugmentationConfig(strong="ctaugment"))

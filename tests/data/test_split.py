@@ -159,6 +159,15 @@ def test_validation_images_without_regard_to_classes():
     assert set(splits[0].labeled.tolist()) < set(more.labeled.tolist())
 
 
+def test_holdout_images_without_regard_to_classes():
+    images = balanced(10, 60)
+    split = make_split(images, labels_per_class=4, seed=0, validation=200, holdout=103)
+    assert split.sizes() == {"labeled": 40, "unlabeled": 257, "holdout": 103, "validation": 200, "test": 0}
+    assert torch.cat(_parts(split)).sort().values.equal(torch.arange(600))
+    assert counted(images, split.labeled) == [4] * 10
+    assert split.validation.equal(make_split(images, labels_per_class=4, seed=0, validation=200).validation)
+
+
 def test_foreign_classes_are_unlabeled_and_not_evaluated():
     images = balanced(5, 20, validation=3, test=4)
     images.targets[:100:20] = -1  # one of each class
@@ -191,6 +200,8 @@ def test_places_are_part_of_the_record():
         ({"validation": 30}, "validation must be below 30, the labeled images there are, got 30"),
         ({"validation": -1}, "validation must be at least 0, got -1"),
         ({"validation": 3, "validation_per_class": 1}, "validation must be 0 with validation_per_class 1, got 3"),
+        ({"holdout": 30}, "holdout must be below 30, the labeled images there are, got 30"),
+        ({"holdout": 3, "holdout_per_class": 1}, "holdout must be 0 with holdout_per_class 1, got 3"),
         ({"validation": 29}, "labels_per_class must be at most 0, because class . has 0 labeled images outside of"),
     ],
 )

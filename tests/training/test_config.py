@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -16,22 +17,22 @@ from fastmeta.training import (
     resolve,
 )
 from fastmeta.training.optimizers import rate_at
-from fastmeta.training.recipes import METHODS
+from fastmeta.training.recipes import BASE_RECIPES, METHODS
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (
-            {"base": "mixmatch"},
-            "base must be one of supervised, pseudo-label, mean-teacher, fixmatch, vat, .*, got 'mixmatch'",
+            {"base": "comatch"},
+            "base must be one of supervised, pseudo-label, pi-model, mean-teacher, vat, .*, got 'comatch'",
         ),
         ({"method": "maml"}, "method must be one of none, l2i, .*, got 'maml'"),
         ({"base": "supervised", "method": "l2i"}, "method must be none for base supervised .*, got 'l2i'"),
         ({"labels_per_class": 0}, "labels_per_class must be at least 1, got 0"),
         ({"steps": -1}, "steps must be at least 1, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"base_settings": {"tau": 0.5}}, "base_settings must be among threshold, weight for base fixmatch, got 'tau'"),
+        ({"base_settings": {"tau": 0.5}}, "base_settings must be among threshold, .* for base fixmatch, got .tau."),
         ({"method_settings": {"weight": 2}}, "method_settings must be left out without a method, got .*weight"),
         ({"base_settings": {"threshold": 7}}, "base_settings must have a threshold of at most 1, got 7"),
         ({"base_settings": {"weight": "x"}}, "base_settings must have a number of at least 0 for weight, got .x."),
@@ -71,7 +72,7 @@ def test_config_is_plain_json_and_is_read_back():
         augmentation=AugmentationConfig(strong="weak", shift=2, flip=False),
     )
     written = json.loads(json.dumps(config.as_dict()))
-    assert written["base_settings"] == {"threshold": 0.9, "weight": 1.0}
+    assert written["base_settings"] == {**dataclasses.asdict(BASE_RECIPES["fixmatch"]), "threshold": 0.9}
     read = from_dict(written)
     assert json.loads(json.dumps(read.as_dict())) == written
     for part in ("optimizer", "schedule", "split", "augmentation"):

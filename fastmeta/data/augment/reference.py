@@ -206,6 +206,7 @@ _RESCALES = tuple(name for name in OPERATIONS if name.startswith("rescale-"))
 
 
 def _rescaled(images: Tensor, code: Tensor, level: Tensor) -> Tensor:
+    level = level.clamp(0, OPERATIONS["rescale-box"].high)  # that of another operation means another thing
     for axis in (3, 2):
         images = _enlarged(images.transpose(axis, 3), code, level).transpose(axis, 3)
     return images.contiguous()

@@ -1,8 +1,7 @@
 """The views of an image that a run uses, by name."""
 
-import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from torch import Tensor
 
@@ -11,6 +10,8 @@ from fastmeta.data.augment.ctaugment import CTAugment
 from fastmeta.data.augment.noisy import Noisy
 from fastmeta.data.augment.pictures import StrongPicture
 from fastmeta.data.augment.pixels import centre, to_unit
+from fastmeta.data.augment.randaugment import PresetName, RandAugment
+from fastmeta.data.augment.settings import AugmentationConfig
 from fastmeta.data.augment.strong import StrongAugment
 from fastmeta.data.augment.weak import RandomCrop, Shift
 from fastmeta.data.augment.whitening import Whitened, Whitening
@@ -18,49 +19,7 @@ from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.data.readers.pictures import SMALL
 
 ViewsName = Literal["auto", "digits", "pictures", "none"]
-StrongName = Literal["auto", "randaugment-google", "randaugment-paper", "randaugment-usb", "ctaugment", "weak"]
 LARGEST_DRAWING = 32  # "auto" takes smaller gray images for drawings or writing
-
-
-@dataclass(frozen=True)
-class AugmentationConfig:
-    """What of the views is other than ``views`` says."""
-
-    strong: StrongName = "auto"
-    """The strong view; weak: another weak one."""
-    flip: bool | None = None
-    """Exchange left and right of every second image (default: for pictures)."""
-    shift: int | None = None
-    """Largest shift of the weak view, in pixels (default: 1 for digits, an eighth for pictures)."""
-    padding: Literal["zeros", "reflected"] | None = None
-    """What a shift moves in (default: reflected for pictures, else zeros)."""
-    noise: float = 0.0
-    """Standard deviation of Gaussian noise on both views, in units of the pixels that the net is given."""
-    whitening: Literal["none", "zca"] = "none"
-    """zca: contrast normalization and ZCA, of the training images, before all else; the strong view is then weak."""
-    cutout: bool = True
-    """Of ctaugment: cut a square out at last (ReMixMatch: no)."""
-    threshold: float = 0.85
-    """Of ctaugment: share of an operation's best rate below which a magnitude is left out."""
-    adapt: bool = True
-    """Of ctaugment: whether its rates move."""
-
-    def check(self) -> None:
-        """Raise ValueError for a value out of range; the command line makes these before it checks them."""
-        for name, value, choices in (
-            ("strong", self.strong, get_args(StrongName)),
-            ("padding", self.padding, (None, "zeros", "reflected")),
-            ("whitening", self.whitening, ("none", "zca")),
-        ):
-            if value not in choices:
-                names = ", ".join(choice for choice in choices if choice is not None)
-                raise ValueError(f"augmentation.{name} must be one of {names}, got {value!r}")
-        if self.shift is not None and self.shift < 0:
-            raise ValueError(f"augmentation.shift must be at least 0, got {self.shift}")
-        if not 0 <= self.noise < math.inf:
-            raise ValueError(f"augmentation.noise must be at least 0 and finite, got {self.noise}")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"augmentation.threshold must lie in [0, 1], got {self.threshold}")
 
 
 @dataclass(frozen=True)
@@ -132,6 +91,10 @@ def views_for(
         raise ValueError(f"image_size must be at least 2, got {image_size}")
     chosen = augmentation or AugmentationConfig()
     chosen.check()
+    if image_shape[0] not in (1, 3) and chosen.strong not in ("auto", "weak"):
+        raise ValueError(
+            f"augmentation.strong must be auto or weak for images of {image_shape[0]} channels, got {chosen.strong!r}"
+        )
     if name == "auto":
         name = "digits" if image_shape[0] == 1 and image_size <= LARGEST_DRAWING else "pictures"
     weak = _weak(name, image_size, chosen)
@@ -139,11 +102,6 @@ def views_for(
     policy = strong if isinstance(strong, CTAugment) and strong.adapt else None
     plain: PlainView = Plain(image_size)
     if whitening is not None:
-        if strong is not weak or isinstance(weak, RandomCrop):
-            raise ValueError(
-                f"augmentation.whitening must be none with strong view {chosen.strong} or crops of pictures: they need "
-                "pixels; give augmentation.strong weak and augmentation.shift"
-            )
         weak = strong = Whitened(whitening, weak)
         plain = whitening
     if chosen.noise:
@@ -165,12 +123,14 @@ def _weak(name: ViewsName, size: int, chosen: AugmentationConfig) -> Augmentatio
 
 
 def _strong(name: ViewsName, size: int, chosen: AugmentationConfig, weak: Augmentation) -> Augmentation:
-    if chosen.strong == "auto":
+    if chosen.strong == "auto" and chosen.whitening == "none":
         if name == "digits":
             return StrongAugment(size)
         if name == "pictures":
             crop = weak if isinstance(weak, RandomCrop) else None
             return StrongPicture(size, crop=crop, flip=chosen.flip is not False)
+    if chosen.strong.startswith("randaugment-"):
+        return RandAugment(size, cast(PresetName, chosen.strong.removeprefix("randaugment-")), weak)
     if chosen.strong == "ctaugment":
         return CTAugment(size, weak, threshold=chosen.threshold, cutout=chosen.cutout, adapt=chosen.adapt)
     return weak
