@@ -15,7 +15,6 @@ from fastmeta.methods import example_weights
 from fastmeta.ssl import TrainingBatch
 from fastmeta.training.config import OptimizerConfig
 
-
 BASES = {"pseudo-label": {"soft": True, "ramp": 0.0}, "vat": {"weight": 0.0, "entropy_weight": 0.0}}
 
 
