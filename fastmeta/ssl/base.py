@@ -118,8 +118,8 @@ class Refiner:
         method: refines labels or weights.
         view: the unlabeled images whose predictions it differentiates: ``imputed``, those the labels come from, or
             ``learned``, those that learn from them (the inner loss as it is written).
-        hard: it is given labels as the loss uses them (one-hot, with the mask) and not the probabilities behind them;
-            their derivative is that of these.
+        hard: it is given labels as the loss uses them (one-hot or sharp, with the mask) and not the probabilities
+            behind them; one-hot labels have the derivative of these.
         passes: ``shared``: it works on the features of the base's own forward; ``own``: it is given the images and
             makes its own passes, as methods of the whole model do.
         own_update: its loss has an update of its own, after the base's and at the parameters that this left. That of a

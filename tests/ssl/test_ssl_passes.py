@@ -91,18 +91,19 @@ def test_own_passes_give_what_shared_features_give(batch, base, make, own_holdou
 
 def test_hard_labels_have_the_derivative_of_the_predictions(batch):
     """FixMatch with L2I as in a loop of one's own: hard labels, the mask, and the strong view that is trained."""
-    model, threshold = net(), 0.5
+    model = net()
+    threshold = float(model(batch.weak).softmax(1).amax(1).median())
     refiner = Refiner(L2I("V2", inner_loss="cross_entropy"), "learned", hard=True, passes="own")
     used = FixMatch(threshold).loss(model, batch, teacher=net(), progress=0.5, refiner=refiner).used
     q = model(batch.weak).softmax(1)
-    hard = nn.functional.one_hot(q.argmax(1), CLASSES)
+    hard = nn.functional.one_hot(q.argmax(1), CLASSES).double()
     mask = (q.detach().amax(1) >= threshold).double()
     refined = L2I("V2", inner_loss="cross_entropy").refine(
         model=model, unlabeled=batch.second, labels=hard + (q - q.detach()), mask=mask,
         holdout=batch.holdout, targets=batch.holdout_targets, labeled=batch.labeled, labeled_targets=batch.targets,
     )  # fmt: skip
     assert 0 < mask.sum() < len(mask)
-    assert used.labels.equal(hard.double())
+    assert used.labels.equal(hard)
     found, wanted = (torch.autograd.grad(loss, list(model.parameters())) for loss in (used.loss, refined.loss))
     torch.testing.assert_close(found, wanted)
 
