@@ -150,8 +150,8 @@ def table(rows: Sequence[Row]) -> str:
             ],
         )
         + f"\n\nThe machine's load was up to {load:.0f} on {rows[0]['cores']} cores; time is the process's own, but "
-        "shared caches make it longer than on an idle machine. On a CPU one example at a time keeps a core about as busy "
-        "as a batch does, so the first claim is one about GPUs."
+        "shared caches make it longer than on an idle machine. On a CPU one example at a time keeps a core about as "
+        "busy as a batch does, so the first claim is one about GPUs."
     )
 
 
