@@ -1,4 +1,4 @@
-"""The command line: ``fastmeta compare``, ``train``, ``predict``, ``report``, ``doctor``, and ``--version``."""
+"""The command line: ``fastmeta compare``, ``train``, ``presets``, ``predict``, ``report``, ``reproduce``."""
 
 import argparse
 import ast
@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -15,7 +15,10 @@ import tyro
 
 import fastmeta
 from fastmeta.presets import PRESETS, preset
+from fastmeta.presets.data import require_data
+from fastmeta.presets.listing import as_json, as_text, matching
 from fastmeta.presets.smoke import run_smoke
+from fastmeta.reproduce import EXPERIMENTS
 from fastmeta.training.checkpoints import CheckpointError
 from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
@@ -33,13 +36,15 @@ from fastmeta.training.workers import WorkerError
 if TYPE_CHECKING:
     Base: TypeAlias = str
     Method: TypeAlias = str
-    Preset: TypeAlias = str
+    ExperimentName: TypeAlias = str
 else:
     Base = tyro.extras.literal_type_from_choices(list(BASE_RECIPES))
     Method = tyro.extras.literal_type_from_choices(list(METHODS))
-    Preset = tyro.extras.literal_type_from_choices(list(PRESETS))
-# With the features of the base's own forward and the last layer alone.
-DEFAULT_METHODS = tuple(name for name, recipe in METHODS.items() if recipe.passes == "shared")
+    ExperimentName = tyro.extras.literal_type_from_choices(list(EXPERIMENTS))
+# With the features of the base's own forward and the last layer alone, and settings chosen here.
+DEFAULT_METHODS = tuple(
+    name for name, recipe in METHODS.items() if recipe.passes == "shared" and not name.endswith("-published")
+)
 
 
 @dataclass(frozen=True)
@@ -120,10 +125,10 @@ class Train(RunConfig):
     """Settings of the method, such as weight=0.5."""
     out: Path | None = None
     """Folder for the results (default: a name under runs/ made from the settings)."""
-    preset: Preset | None = None
-    """Published settings to start from; what else is given changes them."""
+    preset: str | None = None
+    """Published settings to start from, of those that fastmeta presets lists; what else is given changes them."""
     smoke: bool = False
-    """A few steps of the preset on generated images."""
+    """A few steps of the preset on generated images in the same format, without data."""
 
     def __post_init__(self) -> None:
         """Nothing: ``run`` checks, where an error is one line and not a frame of tyro's."""
@@ -137,13 +142,12 @@ class Train(RunConfig):
         out = self.out
         if self.smoke:
             if self.preset is None:
-                raise ValueError(f"preset must be one of {', '.join(PRESETS)} with smoke, got none")
-            results = run_smoke(run, out)
-            for layout, found in results.items():
-                errors = " and ".join(f"{100 * found[f'validation_{name}']:.0f}%" for name in ("error", "top5_error"))
-                skipped = f"{found['skipped_steps']} of them without a finite loss"
-                print(f"{self.preset}, {layout}: {found['step']} steps, {skipped}; top-1 and top-5 error {errors}")
-            return 1 if any(found["skipped_steps"] for found in results.values()) else 0
+                raise ValueError("preset must be given with smoke: see fastmeta presets")
+            results = run_smoke(replace(preset(self.preset), config=run), out)
+            print(f"{self.preset}: {results['step']} steps, {results['skipped_steps']} of them without a finite loss")
+            return 1 if results["skipped_steps"] else 0
+        if self.preset is not None:
+            require_data(run.data, self.preset, preset(self.preset).dataset)
         if out is None:
             labels = "" if run.labels_per_class is None else f"-{run.labels_per_class}-per-class"
             data = _stem(run.data)
@@ -154,11 +158,11 @@ class Train(RunConfig):
 def _started_from(arguments: Sequence[str]) -> Train:
     """The settings that ``train`` starts from: its own, or those of a preset."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=list(PRESETS))
+    parser.add_argument("--preset")
     name = parser.parse_known_args(arguments)[0].preset if "train" in arguments[:1] else None
     if name is None:
         return Train()
-    run = preset(name)
+    run = preset(name).config
     values = {name: getattr(run, name) for name in RunConfig.__dataclass_fields__}
     for setting in ("base_settings", "method_settings"):
         values[setting] = tuple(f"{key}={value!r}" for key, value in values[setting].items())
@@ -182,6 +186,22 @@ def _settings(name: str, given: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             settings[setting] = value
     return settings
+
+
+@dataclass(frozen=True)
+class Presets:
+    """List the rows of the papers' tables that fastmeta train --preset runs, with the papers' errors."""
+
+    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WORD ...")] = ()
+    """Only those whose name, paper, table, data set, base and method have all of these words."""
+    json: bool = False
+    """For programs: with all settings."""
+
+    def run(self) -> int:
+        """Exit status: 0."""
+        found = matching(PRESETS, self.words)
+        print(as_json(found) if self.json else as_text(found))
+        return 0
 
 
 @dataclass(frozen=True)
@@ -251,6 +271,36 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Reproduce:
+    """Measure an experiment of a paper here: results.json, table.md beside the paper's figures, and pictures.
+
+    Without a name: the list of them. The same command continues an interrupted experiment.
+    """
+
+    name: Annotated[ExperimentName | None, tyro.conf.Positional] = None
+    """Of the experiment."""
+    out: Path | None = None
+    """Folder for the results (default: a name under runs/reproduced/)."""
+    quick: bool = False
+    """A small version that shows that everything works; its figures mean nothing."""
+    minutes: float | None = None
+    """No cell of the experiment is begun after that long; the same command goes on later."""
+
+    def run(self) -> int:
+        """Exit status: 0."""
+        if self.name is None:
+            width = max(map(len, EXPERIMENTS))
+            print("\n".join(f"{name:{width}}  {experiment.paper}" for name, experiment in EXPERIMENTS.items()))
+            return 0
+        out = self.out
+        if out is None:
+            out = Path("runs") / "reproduced" / f"{self.name}{'-quick' if self.quick else ''}"
+        EXPERIMENTS[self.name].run(out, self.quick, self.minutes)
+        print(out / "table.md")
+        return 0
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Print which implementation of each operator is available, and why the others are not; or verify a model."""
 
@@ -275,19 +325,29 @@ def main(arguments: list[str] | None = None) -> int:
     if given == ["--version"]:
         print(f"fastmeta {fastmeta.__version__}, torch {torch.__version__}")
         return 0
+    try:
+        started = _started_from(given)
+    except ValueError as error:
+        return _refused(error)
     commands = (
         Annotated[Compare, tyro.conf.subcommand("compare")]
-        | Annotated[Train, tyro.conf.subcommand("train", default=_started_from(given))]
+        | Annotated[Train, tyro.conf.subcommand("train", default=started)]
+        | Annotated[Presets, tyro.conf.subcommand("presets")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
     command = tyro.cli(commands, prog="fastmeta", description=_DESCRIPTION, args=given)  # type: ignore[call-overload]
     try:
         return command.run()
     except (ValueError, OSError, ImportError, CheckpointError, ConfigMismatch, NotFinite, WorkerError) as error:
-        print(f"fastmeta: error: {_with_flag(str(error))}", file=sys.stderr)
-        return 2
+        return _refused(error)
+
+
+def _refused(error: Exception) -> int:
+    print(f"fastmeta: error: {_with_flag(str(error))}", file=sys.stderr)
+    return 2
 
 
 def _with_flag(text: str) -> str:

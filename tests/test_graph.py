@@ -45,6 +45,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "ExampleWeights shared": lambda: ExampleWeights(M, lr=0.1, shared=True, **SOLVER),
     "ExampleWeights last of each": lambda: ExampleWeights(M, lr=0.1, duplicates="last", **SOLVER),
     "LabelGradientAlignment": lambda: LabelGradientAlignment(M, C, lr=0.1),
+    "LabelGradientAlignment plain Adam": lambda: LabelGradientAlignment(M, C, lr=0.1, optimizer="adam"),
+    "ExampleWeights SGD": lambda: ExampleWeights(M, lr=0.1, optimizer="sgd", inverse_hessian="identity"),
     "LabelGradientAlignment before": lambda: LabelGradientAlignment(M, C, lr=0.1, include_current=False),
     "LabelGradientAlignment scheduled": lambda: LabelGradientAlignment(M, C, labeled_weight=lambda i: 1 + 0.5 * i),
     "AlignedImputation": lambda: AlignedImputation(),

@@ -13,6 +13,7 @@ FOLDERS = {"fastmeta": PACKAGE, "fastmeta.triton_kernels": PACKAGE.parent / "tri
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("reproduce",),
     ("presets",),
     ("training",),
     ("examples", "ssl", "data", "models"),

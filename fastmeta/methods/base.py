@@ -1,7 +1,8 @@
 """A method is a direction, a derivative and an update; this is what all of them share."""
 
+import contextlib
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -31,10 +32,12 @@ class _Graphs(Protocol):
 class _Calls:
     """What changes with the calls. torch.compile takes a module's numbers for constants and would compile each step."""
 
-    __slots__ = ("number", "processes_checked")
+    __slots__ = ("learns", "number", "processes_checked")
 
     def __init__(self) -> None:
         self.number = 0
+        self.learns: bool | None = None
+        """what :meth:`Method.learning` says about the calls within it"""
         self.processes_checked = False
         """whether :meth:`Method._warn_of_other_processes` has run, or need not"""
 
@@ -336,7 +339,7 @@ class Method(Stateful):
 
     def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
         """The rest of the step: what depends on the caller's autograd graph, and the count."""
-        if self.counts:
+        if self.counts and self._calls.learns is None:
             self._calls.add()
         if isinstance(computed, Refined):
             return computed
@@ -347,7 +350,24 @@ class Method(Stateful):
 
     def learns(self) -> bool:
         """Whether the next call moves anything; else it only reads labels and weights."""
+        return self.is_due() if self._calls.learns is None else self._calls.learns
+
+    def is_due(self) -> bool:
+        """Whether the number of calls says that the next one moves anything."""
         return True
+
+    @contextlib.contextmanager
+    def learning(self, learns: bool) -> Iterator[None]:
+        """Whether calls in the block move anything, for a loop that decides it; they are not counted.
+
+        Not All Unlabeled Data Are Equal, Algorithm 1: the steps on the model read the weights of their batches
+        (``learning(False)``), and after N of them the weights of other batches learn (``learning(True)``).
+        """
+        before, self._calls.learns = self._calls.learns, learns
+        try:
+            yield
+        finally:
+            self._calls.learns = before
 
     def phase(self) -> Hashable:
         """What the number of calls decides about the next step, as a key; steps of one phase share a CUDA graph."""

@@ -13,6 +13,7 @@ step are those after its update. The strong view is that of ``views="pictures"``
 """
 
 from fastmeta.presets import imagenet
+from fastmeta.presets.preset import Column, joined, rows
 from fastmeta.training.config import (
     AverageConfig,
     EvaluationConfig,
@@ -26,8 +27,7 @@ _HOLDOUT = 10
 _LABELS = imagenet.per_class(0.1)
 _EPOCH = imagenet.steps_of(1, imagenet.CLASSES * _LABELS, 1024)
 
-IMAGENET = RunConfig(
-    labels_per_class=_LABELS - _HOLDOUT,
+_IMAGENET = RunConfig(
     split=SplitConfig(holdout_per_class=_HOLDOUT),
     base="fixmatch",
     base_settings={"threshold": 0.7, "weight": 10.0},
@@ -50,3 +50,9 @@ IMAGENET = RunConfig(
     average=AverageConfig(decay=0.999),
     evaluation=EvaluationConfig(every=50 * _EPOCH, weights="both", report="last"),
 )
+
+PAPER = "Not All Unlabeled Data Are Equal"
+_PREFIX = "weights"
+_TEN_PERCENT = (Column("imagenet", imagenet.CLASSES * (_LABELS - _HOLDOUT), "10pct"),)
+
+PRESETS = joined(rows(PAPER, _PREFIX, "nowhere", _TEN_PERCENT, {"fixmatch": (None,)}, lambda arm, dataset: _IMAGENET))

@@ -14,14 +14,14 @@ other settings are those of ResNet-18.
 from dataclasses import replace
 
 from fastmeta.presets import imagenet
+from fastmeta.presets.preset import Column, joined, rows
 from fastmeta.training.config import EvaluationConfig, OptimizerConfig, RunConfig, ScheduleConfig
 
 _LABELS = imagenet.per_class(0.1)
 _UNLABELED = imagenet.IMAGES - imagenet.CLASSES * _LABELS
 _EPOCH = imagenet.steps_of(1, _UNLABELED, 512)
 
-IMAGENET = RunConfig(
-    labels_per_class=_LABELS,
+_IMAGENET = RunConfig(
     base="mix-up-consistency",
     base_settings={"alpha": 1.0, "weight": 1.0, "ramp": 0.0},
     method="meta-gradient-published",
@@ -36,4 +36,20 @@ IMAGENET = RunConfig(
     schedule=ScheduleConfig("cosine", warm_up=5 * _EPOCH),
     evaluation=EvaluationConfig(every=5 * _EPOCH, weights="both", report="last"),
 )
-IMAGENET_RESNET_50 = replace(IMAGENET, model="resnet-50")
+
+PAPER = "Meta-Gradient"
+_PREFIX = "meta-gradient"
+_TEN_PERCENT = (Column("imagenet", imagenet.CLASSES * _LABELS, "10pct"),)
+_IMAGENET_ERRORS = {"": (44.87,)}
+
+
+def _imagenet(arm: str, dataset: str) -> RunConfig:
+    return {"": _IMAGENET, "resnet-50": replace(_IMAGENET, model="resnet-50")}[arm]
+
+
+PRESETS = joined(
+    [
+        *rows(PAPER, _PREFIX, "ImageNet", _TEN_PERCENT, _IMAGENET_ERRORS, _imagenet, "Its top-5 error is 18.88%."),
+        *rows(PAPER, _PREFIX, "nowhere", _TEN_PERCENT, {"resnet-50": (None,)}, _imagenet),
+    ]
+)

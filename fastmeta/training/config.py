@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from fastmeta.data import AugmentationConfig
 from fastmeta.ssl import BASES
 from fastmeta.training.recipes import METHODS, settings_of
 
@@ -77,7 +78,9 @@ class AverageConfig:
     decay: float | None = None
     """It remembers about 1 / (1 - decay) steps (default: a tenth of the run, at least 100 and at most 1000)."""
     warm_up: bool = True
-    """min(decay, (1 + t) / (10 + t)) at step t, so that it forgets the initialization."""
+    """min(decay, (1 + t) / (delay + t)) at step t, so that it forgets the initialization."""
+    delay: float = 10.0
+    """Of the warm-up: the larger, the sooner it forgets; 2 is 1 - 1 / (t + 2), the published mean teacher's."""
     buffers: Literal["copied", "averaged"] = "copied"
     """What it does with batch normalization's running statistics."""
 
@@ -85,6 +88,7 @@ class AverageConfig:
         """Raise ValueError for a value out of range; the command line makes these before it checks them."""
         if self.decay is not None:
             _in_range("average.decay", self.decay, least=0, below=1)
+        _in_range("average.delay", self.delay, above=1)
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,16 @@ class SplitConfig:
     """Share of the training images."""
     labeled_in_unlabeled: bool = False
     """Whether the labeled images are also among the unlabeled ones (FixMatch: yes; MixMatch, L2I: no)."""
+    validation: int | None = None
+    """Labels for choices, so many in all, drawn without regard to their classes."""
+    imbalance: float = 1.0
+    """Labels of the first class over those of the last, geometric in between; labels_per_class is the first's."""
+    unlabeled_imbalance: float = 1.0
+    """The same of the unlabeled images; those that are too many are left out."""
+    foreign_classes: int = 0
+    """The last classes, so many, have no labels: their images are among the unlabeled ones and are not evaluated."""
+    holdout: int | None = None
+    """Labels for a method's outer objective only, so many in all, drawn without regard to their classes."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +225,7 @@ class RunConfig:
     """Settings of the base other than its recipe's."""
     method_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the method other than its recipe's."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
@@ -233,7 +248,7 @@ class RunConfig:
             _one_of("labeled_view", self.labeled_view, dict.fromkeys(("weak", "strong")))
         _in_range("seed", self.seed, least=0)
         self.settings()
-        for part in (self.optimizer, self.schedule, self.average, self.evaluation, self.machine):
+        for part in (self.augmentation, self.optimizer, self.schedule, self.average, self.evaluation, self.machine):
             part.check()
 
     def settings(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A model whose parameters are spread over processes (FSDP2), each with a part of every one."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,11 +72,17 @@ class Shards(nn.ParameterList):
                 own.append(part.grad)
         return own
 
-    def spread(self, state: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's state for a checkpoint that any number of processes may read."""
+    def spread(self, state: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """An optimizer's state for a checkpoint that any number of processes may read.
+
+        Args:
+            state: of the optimizer.
+            parameters: the optimizer's, in its order; those of other modules stay what they are.
+        """
+        wholes = {id(part): whole for part, whole in zip(self, self._whole, strict=True)}
 
         def put(value: Any, place: int) -> Any:
-            whole = self._whole[place]
+            whole = wholes.get(id(parameters[place]))
             if not isinstance(value, Tensor) or not isinstance(whole, DTensor) or value.dim() == 0:
                 return value
             return DTensor.from_local(

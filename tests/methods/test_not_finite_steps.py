@@ -29,6 +29,8 @@ METHODS: dict[str, Callable[[str], Method]] = {
         M, how=how, inverse_hessian="identity", masked=False, read="before", duplicates="last"
     ),
     "shared weight": lambda how: ExampleWeights(M, how=how, shared=True, inverse_hessian="identity"),
+    "labels, plain adam": lambda how: LabelGradientAlignment(M, C, how=how, optimizer="adam"),
+    "weights, sgd": lambda how: ExampleWeights(M, how=how, optimizer="sgd"),
     "labels": lambda how: LabelGradientAlignment(M, C, how=how),
     "labels, averages before": lambda how: LabelGradientAlignment(M, C, how=how, include_current=False),
     "averages": lambda how: AlignedImputation(how=how),

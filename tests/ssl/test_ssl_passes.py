@@ -14,6 +14,7 @@ BASES = [FixMatch(threshold=0.5), PseudoLabel(threshold=0.5, ramp=0.1), MeanTeac
 METHODS = {
     "L2I V1": lambda: Refiner(L2I("V1")),
     "L2I V2": lambda: Refiner(L2I("V2")),
+    "L2I V2, hard labels": lambda: Refiner(L2I("V2", inner_loss="cross_entropy"), "learned", hard=True),
     "MetaGradient": lambda: Refiner(MetaGradient()),
     "ExampleWeights": lambda: Refiner(ExampleWeights(10), "learned", hard=True),
     "LabelGradientAlignment": lambda: Refiner(LabelGradientAlignment(10, CLASSES), "learned"),
@@ -60,6 +61,24 @@ def test_own_passes_give_what_shared_features_give(batch, base, make, own_holdou
     torch.testing.assert_close(own.used.soft, shared.used.soft, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(own.used.weights, shared.used.weights, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(own_grads, shared_grads, rtol=1e-11, atol=1e-13)
+
+
+def test_hard_labels_have_the_derivative_of_the_predictions(batch):
+    """FixMatch with L2I as in a loop of one's own: hard labels, the mask, and the strong view that is trained."""
+    model, threshold = net(), 0.5
+    refiner = Refiner(L2I("V2", inner_loss="cross_entropy"), "learned", hard=True, passes="own")
+    used = FixMatch(threshold).loss(model, batch, teacher=net(), progress=0.5, refiner=refiner).used
+    q = model(batch.weak).softmax(1)
+    hard = nn.functional.one_hot(q.argmax(1), CLASSES)
+    mask = (q.detach().amax(1) >= threshold).double()
+    refined = L2I("V2", inner_loss="cross_entropy").refine(
+        model=model, unlabeled=batch.second, labels=hard + (q - q.detach()), mask=mask,
+        holdout=batch.holdout, targets=batch.holdout_targets, labeled=batch.labeled, labeled_targets=batch.targets,
+    )  # fmt: skip
+    assert 0 < mask.sum() < len(mask)
+    assert used.labels.equal(hard.double())
+    found, wanted = (torch.autograd.grad(loss, list(model.parameters())) for loss in (used.loss, refined.loss))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_own_passes_are_given_images_and_the_model(batch):

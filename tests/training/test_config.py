@@ -1,9 +1,11 @@
+import dataclasses
 import json
 import math
 
 import pytest
 
 from fastmeta.training import (
+    AugmentationConfig,
     AverageConfig,
     EvaluationConfig,
     MachineConfig,
@@ -15,22 +17,22 @@ from fastmeta.training import (
     resolve,
 )
 from fastmeta.training.optimizers import rate_at
-from fastmeta.training.recipes import METHODS
+from fastmeta.training.recipes import BASE_RECIPES, METHODS
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (
-            {"base": "mixmatch"},
-            "base must be one of supervised, pseudo-label, mean-teacher, fixmatch, vat, .*, got 'mixmatch'",
+            {"base": "comatch"},
+            "base must be one of supervised, pseudo-label, pi-model, mean-teacher, vat, .*, got 'comatch'",
         ),
         ({"method": "maml"}, "method must be one of none, l2i, .*, got 'maml'"),
         ({"base": "supervised", "method": "l2i"}, "method must be none for base supervised .*, got 'l2i'"),
         ({"labels_per_class": 0}, "labels_per_class must be at least 1, got 0"),
         ({"steps": -1}, "steps must be at least 1, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"base_settings": {"tau": 0.5}}, "base_settings must be among threshold, weight for base fixmatch, got 'tau'"),
+        ({"base_settings": {"tau": 0.5}}, "base_settings must be among threshold, .* for base fixmatch, got .tau."),
         ({"method_settings": {"weight": 2}}, "method_settings must be left out without a method, got .*weight"),
         ({"base_settings": {"threshold": 7}}, "base_settings must have a threshold of at most 1, got 7"),
         ({"base_settings": {"weight": "x"}}, "base_settings must have a number of at least 0 for weight, got .x."),
@@ -49,6 +51,7 @@ def test_settings_name_what_is_wrong(settings, message):
         ("average", AverageConfig(decay=1.0), r"average\.decay must lie in \[0, 1\), got 1.0"),
         ("schedule", ScheduleConfig("cosine", milestones=(3,)), "milestones must be left out with schedule cosine"),
         ("evaluation", EvaluationConfig(every=0), "evaluation.every must be at least 1, got 0"),
+        ("augmentation", AugmentationConfig(noise=-1.0), "augmentation.noise must be at least 0 and finite, got -1.0"),
         ("machine", MachineConfig(accumulation=0), "machine.accumulation must be at least 1, got 0"),
         ("machine", MachineConfig(batch_norm="synchronized"), "machine.batch_norm must be per-process on the CPU"),
     ],
@@ -66,12 +69,14 @@ def test_config_is_plain_json_and_is_read_back():
         optimizer=OptimizerConfig("adam", betas=(0.5, 0.9)),
         schedule=ScheduleConfig("steps", milestones=(3, 5)),
         split=SplitConfig(validation_per_class=5),
+        augmentation=AugmentationConfig(strong="weak", shift=2, flip=False),
     )
     written = json.loads(json.dumps(config.as_dict()))
-    assert written["base_settings"] == {"threshold": 0.9, "weight": 1.0}
+    assert written["base_settings"] == {**dataclasses.asdict(BASE_RECIPES["fixmatch"]), "threshold": 0.9}
     read = from_dict(written)
     assert json.loads(json.dumps(read.as_dict())) == written
-    assert (read.optimizer, read.schedule, read.split) == (config.optimizer, config.schedule, config.split)
+    for part in ("optimizer", "schedule", "split", "augmentation"):
+        assert getattr(read, part) == getattr(config, part)
 
 
 def test_what_is_left_to_the_data_is_filled_in_once(digits):

@@ -4,6 +4,7 @@ In float64, so that what is left is rounding; without batch statistics, which ar
 """
 
 import copy
+import dataclasses
 import importlib
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastmeta.data import Images
+from fastmeta.methods import l2i
 from fastmeta.models import build_model
 from fastmeta.ops.process_group import Group
 from fastmeta.training import RunConfig, train
@@ -41,6 +43,12 @@ ON_FOUR = [
 ]
 PARTS = 2  # of a step, of three labeled images each
 SHARDED = [case for case in CASES if METHODS[case[1]].passes == "shared" and "published" not in case[1]]
+# Loops of the papers other than the recipes'.
+LOOPS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "fresh batches": ("fixmatch", "example-weights-published", {"fresh": True, "interval": 2}),
+    "V1, means": ("mean-teacher", "l2i-published", dataclasses.asdict(l2i.preset("official_code", "V1"))),
+    "V1, sums": ("mean-teacher", "l2i-published", dataclasses.asdict(l2i.preset("paper", "V1"))),
+}
 RESUMED = [("fixmatch", "l2i"), ("fixmatch", "example-weights"), ("vat", "label-gradient-alignment")]
 
 
@@ -108,6 +116,19 @@ def test_every_method_on_processes_is_that_of_one(alone: dict[str, Any], world: 
     assert not wrong, "\n".join(wrong)
 
 
+def loops(group: Group) -> dict[str, Any]:
+    found = {}
+    for name, (base, method, settings) in LOOPS.items():
+        run = trainer(base, method, group, method_settings=settings, holdout_batch=5)
+        run.train_step()
+        state = run.state_dict()  # the second half is that of a resumed run
+        run = trainer(base, method, group, method_settings=settings, holdout_batch=5)
+        run.load_state_dict(copy.deepcopy(state))
+        run.train_step()
+        found[name] = comparable(run, run.step_averages.read())
+    return found
+
+
 def continued(group: Group, saved: dict[str, Any]) -> dict[str, Any]:
     """The second half of runs whose first half others had."""
     found = {}
@@ -156,6 +177,7 @@ def several(group: Group) -> dict[str, Any]:
         "statistics": with_statistics(group),
         "unused": [updated(trainer(*case, group, unused=True)) for case in UNUSED],
         "same group": average[0].process_group is group,
+        "loops": loops(group),
     }
 
 
@@ -178,6 +200,14 @@ def test_a_step_in_parts(two: list[dict[str, Any]]) -> None:
         wanted = trained(None, "fixmatch", method, machine)
         for part in two:
             assert_alike(part["parts"][method], wanted, method)
+
+
+def test_the_papers_loops(two: list[dict[str, Any]]) -> None:
+    wanted = loops(None)
+    assert bool((wanted["fresh batches"]["method"]["update.table.values"] != 1).any())
+    for part in two:
+        for name, state in part["loops"].items():
+            assert_alike(state, wanted[name], name)
 
 
 def test_parameters_that_no_forward_uses(two: list[dict[str, Any]]) -> None:
@@ -212,9 +242,9 @@ def test_more_processes_than_images() -> None:
         rank, count, group = 0, 8, None
 
     with pytest.raises(ValueError, match="labeled_batch must be at least the number of processes, 8, got 6"):
-        Batches(data(6), second_view=None, uses_holdout=False, seed=0, machine=MachineConfig(), processes=Five())
+        Batches(data(6), second_view=None, seed=0, machine=MachineConfig(), processes=Five())
     with pytest.raises(ValueError, match="processes must be at most the number of hold-out images, 7, got 8"):
-        Batches(data(6), second_view=None, uses_holdout=True, seed=0, machine=MachineConfig(), processes=Five())
+        Batches(data(6), second_view=None, holdout="part", seed=0, machine=MachineConfig(), processes=Five())
 
 
 def test_an_example_that_is_twice_in_a_batch() -> None:

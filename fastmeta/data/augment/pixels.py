@@ -20,6 +20,11 @@ def to_unit(images: Tensor) -> Tensor:
     return images.to(torch.float32)
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """uint8, of uint8 or of what is in [0, 1]: to the nearest of 255 steps."""
+    return images if images.dtype == torch.uint8 else (images * 255).round_().to(torch.uint8)
+
+
 def to_canvas(images: Tensor, size: int) -> Tensor:
     """Shrink or enlarge ``images`` so that their shorter side lies between ``size`` and the canvas' side.
 

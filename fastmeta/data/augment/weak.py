@@ -68,7 +68,7 @@ def _taken(images: Tensor, rows: Tensor, columns: Tensor, padding: str) -> Tenso
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A random rectangle of the picture, resized to a square, with left and right exchanged in every second.
+    """A random rectangle of the picture, resized to a square, and perhaps with left and right exchanged.
 
     Its area is a uniform share of the picture's, the logarithm of its aspect ratio is uniform, and a side that would be
     longer than the picture's is cut to that.
@@ -77,6 +77,7 @@ class RandomCrop:
         size: side of the result.
         area: smallest and largest share of the picture.
         ratio: width to height, smallest and largest.
+        flip: exchange left and right of every second one.
 
     >>> images = torch.zeros(4, 3, 256, 256, dtype=torch.uint8)
     >>> RandomCrop(224)(images, KeyedRandom(0, "labeled", "weak", torch.arange(4))).shape
@@ -86,6 +87,7 @@ class RandomCrop:
     size: int
     area: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
 
     def __call__(self, images: Tensor, random: KeyedRandom) -> Tensor:
         """Of ``[n, channels, height, width]`` in [0, 1] or uint8: ``[n, channels, size, size]`` float32 in [0, 1]."""
@@ -104,7 +106,7 @@ class RandomCrop:
         share = share.float().clamp_(max=1)  # [n, 2], of width and height
         middle = (2 * drawn[:, 2:4] - 1) * (1 - share)
         maps = torch.cat([torch.diag_embed(share), middle.unsqueeze(2)], dim=2)
-        return mirrored(maps, drawn[:, 4] < 0.5)
+        return mirrored(maps, drawn[:, 4] < 0.5) if self.flip else maps
 
 
 def weak_augment(images: Tensor, generator: torch.Generator, *, max_shift: int = 1) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from fastmeta.training.build import load_images
 from fastmeta.training.config import from_dict
 from fastmeta.training.files import read_json, read_jsonl
+from fastmeta.training.reports.drawing import pyplot, save, style
 from fastmeta.training.reports.intervals import t_interval
 
 # Color-blind safe (Okabe and Ito); the base is black, a variant has its method's color and a line of its own.
@@ -43,11 +44,7 @@ def write_plots(folder: Path) -> list[Path]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("matplotlib is not installed (pip install matplotlib)") from error
-    matplotlib.use("agg")
+    pyplot()
     results = read_json(folder / "results.json")
     details = {
         (run["base"], run["method"], run["seed"]): read_json(
@@ -64,27 +61,11 @@ def write_plots(folder: Path) -> list[Path]:
     return [path for path in drawn if path is not None]
 
 
-def _style(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return path
-
-
 def _errors(folder: Path, rows: list[dict[str, Any]]) -> Path | None:
     """Test error of the averaged weights over steps, a panel for each method: mean of the seeds, and their range.
 
     Each panel has the base alone, too, in black.
     """
-    from matplotlib import pyplot
-
     if not rows:
         return None
     curves: dict[tuple[str, str], dict[int, list[float]]] = {}
@@ -97,7 +78,7 @@ def _errors(folder: Path, rows: list[dict[str, Any]]) -> Path | None:
     places = [(base, name) for base in bases for name in panels[base]]
     columns = max(map(len, panels.values())) if len(bases) > 1 else min(4, len(places))
     lines = len(bases) if len(bases) > 1 else math.ceil(len(places) / columns)
-    figure, grid = pyplot.subplots(
+    figure, grid = pyplot().subplots(
         lines,
         columns,
         figsize=(1.2 + 2.7 * columns, 0.6 + 2.4 * lines),
@@ -113,7 +94,7 @@ def _errors(folder: Path, rows: list[dict[str, Any]]) -> Path | None:
         column = panels[base].index(method) if len(bases) > 1 else number % columns
         axes = grid[line][column]
         axes.set_visible(True)
-        _style(axes)
+        style(axes)
         for name in dict.fromkeys(["none", method]):
             if (base, name) in curves:
                 _curve(axes, curves[base, name], name)
@@ -127,7 +108,7 @@ def _errors(folder: Path, rows: list[dict[str, Any]]) -> Path | None:
     if any(method != "none" and (base, "none") in curves for base, method in places):
         title += (" " if columns > 1 else "\n") + "(black: the base alone)"
     figure.suptitle(title, fontsize="medium")
-    return _save(figure, folder / "errors.png")
+    return save(figure, folder / "errors.png")
 
 
 def _curve(axes: Any, by_step: dict[int, list[float]], method: str) -> None:
@@ -144,15 +125,13 @@ def _curve(axes: Any, by_step: dict[int, list[float]], method: str) -> None:
 
 def _differences(folder: Path, results: dict[str, Any]) -> Path | None:
     """Test error minus the base's: one dot per seed, mean and 95% interval."""
-    from matplotlib import pyplot
-
     runs = {(run["base"], run["method"], run["seed"]): run["test_error"] for run in results["runs"]}
     arms = [(row["base"], row["method"]) for row in results["table"] if row["difference"] is not None]
     if not arms:
         return None
     several = len({base for base, _ in arms}) > 1
-    figure, axes = pyplot.subplots(figsize=(6.8, 1.3 + 0.5 * len(arms)), layout="constrained")
-    _style(axes)
+    figure, axes = pyplot().subplots(figsize=(6.8, 1.3 + 0.5 * len(arms)), layout="constrained")
+    style(axes)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="0.9", linewidth=0.8)
     axes.axvline(0, color="0.3", linewidth=1)
@@ -179,7 +158,7 @@ def _differences(folder: Path, results: dict[str, Any]) -> Path | None:
         "test error minus the base's on the same seed, percentage points\n(dots: seeds; bar: mean; line: 95% interval)"
     )
     axes.set_title("left of 0: the method helps" + ("" if several else f" {arms[0][0]}"), fontsize="medium")
-    return _save(figure, folder / "differences.png")
+    return save(figure, folder / "differences.png")
 
 
 def _weights(folder: Path, details: Details) -> Path | None:
@@ -187,8 +166,6 @@ def _weights(folder: Path, details: Details) -> Path | None:
 
     Images whose imputed label is right and wrong are apart.
     """
-    from matplotlib import pyplot
-
     arms: dict[str, dict[bool, list[float]]] = {}
     for (base, method, _), detail in details.items():
         if detail["weights"] is not None:
@@ -197,13 +174,13 @@ def _weights(folder: Path, details: Details) -> Path | None:
                 by_outcome[label == target].append(weight)
     if not arms:
         return None
-    figure, grid = pyplot.subplots(
+    figure, grid = pyplot().subplots(
         2, len(arms), figsize=(1 + 4.4 * len(arms), 4.6), sharex=True, squeeze=False, layout="constrained"
     )
     for column, (arm, by_outcome) in enumerate(arms.items()):
         for axes, right in zip(grid[:, column], (True, False), strict=True):
             weights = by_outcome[right]
-            _style(axes)
+            style(axes)
             share = [100 / max(1, len(weights))] * len(weights)
             axes.hist(weights, bins=40, range=(0, 2), color=_RIGHT if right else _WRONG, weights=share)
             axes.axvline(1, color="0.3", linewidth=1, linestyle=":")
@@ -213,7 +190,7 @@ def _weights(folder: Path, details: Details) -> Path | None:
             axes.set_title(f"{arm}\n{title}" if right else title, fontsize="small")
             axes.set_ylabel("% of them" if column == 0 else "")
     figure.supxlabel("weight of an unlabeled image at the end (1 at the start)", fontsize="medium")
-    return _save(figure, folder / "weights.png")
+    return save(figure, folder / "weights.png")
 
 
 @dataclass(frozen=True)
@@ -237,8 +214,6 @@ class _Change:
 
 def _labels(folder: Path, details: Details, columns: int = 8) -> Path | None:
     """For each method the images of the first seed whose labels changed most: before, after, true."""
-    from matplotlib import pyplot
-
     rows: dict[str, list[_Change]] = {}
     for (base, method, seed), detail in details.items():
         if method == "none" or any(name.startswith(f"{base} + {method}:") for name in rows):
@@ -253,7 +228,7 @@ def _labels(folder: Path, details: Details, columns: int = 8) -> Path | None:
     if not rows:
         return None
     images = load_images(from_dict(read_json(folder / "config.json")["runs"][0]))
-    figure = pyplot.figure(figsize=(1.15 * columns, 2.1 * len(rows)), layout="constrained")
+    figure = pyplot().figure(figsize=(1.15 * columns, 2.1 * len(rows)), layout="constrained")
     strips = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for (title, changes), strip in zip(rows.items(), strips, strict=True):
         strip.suptitle(title, x=0.01, horizontalalignment="left", fontweight="bold", fontsize=9)
@@ -266,7 +241,7 @@ def _labels(folder: Path, details: Details, columns: int = 8) -> Path | None:
                 else:
                     axes.imshow(picture)
                 axes.set_title(change.title, fontsize=8, color=_RIGHT if change.is_right else _WRONG)
-    return _save(figure, folder / "labels.png")
+    return save(figure, folder / "labels.png")
 
 
 def _by_method(detail: dict[str, Any]) -> list[_Change]:

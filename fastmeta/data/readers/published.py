@@ -1,0 +1,79 @@
+"""Published data sets by name, whether in their original files or as the hub has them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from fastmeta.data.images import DataError, Images
+from fastmeta.data.readers.cifar import CIFAR
+from fastmeta.data.readers.collection import Collection
+from fastmeta.data.readers.idx import FASHION_MNIST, MNIST
+from fastmeta.data.readers.optional import MissingPackage
+from fastmeta.data.readers.svhn import SVHN, SVHN_EXTRA
+from fastmeta.data.readers.tiny_imagenet import TINY_IMAGENET
+
+_ORIGINALS = (*CIFAR, SVHN_EXTRA, SVHN, FASHION_MNIST, MNIST, TINY_IMAGENET)
+PICTURES = {"imagenet": 224, "imagenet-72": 72}
+"""Data sets without a form of their own: folders of pictures or parquet, and the image size of each."""
+PUBLISHED = (*dict.fromkeys(original.name for original in _ORIGINALS), *PICTURES)
+
+
+def named(path: str) -> tuple[str | None, str]:
+    """The name of a published data set and the path behind it; None where there is no such name.
+
+    >>> named("cifar-10:~/data"), named("huggingface:cifar10")
+    (('cifar-10', '~/data'), (None, 'huggingface:cifar10'))
+    """
+    name, colon, rest = path.partition(":")
+    return (name, rest) if colon and name in PUBLISHED else (None, path)
+
+
+def open_original(path: Path, *, cache: bool) -> Images | Collection | None:
+    """A data set in its original files, known by their names; None where there is none.
+
+    Raises:
+        DataError: it may be one of two, or a file is missing or damaged.
+    """
+    for original in _ORIGINALS:
+        place = original.place(path)
+        if place is not None:
+            same = [other.name for other in _ORIGINALS if other.files == original.files and other.place(path) == place]
+            if len(same) > 1:
+                choice = " or ".join(f"{name}:{path}" for name in same)
+                raise DataError(f"{path}: {' and '.join(same)} have the same files, give {choice}")
+            return original.open(place, cache=cache)
+    return None
+
+
+def open_named(
+    name: str, path: Path, other: Callable[[Path], Images | Collection], *, cache: bool
+) -> Images | Collection:
+    """The data set ``name``: in its original files, or as ``other`` finds it, with the parts that papers have.
+
+    Raises:
+        DataError: it is not there, or has another number of classes or no part that it must have.
+    """
+    originals = [original for original in _ORIGINALS if original.name == name]
+    for original in originals:
+        place = original.place(path)
+        if place is not None:
+            return original.open(place, cache=cache)
+    how = originals[0].how_to_get() if originals else "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
+    missing = DataError(f"{path}: no {name} found; {how}; or parquet files as the hub has them")
+    try:
+        found = other(path)
+    except MissingPackage:
+        raise
+    except DataError as error:
+        raise missing from error
+    parts = dict(found.parts)
+    if name == "svhn":
+        parts.pop("unlabeled", None)
+    if name == "tiny-imagenet" and "test" not in parts and "validation" in parts:
+        parts["test"] = parts.pop("validation")
+    needed = {"svhn-extra": {"train", "test", "unlabeled"}}.get(name, {"train", "test"} if originals else {"train"})
+    if not needed <= parts.keys() or not {"test", "validation"} & parts.keys():
+        raise missing
+    if originals and len(found.classes) != originals[0].classes:
+        raise DataError(f"{path}: {name} has {originals[0].classes} classes, got {len(found.classes)}")
+    return replace(found, name=name, parts=parts) if isinstance(found, Collection) else found

@@ -1,0 +1,11 @@
+"""Experiments of the papers, measured here: ``fastmeta reproduce NAME``."""
+
+from fastmeta.reproduce.experiment import Experiment
+from fastmeta.reproduce.lga_linear import LGA_LINEAR
+from fastmeta.reproduce.weights_in_the_plane import WEIGHTS_CIRCLES, WEIGHTS_LINEAR, WEIGHTS_MOONS
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment for experiment in (WEIGHTS_LINEAR, WEIGHTS_CIRCLES, WEIGHTS_MOONS, LGA_LINEAR)
+}
+
+__all__ = ["EXPERIMENTS", "Experiment"]

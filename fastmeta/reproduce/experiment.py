@@ -1,0 +1,151 @@
+"""An experiment: cells that are measured one by one and kept as they come, and a table and figures of them."""
+
+import datetime
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastmeta
+from fastmeta.training.files import alone, make_folder, read_json, write_text
+from fastmeta.training.reports.drawing import pyplot, save
+
+Row = dict[str, Any]
+"""A cell's settings and what was measured with them, as JSON knows them."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A figure or table of a paper, measured here.
+
+    Args:
+        name: on the command line.
+        paper: what of it, and where that is printed.
+        cells: settings of each cell, by which it is known, the most informative first; for a full or a ``quick`` run.
+        measure: called with the settings of a cell, gives its figures.
+        table: Markdown of the rows measured so far, beside the paper's figures.
+        draw: figures of the same rows, by the stem of their file.
+    """
+
+    name: str
+    paper: str
+    cells: Callable[[bool], Sequence[Row]]
+    measure: Callable[..., Row]
+    table: Callable[[Sequence[Row]], str]
+    draw: Callable[[Sequence[Row]], dict[str, Any]]
+
+    def run(self, out: Path, quick: bool = False, minutes: float | None = None) -> None:
+        """Measure what ``out/results.json`` has not, then write table.md and the figures.
+
+        Args:
+            out: a folder, which is made.
+            quick: a small version that shows that everything works.
+            minutes: no cell is begun after that long.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: ``out`` cannot be written to, or another process works there; a number is out of its range.
+        """
+        if minutes is not None and minutes <= 0:
+            raise ValueError(f"minutes must be > 0, got {minutes}")
+        pyplot()  # it would be a pity to miss it at the end
+        make_folder(out)
+        with alone(out):
+            began, code = time.monotonic(), commit()
+            planned = list(self.cells(quick))
+            before = {json.dumps(cell["settings"]): cell for cell in _read(out / "results.json")}
+            measured = {key: before[key] for key in map(json.dumps, planned) if key in before}
+            for number, settings in enumerate(planned, 1):
+                if json.dumps(settings) in measured:
+                    continue
+                if minutes is not None and time.monotonic() - began > 60 * minutes:
+                    break
+                words = " ".join(f"{name}={value}" for name, value in settings.items())
+                print(f"{self.name}: cell {number} of {len(planned)}: {words}", flush=True)
+                measured[json.dumps(settings)] = self._cell(settings, code)
+                self._write_results(out, list(measured.values()), quick)
+            cells = [measured[key] for key in map(json.dumps, planned) if key in measured]
+            self._write_results(out, cells, quick)
+            self._write_pages(out, cells, len(planned))
+
+    def _cell(self, settings: Row, code: str) -> Row:
+        start = time.perf_counter()
+        measured = self.measure(**settings)
+        seconds = round(time.perf_counter() - start, 2)
+        return {"settings": settings, "measured": measured, "seconds": seconds, "date": _now(), "commit": code}
+
+    def _write_results(self, out: Path, cells: Sequence[Row], quick: bool) -> None:
+        """One cell a line: indented, a curve would take hundreds of lines."""
+        about = {"experiment": self.name, "paper": self.paper, "quick": quick, "machine": machine()}
+        lines = ",\n".join(json.dumps(cell) for cell in cells)
+        write_text(out / "results.json", f'{json.dumps(about)[:-1]},\n"cells": [\n{lines}\n]}}\n')
+
+    def _write_pages(self, out: Path, cells: Sequence[Row], planned: int) -> None:
+        rows = [{**cell["settings"], **cell["measured"]} for cell in cells]
+        commits = ", ".join(dict.fromkeys(cell["commit"] for cell in cells))
+        dates = " to ".join(sorted({cell["date"][:10] for cell in cells}))
+        seconds = sum(cell["seconds"] for cell in cells)
+        header = (
+            f"# {self.name}\n\n{self.paper}.\n\n{len(cells)} of {planned} cells, {seconds:.0f} s in all, {dates}, "
+            f"commit {commits}, {machine()['processor']}; `fastmeta reproduce {self.name}` measures them again.\n\n"
+        )
+        write_text(out / "table.md", header + self.table(rows).rstrip() + "\n")
+        for stem, figure in self.draw(rows).items():
+            save(figure, out / f"{stem}.png")
+
+
+def _read(path: Path) -> list[Row]:
+    """The cells of results.json; none if there is no such file."""
+    found = read_json(path)
+    return [] if found is None else found["cells"]
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown.
+
+    >>> print(markdown(["a", "b"], [[1, 2]]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    lines = [columns, ["---"] * len(columns), *rows]
+    texts = ["| " + " | ".join(str(value) for value in line) + " |" for line in lines]
+    texts[1] = texts[1].replace(" ", "")
+    return "\n".join(texts)
+
+
+def machine() -> Row:
+    """Where a result was measured."""
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        names = [line for line in information.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].partition(":")[2].strip() if names else processor
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "fastmeta": fastmeta.__version__,
+    }
+
+
+def commit() -> str:
+    """Of the checkout that runs, ``-dirty`` where files differ from it; without a checkout the version."""
+    root = Path(fastmeta.__file__).parents[1]
+    if not (root / ".git").exists():
+        return f"of version {fastmeta.__version__}"
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
