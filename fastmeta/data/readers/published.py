@@ -28,6 +28,16 @@ def named(path: str) -> tuple[str | None, str]:
     return (name, rest) if colon and name in PUBLISHED else (None, path)
 
 
+def how_to_get(name: str) -> str:
+    """The files of a published data set, and where they are from.
+
+    >>> how_to_get("imagenet")
+    'expected train/<class>/*.JPEG and val/<class>/*.JPEG'
+    """
+    originals = [original for original in _ORIGINALS if original.name == name]
+    return originals[0].how_to_get() if originals else "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
+
+
 def open_original(path: Path, *, cache: bool) -> Images | Collection | None:
     """A data set in its original files, known by their names; None where there is none.
 
@@ -58,8 +68,7 @@ def open_named(
         place = original.place(path)
         if place is not None:
             return original.open(place, cache=cache)
-    how = originals[0].how_to_get() if originals else "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
-    missing = DataError(f"{path}: no {name} found; {how}; or parquet files as the hub has them")
+    missing = DataError(f"{path}: no {name} found; {how_to_get(name)}; or parquet files as the hub has them")
     try:
         found = other(path)
     except MissingPackage:
