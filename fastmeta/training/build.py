@@ -1,7 +1,7 @@
 """From settings to a trainer: what depends on the data is filled in, then everything is made."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,14 +18,14 @@ from fastmeta.training.batches import TrainingData
 from fastmeta.training.config import RunConfig
 from fastmeta.training.evaluation import Evaluator
 from fastmeta.training.processes import Processes
-from fastmeta.training.recipes import METHODS, base_of
+from fastmeta.training.recipes import BASE_RECIPES, METHODS, base_of
 from fastmeta.training.trainer import Trainer
 from fastmeta.training.whitening import agreed_whitening
 
 _SMALL = 16  # pixels: nets for such images are too small for more than one thread
 _LARGE = 96  # from here on a crop of 7/8 of what is stored is trained on
-_PUBLISHED: dict[str, dict[str, Any]] = {"fixmatch": {"threshold": 0.95}, "pseudo-label": {"threshold": 0.95}}
-"""Settings of bases whose recipes were chosen on digits."""
+_CHOSEN_ON_DIGITS = [base for base in BASE_RECIPES if base not in ("mean-teacher", "vat")]
+"""Bases whose recipes are for digits alone; other images get the settings that a base has by itself, as published."""
 _FEW = 10  # labeled images of a class, whose weak views are soon known by heart
 
 
@@ -65,7 +65,7 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
         model=_automatic_model(size, small) if config.model == "auto" else config.model,
         image_size=size,
         views="digits" if digits and config.views == "auto" else config.views,
-        base_settings=config.base_settings if digits else {**_PUBLISHED.get(config.base, {}), **config.base_settings},
+        base_settings=config.base_settings if digits else {**_published(config.base), **config.base_settings},
         labeled_view=config.labeled_view or ("strong" if few else "weak"),
         optimizer=replace(config.optimizer, learning_rate=config.optimizer.learning_rate or rate),
         average=replace(config.average, decay=_first(config.average.decay, min(0.999, max(0.99, 1 - 10 / steps)))),
@@ -249,6 +249,14 @@ def _model(config: RunConfig, images: Images) -> nn.Module:
 def _automatic_model(size: int, small: bool) -> str:
     """A wide residual net takes seconds a step on a laptop's cores."""
     return "conv-net" if small and size <= _LARGE else automatic_model(size)
+
+
+def _published(base: str) -> dict[str, Any]:
+    """The settings in which the recipe for digits is another."""
+    if base not in _CHOSEN_ON_DIGITS:
+        return {}
+    recipe, own = asdict(BASE_RECIPES[base]), asdict(BASES[base]())
+    return {name: value for name, value in own.items() if value != recipe[name]}
 
 
 def _first(value: Any, otherwise: Any) -> Any:

@@ -38,6 +38,20 @@ from fastmeta.training.recipes import BASE_RECIPES, METHODS
         ({"method_settings": {"weight": 2}}, "method_settings must be left out without a method, got .*weight"),
         ({"base_settings": {"threshold": 7}}, "base_settings must have a threshold of at most 1, got 7"),
         ({"base_settings": {"weight": "x"}}, "base_settings must have a number of at least 0 for weight, got .x."),
+        (
+            {"base_settings": {"statistics": "mixed"}},
+            "must have one of joined, separate, interleaved for statistics, got 'mixed'",
+        ),
+        ({"base": "uda", "base_settings": {"temperature": 0}}, "base_settings must have a temperature above 0, got 0"),
+        ({"base": "freematch", "base_settings": {"decay": 2}}, "base_settings must have a decay of at most 1, got 2"),
+        (
+            {"base": "mixmatch", "base_settings": {"views": 1}},
+            "base_settings must have an integer of at least 2 for views, got 1",
+        ),
+        (
+            {"base": "flexmatch", "base_settings": {"warm_up": 1}},
+            "base_settings must have True or False for warm_up, got 1",
+        ),
     ],
 )
 def test_settings_name_what_is_wrong(settings, message):

@@ -33,6 +33,16 @@ def named(path: str) -> tuple[str | None, str]:
     return (name, rest) if colon and name in PUBLISHED else (None, path)
 
 
+def how_to_get(name: str) -> str:
+    """The files of a published data set, and where they are from.
+
+    >>> how_to_get("imagenet")
+    'expected train/<class>/*.JPEG and val/<class>/*.JPEG'
+    """
+    originals = [original for original in _ORIGINALS if original.name == name]
+    return originals[0].how_to_get() if originals else "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
+
+
 def open_original(path: Path, *, cache: bool) -> Images | Collection | None:
     """A data set in its original files, known by their names; None where there is none.
 
