@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from pillow_operations import PILLOW, by_pillow
 
 import fastmeta
+from bench.pillow_operations import PILLOW, by_pillow
 from fastmeta.data import KeyedRandom, Shift
 from fastmeta.data.augment import CODES, OPERATIONS, apply_operations
 from fastmeta.data.augment.apply import OPERATOR, view
