@@ -106,7 +106,7 @@ class Batches:
             seed=self.seed,
             more=tuple(self._view(unlabeled, prefix + "unlabeled", f"view {k}", second or "weak") for k in more),
             process_group=self.processes.group,
-            probe=self._probe(labeled),
+            probe=None if prefix else self._probe(labeled),
         )
         if not holdout or self.holdout == "batch":
             return batch
