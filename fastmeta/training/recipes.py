@@ -132,6 +132,9 @@ BASE_RECIPES: dict[str, Base] = {
     "mix-up-consistency": MixUpConsistency(),
 }
 
+MIXED = ("mix-up", "mixmatch", "remixmatch", "mix-up-consistency")
+"""Bases without a loss of labeled images as they are."""
+
 _L2I = Recipe(
     lambda num_unlabeled, num_classes, **settings: L2I(**settings),
     {"variant": "V2", "unit_length": True, "weight": 1.0},
