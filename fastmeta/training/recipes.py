@@ -122,15 +122,18 @@ BASE_RECIPES: dict[str, Base] = {
     "pi-model": PiModel(),
     "mean-teacher": MeanTeacher(weight=20.0),
     "vat": VirtualAdversarial(radius=2.0, weight=1.0, entropy_weight=0.06),
-    "mix-up": MixUp(),
-    "mixmatch": MixMatch(),
-    "remixmatch": ReMixMatch(),
+    "mix-up": MixUp(statistics="joined"),
+    "mixmatch": MixMatch(weight=20.0, ramp=0.4, ramp_shape="sigmoid", statistics="joined"),
+    "remixmatch": ReMixMatch(rotation_weight=0.0, ramp=0.4, statistics="joined"),
     "uda": UDA(),
     "fixmatch": FixMatch(threshold=0.8),
-    "flexmatch": FlexMatch(),
-    "freematch": FreeMatch(),
+    "flexmatch": FlexMatch(threshold=0.8),
+    "freematch": FreeMatch(decay=0.99),
     "mix-up-consistency": MixUpConsistency(),
 }
+
+MIXED = ("mix-up", "mixmatch", "remixmatch", "mix-up-consistency")
+"""Bases without a loss of labeled images as they are."""
 
 _L2I = Recipe(
     lambda num_unlabeled, num_classes, **settings: L2I(**settings),
