@@ -104,7 +104,7 @@ def test_the_examples_of_an_outer_loss(digits):
     assert not torch.cdist(first.holdout.flatten(1), first.labeled.flatten(1)).min(dim=1).values.eq(0).any()
 
     run = build(RunConfig(method="example-weights-published", holdout_batch=500, **small()), digits)
-    batch, other = run.trainer.batches(0), run.trainer.batches(1)
+    batch, other = run.trainer.batches(99), run.trainer.batches(199)
     counts = torch.zeros(30)
     places = run.split.holdout
     for image in batch.holdout:
@@ -113,6 +113,21 @@ def test_the_examples_of_an_outer_loss(digits):
     assert counts.min() < counts.max()  # 500 in passes would be 16 or 17 of each
     assert 4 < float((counts - 500 / 30).square().mean()) < 64  # about 500/30 if independent
     assert not batch.holdout.equal(other.holdout)
+
+
+def test_hold_out_images_come_when_the_method_learns(digits):
+    """Passes through them go on where the last update left them."""
+    settings = {"interval": 3}
+    every, third = (
+        trainer_of(digits, method="example-weights", holdout_batch=7, method_settings=chosen).batches
+        for chosen in ({}, settings)
+    )
+    for number in range(7):
+        found = third(number)
+        if number % 3 == 2:
+            assert found.holdout.equal(every(number // 3).holdout)
+        else:
+            assert found.holdout is None
 
 
 def test_fresh_batches_are_of_streams_of_their_own(digits):
