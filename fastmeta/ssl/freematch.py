@@ -140,8 +140,9 @@ class Thresholds(Stateful):
             group: the processes that have the other examples.
         """
         hard, _ = harden(predictions.detach(), 0.0)
-        own = mask @ predictions
-        mean, counts = sum_over([own, mask @ hard], group)
+        # No matrix products, which autocast would round.
+        own = (mask.unsqueeze(1) * predictions).sum(dim=0)
+        mean, counts = sum_over([own, (mask.unsqueeze(1) * hard).sum(dim=0)], group)
         # The value is that of all processes; of the derivative each has its part, and they are averaged.
         mean = mean.detach() + world_size(group) * (own - own.detach())
         present = counts > 0

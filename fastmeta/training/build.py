@@ -11,7 +11,8 @@ from fastmeta.data import Images, Split, generator_for, make_split, open_images,
 from fastmeta.data.augment import Whitening
 from fastmeta.data.cache import cache_folder
 from fastmeta.data.features import frozen_features, restore_head
-from fastmeta.models import NETS, Normalized, automatic_model, build_model
+from fastmeta.data.split_file import read_split
+from fastmeta.models import NETS, WITHOUT_LAST_LAYER, Normalized, automatic_model, build_model
 from fastmeta.ssl import BASES
 from fastmeta.training.batches import TrainingData
 from fastmeta.training.config import RunConfig
@@ -103,20 +104,23 @@ def split_of(config: RunConfig, images: Images) -> Split:
     """The parts of the images, from resolved settings."""
     part = config.split
     images = with_foreign_classes(images, part.foreign_classes)
-    split = make_split(
-        images,
-        labels_per_class=config.labels_per_class,
-        seed=config.seed,
-        holdout_per_class=part.holdout_per_class or 0,
-        validation_per_class=part.validation_per_class or 0,
-        validation=part.validation or 0,
-        test_fraction=part.test_fraction or 0.0,
-        imbalance=part.imbalance,
-        unlabeled_imbalance=part.unlabeled_imbalance,
-        holdout=part.holdout or 0,
-    )
-    if part.labeled_in_unlabeled:
-        split = replace(split, unlabeled=torch.cat([split.unlabeled, split.labeled]))
+    if part.file is not None:
+        split = read_split(part.file, images)
+    else:
+        split = make_split(
+            images,
+            labels_per_class=config.labels_per_class,
+            seed=config.seed,
+            holdout_per_class=part.holdout_per_class or 0,
+            validation_per_class=part.validation_per_class or 0,
+            validation=part.validation or 0,
+            test_fraction=part.test_fraction or 0.0,
+            imbalance=part.imbalance,
+            unlabeled_imbalance=part.unlabeled_imbalance,
+            holdout=part.holdout or 0,
+        )
+        if part.labeled_in_unlabeled:
+            split = replace(split, unlabeled=torch.cat([split.unlabeled, split.labeled]))
     if BASES[config.base].imputes and not len(split.unlabeled):
         raise ValueError(
             f"data must have unlabeled images for base {config.base}, got none in {config.data}: put some in the "
@@ -218,6 +222,11 @@ def build(
         machine=config.machine,
         processes=processes,
     )
+    if trainer.method is not None and trainer.method.passes == "shared" and config.model in WITHOUT_LAST_LAYER:
+        raise ValueError(
+            f"method must make passes of its own (l2i-jvp, ...) with model {config.model}, where no linear layer gives "
+            f"the logits, got {config.method}"
+        )
     evaluator = Evaluator(config.evaluation, seen, split, views, machine=config.machine, processes=processes)
     return Built(config, images, split, trainer, evaluator, whole, whitening)
 

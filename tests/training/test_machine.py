@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastmeta
 from fastmeta.ops.solve import conjugate_gradient as solver
 from fastmeta.problem.random_state import RandomState
-from fastmeta.ssl import MixUpConsistency, TrainingBatch
+from fastmeta.ssl import MixUpConsistency, ReMixMatch, TrainingBatch
 from fastmeta.training import machine as machine_module
 from fastmeta.training.config import MachineConfig
 from fastmeta.training.machine import capture_steps, refuse_compile, refuse_synchronized
@@ -132,6 +132,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"machine.compile must be False for mix-up-consistency with a method whose"):
         refuse_compile(MixUpConsistency(), refiner("l2i"))
     refuse_compile(MixUpConsistency(), refiner("meta-gradient"))
+    with pytest.raises(ValueError, match=r"machine.compile must be False for remixmatch, unless its rotation"):
+        refuse_compile(ReMixMatch(), None)
+    refuse_compile(ReMixMatch(rotation_weight=0.0), None)
     for method in (None, refiner("l2i-jvp")):
         with pytest.raises(ValueError, match=r"machine.graph must be False without a method that works on the last"):
             capture_steps(method, Processes())
