@@ -111,7 +111,7 @@ def test_meta_gradient_as_the_slides_and_the_code_say():
 def test_example_weights_as_the_paper_says():
     settings = config("weights-uda-cifar10-4000").settings()["method_settings"]
     assert (settings["interval"], settings["lr"], settings["low"], settings["high"]) == (100, 0.01, 0, 2)
-    assert PRESETS["weights-uda-cifar10-4000"].note == "Table 3: validation error: 3.42%. Fig. 3: 4.43%."
+    assert PRESETS["weights-uda-cifar10-4000"].note == "Table 3: 3.42%. A validation error. Fig. 3: 4.43%."
     # "test error of 4.43%, outperforming 4.51% and 4.85% by Luketina et al. and Lorraine et al."
     assert [error(f"weights-uda-{form}-cifar10-4000") for form in ("identity", "neumann")] == [4.51, 4.85]
     # "outperforms the UDA baseline across all splits in both CIFAR-10 and SVHN"
@@ -124,7 +124,9 @@ def test_example_weights_as_the_paper_says():
     run = config("weights-fixmatch-cifar10-250")
     assert (run.augmentation.strong, run.labeled_batch, run.unlabeled_batch) == ("ctaugment", 64, 448)
     assert run.split.holdout == 1024
-    assert PRESETS["weights-fixmatch-alone-cifar10-250"].note == "FixMatch's own paper: 5.07%."
+    assert PRESETS["weights-fixmatch-alone-cifar10-250"].note == "Table 1: 5.07%. In FixMatch's own paper."
+    # as in their code, CTAugment's rates learn for FixMatch alone
+    assert [config(f"weights-fixmatch{arm}-svhn-250").augmentation.adapt for arm in ("", "-alone")] == [False, True]
     # 3,000 passes of 128,000 labeled images in batches of 1,024
     imagenet = config("weights-fixmatch-imagenet-10pct")
     assert imagenet.labels_per_class + imagenet.split.holdout_per_class == 128
