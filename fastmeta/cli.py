@@ -27,7 +27,7 @@ from fastmeta.training.doctor import doctor, verify_named
 from fastmeta.training.files import make_folder
 from fastmeta.training.pictures_to_predict import open_for_prediction
 from fastmeta.training.predict import predict, require_finished, summary_of, unreadable_text
-from fastmeta.training.recipes import BASE_RECIPES, METHODS
+from fastmeta.training.recipes import BASE_RECIPES, DEFAULT_METHODS, METHODS
 from fastmeta.training.reports.report import write_report
 from fastmeta.training.reports.run_folder import read_run
 from fastmeta.training.train import ConfigMismatch, NotFinite
@@ -41,10 +41,6 @@ else:
     Base = tyro.extras.literal_type_from_choices(list(BASE_RECIPES))
     Method = tyro.extras.literal_type_from_choices(list(METHODS))
     ExperimentName = tyro.extras.literal_type_from_choices(list(EXPERIMENTS))
-# With the features of the base's own forward and the last layer alone, and settings chosen here.
-DEFAULT_METHODS = tuple(
-    name for name, recipe in METHODS.items() if recipe.passes == "shared" and not name.endswith("-published")
-)
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,9 @@ class Compare:
     """Base algorithm; vat is virtual adversarial training."""
     methods: tuple[Method, ...] = DEFAULT_METHODS
     """Methods on top of it; the base alone ("none") is always among them. -jvp: the whole model moves, not the last
-    layer alone; -alternating: an update of its own, after the base's."""
+    layer alone; -alternating: an update of its own, after the base's; -published: a paper's own loop and settings."""
     data: str = "digits"
-    """Images: "digits", or a path."""
+    """Images: digits, mnist-5k, photographs, or a path."""
     labels_per_class: int = 1
     """Labeled images per class, at least 1; what is left of a class is unlabeled."""
     seeds: int = 7
