@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -241,18 +242,20 @@ def test_the_list(capsys):
 
 
 def test_the_command_line_starts_from_a_preset(monkeypatch, capsys):
-    seen: list[RunConfig] = []
-    monkeypatch.setattr(cli, "train_command", lambda run, out: seen.append(run) or 0)
+    seen: list[tuple[RunConfig, str]] = []
+    monkeypatch.setattr(cli, "train_command", lambda run, out: seen.append((run, str(out))) or 0)
     found = {"step": 2, "skipped_steps": 0}
-    monkeypatch.setattr(cli, "run_smoke", lambda preset, out: seen.append(preset.config) or found)
+    monkeypatch.setattr(cli, "run_smoke", lambda preset, out: seen.append((preset.config, str(out))) or found)
     name = "weights-uda-neumann-cifar10-4000"
     changes = ["--data", "images", "--seed", "7", "--optimizer.learning-rate", "0.2"]
     assert cli.main(["train", "--preset", name, *changes]) == 0
+    assert capsys.readouterr().out == "Not All Unlabeled Data Are Equal, Fig. 3: 4.85%.\n"
     expected = preset(name).config
     changed = dataclasses.replace(expected.optimizer, learning_rate=0.2)
-    assert seen.pop() == dataclasses.replace(expected, data="images", seed=7, optimizer=changed)
-    assert cli.main(["train", "--preset", name, "--smoke"]) == 0
-    assert seen.pop() == expected
+    run = dataclasses.replace(expected, data="images", seed=7, optimizer=changed)
+    assert seen.pop() == (run, os.path.join("runs", f"{name}-seed-7"))
+    assert cli.main(["train", "--preset", name, "--smoke", "--out", "here"]) == 0
+    assert seen.pop() == (expected, "here")
     assert capsys.readouterr().out == f"{name}: 2 steps, 0 of them without a finite loss\n"
     found["skipped_steps"] = 1
     assert cli.main(["train", "--preset", name, "--smoke"]) == 1
