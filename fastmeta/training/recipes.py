@@ -31,7 +31,7 @@ each other are alike. Width is 32 unless it says 16; chosen values in ``**``.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -249,6 +249,7 @@ def base_of(name: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Ba
     return replace(recipe, **{setting: _checked(recipe, setting, value) for setting, value in settings.items()})
 
 
+_hints = cache(get_type_hints)
 _POSITIVE = ("temperature", "alpha")
 _AT_MOST_ONE = ("threshold", "decay")
 _FEWEST_VIEWS = {MixMatch: 2, ReMixMatch: 1}
@@ -256,7 +257,7 @@ _FEWEST_VIEWS = {MixMatch: 2, ReMixMatch: 1}
 
 def _checked(recipe: Base, setting: str, value: Any) -> Any:
     """Numbers are finite and not negative, a threshold is a probability, a word is one of those that there are."""
-    before, kind = getattr(recipe, setting), get_type_hints(type(recipe))[setting]
+    before, kind = getattr(recipe, setting), _hints(type(recipe))[setting]
     said = f"got {value!r}"
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
