@@ -323,6 +323,7 @@ class Method(Stateful):
             weights = self.update.weights(labels, index)
             weights = labels.new_ones(len(labels)) if weights is None else weights
             return Refined(labels, weights, labels.new_zeros(()))
+        problem = self.update.enter(problem)
         gradient = self.derivative(problem, self.direction(problem))
         # Broadcasting would hide the mistake where N happens to be C, or where labels have one column.
         takes = self.update.takes

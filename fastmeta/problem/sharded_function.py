@@ -39,7 +39,7 @@ class ShardedFunction(ModelFunction):
 
     def __init__(self, model: nn.Module, *, mode: Mode | None = None, process_group: Group) -> None:
         self._group = process_group
-        self._units = [part for part in model.modules() if hasattr(part, "set_requires_gradient_sync")]
+        self._units: list[Any] = [part for part in model.modules() if hasattr(part, "set_requires_gradient_sync")]
         self._gather_anew()
         super().__init__(model, mode=mode)
 
@@ -63,7 +63,7 @@ class ShardedFunction(ModelFunction):
     def _gather_anew(self) -> None:
         """Drop what is gathered: the root keeps it from a forward to its backward, which gathers it anew, too."""
         for unit in self._units:
-            unit.reshard()  # type: ignore[operator]
+            unit.reshard()
 
     def joined(self, gradient: Vector, group: Group) -> Vector:
         """See :meth:`ModelFunction.joined`; the model's hooks have averaged the parts over the processes."""
