@@ -103,6 +103,8 @@ def trainer(
     model = Net(normalized, unused).double()
     recipe = METHODS[method]
     solver: dict[str, Any] = {"tol": tol, "damping": 1.0} if "cg" in recipe.settings.values() else {}
+    if recipe.settings.get("inverse_hessian") == "cholesky":  # which no CUDA graph can hold
+        solver = {"inverse_hessian": "cg", "tol": tol}
     if "interval" in recipe.settings:
         solver["interval"] = 1
     return Trainer(

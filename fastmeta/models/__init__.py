@@ -1,6 +1,6 @@
 """Networks."""
 
-from fastmeta.models.by_name import NETS, automatic_model, build_model
+from fastmeta.models.by_name import NETS, WITHOUT_LAST_LAYER, automatic_model, build_model
 from fastmeta.models.conv_large import ConvLarge
 from fastmeta.models.conv_net import ConvNet
 from fastmeta.models.libraries import UnknownModel
@@ -17,6 +17,7 @@ __all__ = [
     "MLP",
     "NETS",
     "TCDCN",
+    "WITHOUT_LAST_LAYER",
     "ConvLarge",
     "ConvNet",
     "MobileNetV2",

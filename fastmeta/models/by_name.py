@@ -58,6 +58,8 @@ NETS: dict[str, _Net] = {
     "mobilenet-v2": _Net(lambda c, channels, size: MobileNetV2(c, channels=channels), IMAGENET),
     "tcdcn": _Net(lambda c, channels, size: TCDCN(c, channels=channels, image_size=size), SYMMETRIC),
 }
+WITHOUT_LAST_LAYER = ("conv-large-top-norm",)
+"""Nets of ours whose logits are not what their last linear layer gives."""
 AUTOMATIC = ((16, "conv-net"), (48, "wide-resnet-28-2"), (96, "resnet-26"))  # up to this size; above: resnet-18
 
 

@@ -118,8 +118,8 @@ class Refiner:
         method: refines labels or weights.
         view: the unlabeled images whose predictions it differentiates: ``imputed``, those the labels come from, or
             ``learned``, those that learn from them (the inner loss as it is written).
-        hard: it is given labels as the loss uses them (one-hot, with the mask) and not the probabilities behind them;
-            their derivative is that of these.
+        hard: it is given labels as the loss uses them (one-hot or sharp, with the mask) and not the probabilities
+            behind them; one-hot labels have the derivative of these.
         passes: ``shared``: it works on the features of the base's own forward; ``own``: it is given the images and
             makes its own passes, as methods of the whole model do.
         own_update: its loss has an update of its own, after the base's and at the parameters that this left. That of a
@@ -201,6 +201,10 @@ class Algorithm(Protocol):
         """
         return None
 
+    def finish(self, labels: Tensor, memory: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """What is learned of labels ``[N, C]``, and which of them ``[N]``: as they are, unless made hard or sharp."""
+        return as_they_are(labels)
+
     def loss(
         self,
         model: nn.Module,
@@ -237,7 +241,7 @@ def remembered(memory: nn.Module | None, kind: type[Memory]) -> Memory:
         ValueError: it is None or another's.
     """
     if not isinstance(memory, kind):
-        raise ValueError(f"memory must be what the base's memory(...) gave, a {kind.__name__}, got {memory!r}")
+        raise ValueError(f"memory must be the {kind.__name__} that the base's memory(...) gave, got {memory!r}")
     return memory
 
 
@@ -310,10 +314,10 @@ def refine(
         labels, mask = finish(soft)
         return Used(soft, labels, mask, mask, soft.new_zeros(()))
 
-    hard, confident = finish(soft)
     given: dict[str, Any] = {"index": batch.index, "labels": imputed, "mask": None}
     if refiner.hard:
-        given |= {"labels": hard + (imputed - soft), "mask": confident}
+        finished, confident = as_learned(finish, imputed)
+        given |= {"labels": finished, "mask": confident}
     scheduled = isinstance(refiner.method, LabelGradientAlignment) and refiner.method.labeled_weight is not None
     if scheduled and tape is None:
         given["labeled_logits"] = labeled_logits
@@ -337,6 +341,14 @@ def refine(
         return Used(soft, refined.labels, confident * refined.weights, confident, refined.loss)
     labels, mask = finish(refined.labels)
     return Used(refined.labels, labels, mask * refined.weights, mask, refined.loss)
+
+
+def as_learned(finish: Finish, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels ``[N, C]`` as the loss uses them, and the mask; hard ones have the derivative of those behind them."""
+    finished, mask = finish(labels)
+    if labels.requires_grad and not finished.requires_grad:
+        finished = finished + (labels - labels.detach())
+    return finished, mask
 
 
 def own_precision(refiner: Refiner, logits: Tensor) -> contextlib.AbstractContextManager[Any]:

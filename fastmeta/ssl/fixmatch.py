@@ -1,7 +1,6 @@
 """FixMatch (Sohn et al., 2020)."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -39,6 +38,10 @@ class FixMatch(Algorithm):
         """The running average of distribution alignment, if any."""
         return alignment_for(self.distribution_alignment, labels, num_classes)
 
+    def finish(self, labels: Tensor, memory: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Hard labels, and which are confident."""
+        return harden(labels, self.threshold)
+
     def loss(
         self,
         model: nn.Module,
@@ -64,7 +67,7 @@ class FixMatch(Algorithm):
             views={"imputed": weak_logits, "learned": strong_logits},
             inputs={"imputed": batch.weak, "learned": batch.second},
             labeled_logits=labeled_logits,
-            finish=partial(harden, threshold=self.threshold),
+            finish=self.finish,
         )
         per_example = functional.cross_entropy(strong_logits, used.labels, reduction="none")
 

@@ -48,6 +48,11 @@ class FlexMatch(Algorithm):
         """Each unlabeled image's last confident class."""
         return Curriculum(num_unlabeled, num_classes)
 
+    def finish(self, labels: Tensor, memory: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Hard labels, and which of them reach the threshold of their class."""
+        thresholds = remembered(memory, Curriculum).thresholds(self.threshold, self.mapping, self.warm_up)
+        return harden(labels, thresholds)
+
     def loss(
         self,
         model: nn.Module,
@@ -74,7 +79,7 @@ class FlexMatch(Algorithm):
             views={"imputed": weak_logits, "learned": strong_logits},
             inputs={"imputed": batch.weak, "learned": batch.second},
             labeled_logits=labeled_logits,
-            finish=partial(harden, threshold=kept.thresholds(self.threshold, self.mapping, self.warm_up)),
+            finish=partial(self.finish, memory=memory),
         )
         kept.update(batch.index, imputed, self.threshold, batch.process_group)
         per_example = functional.cross_entropy(strong_logits, used.labels, reduction="none")

@@ -42,6 +42,10 @@ class FreeMatch(Algorithm):
         """The averages behind the thresholds."""
         return Thresholds(num_classes, self.decay)
 
+    def finish(self, labels: Tensor, memory: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Hard labels, and which of them reach the threshold of their class."""
+        return harden(labels, remembered(memory, Thresholds).thresholds())
+
     def loss(
         self,
         model: nn.Module,
@@ -69,7 +73,7 @@ class FreeMatch(Algorithm):
             views={"imputed": weak_logits, "learned": strong_logits},
             inputs={"imputed": batch.weak, "learned": batch.second},
             labeled_logits=labeled_logits,
-            finish=partial(harden, threshold=kept.thresholds()),
+            finish=partial(self.finish, memory=memory),
         )
         per_example = functional.cross_entropy(strong_logits, used.labels, reduction="none")
 
@@ -136,8 +140,9 @@ class Thresholds(Stateful):
             group: the processes that have the other examples.
         """
         hard, _ = harden(predictions.detach(), 0.0)
-        own = mask @ predictions
-        mean, counts = sum_over([own, mask @ hard], group)
+        # No matrix products, which autocast would round.
+        own = (mask.unsqueeze(1) * predictions).sum(dim=0)
+        mean, counts = sum_over([own, (mask.unsqueeze(1) * hard).sum(dim=0)], group)
         # The value is that of all processes; of the derivative each has its part, and they are averaged.
         mean = mean.detach() + world_size(group) * (own - own.detach())
         present = counts > 0

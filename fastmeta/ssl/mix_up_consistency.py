@@ -24,7 +24,8 @@ class MixUpConsistency(Algorithm):
     ``x_mix`` and ``y_mix`` mix each labeled image and its label with an unlabeled one and q (Meta-Gradient, Algorithm 2
     with Eq. (17); the published code has the ramp). Without a method it is its baseline with mix-up alone. The papers'
     batches are of one size; of two, the smaller is gone through again until every image of the larger has a partner (of
-    its own process, so that partners depend on how many there are).
+    its own process, so that partners depend on how many there are). To batch normalization the mixed images are a batch
+    and the unlabeled ones another, and both move running statistics, as published.
 
     With ``mix_up=False`` the labeled part is the cross-entropy of the labeled images, as in the rows of the ablation
     that have no mix-up; with ``labeled_weight=0`` as well it is Algorithm 1 as printed, which descends the consistency

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -62,6 +61,10 @@ class MixMatch(Algorithm):
         """The running average of distribution alignment, if any."""
         return alignment_for(self.distribution_alignment, labels, num_classes)
 
+    def finish(self, labels: Tensor, memory: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Sharp labels, all of which count."""
+        return as_they_are(sharpen(labels, self.temperature))
+
     def loss(
         self,
         model: nn.Module,
@@ -89,7 +92,7 @@ class MixMatch(Algorithm):
             views={"imputed": logits[0], "learned": logits[1]},
             inputs={"imputed": batch.weak, "learned": batch.second},
             labeled_logits=labeled_logits,
-            finish=partial(sharpened, temperature=self.temperature),
+            finish=self.finish,
         )
         mixed = mixed_with_all(batch, views, used.labels, self.alpha)
         mixed_labeled, *mixed_views = forward_parts(model, [part.inputs for part in mixed], self.statistics)
@@ -122,8 +125,3 @@ def mixed_with_all(batch: TrainingBatch, views: Sequence[Tensor], labels: Tensor
         mix_up(*part, *partner, alpha=alpha, favors_first=True, random=share[kind])
         for part, partner, kind in zip(parts, partners, kinds, strict=True)
     ]
-
-
-def sharpened(labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """For :func:`fastmeta.ssl.base.refine`: every example counts, with sharp labels."""
-    return as_they_are(sharpen(labels, temperature))

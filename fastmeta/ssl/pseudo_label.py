@@ -1,10 +1,9 @@
 """Pseudo-label (Lee, 2013)."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine
@@ -40,6 +39,10 @@ class PseudoLabel(Algorithm):
     imputes: ClassVar[bool] = True
     second_view: ClassVar[Literal["weak", "strong"] | None] = None
 
+    def finish(self, labels: Tensor, memory: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Hard labels, and which are confident; unless they are to stay soft."""
+        return as_they_are(labels) if self.soft else harden(labels, self.threshold)
+
     def loss(
         self,
         model: nn.Module,
@@ -62,7 +65,7 @@ class PseudoLabel(Algorithm):
             views={"imputed": logits_u, "learned": logits_u},
             inputs={"imputed": batch.weak, "learned": batch.weak},
             labeled_logits=labeled_logits,
-            finish=as_they_are if self.soft else partial(harden, threshold=self.threshold),
+            finish=self.finish,
         )
         per_example = functional.cross_entropy(logits_u, used.labels, reduction="none")
 

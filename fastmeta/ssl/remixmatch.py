@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -13,8 +12,8 @@ from torch.nn import functional
 from fastmeta.capture import last_linear
 from fastmeta.ssl.alignment import Alignment, DistributionAlignment, aligned, alignment_for
 from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, frozen_statistics, refine, remembered
-from fastmeta.ssl.labels import Ramp, ramp_up
-from fastmeta.ssl.mixmatch import mixed_with_all, sharpened
+from fastmeta.ssl.labels import Ramp, as_they_are, ramp_up, sharpen
+from fastmeta.ssl.mixmatch import mixed_with_all
 from fastmeta.ssl.passes import Statistics, forward_parts, guessing
 
 
@@ -82,6 +81,10 @@ class ReMixMatch(Algorithm):
             )
         return ReMixMatchMemory(alignment, nn.Linear(layer.in_features, 4).to(layer.weight.dtype))
 
+    def finish(self, labels: Tensor, memory: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Sharp labels, all of which count."""
+        return as_they_are(sharpen(labels, self.temperature))
+
     def loss(
         self,
         model: nn.Module,
@@ -119,7 +122,7 @@ class ReMixMatch(Algorithm):
             views={"imputed": weak_logits, "learned": strong_logits},
             inputs={"imputed": batch.weak, "learned": batch.second},
             labeled_logits=labeled_logits,
-            finish=partial(sharpened, temperature=self.temperature),
+            finish=self.finish,
         )
         mixed = mixed_with_all(batch, [batch.second, *batch.more, batch.weak], used.labels, self.alpha)
         mixed_labeled, *mixed_views = forward_parts(model, [part.inputs for part in mixed], self.statistics)

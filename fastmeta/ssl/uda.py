@@ -48,6 +48,10 @@ class UDA(Algorithm):
         """The running average of distribution alignment, if any."""
         return alignment_for(self.distribution_alignment, labels, num_classes)
 
+    def finish(self, labels: Tensor, memory: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Sharp labels, and which are confident."""
+        return sharpen(labels, self.temperature), harden(labels, self.threshold)[1]
+
     def loss(
         self,
         model: nn.Module,
@@ -73,7 +77,7 @@ class UDA(Algorithm):
             views={"imputed": weak_logits, "learned": strong_logits},
             inputs={"imputed": batch.weak, "learned": batch.second},
             labeled_logits=labeled_logits,
-            finish=self._finish,
+            finish=self.finish,
         )
         per_example = functional.cross_entropy(strong_logits, used.labels, reduction="none")
 
@@ -81,9 +85,6 @@ class UDA(Algorithm):
         unlabeled = batch.unlabeled_share * (used.weights * per_example).mean()
         total = labeled + self.weight * unlabeled + used.loss
         return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed.detach(), used)
-
-    def _finish(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return sharpen(labels, self.temperature), harden(labels, self.threshold)[1]
 
     def _labeled(self, logits: Tensor, batch: TrainingBatch, progress: float) -> Tensor:
         """Over the images of all processes that annealing leaves, as many as these are."""

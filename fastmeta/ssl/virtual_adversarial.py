@@ -138,7 +138,8 @@ class VirtualAdversarial(Algorithm):
     :func:`virtual_adversarial_loss`; it and the entropy are means over labeled and weakly augmented unlabeled images
     together, as in the paper. Imputed labels are the predictions on the latter. A method refines these, and then
     ``mean_i w_i CE(f(weak_i), labels_i)`` is added (Label Gradient Alignment + VAT: its table's labels). To a method
-    that weighs examples they are given one-hot: a prediction as its own soft label has no gradient to weigh.
+    that weighs examples they are given one-hot: a prediction as its own soft label has no gradient to weigh. To batch
+    normalization labeled and unlabeled images are one batch; perturbed ones leave running statistics alone.
 
     Args:
         radius: of the perturbation, Euclidean, in the images' units; published: 6 (SVHN 1) after whitening.

@@ -25,6 +25,8 @@ from fastmeta.training.timing import interleaved_seconds
 from fastmeta.training.train import check_folder
 from fastmeta.training.workers import Job, available_cores, run_jobs
 
+_HARD = ("pseudo-label", "fixmatch", "flexmatch", "freematch")  # bases that make labels one-hot
+
 
 @dataclass(frozen=True)
 class CompareConfig:
@@ -207,8 +209,7 @@ def notes(runs: Sequence[RunConfig], results: dict[str, Any]) -> list[str]:
 
 
 def _hardens(run: RunConfig) -> bool:
-    base = base_of(run.base, run.base_settings)
-    return hasattr(base, "threshold") and not getattr(base, "soft", False)
+    return run.base in _HARD and not getattr(base_of(run.base, run.base_settings), "soft", False)
 
 
 class _Progress(contextlib.AbstractContextManager["_Progress"]):

@@ -130,6 +130,8 @@ class SplitConfig:
     """The last classes, so many, have no labels: their images are among the unlabeled ones and are not evaluated."""
     holdout: int | None = None
     """Labels for a method's outer objective only, so many in all, drawn without regard to their classes."""
+    file: str | None = None
+    """The split.json of another run: its places, whatever the seed and all of these but foreign_classes say."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,8 @@ class RunConfig:
     """
 
     data: str = "digits"
-    """Images: "digits", or a path (a folder with a folder a class, a CSV, parquet, npz, tar); see the README."""
+    """Images: digits, mnist-5k or photographs; a path (a folder with a folder a class, a CSV, parquet, npz, tar); or a
+    published data set by name and path, cifar-10:DIR; see the README."""
     labels_per_class: int | None = None
     """Labeled images per class, the rest is unlabeled (default: 1 for digits, else all labels there are)."""
     base: str = "fixmatch"

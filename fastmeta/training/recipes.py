@@ -226,6 +226,12 @@ METHODS: dict[str, Recipe] = {
 }
 
 
+DEFAULT_METHODS = tuple(
+    name for name, recipe in METHODS.items() if recipe.passes == "shared" and not name.endswith("-published")
+)
+"""With the features of the base's own forward and the last layer alone, and settings that were chosen here."""
+
+
 def base_of(name: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Base:
     """The base algorithm of a recipe, with other settings where they are given.
 

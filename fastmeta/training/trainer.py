@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta import losses
 from fastmeta.capture import last_linear
 from fastmeta.data import generator_for
-from fastmeta.methods import L2I
 from fastmeta.ops.process_group import sum_over
 from fastmeta.ssl import Algorithm, Refiner, StepLoss, TrainingBatch
-from fastmeta.ssl.base import examples_of, frozen_statistics, own_precision
-from fastmeta.ssl.labels import harden
+from fastmeta.ssl.base import frozen_statistics
 from fastmeta.training.batches import Batches, TrainingData
 from fastmeta.training.config import AverageConfig, MachineConfig, OptimizerConfig, ScheduleConfig
 from fastmeta.training.ema import ExponentialMovingAverage
@@ -30,6 +27,7 @@ from fastmeta.training.machine import (
     refuse_synchronized,
 )
 from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer, rate_at
+from fastmeta.training.own_update import own_loss
 from fastmeta.training.probes import Probes
 from fastmeta.training.processes import Processes
 from fastmeta.training.shards import FSDPModule, Shards, shard
@@ -239,46 +237,15 @@ class Trainer:
 
     def _method_loss(self, refiner: Refiner, batch: TrainingBatch) -> Tensor:
         """The method's loss at the parameters that the base's update left, from passes of its own."""
-        method, moves = refiner.method, refiner.moves_statistics
-        trained, other = batch.weak, batch.second
-        if self.base.second_view is not None and (refiner.two_views or refiner.view == "learned"):
-            assert batch.second is not None, "the base's second view"
-            trained, other = batch.second, batch.weak
-        labels, mask = None, None
-        if refiner.two_views:
-            with self._statistics(moves in ("imputing", "both")):
-                labels = losses.prediction(self.model(other), method.inner_loss)
-            if refiner.imputer == "teacher":
-                self.average.model.train()  # batch statistics for teacher and student alike
-                with torch.no_grad(), frozen_statistics(self.average.model):
-                    value = losses.prediction(self.average.model(other), method.inner_loss)
-                labels = value + (labels - labels.detach())
-            if refiner.hard:
-                hard, mask = harden(labels.detach(), getattr(self.base, "threshold", 0.0))
-                labels = hard + (labels - labels.detach())
-        with own_precision(refiner, trained):
-            refined = method.refine(
-                model=self.model,
-                unlabeled=trained,
-                labels=labels,
-                mask=mask,
-                index=batch.index,
-                **examples_of(batch, batch.labeled, batch.holdout),
-            )
-        if method.update.needs_graph:
-            if moves in ("inner", "both"):
-                with torch.no_grad():
-                    self.model(trained)
-            return refined.loss
-        assert isinstance(method, L2I), "checked by Refiner"
-        with self._statistics(moves in ("inner", "both")):
-            logits = self.model(trained)
-        share = self.processes.count if method.second_reduction == "sum" else batch.unlabeled_share
-        return share * method.unlabeled_loss(logits, refined.labels)
-
-    def _statistics(self, move: bool) -> contextlib.AbstractContextManager[Any]:
-        """Whether passes in the block move BatchNorm's running statistics."""
-        return contextlib.nullcontext() if move else frozen_statistics(self.model)
+        return own_loss(
+            refiner,
+            batch,
+            model=self.model,
+            teacher=self.average.model,
+            base=self.base,
+            memory=self.memory,
+            processes=self.processes.count,
+        )
 
     def _zero_gradients(self) -> None:
         self.optimizer.zero_grad()

@@ -186,13 +186,21 @@ def test_tiny_imagenet_is_tested_on_val(written):
     assert images.classes[images.targets[place]] == f"thing {images.describe(place).split('/')[2]}"
 
 
-@pytest.mark.parametrize("name", [*ORIGINALS, "imagenet", "imagenet-72"])
+@pytest.mark.parametrize("name", ORIGINALS)
 def test_what_is_missing_is_named(name, tmp_path):
     (tmp_path / "readme.txt").touch()
-    with pytest.raises(DataError, match=f"no {name} found; expected .*; or parquet files as the hub has them"):
+    with pytest.raises(DataError, match=rf"no {name} found; expected .*; or parquet files .* \(.*: no images"):
         open_images(f"{name}:{tmp_path}")
     with pytest.raises(DataError, match="nowhere: no such file or folder"):
         open_images(f"{name}:{tmp_path / 'nowhere'}")
+
+
+@pytest.mark.parametrize("name", ["imagenet", "imagenet-72"])
+def test_imagenet_needs_its_validation_images(name, written, tmp_path):
+    with pytest.raises(DataError, match="no images found, expected train/<class>/ or <class>/"):
+        open_images(f"{name}:{tmp_path}")
+    with pytest.raises(DataError, match=f"{name} needs val/<class>/ or a validation part beside train, got train"):
+        open_images(f"{name}:{written / name / 'train'}")
 
 
 def test_how_to_get_it_is_said(written, tmp_path):

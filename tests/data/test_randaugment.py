@@ -4,8 +4,9 @@ import pytest
 import torch
 from scipy import stats
 
-from fastmeta.data import KeyedRandom, Shift
+from fastmeta.data import KeyedRandom, RandomCrop, Shift
 from fastmeta.data.augment import CODES, OPERATIONS, RANDAUGMENT, RandAugment, apply_operations, randaugment
+from fastmeta.data.augment.apply import view
 
 NAMES = list(OPERATIONS)
 COUNT = 20_000
@@ -17,14 +18,14 @@ def keyed(count, start=0):
 
 
 def drawn(monkeypatch, preset, size):
-    """What 20,000 images draw: arguments of ``apply_operations``."""
+    """What 20,000 images draw: arguments of ``view``."""
     seen = []
 
-    def record(images, *arguments, **colors):
-        seen.append((*arguments, colors))
+    def record(images, moves, *drawn, reflected, **colors):
+        seen.append((*drawn, colors))
         return images
 
-    monkeypatch.setattr(randaugment, "apply_operations", record)
+    monkeypatch.setattr(randaugment, "view", record)
     RandAugment(size, preset)(torch.zeros(COUNT, 1, 1, 1, dtype=torch.uint8).expand(-1, 1, size, size), keyed(COUNT))
     return seen[0]
 
@@ -96,23 +97,22 @@ def test_three_of_any_strength(monkeypatch):
     assert stats.kstest(places[:, 3].flatten().numpy(), "uniform", (0, 40)).pvalue > 1e-5
 
 
+@pytest.mark.parametrize("weak", [Shift(32, 4, "reflected", flip=True), Shift(32, 9), RandomCrop(32)], ids=str)
 @pytest.mark.parametrize("preset", RANDAUGMENT)
-def test_the_weak_view_comes_first_and_8_bits_between(preset, monkeypatch):
+def test_the_weak_view_comes_first_and_8_bits_between(preset, weak, monkeypatch):
     images = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    weak = Shift(32, 4, "reflected", flip=True)
     both = RandAugment(32, preset, weak)(images, keyed(50))
     random, seen = keyed(50), []
     shifted = (weak(images, random) * 255).round().to(torch.uint8)
 
-    def watched(*arguments, **colors):
+    def watched(*arguments, reflected, **colors):
         seen.append((arguments, colors))
-        return apply_operations(*arguments, **colors)
+        return view(*arguments, reflected=reflected, **colors)
 
-    monkeypatch.setattr(randaugment, "apply_operations", watched)
+    monkeypatch.setattr(randaugment, "view", watched)
     assert RandAugment(32, preset)(shifted, random).equal(both)
-    arguments, colors = seen[0]
-    assert arguments[0].equal(shifted)
-    assert both.equal(apply_operations(*arguments, **colors).float() / 255)
+    (_, _, *drawn), colors = seen[0]
+    assert both.equal(apply_operations(shifted, *drawn, **colors).float() / 255)
 
 
 def test_there_is_no_other_preset():

@@ -6,7 +6,17 @@ import torch
 from torch import nn
 
 from fastmeta import capture_features
-from fastmeta.models import NETS, ConvNet, Normalized, ResNet26, UnknownModel, WideResNet, automatic_model, build_model
+from fastmeta.models import (
+    NETS,
+    WITHOUT_LAST_LAYER,
+    ConvNet,
+    Normalized,
+    ResNet26,
+    UnknownModel,
+    WideResNet,
+    automatic_model,
+    build_model,
+)
 
 SMALL = {"num_classes": 5, "channels": 3, "image_size": 32}
 
@@ -15,7 +25,7 @@ def images(count=2, channels=3, size=32):
     return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", [name for name in NETS if name != "conv-large-top-norm"])
+@pytest.mark.parametrize("name", [name for name in NETS if name not in WITHOUT_LAST_LAYER])
 def test_each_net_gives_logits_by_its_last_linear_layer(name):
     size = 60 if name == "tcdcn" else 32
     for channels in (1, 3):

@@ -7,10 +7,36 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient, Method
-from fastmeta.ssl import FixMatch, MeanTeacher, PseudoLabel, Refiner, TrainingBatch
+from fastmeta.ssl import (
+    UDA,
+    FixMatch,
+    FlexMatch,
+    FreeMatch,
+    MeanTeacher,
+    MixMatch,
+    MixUp,
+    PiModel,
+    PseudoLabel,
+    Refiner,
+    ReMixMatch,
+    TrainingBatch,
+)
 
 CLASSES = 3
-BASES = [FixMatch(threshold=0.5), PseudoLabel(threshold=0.5, ramp=0.1), MeanTeacher(ramp=0.1)]
+BASES = [
+    FixMatch(threshold=0.5),
+    PseudoLabel(threshold=0.5, ramp=0.1),
+    MeanTeacher(ramp=0.1),
+    MeanTeacher(ramp=0.1, statistics="interleaved"),
+    FixMatch(threshold=0.5, statistics="separate"),
+    PiModel(ramp=0.1),
+    UDA(threshold=0.5, distribution_alignment="uniform"),
+    FlexMatch(threshold=0.5),
+    FreeMatch(),
+    MixUp(),
+    MixMatch(ramp=0.0),
+    ReMixMatch(views=1, ramp=0.0),
+]
 METHODS = {
     "L2I V1": lambda: Refiner(L2I("V1")),
     "L2I V2": lambda: Refiner(L2I("V2")),
@@ -53,8 +79,10 @@ def test_own_passes_give_what_shared_features_give(batch, base, make, own_holdou
     model, results = net(), []
     for passes in ("shared", "own"):
         refiner = dataclasses.replace(make(), passes=passes)
+        torch.manual_seed(3)
+        memory = base.memory(10, CLASSES, model=model, labels=batch.targets)
         for _ in range(2):  # the second step reads the tables that the first has written
-            loss = base.loss(model, batch, teacher=net(), progress=0.5, refiner=refiner)
+            loss = base.loss(model, batch, teacher=net(), progress=0.5, refiner=refiner, memory=memory)
         results.append((loss, torch.autograd.grad(loss.total, list(model.parameters()))))
     (shared, shared_grads), (own, own_grads) = results
     torch.testing.assert_close(own.total, shared.total, rtol=1e-12, atol=1e-14)
@@ -65,7 +93,9 @@ def test_own_passes_give_what_shared_features_give(batch, base, make, own_holdou
 
 def test_hard_labels_have_the_derivative_of_the_predictions(batch):
     """FixMatch with L2I as in a loop of one's own: hard labels, the mask, and the strong view that is trained."""
-    model, threshold = net(), 0.5
+    model = net()
+    confidences = model(batch.weak).softmax(1).amax(1).sort().values.tolist()
+    threshold = (confidences[2] + confidences[3]) / 2
     refiner = Refiner(L2I("V2", inner_loss="cross_entropy"), "learned", hard=True, passes="own")
     used = FixMatch(threshold).loss(model, batch, teacher=net(), progress=0.5, refiner=refiner).used
     q = model(batch.weak).softmax(1)

@@ -3,6 +3,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from fastmeta.training import (
     AugmentationConfig,
@@ -16,6 +17,7 @@ from fastmeta.training import (
     from_dict,
     resolve,
 )
+from fastmeta.training.build import build
 from fastmeta.training.optimizers import rate_at
 from fastmeta.training.recipes import BASE_RECIPES, METHODS
 
@@ -36,6 +38,20 @@ from fastmeta.training.recipes import BASE_RECIPES, METHODS
         ({"method_settings": {"weight": 2}}, "method_settings must be left out without a method, got .*weight"),
         ({"base_settings": {"threshold": 7}}, "base_settings must have a threshold of at most 1, got 7"),
         ({"base_settings": {"weight": "x"}}, "base_settings must have a number of at least 0 for weight, got .x."),
+        (
+            {"base_settings": {"statistics": "mixed"}},
+            "must have one of joined, separate, interleaved for statistics, got 'mixed'",
+        ),
+        ({"base": "uda", "base_settings": {"temperature": 0}}, "base_settings must have a temperature above 0, got 0"),
+        ({"base": "freematch", "base_settings": {"decay": 2}}, "base_settings must have a decay of at most 1, got 2"),
+        (
+            {"base": "mixmatch", "base_settings": {"views": 1}},
+            "base_settings must have an integer of at least 2 for views, got 1",
+        ),
+        (
+            {"base": "flexmatch", "base_settings": {"warm_up": 1}},
+            "base_settings must have True or False for warm_up, got 1",
+        ),
     ],
 )
 def test_settings_name_what_is_wrong(settings, message):
@@ -85,6 +101,19 @@ def test_what_is_left_to_the_data_is_filled_in_once(digits):
     assert (config.optimizer.learning_rate, config.average.decay, config.views) == (0.2, 0.99, "digits")
     assert config.split == SplitConfig(3, 20, 0.25)
     assert resolve(config, digits) == config
+
+
+def test_every_setting_of_the_split_is_heard(digits):
+    split = SplitConfig(validation=100, imbalance=4.0, unlabeled_imbalance=2.0, foreign_classes=2)
+    config = resolve(RunConfig(labels_per_class=16, split=split), digits)
+    assert (config.split.validation_per_class, config.split.validation) == (0, 100)
+    run = build(config, digits)
+    assert run.images.classes == tuple("01234567")
+    counts = run.images.targets[run.split.labeled].bincount().tolist()
+    assert counts == [round(16 * 4 ** (-k / 7)) for k in range(8)]
+    assert len(run.split.validation) == 100
+    assert int(run.images.targets[torch.cat([run.split.validation, run.split.test])].min()) == 0
+    assert run.trainer.model.fc.out_features == 8
 
 
 def test_rates():

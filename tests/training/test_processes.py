@@ -40,7 +40,7 @@ UNUSED = [("fixmatch", "l2i"), ("vat", "none"), ("mean-teacher", "none")]
 ON_FOUR = [
     ("fixmatch", method)
     for method in ("none", "l2i", "example-weights", "label-gradient-alignment", "l2i-alternating", "l2i-jvp")
-]
+] + [("fixmatch", "label-gradient-alignment-published")]
 PARTS = 2  # of a step, of three labeled images each
 SHARDED = [case for case in CASES if METHODS[case[1]].passes == "shared" and "published" not in case[1]]
 # Methods whose passes are differences.

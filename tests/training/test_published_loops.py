@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from loops_by_hand import Parameters, assert_same_parameters, at, leaves, rate, run_of, stepped, updated
-from small_trainers import CLASSES, STEPS
+from small_trainers import CLASSES, STEPS, trainer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, one_hot
@@ -57,6 +57,7 @@ L2I: dict[str, tuple[str, dict[str, Any]]] = {
     "V2": ("mean-teacher", {**PAPER["V2"], "moves_statistics": "none"}),
     "V1": ("mean-teacher", {**PAPER["V1"], "imputer": "teacher"}),
     "FixMatch": ("fixmatch", {"hard": True, "inner_loss": "cross_entropy", "reduction": "mean", "rate": 5.0}),
+    "L by Eq. (6)": ("mean-teacher", {**CODE["V1"], "how": "last_layer", "derivative": "eq6", "rate": 0.02}),
     "Eq. (6)": ("mean-teacher", {"how": "last_layer", "derivative": "eq6", "outer_reduction": "sum"}),
 }
 
@@ -110,6 +111,11 @@ def test_learning_to_impute(name: str) -> None:
         theta_star = {**theta, **{key: theta[key].detach() - eta * g for key, g in zip(moving, gradients, strict=True)}}
         logits_h = at(model, theta_star, batch.holdout)
         outer = cross_entropy(logits_h, batch.holdout_targets, reduction=chosen["outer_reduction"])
+        if chosen.get("derivative") == "eq6":  # of the labels, in place of the chain rule
+            f_h, f_u = (at_features(model, theta, images) for images in (batch.holdout, batch.second))
+            residual = logits_h.softmax(1) - one_hot(batch.holdout_targets, CLASSES)
+            count = len(residual) if chosen["outer_reduction"] == "mean" else 1
+            outer = (eta * (f_u @ f_h.T @ residual / count).detach() * z).sum()
         if chosen["variant"] == "V1":
             moved = learned - chosen["label_step"] * torch.autograd.grad(outer, learned)[0]
             z = moved.softmax(1) if chosen["label_space"] == "logits" else moved
@@ -117,12 +123,7 @@ def test_learning_to_impute(name: str) -> None:
             second = squares.sum() if chosen["second_reduction"] == "sum" else squares.mean()
             updated(adam, model, torch.autograd.grad(second, list(model.parameters())), lr)
         else:
-            surrogate = outer
-            if chosen.get("derivative") == "eq6":
-                f_h, f_u = (at_features(model, theta, images) for images in (batch.holdout, batch.second))
-                residual = logits_h.softmax(1) - one_hot(batch.holdout_targets, CLASSES)
-                surrogate = (eta * (f_u @ f_h.T @ residual).detach() * z).sum()
-            updated(adam, model, torch.autograd.grad(surrogate, list(psi.values())), lr)
+            updated(adam, model, torch.autograd.grad(outer, list(psi.values())), lr)
             moves = chosen["moves_statistics"]
             for images in {"both": [batch.weak, batch.second], "inner": [batch.second], "none": []}[moves]:
                 functional_call(model, {key: value.detach() for key, value in theta.items()}, (images,))
@@ -197,3 +198,33 @@ def test_meta_gradient_without_mix_up(name: str) -> None:
         squares = (logits.softmax(1) - labels).square().sum(1).mean()
         stepped(sgd, model, of_labeled + 2.0 * (cross_entropy(logits, labels) if entropy else squares), rate(step, 0.1))
     assert_same_parameters(run.model, model, 1e-7, 1e-9)  # of differences
+
+
+@pytest.mark.parametrize("base", ["mixmatch", "uda", "flexmatch"])
+def test_labels_as_a_base_makes_them(base: str) -> None:
+    """MixMatch: sharpened means over all views; UDA: sharpened, with a mask; FlexMatch: hard, by its memory."""
+    settings = {"hard": True, "inner_loss": "cross_entropy", "rate": 0.5}
+    run = trainer(base, "l2i-published", None, method_settings=settings)
+    batch, model = run.batches(0), run.model
+    assert run.method is not None
+    assert batch.second is not None
+    theta, psi = leaves(model), leaves(model)
+    views = [batch.weak, batch.second, *batch.more] if base == "mixmatch" else [batch.weak]
+    q = sum(at(model, psi, view).softmax(1) for view in views) / len(views)
+    confident = q.detach().amax(1) >= 0.5
+    if base == "flexmatch":
+        z = one_hot(q.detach().argmax(1), CLASSES) + (q - q.detach())
+        confident = run.base.finish(q.detach(), run.memory)[1] > 0
+    else:
+        powers = q ** (1 / (0.5 if base == "mixmatch" else 0.4))
+        z = powers / powers.sum(1, keepdim=True)
+    mask = torch.ones(len(q)).double() if base == "mixmatch" else confident.double()
+    inner = inner_loss(at(model, theta, batch.second), z, mask, "cross_entropy", "sum")
+    gradients = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+    moved = {key: value.detach() - 0.5 * g for (key, value), g in zip(theta.items(), gradients, strict=True)}
+    assert batch.holdout is not None
+    outer = cross_entropy(at(model, moved, batch.holdout), batch.holdout_targets)
+    wanted = torch.autograd.grad(outer, list(psi.values()))
+    found = torch.autograd.grad(run._method_loss(run.method, batch), list(model.parameters()))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,20 +13,30 @@ from small_trainers import CLASSES, SIZES
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastmeta.methods import example_weights
+from fastmeta.methods import example_weights, l2i
 from fastmeta.ssl import TrainingBatch
-from fastmeta.training.config import OptimizerConfig
+from fastmeta.training.config import OptimizerConfig, RunConfig
+from fastmeta.training.recipes import METHODS
+
+BASES = {"pseudo-label": {"soft": True, "ramp": 0.0}, "vat": {"weight": 0.0, "entropy_weight": 0.0}}
 
 
-@pytest.mark.parametrize("how", ["jvp", "last_layer"])
-@pytest.mark.parametrize("optimizer", ["adam", "masked_adam"])
-def test_label_gradient_alignment(how: str, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("base", "how", "optimizer"),
+    [
+        ("pseudo-label", "jvp", "adam"),
+        ("pseudo-label", "jvp", "masked_adam"),
+        ("pseudo-label", "last_layer", "adam"),
+        ("vat", "jvp", "adam"),  # without its own losses it is the same
+    ],
+)
+def test_label_gradient_alignment(base: str, how: str, optimizer: str) -> None:
     """Algorithm 1, Eq. (2): labels softmax(w), T(i) times the labeled loss, Adam on all of w or on what is drawn."""
     run, model, batches = run_of(
-        "pseudo-label",
+        base,
         "label-gradient-alignment-published" if how == "jvp" else "label-gradient-alignment",
         steps=3,
-        base_settings={"soft": True, "ramp": 0.0},
+        base_settings=BASES[base],
         method_settings={"lr": 0.2, "optimizer": optimizer, "ramp_steps": 7, "epsilon": 1e-6, "dtype": torch.float64},
         optimizer=OptimizerConfig(learning_rate=0.1, momentum=0.0, weight_decay=0.0),
     )
@@ -142,6 +154,7 @@ def pseudo_labels(model: nn.Module, batch: TrainingBatch) -> tuple[Tensor, Tenso
 def test_example_weights(name: str) -> None:
     """FixMatch on weighted examples; every N steps the weights learn, in Algorithm 1 on batches of their own."""
     settings = {**WEIGHTS[name], "interval": INTERVAL, "damping": DAMPING, "dtype": torch.float64}
+    settings["inverse_hessian"] = "cholesky"
     run, model, batches = run_of(
         "fixmatch",
         "example-weights-published",
@@ -170,3 +183,23 @@ def test_example_weights(name: str) -> None:
     assert not found.eq(1).all()
     torch.testing.assert_close(found, torch.stack(weights.values).detach(), rtol=1e-7, atol=1e-9)
     assert_same_parameters(run.model, model)
+
+
+def test_the_page_of_the_papers_loops() -> None:
+    """Every row of its tables makes a run."""
+    page = (Path(__file__).parents[2] / "docs" / "published-loops.md").read_text()
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], {})
+    names = {"dataclasses": dataclasses, "example_weights": example_weights, "l2i": l2i}
+    made = 0
+    for section in page.split("\n## ")[1:-1]:
+        (method,) = re.findall(r"`([\w-]+-published)`", section.splitlines()[0])
+        bases = re.findall(r"on `(mix-up-consistency)`", section.splitlines()[0])
+        for row in re.findall(r"^\|.*\|$", section, re.MULTILINE)[2:]:
+            columns = row.strip("| ").split(" | ")[1:]
+            base_settings = eval(columns[0].strip("`")) if bases else {}
+            for settings in re.findall(r"`([^`]+)`", columns[-1]):
+                chosen = eval(settings, names)
+                RunConfig(base=bases[0] if bases else "fixmatch", base_settings=base_settings, method=method)
+                assert METHODS[method].build(9, 3, chosen) is not None
+                made += 1
+    assert made > 25

@@ -1,10 +1,22 @@
 """Operations applied to a batch, every image with its own."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from fastmeta import checks
+from fastmeta.data.augment import reference
 from fastmeta.data.augment.operations import GRAY, LARGEST_SIDE, OPERATIONS
-from fastmeta.data.augment.reference import apply_in_turn
+from fastmeta.data.augment.pixels import shifted, to_bytes, to_unit
+from fastmeta.dispatch import Operator
+
+
+def _fake(images: Tensor, *arguments: object) -> Tensor:
+    return images.new_empty(images.shape, dtype=torch.float32 if arguments[-1] else torch.uint8)
+
+
+OPERATOR = Operator("augment", fake=_fake)
 
 
 def apply_operations(
@@ -15,6 +27,7 @@ def apply_operations(
     *,
     fill: int = 0,
     square: tuple[int, int, int] = GRAY,
+    impl: str | None = None,
 ) -> Tensor:
     """Apply to each image its own operations, one after another: ``images[n]`` first takes ``operations[n, 0]``.
 
@@ -29,6 +42,7 @@ def apply_operations(
         places: float32 ``[N, D, 2]``, x and y in pixels of the middle of a cutout's square; None: the image's middle.
         fill: what a rotation, shear or translation moves in, 0 to 255.
         square: red, green and blue of a cutout; an image of one channel takes the first.
+        impl: implementation to use; see :func:`fastmeta.use_impl`.
 
     Returns:
         uint8 ``[N, C, H, W]``.
@@ -44,11 +58,66 @@ def apply_operations(
     >>> apply_operations(image, codes, torch.tensor([[1.0, -1.0]])).tolist()
     [[[[0, 255, 155]]]]
     """
-    _check(images, operations, levels, places, fill, square)
-    if places is None:
-        places = torch.empty(*operations.shape, 2, device=images.device)
-        places[..., 0], places[..., 1] = images.shape[3] / 2, images.shape[2] / 2
-    return apply_in_turn(images, operations, levels, places, fill, square)
+
+    def check() -> None:
+        _check(images, operations, levels, places, fill, square)
+
+    return _run(images, None, operations, levels, places, fill, square, False, False, impl, check)
+
+
+def view(
+    images: Tensor,  # [N, C, H, W], uint8 or in [0, 1]
+    moves: Tensor | None,  # [N, 3] int32: by how many rows and columns, and whether left and right are exchanged
+    operations: Tensor | None = None,  # [N, D]
+    levels: Tensor | None = None,  # [N, D]
+    places: Tensor | None = None,  # [N, D, 2]
+    *,
+    reflected: bool = False,
+    fill: int = 0,
+    square: tuple[int, int, int] = GRAY,
+) -> Tensor:  # [N, C, H, W] float32 in [0, 1]
+    """Shift, flip, :func:`apply_operations` and scale, in one call for 8-bit images of 1 or 3 channels.
+
+    What moves in is 0, or the image ``reflected`` at its border.
+    """
+    if images.dtype != torch.uint8 or (operations is None and images.shape[1] not in (1, 3)):
+        images = images if moves is None else shifted(images, moves, reflected=reflected)
+        if operations is None:
+            return to_unit(images)
+        images, moves = to_bytes(images), None
+    if operations is None or levels is None:
+        operations = torch.empty(len(images), 0, dtype=torch.int64, device=images.device)
+        levels = torch.empty(len(images), 0, device=images.device)
+    codes, strengths = operations, levels
+
+    def check() -> None:
+        _check(images, codes, strengths, places, fill, square)
+
+    return _run(images, moves, codes, strengths, places, fill, square, reflected, True, None, check)
+
+
+def _run(
+    images: Tensor,
+    moves: Tensor | None,
+    operations: Tensor,
+    levels: Tensor,
+    places: Tensor | None,
+    fill: int,
+    square: tuple[int, int, int],
+    reflected: bool,
+    unit: bool,
+    impl: str | None,
+    check: Callable[[], None],
+) -> Tensor:
+    kernel = OPERATOR.select(impl, images, operations, levels)
+    if kernel is None:
+        check()
+        if moves is not None:
+            images = shifted(images, moves, reflected=reflected)
+        images = reference.apply_in_turn(images, operations, levels, places, fill, square)
+        return to_unit(images) if unit else images
+    tensors = [None if each is None else each.contiguous() for each in (images, moves, operations, levels, places)]
+    return checks.run(kernel, (*tensors, fill, *square, reflected, unit), check)
 
 
 def _check(

@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta.data.augment.apply import apply_operations
+from fastmeta.data.augment.apply import view
 from fastmeta.data.augment.augmentation import Augmentation
 from fastmeta.data.augment.operations import CODES
-from fastmeta.data.augment.pixels import constant, to_bytes, to_unit
+from fastmeta.data.augment.pixels import constant
+from fastmeta.data.augment.weak import started
 from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.state import Stateful
 
@@ -151,7 +152,7 @@ class CTAugment(Stateful):
         self.rates.copy_(torch.where(where & recognized.isfinite().all(), moved.view_as(self.rates), self.rates))
 
     def _applied(self, images: Tensor, random: KeyedRandom, *, even: bool) -> Tensor:
-        images = to_bytes(self.weak(images, random))
+        images, moves, reflected = started(self.weak, images, random)
         drawn = self._draw(random, even=even, device=images.device)
         side = self.size
         levels = torch.stack([each.level(drawn.magnitudes[..., 0], side) for each in OPERATIONS.values()], dim=2)
@@ -165,7 +166,7 @@ class CTAugment(Stateful):
             level = torch.cat([level, _cutout(torch.ones_like(level[:, :1]), side)], dim=1)
         else:
             places = places[:, :-1]
-        return to_unit(apply_operations(images, codes, level, places))
+        return view(images, moves, codes, level, places, reflected=reflected)
 
     def _draw(self, random: KeyedRandom, *, even: bool, device: torch.device) -> _Drawn:
         """The same number of random numbers for every image, whatever its operations need."""

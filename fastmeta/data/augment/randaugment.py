@@ -1,16 +1,17 @@
 """RandAugment as FixMatch and its successors use it: three things of one name, each as it was published."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmeta.data.augment.apply import apply_operations
+from fastmeta.data.augment.apply import view
+from fastmeta.data.augment.augmentation import Augmentation
 from fastmeta.data.augment.operations import CODES, GRAY
-from fastmeta.data.augment.pixels import centre, to_bytes, to_unit
+from fastmeta.data.augment.pixels import centre
+from fastmeta.data.augment.weak import started
 from fastmeta.data.random_numbers import KeyedRandom
 
 PresetName = Literal["google", "paper", "usb"]
@@ -139,7 +140,7 @@ class RandAugment:
 
     size: int
     preset: PresetName = "google"
-    weak: Callable[[Tensor, KeyedRandom], Tensor] | None = None
+    weak: Augmentation | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in RANDAUGMENT:
@@ -148,9 +149,12 @@ class RandAugment:
     def __call__(self, images: Tensor, random: KeyedRandom) -> Tensor:
         """Of ``[n, 1 or 3, height, width]``, uint8 or in [0, 1]: ``[n, channels, size, size]`` float32 in [0, 1]."""
         preset = RANDAUGMENT[self.preset]
-        weak = to_bytes(centre(images, self.size) if self.weak is None else self.weak(images, random))
-        operations, levels, places = self._drawn(preset, random, images.device)
-        return to_unit(apply_operations(weak, operations, levels, places, fill=preset.fill, square=preset.square))
+        if self.weak is None:
+            images, moves, reflected = centre(images, self.size), None, False
+        else:
+            images, moves, reflected = started(self.weak, images, random)
+        drawn = self._drawn(preset, random, images.device)
+        return view(images, moves, *drawn, reflected=reflected, fill=preset.fill, square=preset.square)
 
     def _drawn(self, preset: Preset, random: KeyedRandom, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Operations and levels ``[n, per_image + 1]``, the last one a cutout, and the places of cutouts."""

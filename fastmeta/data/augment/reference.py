@@ -21,11 +21,12 @@ def apply_in_turn(
     images: Tensor,  # [N, C, H, W] uint8
     operations: Tensor,  # [N, D]
     levels: Tensor,  # [N, D]
-    places: Tensor,  # [N, D, 2]
+    places: Tensor | None,  # [N, D, 2]; None: the middle
     fill: int,
     square: tuple[int, ...],
 ) -> Tensor:  # [N, C, H, W]
     """One operation after another: an image is 8 bits between any two."""
+    middle = constant((images.shape[3] / 2, images.shape[2] / 2), images.device).expand(len(images), 2)
     for step in range(operations.shape[1]):
         code = operations[:, step]
         known = (code >= 0) & (code < len(OPERATIONS))
@@ -33,7 +34,8 @@ def apply_in_turn(
         low = constant(tuple(float(each.low) for each in OPERATIONS.values()), images.device)[code]
         high = constant(tuple(float(each.high) for each in OPERATIONS.values()), images.device)[code]
         level = levels[:, step].nan_to_num(0.0).clamp(low, high).double()
-        images = _apply(images, code, level, places[:, step].double(), fill, square)
+        place = middle if places is None else places[:, step]
+        images = _apply(images, code, level, place.double(), fill, square)
     return images
 
 

@@ -9,6 +9,7 @@ from fastmeta.data.readers.cifar import CIFAR
 from fastmeta.data.readers.collection import Collection
 from fastmeta.data.readers.idx import FASHION_MNIST, MNIST
 from fastmeta.data.readers.optional import MissingPackage
+from fastmeta.data.readers.original import Original
 from fastmeta.data.readers.svhn import SVHN, SVHN_EXTRA
 from fastmeta.data.readers.tiny_imagenet import TINY_IMAGENET
 
@@ -26,6 +27,16 @@ def named(path: str) -> tuple[str | None, str]:
     """
     name, colon, rest = path.partition(":")
     return (name, rest) if colon and name in PUBLISHED else (None, path)
+
+
+def how_to_get(name: str) -> str:
+    """The files of a published data set, and where they are from.
+
+    >>> how_to_get("imagenet")
+    'expected train/<class>/*.JPEG and val/<class>/*.JPEG'
+    """
+    originals = [original for original in _ORIGINALS if original.name == name]
+    return originals[0].how_to_get() if originals else "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
 
 
 def open_original(path: Path, *, cache: bool) -> Images | Collection | None:
@@ -58,22 +69,28 @@ def open_named(
         place = original.place(path)
         if place is not None:
             return original.open(place, cache=cache)
-    how = originals[0].how_to_get() if originals else "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
-    missing = DataError(f"{path}: no {name} found; {how}; or parquet files as the hub has them")
     try:
         found = other(path)
     except MissingPackage:
         raise
     except DataError as error:
-        raise missing from error
+        if not originals:
+            raise
+        raise DataError(f"{_missing(path, originals[0])} ({error})") from error
     parts = dict(found.parts)
     if name == "svhn":
         parts.pop("unlabeled", None)
     if name == "tiny-imagenet" and "test" not in parts and "validation" in parts:
         parts["test"] = parts.pop("validation")
-    needed = {"svhn-extra": {"train", "test", "unlabeled"}}.get(name, {"train", "test"} if originals else {"train"})
-    if not needed <= parts.keys() or not {"test", "validation"} & parts.keys():
-        raise missing
+    if not originals and not {"validation", "test"} & parts.keys():
+        raise DataError(f"{path}: {name} needs val/<class>/ or a validation part beside train, got {', '.join(parts)}")
+    needed = {"test", "unlabeled"} if name == "svhn-extra" else {"test"}
+    if originals and not needed <= parts.keys():
+        raise DataError(f"{_missing(path, originals[0])} (got the parts {', '.join(parts)})")
     if originals and len(found.classes) != originals[0].classes:
         raise DataError(f"{path}: {name} has {originals[0].classes} classes, got {len(found.classes)}")
     return replace(found, name=name, parts=parts) if isinstance(found, Collection) else found
+
+
+def _missing(path: Path, original: Original) -> str:
+    return f"{path}: no {original.name} found; {original.how_to_get()}; or parquet files as the hub has them"

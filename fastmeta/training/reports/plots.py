@@ -29,6 +29,10 @@ _STYLES = {
     "l2i-jvp-alternating": ("#0072B2", "-."),
     "meta-gradient-jvp": ("#E69F00", ":"),
     "meta-gradient-finite-difference": ("#E69F00", "-."),
+    "l2i-published": ("#56B4E9", "--"),
+    "meta-gradient-published": ("#E69F00", "--"),
+    "example-weights-published": ("#009E73", "--"),
+    "label-gradient-alignment-published": ("#CC79A7", "--"),
 }
 _OTHER_STYLE = ("#7F7F7F", "--")
 Details = dict[tuple[str, str, int], dict[str, Any]]  # by base, method, seed
