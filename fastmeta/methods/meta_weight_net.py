@@ -82,11 +82,11 @@ class WeightNet(Update):
             parameters: ``a_1, b_1, a_2, b_2`` one after another ``[3 hidden + 1]``; None: as they are.
         """
         self.table.move(values.device)
-        theta = self.table.values[0] if parameters is None else parameters
+        theta = self.table.values[0].to(values.dtype) if parameters is None else parameters
         a_1, b_1, a_2, b_2 = theta.split(self.sizes)
         finite = values.where(values.isfinite(), 0)  # a step that is not finite has finite weights
-        hidden = (finite.to(theta.dtype).unsqueeze(-1) * a_1 + b_1).relu()
-        return (hidden @ a_2 + b_2).sigmoid().to(values.dtype)
+        hidden = (finite.unsqueeze(-1) * a_1 + b_1).relu()
+        return (hidden @ a_2 + b_2).sigmoid()
 
     def enter(self, problem: Problem) -> Problem:
         """The problem with the net's weights of its examples."""
@@ -100,7 +100,7 @@ class WeightNet(Update):
     def forward(self, gradient: Tensor, labels: Tensor, index: Tensor | None) -> Refined:
         """The labels as they were, and the weights after a step of the net."""
         assert self._losses is not None, "of this step"
-        theta = self.table.values[0].detach().clone().requires_grad_()
+        theta = self.table.values[0].detach().to(gradient.dtype, copy=True).requires_grad_()
         with torch.enable_grad():
             weights = self.net(self._losses, theta)
         (pulled,) = torch.autograd.grad(weights, theta, gradient)
