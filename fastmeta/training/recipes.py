@@ -42,7 +42,9 @@ from fastmeta.methods import (
     ImplicitImputation,
     ImputeAndWeight,
     LabelGradientAlignment,
+    LearningToReweight,
     MetaGradient,
+    MetaWeightNet,
     Method,
     example_weights,
     l2i,
@@ -166,7 +168,7 @@ _EXAMPLE_WEIGHTS = Recipe(
 _ALIGNMENT = Recipe(
     _alignment, {"lr": 0.5, "decay": 0.9, "decay_norm": 0.9, "view": "learned"}, example="label_gradient_alignment"
 )
-
+_OF_WEIGHTS = {"how": "jvp", "view": "learned", "hard": True, "holdout": "part", "passes": "own"}
 
 METHODS: dict[str, Recipe] = {
     "none": Recipe(),
@@ -186,6 +188,13 @@ METHODS: dict[str, Recipe] = {
     "impute-and-weight": Recipe(
         lambda num_unlabeled, num_classes, **settings: ImputeAndWeight(num_unlabeled, **settings),
         {"weight": 1.0, "lr": 0.02, "view": "learned"},
+    ),
+    # Relatives from other papers, on the whole model as they were published.
+    "learning-to-reweight": Recipe(
+        lambda num_unlabeled, num_classes, **settings: LearningToReweight(**settings), _OF_WEIGHTS
+    ),
+    "meta-weight-net": Recipe(
+        lambda num_unlabeled, num_classes, **settings: MetaWeightNet(**settings), {**_OF_WEIGHTS, "scheduled": "rate"}
     ),
     # The papers' own order: an update of the base, then the method's at the parameters it left.
     "l2i-alternating": _with(_L2I, passes="own", own_update=True),

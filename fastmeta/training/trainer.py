@@ -321,7 +321,9 @@ class Trainer:
     def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager[Any]:
         """Whether a backward pass leaves the gradients of the processes as they are."""
         if isinstance(self.network, FSDPModule):
-            self.network.set_requires_gradient_sync(not apart)
+            # A method's own backward passes, in between, need their gradients at once.
+            own = self.method is not None and self.method.passes == "own"
+            self.network.set_requires_gradient_sync(own or not apart)
         if apart and isinstance(self.network, nn.parallel.DistributedDataParallel):
             return self.network.no_sync()
         return contextlib.nullcontext()
