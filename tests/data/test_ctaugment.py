@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmeta.data import KeyedRandom, Shift
 from fastmeta.data.augment import CTAugment, Plain
@@ -210,6 +211,21 @@ def test_a_step_that_is_not_finite_moves_nothing(where: bool, value: float) -> N
     assert augment.rates.equal(before)
     augment.update_(random(8, "probe"), torch.full((8,), 0.3), torch.tensor(True))
     assert not augment.rates.equal(before)
+
+
+class NothingRead(TorchDispatchMode):
+    """Fails where a GPU's host would wait."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        assert function.name() not in {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
+        return function(*arguments, **keywords or {})
+
+
+def test_the_host_waits_neither_to_draw_nor_to_update() -> None:
+    augment = CTAugment(SIDE, Plain(SIDE))
+    with NothingRead():
+        drawn(augment, 8)
+        augment.update_(random(8, "probe"), torch.full((8,), 0.3), torch.tensor(True))
 
 
 def test_rates_are_its_state_and_stay_float64() -> None:
