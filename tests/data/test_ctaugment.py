@@ -152,11 +152,28 @@ def test_the_weak_view_comes_first() -> None:
     augment = CTAugment(SIDE, weak, depth=1, cutout=False)
     images = pixels(300)
     keys = random(300)
-    expected = weak(images, keys)
     operations = augment._draw(keys, even=False, device=images.device).operations
+    expected = weak(images, keys)
     untouched = (operations == NAMES.index("identity")).all(dim=1)
     assert 5 < int(untouched.sum()) < 40
     assert augment(images, random(300))[untouched].equal(expected[untouched])
+
+
+class Drawing(Plain):
+    """The image as it is, and random numbers that are used for nothing."""
+
+    def __call__(self, images: Tensor, random: KeyedRandom | None = None) -> Tensor:
+        if random is not None:
+            random.uniform(5)
+        return super().__call__(images)
+
+
+def test_what_the_weak_view_draws_leaves_the_operations() -> None:
+    """Else the rates would be moved for operations that no probe has had."""
+    images = pixels(40)
+    for weak in (Drawing(SIDE), Shift(SIDE, 0)):
+        probes = CTAugment(SIDE, weak).probe(images, random(40, "probe"))
+        assert probes.equal(CTAugment(SIDE, Plain(SIDE)).probe(images, random(40, "probe")))
 
 
 def test_no_row_depends_on_another_and_any_shape_will_do() -> None:

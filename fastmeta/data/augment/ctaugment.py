@@ -152,8 +152,8 @@ class CTAugment(Stateful):
         self.rates.copy_(torch.where(where & recognized.isfinite().all(), moved.view_as(self.rates), self.rates))
 
     def _applied(self, images: Tensor, random: KeyedRandom, *, even: bool) -> Tensor:
+        drawn = self._draw(random, even=even, device=images.device)  # first, so that update_ can draw it again
         images, moves, reflected = started(self.weak, images, random)
-        drawn = self._draw(random, even=even, device=images.device)
         side = self.size
         levels = torch.stack([each.level(drawn.magnitudes[..., 0], side) for each in OPERATIONS.values()], dim=2)
         level = levels.gather(2, drawn.operations.unsqueeze(2)).squeeze(2)
