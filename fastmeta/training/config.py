@@ -161,7 +161,8 @@ class MachineConfig:
     batch_norm: Literal["per-process", "synchronized"] = "per-process"
     """Whose batch statistics, where several processes train; synchronized needs a GPU (SyncBatchNorm)."""
     sharding: Literal["none", "fsdp2"] = "none"
-    """fsdp2: each process keeps a part of the weights, for models that outgrow a card; last-layer methods alone."""
+    """fsdp2: each process keeps a part of the weights, for models that outgrow a card; methods of the last layer, or
+    whose passes are differences."""
     checkpoint_every: int | None = None
     """Steps between checkpoints (default: as many as between evaluations)."""
     keep: int = 2

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fastmeta import graph
 from fastmeta.ops.process_group import ProcessGroup
+from fastmeta.problem.sharded_function import DIFFERENCES
 from fastmeta.ssl import Algorithm, MixUpConsistency, Refiner, ReMixMatch
 from fastmeta.training.config import MachineConfig
 from fastmeta.training.processes import Processes
@@ -49,7 +50,9 @@ def refuse_sharding(method: Refiner | None, machine: MachineConfig, processes: P
     """
     if processes.group is None:
         reason = "on one process"
-    elif method is not None and method.passes == "own":
+    elif method is not None and method.own_update:
+        reason = "with a method that has an update of its own"
+    elif method is not None and method.passes == "own" and method.method.derivative.how not in DIFFERENCES:
         reason = f"with a method that makes passes of its own (how={method.method.derivative.how!r})"
     elif machine.compile or machine.channels_last:
         reason = f"with machine.{'compile' if machine.compile else 'channels_last'}"

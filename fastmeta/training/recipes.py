@@ -31,7 +31,7 @@ each other are alike. Width is 32 unless it says 16; chosen values in ``**``.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -42,7 +42,9 @@ from fastmeta.methods import (
     ImplicitImputation,
     ImputeAndWeight,
     LabelGradientAlignment,
+    LearningToReweight,
     MetaGradient,
+    MetaWeightNet,
     Method,
     example_weights,
     l2i,
@@ -166,7 +168,7 @@ _EXAMPLE_WEIGHTS = Recipe(
 _ALIGNMENT = Recipe(
     _alignment, {"lr": 0.5, "decay": 0.9, "decay_norm": 0.9, "view": "learned"}, example="label_gradient_alignment"
 )
-
+_OF_WEIGHTS = {"how": "jvp", "view": "learned", "hard": True, "holdout": "part", "passes": "own"}
 
 METHODS: dict[str, Recipe] = {
     "none": Recipe(),
@@ -186,6 +188,13 @@ METHODS: dict[str, Recipe] = {
     "impute-and-weight": Recipe(
         lambda num_unlabeled, num_classes, **settings: ImputeAndWeight(num_unlabeled, **settings),
         {"weight": 1.0, "lr": 0.02, "view": "learned"},
+    ),
+    # Relatives from other papers, on the whole model as they were published.
+    "learning-to-reweight": Recipe(
+        lambda num_unlabeled, num_classes, **settings: LearningToReweight(**settings), _OF_WEIGHTS
+    ),
+    "meta-weight-net": Recipe(
+        lambda num_unlabeled, num_classes, **settings: MetaWeightNet(**settings), {**_OF_WEIGHTS, "scheduled": "rate"}
     ),
     # The papers' own order: an update of the base, then the method's at the parameters it left.
     "l2i-alternating": _with(_L2I, passes="own", own_update=True),
@@ -249,6 +258,7 @@ def base_of(name: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Ba
     return replace(recipe, **{setting: _checked(recipe, setting, value) for setting, value in settings.items()})
 
 
+_hints = cache(get_type_hints)
 _POSITIVE = ("temperature", "alpha")
 _AT_MOST_ONE = ("threshold", "decay")
 _FEWEST_VIEWS = {MixMatch: 2, ReMixMatch: 1}
@@ -256,7 +266,7 @@ _FEWEST_VIEWS = {MixMatch: 2, ReMixMatch: 1}
 
 def _checked(recipe: Base, setting: str, value: Any) -> Any:
     """Numbers are finite and not negative, a threshold is a probability, a word is one of those that there are."""
-    before, kind = getattr(recipe, setting), get_type_hints(type(recipe))[setting]
+    before, kind = getattr(recipe, setting), _hints(type(recipe))[setting]
     said = f"got {value!r}"
     if get_origin(kind) is Literal:
         if value not in get_args(kind):

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastmeta.ops.process_group import Group
+from fastmeta.problem.sharded import local
 
 _UNIT = 2**20  # parameters that are gathered together, or more where one layer has more
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -45,11 +46,6 @@ def _units(model: nn.Module, kept: set[nn.Parameter]) -> list[nn.Module]:
         inner = _units(child, kept) if count > _UNIT or holds_others else []
         found += inner if holds_others or not count else [*inner, child]
     return found
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a parameter, on the same memory; all of one that is not spread."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
 
 
 class Shards(nn.ParameterList):

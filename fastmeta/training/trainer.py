@@ -90,6 +90,7 @@ class Trainer:
             more_views=base.more_views,
             holdout="batch" if method is None else method.holdout,
             fresh=method is not None and method.fresh,
+            interval=getattr(method.method, "interval", 1) if method is not None else 1,
             seed=seed,
             machine=self.machine,
             processes=self.processes,
@@ -320,7 +321,9 @@ class Trainer:
     def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager[Any]:
         """Whether a backward pass leaves the gradients of the processes as they are."""
         if isinstance(self.network, FSDPModule):
-            self.network.set_requires_gradient_sync(not apart)
+            # A method's own backward passes, in between, need their gradients at once.
+            own = self.method is not None and self.method.passes == "own"
+            self.network.set_requires_gradient_sync(own or not apart)
         if apart and isinstance(self.network, nn.parallel.DistributedDataParallel):
             return self.network.no_sync()
         return contextlib.nullcontext()

@@ -43,6 +43,9 @@ ON_FOUR = [
 ] + [("fixmatch", "label-gradient-alignment-published")]
 PARTS = 2  # of a step, of three labeled images each
 SHARDED = [case for case in CASES if METHODS[case[1]].passes == "shared" and "published" not in case[1]]
+# Methods whose passes are differences.
+DIFFERENCES = [("fixmatch", "meta-gradient-finite-difference"), ("fixmatch", "meta-gradient-published")]
+IN_PARTS = {"parts": "l2i", "differences in parts": "meta-gradient-finite-difference"}
 # Loops of the papers other than the recipes'.
 LOOPS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fresh batches": ("fixmatch", "example-weights-published", {"fresh": True, "interval": 2}),
@@ -262,8 +265,10 @@ def sharded(group: Group, cases: list[tuple[str, str]]) -> dict[str, Any]:
     for base, method in cases:
         run = trainer(base, method, group, MachineConfig(sharding="fsdp2"))
         found[f"{base} + {method}"] = whole(run)
-    parts = trainer("fixmatch", "l2i", group, MachineConfig(sharding="fsdp2", accumulation=PARTS))
-    return {**found, "parts": whole(parts)}
+    for name, method in IN_PARTS.items():
+        run = trainer("fixmatch", method, group, MachineConfig(sharding="fsdp2", accumulation=PARTS))
+        found[name] = whole(run)
+    return found
 
 
 def whole(run: Trainer) -> dict[str, Any]:
@@ -281,10 +286,11 @@ def whole(run: Trainer) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_sharded_weights(alone: dict[str, Any], world: int) -> None:
-    cases = SHARDED if world == 2 else SHARDED[:2]
+    cases = (SHARDED if world == 2 else SHARDED[:2]) + DIFFERENCES
     parts = forked.run(sharded, world, cases)
     expected = {" + ".join(case): alone[" + ".join(case)] for case in cases}
-    expected["parts"] = trained(None, "fixmatch", "l2i", MachineConfig(accumulation=PARTS))
+    for name, method in IN_PARTS.items():
+        expected[name] = trained(None, "fixmatch", method, MachineConfig(accumulation=PARTS))
     for name, wanted in expected.items():
         found = [part[name] for part in parts]
         for part in found:
@@ -341,6 +347,8 @@ def test_what_cannot_be_sharded() -> None:
     several = Processes(object())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"a method that makes passes of its own \(how='jvp'\)"):
         refuse_sharding(refiner, machine, several)
+    with pytest.raises(ValueError, match="must be none with a method that has an update of its own, got 'fsdp2'"):
+        refuse_sharding(METHODS["l2i-alternating"].build(9, 3), machine, several)
     for name in ("compile", "channels_last"):
         with pytest.raises(ValueError, match=f"machine.sharding must be none with machine.{name}"):
             refuse_sharding(None, MachineConfig(sharding="fsdp2", **{name: True}), several)

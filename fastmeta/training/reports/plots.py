@@ -24,6 +24,8 @@ _STYLES = {
     "aligned-imputation": ("#D55E00", "-"),
     "implicit-imputation": ("#56B4E9", "-"),
     "impute-and-weight": ("#8C8C00", "-"),
+    "learning-to-reweight": ("#009E73", ":"),
+    "meta-weight-net": ("#009E73", "-."),
     "l2i-alternating": ("#0072B2", "--"),
     "l2i-jvp": ("#0072B2", ":"),
     "l2i-jvp-alternating": ("#0072B2", "-."),
