@@ -124,7 +124,7 @@ BASE_RECIPES: dict[str, Base] = {
     "pi-model": PiModel(),
     "mean-teacher": MeanTeacher(weight=20.0),
     "vat": VirtualAdversarial(radius=2.0, weight=1.0, entropy_weight=0.06),
-    "mix-up": MixUp(statistics="joined"),
+    "mix-up": MixUp(weight=3.0, ramp=0.4, ramp_shape="sigmoid", statistics="joined"),
     "mixmatch": MixMatch(weight=20.0, ramp=0.4, ramp_shape="sigmoid", statistics="joined"),
     "remixmatch": ReMixMatch(rotation_weight=0.0, ramp=0.4, statistics="joined"),
     "uda": UDA(),
