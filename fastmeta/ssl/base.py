@@ -14,7 +14,6 @@ from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.methods import L2I, LabelGradientAlignment, Method
 from fastmeta.ops.process_group import Group, sum_over, world_size
 from fastmeta.ssl.labels import Finish, as_they_are
-from fastmeta.updates import LabelLogitStep
 
 
 @dataclass(frozen=True)
@@ -183,8 +182,6 @@ class Refiner:
             raise ValueError("hard must be False for an own_update without two_views, got True")
         elif not self.method.update.needs_graph and not isinstance(self.method, L2I):
             raise ValueError(f"own_update must be False for {name}: it has no loss of its own")
-        elif self.hard and isinstance(self.method.update, LabelLogitStep):
-            raise ValueError("hard must be False for a step on the logits of labels, as hard ones have none")
 
 
 class Algorithm(Protocol):

@@ -156,7 +156,6 @@ def test_fresh_batches_are_of_streams_of_their_own(digits):
         ("l2i", {"scheduled": "speed"}, "scheduled must be a number of L2I that may change, got 'speed'"),
         ("meta-gradient-published", {"scheduled": "rate"}, "scheduled must be a number of MetaGradient"),
         ("meta-gradient-jvp", {"own_update": True}, "own_update must be False for MetaGradient: it has no"),
-        ("l2i-published", {"variant": "V1", "hard": True}, "hard must be False for a step on the logits of"),
         ("l2i", {"own_update": True}, "passes must be own with own_update, got 'shared'"),
         ("l2i-alternating", {"hard": True}, "hard must be False for an own_update without two_views, got True"),
         ("l2i", {"hard": "yes"}, "hard must be True or False, got 'yes'"),
