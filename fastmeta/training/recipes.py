@@ -213,6 +213,7 @@ METHODS: dict[str, Recipe] = {
         passes="own",
         own_update=True,
         two_views=True,
+        hard=True,
         moves_statistics="inner",
         holdout="labeled",
     ),
