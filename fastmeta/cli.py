@@ -1,4 +1,4 @@
-"""The command line: ``fastmeta compare``, ``train``, ``predict``, ``report``, ``reproduce``, ``doctor``."""
+"""The command line: ``fastmeta compare``, ``train``, ``presets``, ``predict``, ``report``, ``reproduce``."""
 
 import argparse
 import ast
@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -14,7 +14,9 @@ import torch
 import tyro
 
 import fastmeta
-from fastmeta.presets import PRESETS, preset
+from fastmeta.data.readers.published import how_to_get
+from fastmeta.presets import PRESETS, Preset, preset
+from fastmeta.presets.listing import as_json, as_text, matching
 from fastmeta.presets.smoke import run_smoke
 from fastmeta.reproduce import EXPERIMENTS
 from fastmeta.training.checkpoints import CheckpointError
@@ -25,7 +27,7 @@ from fastmeta.training.doctor import doctor, verify_named
 from fastmeta.training.files import make_folder
 from fastmeta.training.pictures_to_predict import open_for_prediction
 from fastmeta.training.predict import predict, require_finished, summary_of, unreadable_text
-from fastmeta.training.recipes import BASE_RECIPES, METHODS
+from fastmeta.training.recipes import BASE_RECIPES, DEFAULT_METHODS, METHODS
 from fastmeta.training.reports.report import write_report
 from fastmeta.training.reports.run_folder import read_run
 from fastmeta.training.train import ConfigMismatch, NotFinite
@@ -34,15 +36,11 @@ from fastmeta.training.workers import WorkerError
 if TYPE_CHECKING:
     Base: TypeAlias = str
     Method: TypeAlias = str
-    Preset: TypeAlias = str
     ExperimentName: TypeAlias = str
 else:
     Base = tyro.extras.literal_type_from_choices(list(BASE_RECIPES))
     Method = tyro.extras.literal_type_from_choices(list(METHODS))
-    Preset = tyro.extras.literal_type_from_choices(list(PRESETS))
     ExperimentName = tyro.extras.literal_type_from_choices(list(EXPERIMENTS))
-# With the features of the base's own forward and the last layer alone.
-DEFAULT_METHODS = tuple(name for name, recipe in METHODS.items() if recipe.passes == "shared")
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,9 @@ class Compare:
     """Base algorithm; vat is virtual adversarial training."""
     methods: tuple[Method, ...] = DEFAULT_METHODS
     """Methods on top of it; the base alone ("none") is always among them. -jvp: the whole model moves, not the last
-    layer alone; -alternating: an update of its own, after the base's."""
+    layer alone; -alternating: an update of its own, after the base's; -published: a paper's own loop and settings."""
     data: str = "digits"
-    """Images: "digits", or a path."""
+    """Images: digits, mnist-5k, photographs, or a path."""
     labels_per_class: int = 1
     """Labeled images per class, at least 1; what is left of a class is unlabeled."""
     seeds: int = 7
@@ -123,10 +121,10 @@ class Train(RunConfig):
     """Settings of the method, such as weight=0.5."""
     out: Path | None = None
     """Folder for the results (default: a name under runs/ made from the settings)."""
-    preset: Preset | None = None
-    """Published settings to start from; what else is given changes them."""
+    preset: str | None = None
+    """Published settings to start from, of those that fastmeta presets lists; what else is given changes them."""
     smoke: bool = False
-    """A few steps of the preset on generated images."""
+    """A few steps of the preset on generated images in the same format, without data."""
 
     def __post_init__(self) -> None:
         """Nothing: ``run`` checks, where an error is one line and not a frame of tyro's."""
@@ -137,31 +135,42 @@ class Train(RunConfig):
         for name in ("base_settings", "method_settings"):
             values[name] = _settings(name, values[name])
         run = RunConfig(**values)
-        out = self.out
+        if self.preset is not None:
+            return self._run_preset(replace(preset(self.preset), config=run))
         if self.smoke:
-            if self.preset is None:
-                raise ValueError(f"preset must be one of {', '.join(PRESETS)} with smoke, got none")
-            results = run_smoke(run, out)
-            for layout, found in results.items():
-                errors = " and ".join(f"{100 * found[f'validation_{name}']:.0f}%" for name in ("error", "top5_error"))
-                skipped = f"{found['skipped_steps']} of them without a finite loss"
-                print(f"{self.preset}, {layout}: {found['step']} steps, {skipped}; top-1 and top-5 error {errors}")
-            return 1 if any(found["skipped_steps"] for found in results.values()) else 0
+            raise ValueError("preset must be given with smoke: see fastmeta presets")
+        out = self.out
         if out is None:
             labels = "" if run.labels_per_class is None else f"-{run.labels_per_class}-per-class"
             data = _stem(run.data)
             out = Path("runs") / f"{data}-{run.base}-{run.method}{labels}-seed-{run.seed}"
         return train_command(run, out)
 
+    def _run_preset(self, published: Preset) -> int:
+        """The run of a preset, or a few steps of it; at the end the paper's figure beside its own."""
+        run = published.config
+        if self.smoke:
+            results = run_smoke(published, self.out)
+            print(f"{self.preset}: {results['step']} steps, {results['skipped_steps']} of them without a finite loss")
+            return 1 if results["skipped_steps"] else 0
+        if run.data == published.dataset and not Path(run.data).exists():
+            raise ValueError(
+                f"data must be where {run.data} is with preset {self.preset}, got none: {how_to_get(run.data)}"
+            )
+        status = train_command(run, self.out or Path("runs") / f"{self.preset}-seed-{run.seed}")
+        if status == 0 and published.error is not None and os.environ.get("RANK", "0") == "0":
+            print(" ".join([f"{published.paper}, {published.table}: {published.error:.2f}%.", published.note]).rstrip())
+        return status
+
 
 def _started_from(arguments: Sequence[str]) -> Train:
     """The settings that ``train`` starts from: its own, or those of a preset."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=list(PRESETS))
+    parser.add_argument("--preset")
     name = parser.parse_known_args(arguments)[0].preset if "train" in arguments[:1] else None
     if name is None:
         return Train()
-    run = preset(name)
+    run = preset(name).config
     values = {name: getattr(run, name) for name in RunConfig.__dataclass_fields__}
     for setting in ("base_settings", "method_settings"):
         values[setting] = tuple(f"{key}={value!r}" for key, value in values[setting].items())
@@ -185,6 +194,22 @@ def _settings(name: str, given: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             settings[setting] = value
     return settings
+
+
+@dataclass(frozen=True)
+class Presets:
+    """List the rows of the papers' tables that fastmeta train --preset runs, with the papers' errors."""
+
+    words: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WORD ...")] = ()
+    """Only those whose name, paper, table, data set, base and method have all of these words."""
+    json: bool = False
+    """For programs: with all settings."""
+
+    def run(self) -> int:
+        """Exit status: 0."""
+        found = matching(PRESETS, self.words)
+        print(as_json(found) if self.json else as_text(found))
+        return 0
 
 
 @dataclass(frozen=True)
@@ -308,9 +333,14 @@ def main(arguments: list[str] | None = None) -> int:
     if given == ["--version"]:
         print(f"fastmeta {fastmeta.__version__}, torch {torch.__version__}")
         return 0
+    try:
+        started = _started_from(given)
+    except ValueError as error:
+        return _refused(error)
     commands = (
         Annotated[Compare, tyro.conf.subcommand("compare")]
-        | Annotated[Train, tyro.conf.subcommand("train", default=_started_from(given))]
+        | Annotated[Train, tyro.conf.subcommand("train", default=started)]
+        | Annotated[Presets, tyro.conf.subcommand("presets")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
@@ -320,8 +350,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return command.run()
     except (ValueError, OSError, ImportError, CheckpointError, ConfigMismatch, NotFinite, WorkerError) as error:
-        print(f"fastmeta: error: {_with_flag(str(error))}", file=sys.stderr)
-        return 2
+        return _refused(error)
+
+
+def _refused(error: Exception) -> int:
+    print(f"fastmeta: error: {_with_flag(str(error))}", file=sys.stderr)
+    return 2
 
 
 def _with_flag(text: str) -> str:

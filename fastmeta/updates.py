@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastmeta import losses
 from fastmeta.ops.finite_difference_labels import project_to_simplex_rows
-from fastmeta.ops.masked_adam_table import MaskedAdamTable
+from fastmeta.ops.masked_adam_table import MaskedAdamTable, TableOptimizer
 from fastmeta.ops.process_group import Group, sum_over, world_size
+from fastmeta.problem import Problem
 from fastmeta.state import Number, Stateful
 
 Takes = Literal["labels", "weights", "labels and weights"]
@@ -40,6 +41,10 @@ class Update(Stateful):
     """whether it has a table"""
     needs_graph = False
     """whether the imputed labels must be on the graph"""
+
+    def enter(self, problem: Problem) -> Problem:
+        """The problem of the step as this update has it, where its weights are made from the problem's losses."""
+        return problem
 
     def labels(self, imputed: Tensor, index: Tensor | None) -> Tensor:
         """Labels at the start of the step ``[N, C]``."""
@@ -152,7 +157,7 @@ class _TableUpdate(Update):
 
     @property
     def lr(self) -> float:
-        """Learning rate of Masked Adam; may be changed between calls."""
+        """Learning rate of the table; may be changed between calls."""
         return self.table.lr
 
     @lr.setter
@@ -165,7 +170,8 @@ class WeightTable(_TableUpdate):
 
     Args:
         num_examples: M, size of the unlabeled set.
-        lr: learning rate of Masked Adam.
+        lr: learning rate.
+        optimizer: see :class:`fastmeta.ops.masked_adam_table.MaskedAdamTable`.
         low: smallest weight.
         high: largest weight.
         read: ``before`` the update or ``after`` it: which weights the current step uses.
@@ -182,6 +188,7 @@ class WeightTable(_TableUpdate):
         num_examples: int,
         *,
         lr: float = 0.01,
+        optimizer: TableOptimizer = "masked_adam",
         low: float = 0.0,
         high: float = 2.0,
         read: str = "before",
@@ -195,7 +202,14 @@ class WeightTable(_TableUpdate):
         super().__init__()
         values = torch.ones((), dtype=dtype).expand(_count(num_examples, "num_examples", 1))
         self.table = MaskedAdamTable(
-            values, lr=lr, low=low, high=high, duplicates=duplicates, process_group=process_group, sharded=sharded
+            values,
+            lr=lr,
+            optimizer=optimizer,
+            low=low,
+            high=high,
+            duplicates=duplicates,
+            process_group=process_group,
+            sharded=sharded,
         )
         self.read = read
 
@@ -222,7 +236,8 @@ class SharedWeight(WeightTable):
     Not All Unlabeled Data Are Equal, Section 4.3, "Tuning a Single Weight": ``lambda`` of Eq. (1).
 
     Args:
-        lr: learning rate of Adam.
+        lr: learning rate.
+        optimizer: ``masked_adam``, which here is Adam, or ``sgd``.
         low: smallest weight.
         high: largest weight.
         read: ``before`` the update or ``after`` it: which weight the current step uses.
@@ -236,13 +251,14 @@ class SharedWeight(WeightTable):
         self,
         *,
         lr: float = 0.01,
+        optimizer: TableOptimizer = "masked_adam",
         low: float = 0.0,
         high: float = 2.0,
         read: str = "before",
         process_group: Group = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(1, lr=lr, low=low, high=high, read=read, dtype=dtype)
+        super().__init__(1, lr=lr, optimizer=optimizer, low=low, high=high, read=read, dtype=dtype)
         self.process_group = process_group
 
     def weights(self, imputed: Tensor, index: Tensor | None) -> Tensor:
@@ -303,7 +319,8 @@ class LabelTable(_TableUpdate):
     Args:
         num_examples: M, size of the unlabeled set.
         num_classes: C.
-        lr: learning rate of Masked Adam.
+        lr: learning rate.
+        optimizer: see :class:`fastmeta.ops.masked_adam_table.MaskedAdamTable`.
         parameterization: ``softmax`` (labels start uniform) or ``identity`` (labels start at 0).
         dtype: of the table.
         process_group: see :class:`fastmeta.ops.masked_adam_table.MaskedAdamTable`.
@@ -316,6 +333,7 @@ class LabelTable(_TableUpdate):
         num_classes: int,
         *,
         lr: float = 0.01,
+        optimizer: TableOptimizer = "masked_adam",
         parameterization: Literal["softmax", "identity"] = "softmax",
         dtype: torch.dtype = torch.float32,
         process_group: Group = None,
@@ -326,7 +344,7 @@ class LabelTable(_TableUpdate):
         super().__init__()
         shape = _count(num_examples, "num_examples", 1), _count(num_classes, "num_classes", 1)
         values = torch.zeros((), dtype=dtype).expand(shape)
-        self.table = MaskedAdamTable(values, lr=lr, process_group=process_group, sharded=sharded)
+        self.table = MaskedAdamTable(values, lr=lr, optimizer=optimizer, process_group=process_group, sharded=sharded)
         self.parameterization = parameterization
 
     def labels(self, imputed: Tensor, index: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import cuda_emulation
 
@@ -54,6 +55,18 @@ def on_device() -> Iterator[None]:
 @pytest.fixture
 def draw(generator: torch.Generator) -> Draw:
     return Draw(generator)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone, which outlives what the test makes of it.
+
+    DistributedDataParallel's reducer must not be the last that holds a group: it would wait, with the GIL, for the
+    group's threads, which may need it.
+    """
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -371,13 +371,6 @@ def test_a_whole_compiled_step(model):
     assert type(model.fc) is nn.Linear
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("compiled", [None, "inside", "outside"])
 def test_distributed_data_parallel(model, process_group, compiled):
     torch._dynamo.reset()

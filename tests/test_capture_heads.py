@@ -403,19 +403,15 @@ def test_data_parallel_without_devices(inputs):
 
 
 @pytest.mark.parametrize("settings", [{"find_unused_parameters": True}, {"static_graph": True}])
-def test_distributed_data_parallel_that_copies_the_logits(inputs, settings, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = make(nn.Linear(D, C))
-        parallel = nn.parallel.DistributedDataParallel(model, **settings)
-        with capture_features(parallel) as tape:
-            logits = parallel(inputs)
-        for part in (slice(None), slice(2, 4), torch.tensor([4, 1])):
-            assert torch.equal(tape.outputs(logits[part]).features, model[:2](inputs)[part])
-        logits.sum().backward()
-        assert model[0].weight.grad is not None
-    finally:
-        torch.distributed.destroy_process_group()
+def test_distributed_data_parallel_that_copies_the_logits(inputs, settings, process_group):
+    model = make(nn.Linear(D, C))
+    parallel = nn.parallel.DistributedDataParallel(model, **settings)
+    with capture_features(parallel) as tape:
+        logits = parallel(inputs)
+    for part in (slice(None), slice(2, 4), torch.tensor([4, 1])):
+        assert torch.equal(tape.outputs(logits[part]).features, model[:2](inputs)[part])
+    logits.sum().backward()
+    assert model[0].weight.grad is not None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -9,11 +9,13 @@ from fastmeta.presets import PRESETS
 from fastmeta.training.build import build
 from fastmeta.training.config import MachineConfig, RunConfig, SplitConfig
 from fastmeta.training.processes import Processes
-from fastmeta.training.recipes import METHODS
+from fastmeta.training.recipes import DEFAULT_METHODS
 from fastmeta.training.trainer import Trainer
 
 STEPS = 2**20  # of the papers' runs at 32 pixels
-SHARED = tuple(name for name, recipe in METHODS.items() if recipe.passes == "shared")
+ON_IMAGENET = tuple(
+    name for name, preset in PRESETS.items() if preset.dataset.startswith("imagenet") and preset.config.method != "none"
+)
 MOST_IMAGES = 400  # labeled and unlabeled, of a preset's step on one card
 
 
@@ -33,7 +35,7 @@ class Task:
     config: RunConfig
     classes: int
     pixels: int
-    methods: tuple[str, ...] = SHARED
+    methods: tuple[str, ...] = DEFAULT_METHODS
 
     @property
     def batch(self) -> int:
@@ -73,7 +75,7 @@ def small(labeled: int, unlabeled: int) -> Task:
 
 def of_preset(name: str) -> Task:
     """The preset's own step, with and without its method, on one process's part of its batch."""
-    preset = PRESETS[name]
+    preset = PRESETS[name].config
     processes = 1
     while (preset.labeled_batch or 0) + (preset.unlabeled_batch or 0) > MOST_IMAGES * processes:
         processes *= 2
@@ -91,4 +93,4 @@ def of_preset(name: str) -> Task:
     return Task(f"{name}, 1/{processes} of its batch", config, 1000, stored, ("none", preset.method))
 
 
-TASKS = {"cpu": (small(16, 48),), "cuda": (small(64, 448), *map(of_preset, PRESETS))}
+TASKS = {"cpu": (small(16, 48),), "cuda": (small(64, 448), *map(of_preset, ON_IMAGENET))}

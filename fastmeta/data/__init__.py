@@ -2,6 +2,7 @@
 
 from fastmeta.data.augment import (
     Augmentation,
+    AugmentationConfig,
     Plain,
     RandomCrop,
     Shift,
@@ -13,8 +14,11 @@ from fastmeta.data.augment import (
 )
 from fastmeta.data.digits import load_digits, split_digits
 from fastmeta.data.features import FeatureImages, FrozenFeatures, frozen_features, restore_head
+from fastmeta.data.foreign import WithForeignClasses, with_foreign_classes
 from fastmeta.data.images import DataError, ImageDataset, Images, UnreadableImage
 from fastmeta.data.memory_map import save_images
+from fastmeta.data.mnist import load_mnist_5k
+from fastmeta.data.photographs import load_photographs
 from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.data.readers.open import open_images, open_pictures
 from fastmeta.data.reading import Read, read_in_order
@@ -25,6 +29,7 @@ from fastmeta.data.streams import Rows, Stream
 
 __all__ = [
     "Augmentation",
+    "AugmentationConfig",
     "BatchSampler",
     "DataError",
     "FeatureImages",
@@ -44,9 +49,12 @@ __all__ = [
     "StrongPicture",
     "UnreadableImage",
     "Views",
+    "WithForeignClasses",
     "frozen_features",
     "generator_for",
     "load_digits",
+    "load_mnist_5k",
+    "load_photographs",
     "make_split",
     "open_images",
     "open_pictures",
@@ -57,4 +65,5 @@ __all__ = [
     "split_digits",
     "views_for",
     "weak_augment",
+    "with_foreign_classes",
 ]

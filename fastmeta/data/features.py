@@ -3,13 +3,13 @@
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastmeta.capture import last_linear
-from fastmeta.data.augment import Plain, Views
+from fastmeta.data.augment import Views
 from fastmeta.data.feature_cache import KINDS, FeatureCache, cache_features
 from fastmeta.data.images import Images, UnreadableImage, fingerprint_of
 from fastmeta.data.random_numbers import KeyedRandom
@@ -169,7 +169,7 @@ def frozen_features(
         first[augmented] = count + (len(KINDS) * torch.arange(len(augmented)) + number) * views_per_image
         return CachedView(features, first.to(device), views_per_image)
 
-    plain = cast(Plain, CachedView(features, torch.arange(count, device=device), 1))
+    plain = CachedView(features, torch.arange(count, device=device), 1)
     head = copy.deepcopy(layer).requires_grad_(True)
     return FrozenFeatures(FeatureImages(images, cache), Views(view(0), view(1), plain), head)
 

@@ -1,7 +1,8 @@
 """A method is a direction, a derivative and an update; this is what all of them share."""
 
+import contextlib
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import LastLayerProblem, Problem, WholeModelProblem, full_precision
 from fastmeta.problem.evaluation import WHY_NOT_TRACED
 from fastmeta.problem.model_function import Inputs, ModelFunction
+from fastmeta.problem.sharded_function import function_of
 from fastmeta.problem.targets import Given
 from fastmeta.state import Stateful, entry
 from fastmeta.updates import Refined, Update
@@ -31,10 +33,12 @@ class _Graphs(Protocol):
 class _Calls:
     """What changes with the calls. torch.compile takes a module's numbers for constants and would compile each step."""
 
-    __slots__ = ("number", "processes_checked")
+    __slots__ = ("learns", "number", "processes_checked")
 
     def __init__(self) -> None:
         self.number = 0
+        self.learns: bool | None = None
+        """what :meth:`Method.learning` says about the calls within it"""
         self.processes_checked = False
         """whether :meth:`Method._warn_of_other_processes` has run, or need not"""
 
@@ -249,7 +253,8 @@ class Method(Stateful):
     def _refine_model(self, batch: Batch) -> Refined:
         """One step with the model's inputs."""
         assert batch.model is not None
-        function = ModelFunction(batch.model, mode=self.mode)
+        how, group = self.derivative.how, self.process_group
+        function = function_of(batch.model, mode=self.mode, how=how, process_group=group)
         if self.update.needs_graph and batch.labels is not None:
             check_on_graph(batch.labels, "labels")
         rows = batch.per_example
@@ -318,6 +323,7 @@ class Method(Stateful):
             weights = self.update.weights(labels, index)
             weights = labels.new_ones(len(labels)) if weights is None else weights
             return Refined(labels, weights, labels.new_zeros(()))
+        problem = self.update.enter(problem)
         gradient = self.derivative(problem, self.direction(problem))
         # Broadcasting would hide the mistake where N happens to be C, or where labels have one column.
         takes = self.update.takes
@@ -336,7 +342,7 @@ class Method(Stateful):
 
     def _finish(self, computed: Refined | Tensor, imputed: Tensor, batch: Batch) -> Refined:
         """The rest of the step: what depends on the caller's autograd graph, and the count."""
-        if self.counts:
+        if self.counts and self._calls.learns is None:
             self._calls.add()
         if isinstance(computed, Refined):
             return computed
@@ -347,7 +353,24 @@ class Method(Stateful):
 
     def learns(self) -> bool:
         """Whether the next call moves anything; else it only reads labels and weights."""
+        return self.is_due() if self._calls.learns is None else self._calls.learns
+
+    def is_due(self) -> bool:
+        """Whether the number of calls says that the next one moves anything."""
         return True
+
+    @contextlib.contextmanager
+    def learning(self, learns: bool) -> Iterator[None]:
+        """Whether calls in the block move anything, for a loop that decides it; they are not counted.
+
+        Not All Unlabeled Data Are Equal, Algorithm 1: the steps on the model read the weights of their batches
+        (``learning(False)``), and after N of them the weights of other batches learn (``learning(True)``).
+        """
+        before, self._calls.learns = self._calls.learns, learns
+        try:
+            yield
+        finally:
+            self._calls.learns = before
 
     def phase(self) -> Hashable:
         """What the number of calls decides about the next step, as a key; steps of one phase share a CUDA graph."""

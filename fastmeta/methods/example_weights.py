@@ -12,6 +12,7 @@ from fastmeta.derivatives import ExampleWeightGradient, How
 from fastmeta.directions import DirectionRule, HoldoutGradient, InLayers, InverseHessian, Solver
 from fastmeta.methods.base import Method
 from fastmeta.methods.batch import Batch, as_outputs, check_rows
+from fastmeta.ops.masked_adam_table import TableOptimizer
 from fastmeta.ops.process_group import Group
 from fastmeta.problem import Curvature, Reduction
 from fastmeta.problem.model_function import Inputs
@@ -158,7 +159,9 @@ class ExampleWeights(Method):
             For the whole model alone.
         curvature: ``gauss_newton`` or ``hessian``; for a cross-entropy at the last layer they are the same.
         interval: N, calls from one update to the next; the calls between only read the weights.
-        lr: learning rate of Masked Adam.
+        lr: learning rate of the weights.
+        optimizer: of the weights: ``masked_adam``, or as in Fig. 4 plain ``adam``, for which all other examples have a
+            gradient of 0, or ``sgd``.
         low: smallest weight.
         high: largest weight.
         bias: whether the influence goes through the layer's bias as well (last layer alone).
@@ -200,6 +203,7 @@ class ExampleWeights(Method):
         curvature: Curvature = "gauss_newton",
         interval: int = 1,
         lr: float = 0.01,
+        optimizer: TableOptimizer = "masked_adam",
         low: float = 0.0,
         high: float = 2.0,
         bias: bool = True,
@@ -241,7 +245,8 @@ class ExampleWeights(Method):
             )
         elif layers is not None:
             direction = InLayers(direction, layers)
-        table: dict[str, Any] = {"lr": lr, "low": low, "high": high, "read": read, "dtype": dtype}
+        table: dict[str, Any] = {"lr": lr, "optimizer": optimizer, "low": low, "high": high}
+        table |= {"read": read, "dtype": dtype}
         if shared and sharded:
             raise ValueError("sharded must be False for a shared weight, got True")
         if shared:
@@ -297,6 +302,6 @@ class ExampleWeights(Method):
         harden = losses.of(self.inner_loss).has_softmax
         return self._refine(TwoViews(strong=strong, pseudo_labels=pseudo_labels, harden=harden, **batch))
 
-    def learns(self) -> bool:
+    def is_due(self) -> bool:
         """Whether the next call updates the weights."""
         return (self.calls + 1) % self.interval == 0

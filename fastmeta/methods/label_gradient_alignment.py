@@ -14,6 +14,7 @@ from fastmeta.derivatives import How, LabelGradient
 from fastmeta.directions import NormalizedGap
 from fastmeta.methods.base import Method
 from fastmeta.methods.batch import Batch, as_outputs
+from fastmeta.ops.masked_adam_table import TableOptimizer
 from fastmeta.ops.process_group import Group
 from fastmeta.problem import Reduction
 from fastmeta.problem.targets import check_targets, read
@@ -96,8 +97,9 @@ class LabelGradientAlignment(Method):
         \qquad v = \mathrm{EMA}(g_l) - g_u, \quad y = \mathrm{softmax}(w)
 
     over the last layer or the whole model (Eq. (2)); averages are constants. Each unlabeled example keeps its label
-    logits w, initially 0, and Masked Adam updates those of the examples that are sampled: a dense Adam would go on to
-    move the others. The returned labels are those before the update, as in Algorithm 1; imputed labels are not used.
+    logits w, initially 0, and Masked Adam updates those of the examples that are sampled; with ``optimizer="adam"``, as
+    Algorithm 1 prints it, their moments go on to move the others. The returned labels are those before the update, as
+    in Algorithm 1; imputed labels are not used.
     What the paper leaves open is an argument here.
 
     Args:
@@ -110,7 +112,9 @@ class LabelGradientAlignment(Method):
             ``eval``; None: as it stands.
         inner_loss: of both gradients; ``cross_entropy``, or ``mse`` for regression, where ``y = w``.
         reduction: of both losses over their examples.
-        lr: learning rate of Masked Adam on w.
+        lr: learning rate of w.
+        optimizer: of w: ``masked_adam``; ``adam``, for which the examples that are not sampled have a gradient of 0; or
+            ``sgd`` (Eq. (11)).
         decay: of the average of the labeled gradient.
         decay_norm: of the average of ``v^4``.
         epsilon: added to the scale of each coordinate.
@@ -143,6 +147,7 @@ class LabelGradientAlignment(Method):
         inner_loss: Literal["cross_entropy", "mse"] = "cross_entropy",
         reduction: Reduction = "mean",
         lr: float = 0.01,
+        optimizer: TableOptimizer = "masked_adam",
         decay: float = 0.99,
         decay_norm: float = 0.99,
         epsilon: float = 1e-3,
@@ -168,6 +173,7 @@ class LabelGradientAlignment(Method):
             num_examples,
             num_classes,
             lr=lr,
+            optimizer=optimizer,
             parameterization="softmax" if inner_loss == "cross_entropy" else "identity",
             dtype=dtype,
             process_group=process_group,

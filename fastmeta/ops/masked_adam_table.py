@@ -1,17 +1,19 @@
-"""A table of parameters for the unlabeled examples, stepped by Masked Adam."""
+"""A table of parameters for the unlabeled examples, stepped by Masked Adam, Adam or SGD."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fastmeta import ops
+from fastmeta import checks, ops
 from fastmeta.ops.found_inf import found_inf
 from fastmeta.ops.process_group import Group, check, joined_rows, rank_in, sum_over, world_size
 from fastmeta.state import Number, Stateful, entry
 
 _NAMES = ("values", "exp_avg", "exp_avg_sq", "steps")
+
+TableOptimizer = Literal["masked_adam", "adam", "sgd"]
 
 
 class MaskedAdamTable(Stateful):
@@ -19,6 +21,10 @@ class MaskedAdamTable(Stateful):
 
     Not All Unlabeled Data Are Equal, Appendix C. The table moves to the device of the first gradient. A step whose
     gradients are not all finite changes nothing: one of them would poison the moments of its row for ever.
+
+    The same paper compares (Fig. 4) plain ``adam``, for which rows that are not sampled have a gradient of 0, so that
+    their moments fade and go on to move them (Label Gradient Alignment prints it, too), and ``sgd``. A step of either
+    goes through the whole table.
 
     Over the processes of a group a step is one on the joined batch: its rows and gradients travel to every process, in
     the order of the ranks, and all tables stay equal. ``sharded`` keeps row i on process ``i % processes`` alone, as
@@ -28,6 +34,7 @@ class MaskedAdamTable(Stateful):
     Args:
         values: initial values ``[M]`` or ``[M, C]``.
         lr: learning rate.
+        optimizer: ``masked_adam``, ``adam`` or ``sgd``.
         betas: decays of the two moments.
         eps: added to the root of the second moment.
         low: lower bound of a value.
@@ -51,6 +58,7 @@ class MaskedAdamTable(Stateful):
         values: Tensor,
         *,
         lr: float,
+        optimizer: TableOptimizer = "masked_adam",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         low: float | None = None,
@@ -62,10 +70,12 @@ class MaskedAdamTable(Stateful):
         super().__init__()
         if duplicates not in ("sum", "last"):
             raise ValueError(f"duplicates must be 'sum' or 'last', got {duplicates!r}")
+        checks.choice(optimizer, "optimizer", *get_args(TableOptimizer))
         check(process_group)
         if sharded and process_group is None:
             raise ValueError("sharded needs a process_group, got None")
         self.lr = lr
+        self.optimizer = optimizer
         self.betas = betas
         self.eps = eps
         self.low = low
@@ -106,7 +116,7 @@ class MaskedAdamTable(Stateful):
         return found.split(counts)[place].clone()
 
     def step_(self, index: Tensor, gradient: Tensor) -> None:
-        """One step of Masked Adam on the rows ``index [n]``; a repeated index takes one step."""
+        """One step of the optimizer on the rows ``index [n]``; a repeated index takes one step."""
         self.move(index.device)
         (index, gradient), _ = joined_rows([index, gradient.to(self._held["values"].dtype)], self.process_group)
         if self.duplicates == "last":
@@ -117,6 +127,15 @@ class MaskedAdamTable(Stateful):
             own = index % world_size(self.process_group) == rank_in(self.process_group)
             index, gradient = index[own] // world_size(self.process_group), gradient[own]
         values, exp_avg, exp_avg_sq, steps = (self._held[name] for name in _NAMES)
+        if self.optimizer != "masked_adam":
+            gradient = _all_rows(values, index, gradient)
+            index = torch.arange(len(values), device=values.device)
+        if self.optimizer == "sgd":
+            moved = values - self.lr * gradient
+            if self.low is not None or self.high is not None:
+                moved = moved.clamp(self.low, self.high)
+            values.copy_(torch.where(found != 0, values, moved))
+            return
         ops.masked_adam_(
             values,
             index,
@@ -184,6 +203,13 @@ class MaskedAdamTable(Stateful):
             if low < 0 or high >= self.num_rows:
                 bad = low if low < 0 else high
                 raise IndexError(f"index must be places in the unlabeled set, in [0, {self.num_rows}), got {bad}")
+
+
+def _all_rows(values: Tensor, index: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of the whole table ``[M]`` or ``[M, C]``: sums over rows that come again, 0 for all others."""
+    rows = torch.zeros_like(values)
+    # Each of the two adds in one order on its device, so that all processes find the same sums.
+    return rows.index_add_(0, index, gradient) if rows.is_cpu else rows.index_put_((index,), gradient, accumulate=True)
 
 
 def last_of_each(index: Tensor) -> Tensor:

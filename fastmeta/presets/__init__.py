@@ -1,37 +1,49 @@
-"""Published settings as runs: a file for each paper, and an entry in :data:`PRESETS` for each row of its tables.
+"""The rows of the papers' tables as runs: a file for each paper, and all of them in :data:`PRESETS`.
 
-A preset is a plain :class:`fastmeta.training.RunConfig`; every setting may be changed on the command line
-(``fastmeta train --preset NAME --data DIR --seed 1``). The files say what is the paper's, what its code's, and what
-nobody published, so that it was chosen here. None of these runs has been made: there was no ImageNet to make them on.
+A :class:`Preset` has a plain :class:`fastmeta.training.RunConfig` and the paper's figure; every setting may be changed
+on the command line (``fastmeta train --preset NAME --data DIR --seed 1``), and ``fastmeta presets`` lists them. The
+files say what is the paper's, what its code's, and what nobody published, so that it was chosen here.
 
-The images are a folder ``train/<class>/``, ``val/<class>/`` (ImageNet's validation images are what the papers report
-on) or parquet shards ``train-*.parquet``, ``validation-*.parquet``. How the machine is used is no part of a preset:
-``--machine.device cuda --machine.precision bfloat16 --machine.channels-last --machine.workers 8`` and torchrun.
+A name has the paper, the arm, the data set and the number of labels; ``-alone`` is the paper's baseline, without its
+method. How the machine is used is no part of a preset: ``--machine.device cuda --machine.precision bfloat16
+--machine.channels-last --machine.workers 8`` and torchrun.
 """
 
-from fastmeta.presets import example_weights, learning_to_impute, meta_gradient
-from fastmeta.training.config import RunConfig
+import difflib
 
-PRESETS: dict[str, RunConfig] = {
-    "imagenet-10pct-meta-gradient": meta_gradient.IMAGENET,
-    "imagenet-10pct-meta-gradient-resnet-50": meta_gradient.IMAGENET_RESNET_50,
-    "imagenet-5pct-fixmatch-l2i": learning_to_impute.IMAGENET,
-    "imagenet-10pct-fixmatch-weights": example_weights.IMAGENET,
+from fastmeta.presets import (
+    example_weights,
+    label_gradient_alignment,
+    learning_to_impute_v1,
+    learning_to_impute_v2,
+    meta_gradient,
+)
+from fastmeta.presets.preset import Preset
+
+PRESETS: dict[str, Preset] = {
+    **learning_to_impute_v1.PRESETS,
+    **learning_to_impute_v2.PRESETS,
+    **meta_gradient.PRESETS,
+    **example_weights.PRESETS,
+    **label_gradient_alignment.PRESETS,
 }
 
 
-def preset(name: str) -> RunConfig:
-    """The run of that name.
+def preset(name: str) -> Preset:
+    """The preset of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none; with the names that come nearest.
 
-    >>> preset("imagenet-5pct-fixmatch-l2i").model
+    >>> preset("l2i-v2-fm-imagenet-5pct").config.model
     'resnet-26'
     """
     if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        nearest = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.0)
+        raise ValueError(
+            f"preset must be one of those that fastmeta presets lists ({', '.join(nearest)}, ...), got {name!r}"
+        )
     return PRESETS[name]
 
 
-__all__ = ["PRESETS", "preset"]
+__all__ = ["PRESETS", "Preset", "preset"]

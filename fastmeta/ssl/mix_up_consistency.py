@@ -6,24 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import (
-    Ramp,
-    Refiner,
-    StepLoss,
-    TrainingBatch,
-    features_for,
-    kl_divergence,
-    ramp_up,
-    refine,
-)
-from fastmeta.ssl.mix_up import mix_up
+from fastmeta import losses
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine
+from fastmeta.ssl.labels import Ramp, kl_divergence, ramp_up
+from fastmeta.ssl.mixing import mix_up
 
 
 @dataclass(frozen=True)
-class MixUpConsistency:
+class MixUpConsistency(Algorithm):
     """Labeled images are mixed with unlabeled ones, and the model shall say of these what it said before.
 
     ``KL(y_mix || f(x_mix)) + ramp(t) weight mean_i |p_i - q_i|^2``, ``p = softmax f(x_i)`` in training mode, ``q`` what
@@ -31,19 +24,31 @@ class MixUpConsistency:
     ``x_mix`` and ``y_mix`` mix each labeled image and its label with an unlabeled one and q (Meta-Gradient, Algorithm 2
     with Eq. (17); the published code has the ramp). Without a method it is its baseline with mix-up alone. The papers'
     batches are of one size; of two, the smaller is gone through again until every image of the larger has a partner (of
-    its own process, so that partners depend on how many there are).
+    its own process, so that partners depend on how many there are). To batch normalization the mixed images are a batch
+    and the unlabeled ones another, and both move running statistics, as published.
+
+    With ``mix_up=False`` the labeled part is the cross-entropy of the labeled images, as in the rows of the ablation
+    that have no mix-up; with ``labeled_weight=0`` as well it is Algorithm 1 as printed, which descends the consistency
+    alone.
 
     Args:
         alpha: both parameters of mix-up's Beta distribution (1.0 for CIFAR and ImageNet, 0.1 for SVHN).
         weight: of the consistency after the ramp.
         ramp: fraction of training over which that weight rises (0.01 for CIFAR and SVHN, 0 for ImageNet).
         ramp_shape: sigmoid or linear.
+        mix_up: whether the labeled images are mixed with unlabeled ones.
+        labeled_weight: of the labeled part.
+        consistency: the loss between p and q, ``mse_probs`` (published) or ``cross_entropy``, whose gradient is that of
+            ``KL(q || p)``: the ``inner_loss`` of the method.
     """
 
     alpha: float = 1.0
     weight: float = 1.0
     ramp: float = 0.01
     ramp_shape: Ramp = "linear"
+    mix_up: bool = True
+    labeled_weight: float = 1.0
+    consistency: Literal["mse_probs", "cross_entropy"] = "mse_probs"
 
     imputes: ClassVar[bool] = True
     second_view: ClassVar[Literal["weak", "strong"] | None] = None
@@ -56,6 +61,7 @@ class MixUpConsistency:
         teacher: nn.Module,
         progress: float,
         refiner: Refiner | None = None,
+        memory: nn.Module | None = None,
     ) -> StepLoss:
         """See :class:`fastmeta.ssl.Algorithm`."""
         network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -72,27 +78,34 @@ class MixUpConsistency:
             views={"imputed": imputed_logits, "learned": imputed_logits},
             inputs={"imputed": batch.weak, "learned": batch.weak},
             labeled_logits=labeled_logits,
-            threshold=None,
         )
-        targets = functional.one_hot(batch.targets, used.labels.shape[1]).to(used.labels)
-        pairs = torch.arange(max(len(targets), len(used.labels)), device=targets.device)
-        first, second = pairs % len(targets), pairs % len(used.labels)
-        random, larger = batch.random("mix-up"), 0 if len(targets) >= len(used.labels) else 1
+        labeled = self._labeled_loss(model, batch, used.labels)
+        per_example = losses.loss_per_example(model(batch.weak), used.labels, self.consistency)
+        unlabeled = batch.unlabeled_share * (used.weights * per_example).mean()
+        weight = self.weight * ramp_up(progress, self.ramp, self.ramp_shape)
+        total = self.labeled_weight * labeled + weight * unlabeled + used.loss
+        return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed_logits.detach().softmax(dim=1), used)
+
+    def _labeled_loss(self, model: nn.Module, batch: TrainingBatch, labels: Tensor) -> Tensor:
+        """Of the labeled images alone, or mixed with unlabeled ones and their ``labels``; 0 where its weight is."""
+        if self.labeled_weight == 0:  # no pass, which would move running statistics
+            return labels.new_zeros(())
+        if not self.mix_up:
+            return batch.labeled_share * functional.cross_entropy(model(batch.labeled), batch.targets)
+        targets = functional.one_hot(batch.targets, labels.shape[1]).to(labels)
+        pairs = torch.arange(max(len(targets), len(labels)), device=targets.device)
+        first, second = pairs % len(targets), pairs % len(labels)
+        random, larger = batch.random("mix-up"), 0 if len(targets) >= len(labels) else 1
         mixed = mix_up(
             batch.labeled[first],
             targets[first],
             batch.weak[second],
-            used.labels[second],
+            labels[second],
             alpha=self.alpha,
             random=None if random is None else random[larger],
         )
         share = (batch.labeled_share, batch.unlabeled_share)[larger]
-        labeled = share * kl_divergence(model(mixed.inputs), mixed.targets)
-        difference = model(batch.weak).softmax(dim=1) - used.labels
-        unlabeled = batch.unlabeled_share * (used.weights * difference.square().sum(dim=1)).mean()
-        weight = self.weight * ramp_up(progress, self.ramp, self.ramp_shape)
-        total = labeled + weight * unlabeled + used.loss
-        return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed_logits.detach().softmax(dim=1), used)
+        return share * kl_divergence(model(mixed.inputs), mixed.targets)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from fastmeta.training.batches import Batches, TrainingData
 from fastmeta.training.build import build, load_images, resolve
 from fastmeta.training.compare import CompareConfig, compare, grid
 from fastmeta.training.config import (
+    AugmentationConfig,
     AverageConfig,
     EvaluationConfig,
     MachineConfig,
@@ -37,6 +38,7 @@ from fastmeta.training.train import ConfigMismatch, NotFinite, train
 from fastmeta.training.trainer import Trainer
 
 __all__ = [
+    "AugmentationConfig",
     "AverageConfig",
     "Batches",
     "CompareConfig",

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from fastmeta.data import Images, KeyedRandom, Rows, Split, Stream, Views
+from fastmeta.data.sampler import rows_of
 from fastmeta.ssl import TrainingBatch
 from fastmeta.training.config import MachineConfig
+from fastmeta.training.probes import STREAM, VIEW
 from fastmeta.training.processes import Processes
 
 
@@ -41,7 +43,10 @@ class Batches:
     Args:
         data: the images.
         second_view: the second view of the unlabeled images, weak or strong; None for none.
-        uses_holdout: whether batches have hold-out images.
+        more_views: further views of that kind.
+        holdout: the examples of a method's outer loss; see :class:`fastmeta.ssl.Refiner`.
+        fresh: whether those are for :meth:`fresh` alone.
+        interval: parts of the run from one update of the method to the next; those between have no such examples.
         seed: of order and augmentation.
         machine: device, workers, memory format, parts of a step.
         processes: those of the run.
@@ -55,12 +60,16 @@ class Batches:
         data: TrainingData,
         *,
         second_view: str | None,
-        uses_holdout: bool,
+        more_views: int = 0,
+        holdout: str = "batch",
+        fresh: bool = False,
+        interval: int = 1,
         seed: int,
         machine: MachineConfig,
         processes: Processes,
     ) -> None:
-        self.data, self.second_view, self.uses_holdout = data, second_view, uses_holdout
+        self.data, self.second_view, self.more_views = data, second_view, more_views
+        self.holdout, self.holdout_is_fresh, self.interval = holdout, fresh, interval
         self.seed, self.machine, self.processes = seed, machine, processes
         self.device = torch.device(machine.device)
         self.targets = data.images.targets.to(self.device)
@@ -71,34 +80,52 @@ class Batches:
 
     def __call__(self, number: int) -> TrainingBatch:
         """The data of part ``number`` of the run (a step has ``machine.accumulation`` parts)."""
+        due = not self.holdout_is_fresh and (number + 1) % self.interval == 0
+        return self._batch(number, "", holdout=number // self.interval if due else None)
+
+    def fresh(self, number: int) -> TrainingBatch:
+        """The data of update ``number`` of a method that learns from batches of its own."""
+        return self._batch(number, "fresh ", holdout=number)
+
+    def _batch(self, number: int, prefix: str, *, holdout: int | None) -> TrainingBatch:
+        """Batch ``number`` of the streams whose names start with ``prefix``, and hold-out batch number ``holdout``."""
         parts, second = self.machine.accumulation, self.second_view
-        labeled = next(self._stream("labeled", self.data.labeled_batch // parts, number))
+        labeled = next(self._stream(prefix, "labeled", self.data.labeled_batch // parts, number))
         if len(self.data.split.unlabeled):
-            unlabeled = next(self._stream("unlabeled", self.data.unlabeled_batch // parts, number))
+            unlabeled = next(self._stream(prefix, "unlabeled", self.data.unlabeled_batch // parts, number))
         else:  # a base that imputes nothing needs none
             unlabeled = Rows(labeled.images[:0], labeled.places[:0], labeled.places[:0], labeled.keys[:0])
+        more = range(3, 3 + self.more_views)
         batch = TrainingBatch(
-            labeled=self._view(labeled, "labeled", "labeled", self.data.labeled_view),
+            labeled=self._view(labeled, prefix + "labeled", "labeled", self.data.labeled_view),
             targets=self.targets[labeled.places],
-            weak=self._view(unlabeled, "unlabeled", "weak", "weak"),
-            second=None if second is None else self._view(unlabeled, "unlabeled", "second", second),
+            weak=self._view(unlabeled, prefix + "unlabeled", "weak", "weak"),
+            second=None if second is None else self._view(unlabeled, prefix + "unlabeled", "second", second),
             index=unlabeled.index,
             labeled_share=self.processes.share(len(labeled.places), self.data.labeled_batch // parts),
             unlabeled_share=self.processes.share(len(unlabeled.places), self.data.unlabeled_batch // parts),
             labeled_keys=labeled.keys,
             unlabeled_keys=unlabeled.keys,
             seed=self.seed,
+            more=tuple(self._view(unlabeled, prefix + "unlabeled", f"view {k}", second or "weak") for k in more),
+            process_group=self.processes.group,
+            probe=None if prefix else self._probe(labeled),
         )
-        if not self.uses_holdout:
+        if holdout is None or self.holdout == "batch":
             return batch
-        holdout, targets = self._holdout_images(number)
-        return dataclasses.replace(batch, holdout=holdout, holdout_targets=targets)
+        images, targets = self._holdout_images(holdout)
+        return dataclasses.replace(batch, holdout=images, holdout_targets=targets)
 
     def _holdout_images(self, number: int) -> tuple[Tensor, Tensor]:
-        """As they are, not augmented; each process has its part."""
+        """Those of the hold-out part as they are, not augmented; each process has its part."""
         parts, size = self.machine.accumulation, self.data.holdout_batch
+        if self.holdout == "labeled":
+            rows = next(self._stream("outer ", "labeled", (size or self.data.labeled_batch) // parts, number))
+            return self._view(rows, "outer labeled", "labeled", self.data.labeled_view), self.targets[rows.places]
+        if self.holdout == "drawn":
+            return self._drawn_images(number, (size or len(self.data.split.holdout)) // parts)
         if size is not None:
-            rows = next(self._stream("holdout", size // parts, number))
+            rows = next(self._stream("", "holdout", size // parts, number))
             return self.data.views.plain(rows.images), self.targets[rows.places]
         if self._holdout is None:
             places = self.data.split.holdout[self.processes.part(len(self.data.split.holdout))]
@@ -106,14 +133,23 @@ class Batches:
             self._holdout = images, self.targets[places.to(self.device)]
         return self._holdout
 
-    def _stream(self, name: str, batch_size: int, number: int) -> Stream:
+    def _drawn_images(self, number: int, size: int) -> tuple[Tensor, Tensor]:
+        """Drawn with replacement: the k-th image of all batches is a function of k."""
+        part = self.data.split.holdout
+        keys = number * size + torch.arange(*rows_of(self.processes.rank, self.processes.count, size))
+        uniform = KeyedRandom(self.seed, "holdout", "drawn", keys).uniform(1)[:, 0]
+        places = part[(uniform.double() * len(part)).long().clamp_max(len(part) - 1)]
+        return self.data.views.plain(self.data.images.get(places).to(self.device)), self.targets[places.to(self.device)]
+
+    def _stream(self, prefix: str, part: str, batch_size: int, number: int) -> Stream:
+        name = prefix + part
         position = number * batch_size
         if name not in self._streams or self._streams[name].position != position:
             if name in self._streams:
                 self._close(name)
             self._streams[name] = Stream(
                 self.data.images,
-                getattr(self.data.split, name),
+                getattr(self.data.split, part),
                 batch_size=batch_size,
                 seed=self.seed,
                 name=name,
@@ -122,12 +158,22 @@ class Batches:
                 processes=self.processes.count,
                 workers=self.machine.workers,
                 device=self.device,
+                keep_class=False if part == "unlabeled" else None,
             )
         return self._streams[name]
 
     def _view(self, rows: Rows, stream: str, name: str, which: str) -> Tensor:
         augmentation = self.data.views.weak if which == "weak" else self.data.views.strong
-        images = augmentation(rows.images, KeyedRandom(self.seed, stream, name, rows.keys))
+        return self._in_order(augmentation(rows.images, KeyedRandom(self.seed, stream, name, rows.keys)))
+
+    def _probe(self, rows: Rows) -> Tensor | None:
+        if self.data.views.policy is None:
+            return None
+        return self._in_order(
+            self.data.views.policy.probe(rows.images, KeyedRandom(self.seed, STREAM, VIEW, rows.keys))
+        )
+
+    def _in_order(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=torch.channels_last) if self.machine.channels_last else images
 
     @property
@@ -161,10 +207,10 @@ class Batches:
         self._streams.pop(name).close()
 
     def _check(self) -> None:
-        holdout = len(self.data.split.holdout)
-        if self.uses_holdout and not holdout:
+        holdout, used = len(self.data.split.holdout), self.holdout in ("part", "drawn")
+        if used and not holdout:
             raise ValueError("split.holdout_per_class must be at least 1 for a method with hold-out labels, got 0")
-        if self.uses_holdout and holdout < self.processes.count:
+        if used and holdout < self.processes.count:
             raise ValueError(
                 f"processes must be at most the number of hold-out images, {holdout}, got {self.processes.count}"
             )

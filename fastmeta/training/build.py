@@ -1,47 +1,52 @@
 """From settings to a trainer: what depends on the data is filled in, then everything is made."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmeta.data import Images, Split, generator_for, make_split, open_images, record, views_for
+from fastmeta.data import Images, Split, generator_for, make_split, open_images, record, views_for, with_foreign_classes
+from fastmeta.data.augment import Whitening
 from fastmeta.data.cache import cache_folder
 from fastmeta.data.features import frozen_features, restore_head
-from fastmeta.models import NETS, automatic_model, build_model
+from fastmeta.data.split_file import read_split
+from fastmeta.models import NETS, WITHOUT_LAST_LAYER, Normalized, automatic_model, build_model
 from fastmeta.ssl import BASES
 from fastmeta.training.batches import TrainingData
-from fastmeta.training.config import RunConfig, SplitConfig
+from fastmeta.training.config import RunConfig
 from fastmeta.training.evaluation import Evaluator
 from fastmeta.training.processes import Processes
-from fastmeta.training.recipes import METHODS, base_of
+from fastmeta.training.recipes import BASE_RECIPES, METHODS, base_of
 from fastmeta.training.trainer import Trainer
+from fastmeta.training.whitening import agreed_whitening
 
 _SMALL = 16  # pixels: nets for such images are too small for more than one thread
 _LARGE = 96  # from here on a crop of 7/8 of what is stored is trained on
-_PUBLISHED: dict[str, dict[str, Any]] = {"fixmatch": {"threshold": 0.95}, "pseudo-label": {"threshold": 0.95}}
-"""Settings of bases whose recipes were chosen on digits."""
+_CHOSEN_ON_DIGITS = [base for base in BASE_RECIPES if base not in ("mean-teacher", "vat")]
+"""Bases whose recipes are for digits alone; other images get the settings that a base has by itself, as published."""
 _FEW = 10  # labeled images of a class, whose weak views are soon known by heart
 
 
 def load_images(config: RunConfig) -> Images:
     """The images that the settings name."""
-    return open_images(config.data, image_size=config.image_size)
+    images = open_images(config.data, image_size=config.image_size)
+    return with_foreign_classes(images, config.split.foreign_classes)
 
 
 def resolve(config: RunConfig, images: Images) -> RunConfig:
     """The settings with everything filled in that was left to the data."""
-    digits = config.data == "digits"
+    digits = config.data in ("digits", "mnist-5k")
     side = min(images.image_shape[1:])
     steps = config.steps or (1000 if config.machine.device == "cpu" else 20_000)
     labels = config.labels_per_class if config.labels_per_class is not None or not digits else 1
-    split = SplitConfig(
-        holdout_per_class=_first(config.split.holdout_per_class, 3 if digits else 0),
-        validation_per_class=_first(config.split.validation_per_class, 20 if digits else 0),
+    balanced = digits and not config.split.validation
+    split = replace(
+        config.split,
+        holdout_per_class=_first(config.split.holdout_per_class, 3 if digits and not config.split.holdout else 0),
+        validation_per_class=_first(config.split.validation_per_class, 20 if balanced else 0),
         test_fraction=_first(config.split.test_fraction, 0.25 if digits else 0.0),
-        labeled_in_unlabeled=config.split.labeled_in_unlabeled,
     )
     every = config.evaluation.every or (50 if digits else max(1, steps // 20))
     size = config.image_size or (side if side <= _LARGE else round(side * 7 / 8))
@@ -60,7 +65,7 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
         model=_automatic_model(size, small) if config.model == "auto" else config.model,
         image_size=size,
         views="digits" if digits and config.views == "auto" else config.views,
-        base_settings=config.base_settings if digits else {**_PUBLISHED.get(config.base, {}), **config.base_settings},
+        base_settings=config.base_settings if digits else {**_published(config.base), **config.base_settings},
         labeled_view=config.labeled_view or ("strong" if few else "weak"),
         optimizer=replace(config.optimizer, learning_rate=config.optimizer.learning_rate or rate),
         average=replace(config.average, decay=_first(config.average.decay, min(0.999, max(0.99, 1 - 10 / steps)))),
@@ -84,6 +89,8 @@ class Built:
     evaluator: Evaluator
     whole: nn.Module | None = None
     """The net whose last layer alone is trained; None where all of it is."""
+    whitening: Whitening | None = None
+    """What the views begin with; None: pixels."""
 
     def weights_for_use(self, trained: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The state of the whole net, from that of what was trained."""
@@ -96,16 +103,24 @@ class Built:
 def split_of(config: RunConfig, images: Images) -> Split:
     """The parts of the images, from resolved settings."""
     part = config.split
-    split = make_split(
-        images,
-        labels_per_class=config.labels_per_class,
-        seed=config.seed,
-        holdout_per_class=part.holdout_per_class or 0,
-        validation_per_class=part.validation_per_class or 0,
-        test_fraction=part.test_fraction or 0.0,
-    )
-    if part.labeled_in_unlabeled:
-        split = replace(split, unlabeled=torch.cat([split.unlabeled, split.labeled]))
+    images = with_foreign_classes(images, part.foreign_classes)
+    if part.file is not None:
+        split = read_split(part.file, images)
+    else:
+        split = make_split(
+            images,
+            labels_per_class=config.labels_per_class,
+            seed=config.seed,
+            holdout_per_class=part.holdout_per_class or 0,
+            validation_per_class=part.validation_per_class or 0,
+            validation=part.validation or 0,
+            test_fraction=part.test_fraction or 0.0,
+            imbalance=part.imbalance,
+            unlabeled_imbalance=part.unlabeled_imbalance,
+            holdout=part.holdout or 0,
+        )
+        if part.labeled_in_unlabeled:
+            split = replace(split, unlabeled=torch.cat([split.unlabeled, split.labeled]))
     if BASES[config.base].imputes and not len(split.unlabeled):
         raise ValueError(
             f"data must have unlabeled images for base {config.base}, got none in {config.data}: put some in the "
@@ -116,6 +131,7 @@ def split_of(config: RunConfig, images: Images) -> Split:
 
 def record_of(config: RunConfig, images: Images) -> dict[str, Any]:
     """For config.json: all settings, what was left to the data filled in, and what the data are."""
+    images = with_foreign_classes(images, config.split.foreign_classes)
     config = resolve(config, images)
     return {**config.as_dict(), "record": record(images, split_of(config, images))}
 
@@ -125,6 +141,7 @@ def build(
     images: Images,
     processes: Processes | None = None,
     *,
+    whitening: Whitening | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Built:
     """Everything that a run needs, from its settings.
@@ -133,12 +150,14 @@ def build(
         config: the settings.
         images: the images.
         processes: those of the run.
+        whitening: that of the run, where it was begun before; None: it is computed, if the settings ask for one.
         on_progress: called with the number of images whose features are computed, and of all, where a head is trained.
 
     Raises:
         ValueError: data and settings do not fit.
     """
     processes = processes or Processes()
+    images = with_foreign_classes(images, config.split.foreign_classes)
     config = resolve(config, images)
     split = split_of(config, images)
     recipe = METHODS[config.method]
@@ -147,7 +166,20 @@ def build(
     assert config.labeled_view is not None
     assert config.steps is not None
     assert config.image_size is not None
-    model, views = _model(config, images), views_for(config.views, images.image_shape, config.image_size)
+    model = _model(config, images)
+    if config.augmentation.whitening == "none":
+        whitening = None
+    else:
+        whitening = agreed_whitening(
+            whitening,
+            images,
+            split,
+            config.image_size,
+            workers=config.machine.workers,
+            device=config.machine.device,
+            processes=processes,
+        )
+    views = views_for(config.views, images.image_shape, config.image_size, config.augmentation, whitening)
     whole, seen = None, images
     if config.trainable == "head":
         if config.pretrained is None and (config.model in NETS or config.model.startswith(("torchvision:", "timm:"))):
@@ -156,6 +188,8 @@ def build(
             )
         if config.machine.channels_last:
             raise ValueError("machine.channels_last must be left out with trainable head, which has no images")
+        if views.policy is not None:
+            raise ValueError("augmentation.adapt must be False with trainable head, whose views are computed once")
         whole = model
         # In the cache, where the runs of all seeds and methods share them.
         seen, views, model = frozen_features(
@@ -180,7 +214,6 @@ def build(
         ),
         base=base_of(config.base, config.base_settings),
         method=recipe.build(len(split.unlabeled), len(images.classes), config.method_settings, processes.group),
-        uses_holdout=recipe.uses_holdout,
         steps=config.steps,
         seed=config.seed,
         optimizer=config.optimizer,
@@ -189,24 +222,41 @@ def build(
         machine=config.machine,
         processes=processes,
     )
+    if trainer.method is not None and trainer.method.passes == "shared" and config.model in WITHOUT_LAST_LAYER:
+        raise ValueError(
+            f"method must make passes of its own (l2i-jvp, ...) with model {config.model}, where no linear layer gives "
+            f"the logits, got {config.method}"
+        )
     evaluator = Evaluator(config.evaluation, seen, split, views, machine=config.machine, processes=processes)
-    return Built(config, images, split, trainer, evaluator, whole)
+    return Built(config, images, split, trainer, evaluator, whole, whitening)
 
 
 def _model(config: RunConfig, images: Images) -> nn.Module:
     torch.manual_seed(generator_for(config.seed, "initialization").initial_seed())
-    return build_model(
+    model = build_model(
         config.model,
         num_classes=len(images.classes),
         channels=images.image_shape[0],
         image_size=config.image_size or min(images.image_shape[1:]),
         pretrained=config.pretrained,
     )
+    if config.augmentation.whitening != "none" and isinstance(model, Normalized):
+        model.mean.zero_()  # what is whitened is normalized
+        model.std.fill_(1)
+    return model
 
 
 def _automatic_model(size: int, small: bool) -> str:
     """A wide residual net takes seconds a step on a laptop's cores."""
     return "conv-net" if small and size <= _LARGE else automatic_model(size)
+
+
+def _published(base: str) -> dict[str, Any]:
+    """The settings in which the recipe for digits is another."""
+    if base not in _CHOSEN_ON_DIGITS:
+        return {}
+    recipe, own = asdict(BASE_RECIPES[base]), asdict(BASES[base]())
+    return {name: value for name, value in own.items() if value != recipe[name]}
 
 
 def _first(value: Any, otherwise: Any) -> Any:

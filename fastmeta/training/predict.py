@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmeta.data import Images, read_in_order, views_for
+from fastmeta.data import Images, Plain, read_in_order
+from fastmeta.data.augment.augmentation import PlainView
 from fastmeta.models import build_model
 from fastmeta.training.files import write_text
 from fastmeta.training.reports.run_folder import RunFolder
 from fastmeta.training.reports.sections import FULL_CONFUSION
+from fastmeta.training.whitening import read_whitening
 
 _FEW = 1000  # images; with so few the start of worker processes takes longer than they save
 _SHOWN = 3  # files or labels named in a line
@@ -102,7 +104,7 @@ def predict(
             f"{images.name}: images have {_shape(tuple(images.image_shape))}, expected {_shape(run.image_shape)}, as "
             f"those of {run.folder}"
         )
-    plain = views_for(run.config["views"], images.image_shape, run.config["image_size"]).plain
+    plain = _plain(run)
     labels = torch.full((len(images),), -1)
     confidences = torch.zeros(len(images))
     unreadable: dict[str, str] = {}
@@ -119,6 +121,16 @@ def predict(
     known = _write(out, run, images, labels, confidences)
     parts, counts, foreign = _judged(run, images, labels)
     return Predictions(len(images), unreadable, known, parts, counts, foreign)
+
+
+def _plain(run: RunFolder) -> PlainView:
+    """What the net saw in the evaluations of its training."""
+    if run.config.get("augmentation", {}).get("whitening", "none") == "none":
+        return Plain(run.config["image_size"])
+    whitening = read_whitening(run.folder)
+    if whitening is None:
+        raise ValueError(f"{run.folder}: whitening.pt is not there, and the net knows whitened images alone")
+    return whitening
 
 
 def load_model(run: RunFolder) -> nn.Module:

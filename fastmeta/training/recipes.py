@@ -31,8 +31,9 @@ each other are alike. Width is 32 unless it says 16; chosen values in ``**``.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastmeta.methods import (
     L2I,
@@ -41,17 +42,29 @@ from fastmeta.methods import (
     ImplicitImputation,
     ImputeAndWeight,
     LabelGradientAlignment,
+    LearningToReweight,
     MetaGradient,
+    MetaWeightNet,
     Method,
+    example_weights,
+    l2i,
 )
+from fastmeta.methods.label_gradient_alignment import inverse_ramp
 from fastmeta.ops.process_group import Group
 from fastmeta.ssl import (
+    UDA,
     Base,
     FixMatch,
+    FlexMatch,
+    FreeMatch,
     MeanTeacher,
+    MixMatch,
+    MixUp,
     MixUpConsistency,
+    PiModel,
     PseudoLabel,
     Refiner,
+    ReMixMatch,
     Supervised,
     VirtualAdversarial,
 )
@@ -63,28 +76,25 @@ class Recipe:
 
     Args:
         make: the method from the number of unlabeled images, the number of classes and the settings; None for none.
-        settings: keyword arguments of the method.
-        view: see :class:`fastmeta.ssl.Refiner`.
-        hard: see :class:`fastmeta.ssl.Refiner`.
-        passes: see :class:`fastmeta.ssl.Refiner`.
-        own_update: see :class:`fastmeta.ssl.Refiner`.
-        two_views: see :class:`fastmeta.ssl.Refiner`.
-        scheduled: see :class:`fastmeta.ssl.Refiner`.
-        uses_holdout: its outer loss reads the hold-out part of the split and not the labeled batch.
+        settings: keyword arguments of the method, and fields of :class:`fastmeta.ssl.Refiner`.
         example: the program whose loop is the paper's, which trains on the labels as the method leaves them. A base
             that makes them hard by threshold and argmax trains another algorithm with it.
     """
 
     make: Callable[..., Method] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    view: Literal["imputed", "learned"] = "imputed"
-    hard: bool = False
-    passes: Literal["shared", "own"] = "shared"
-    own_update: bool = False
-    two_views: bool = False
-    scheduled: str | None = None
-    uses_holdout: bool = False
     example: str | None = None
+
+    @property
+    def passes(self) -> str:
+        """``shared`` or ``own``; see :class:`fastmeta.ssl.Refiner`."""
+        passes: str = self.settings.get("passes", "shared")
+        return passes
+
+    @property
+    def uses_holdout(self) -> bool:
+        """Whether its outer loss reads the hold-out part of the split and not the labeled images."""
+        return self.settings.get("holdout") in ("part", "drawn")
 
     def build(
         self,
@@ -101,21 +111,31 @@ class Recipe:
         if self.make is None:
             return None
         chosen = {**self.settings, **settings}
+        loop = {item.name: chosen.pop(item.name) for item in fields(Refiner) if item.name in chosen}
         try:
-            method = self.make(num_unlabeled, num_classes, process_group=process_group, **chosen)
+            return Refiner(self.make(num_unlabeled, num_classes, process_group=process_group, **chosen), **loop)
         except (TypeError, ValueError) as error:
             raise ValueError(f"method_settings must fit the method: {error}") from error
-        return Refiner(method, self.view, self.hard, self.passes, self.own_update, self.two_views, self.scheduled)
 
 
 BASE_RECIPES: dict[str, Base] = {
     "supervised": Supervised(),
     "pseudo-label": PseudoLabel(threshold=0.8),
+    "pi-model": PiModel(),
     "mean-teacher": MeanTeacher(weight=20.0),
-    "fixmatch": FixMatch(threshold=0.8),
     "vat": VirtualAdversarial(radius=2.0, weight=1.0, entropy_weight=0.06),
+    "mix-up": MixUp(statistics="joined"),
+    "mixmatch": MixMatch(weight=20.0, ramp=0.4, ramp_shape="sigmoid", statistics="joined"),
+    "remixmatch": ReMixMatch(rotation_weight=0.0, ramp=0.4, statistics="joined"),
+    "uda": UDA(),
+    "fixmatch": FixMatch(threshold=0.8),
+    "flexmatch": FlexMatch(threshold=0.8),
+    "freematch": FreeMatch(decay=0.99),
     "mix-up-consistency": MixUpConsistency(),
 }
+
+MIXED = ("mix-up", "mixmatch", "remixmatch", "mix-up-consistency")
+"""Bases without a loss of labeled images as they are."""
 
 _L2I = Recipe(
     lambda num_unlabeled, num_classes, **settings: L2I(**settings),
@@ -126,31 +146,40 @@ _META_GRADIENT = Recipe(
 )
 
 
-def _own_passes(recipe: Recipe, *, own_update: bool = False, **settings: Any) -> Recipe:
-    """The recipe with other settings, and passes of the method's own."""
-    return replace(recipe, settings={**recipe.settings, **settings}, passes="own", own_update=own_update)
+def _with(recipe: Recipe, **settings: Any) -> Recipe:
+    return replace(recipe, settings={**recipe.settings, **settings})
 
+
+def _alignment(
+    num_unlabeled: int, num_classes: int, ramp_steps: int | None = None, **settings: Any
+) -> LabelGradientAlignment:
+    """``ramp_steps``: length of :func:`fastmeta.methods.label_gradient_alignment.inverse_ramp`, T(i); None: T = 1."""
+    if ramp_steps is not None:
+        if isinstance(ramp_steps, bool) or not isinstance(ramp_steps, int) or ramp_steps < 1:
+            raise ValueError(f"ramp_steps must be an int >= 1 or None, got {ramp_steps!r}")
+        settings["labeled_weight"] = partial(inverse_ramp, length=ramp_steps)
+    return LabelGradientAlignment(num_unlabeled, num_classes, **settings)
+
+
+_EXAMPLE_WEIGHTS = Recipe(
+    lambda num_unlabeled, num_classes, **settings: ExampleWeights(num_unlabeled, **settings),
+    {"inverse_hessian": "cg", "damping": 0.1, "lr": 0.02, "view": "learned", "hard": True, "holdout": "part"},
+)
+_ALIGNMENT = Recipe(
+    _alignment, {"lr": 0.5, "decay": 0.9, "decay_norm": 0.9, "view": "learned"}, example="label_gradient_alignment"
+)
+_OF_WEIGHTS = {"how": "jvp", "view": "learned", "hard": True, "holdout": "part", "passes": "own"}
 
 METHODS: dict[str, Recipe] = {
     "none": Recipe(),
     "l2i": _L2I,
     "meta-gradient": _META_GRADIENT,
-    "example-weights": Recipe(
-        lambda num_unlabeled, num_classes, **settings: ExampleWeights(num_unlabeled, **settings),
-        {"inverse_hessian": "cg", "damping": 0.1, "lr": 0.02},
-        view="learned",
-        hard=True,
-        uses_holdout=True,
-    ),
-    "label-gradient-alignment": Recipe(
-        LabelGradientAlignment,
-        {"lr": 0.5, "decay": 0.9, "decay_norm": 0.9},
-        view="learned",
-        example="label_gradient_alignment",
-    ),
+    "example-weights": _EXAMPLE_WEIGHTS,
+    "label-gradient-alignment": _ALIGNMENT,
     # Combinations that no paper has.
     "aligned-imputation": Recipe(
-        lambda num_unlabeled, num_classes, **settings: AlignedImputation(**settings), {"weight": 1.0}, view="learned"
+        lambda num_unlabeled, num_classes, **settings: AlignedImputation(**settings),
+        {"weight": 1.0, "view": "learned"},
     ),
     "implicit-imputation": Recipe(
         lambda num_unlabeled, num_classes, **settings: ImplicitImputation(**settings),
@@ -158,21 +187,61 @@ METHODS: dict[str, Recipe] = {
     ),
     "impute-and-weight": Recipe(
         lambda num_unlabeled, num_classes, **settings: ImputeAndWeight(num_unlabeled, **settings),
-        {"weight": 1.0, "lr": 0.02},
-        view="learned",
+        {"weight": 1.0, "lr": 0.02, "view": "learned"},
+    ),
+    # Relatives from other papers, on the whole model as they were published.
+    "learning-to-reweight": Recipe(
+        lambda num_unlabeled, num_classes, **settings: LearningToReweight(**settings), _OF_WEIGHTS
+    ),
+    "meta-weight-net": Recipe(
+        lambda num_unlabeled, num_classes, **settings: MetaWeightNet(**settings), {**_OF_WEIGHTS, "scheduled": "rate"}
     ),
     # The papers' own order: an update of the base, then the method's at the parameters it left.
-    "l2i-alternating": _own_passes(_L2I, own_update=True),
+    "l2i-alternating": _with(_L2I, passes="own", own_update=True),
     # The whole model in place of the last layer.
-    "l2i-jvp": _own_passes(_L2I, how="jvp"),
-    "l2i-jvp-alternating": _own_passes(_L2I, how="jvp", own_update=True),
-    "meta-gradient-jvp": _own_passes(_META_GRADIENT, how="jvp"),
-    "meta-gradient-finite-difference": _own_passes(_META_GRADIENT, how="finite_difference", statistics="running"),
-    # As its code has it: the label step is the learning rate of each step.
-    "meta-gradient-published": replace(
-        _own_passes(_META_GRADIENT, how="finite_difference", statistics="running", step=0.1), scheduled="step"
+    "l2i-jvp": _with(_L2I, passes="own", how="jvp"),
+    "l2i-jvp-alternating": _with(_L2I, passes="own", how="jvp", own_update=True),
+    "meta-gradient-jvp": _with(_META_GRADIENT, passes="own", how="jvp"),
+    "meta-gradient-finite-difference": _with(
+        _META_GRADIENT, passes="own", how="finite_difference", statistics="running"
+    ),
+    # The papers' own loops, with their own settings; what differs between a paper and its code is a setting.
+    # Learning to Impute, Algorithm 1: two views, a look-ahead, other labeled images held out, two updates of one Adam.
+    "l2i-published": _with(
+        _L2I,
+        **asdict(l2i.preset("official_code", "V2")),
+        passes="own",
+        own_update=True,
+        two_views=True,
+        moves_statistics="inner",
+        holdout="labeled",
+    ),
+    # Meta-Gradient, Algorithm 2, as its code has it: the label step is the learning rate of each step.
+    "meta-gradient-published": _with(
+        _META_GRADIENT, passes="own", how="finite_difference", statistics="running", step=0.1, scheduled="step"
+    ),
+    # Not All Unlabeled Data Are Equal, Algorithm 1, as its code has it.
+    "example-weights-published": _with(
+        _EXAMPLE_WEIGHTS, **asdict(example_weights.preset("official_code")), holdout="drawn"
+    ),
+    # Label Gradient Alignment, Algorithm 1, on the whole model, with T(i) and a dense Adam on all labels.
+    "label-gradient-alignment-published": _with(
+        _ALIGNMENT,
+        how="jvp",
+        lr=3e-3,
+        optimizer="adam",
+        decay=0.99,
+        decay_norm=0.99,
+        ramp_steps=200_000,
+        passes="own",
     ),
 }
+
+
+DEFAULT_METHODS = tuple(
+    name for name, recipe in METHODS.items() if recipe.passes == "shared" and not name.endswith("-published")
+)
+"""With the features of the base's own forward and the last layer alone, and settings that were chosen here."""
 
 
 def base_of(name: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Base:
@@ -189,15 +258,35 @@ def base_of(name: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Ba
     return replace(recipe, **{setting: _checked(recipe, setting, value) for setting, value in settings.items()})
 
 
+_hints = cache(get_type_hints)
+_POSITIVE = ("temperature", "alpha")
+_AT_MOST_ONE = ("threshold", "decay")
+_FEWEST_VIEWS = {MixMatch: 2, ReMixMatch: 1}
+
+
 def _checked(recipe: Base, setting: str, value: Any) -> Any:
-    """Settings that are numbers are finite and not negative, and a threshold is a probability."""
-    if not isinstance(getattr(recipe, setting), float):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"base_settings must have a number of at least 0 for {setting}, got {value!r}")
-    if setting == "threshold" and value > 1:
-        raise ValueError(f"base_settings must have a threshold of at most 1, got {value!r}")
-    return float(value)
+    """Numbers are finite and not negative, a threshold is a probability, a word is one of those that there are."""
+    before, kind = getattr(recipe, setting), _hints(type(recipe))[setting]
+    said = f"got {value!r}"
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"base_settings must have one of {', '.join(get_args(kind))} for {setting}, {said}")
+    elif isinstance(before, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"base_settings must have True or False for {setting}, {said}")
+    elif isinstance(before, int):
+        least = _FEWEST_VIEWS.get(type(recipe), 0) if setting == "views" else 0
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"base_settings must have an integer of at least {least} for {setting}, {said}")
+    elif isinstance(before, float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"base_settings must have a number of at least 0 for {setting}, {said}")
+        if setting in _POSITIVE and not value:
+            raise ValueError(f"base_settings must have a {setting} above 0, {said}")
+        if setting in _AT_MOST_ONE and value > 1:
+            raise ValueError(f"base_settings must have a {setting} of at most 1, {said}")
+        return float(value)
+    return value
 
 
 def settings_of(
@@ -208,8 +297,8 @@ def settings_of(
 ) -> dict[str, Any]:
     """All settings of a base and a method, for the record of a run.
 
-    >>> settings_of("fixmatch", "meta-gradient")
-    {'base_settings': {'threshold': 0.8, 'weight': 1.0}, 'method_settings': {'step': 10.0}}
+    >>> settings_of("vat", "meta-gradient")["method_settings"]
+    {'step': 10.0}
     """
     if method_settings and METHODS[method].make is None:
         raise ValueError(f"method_settings must be left out without a method, got {dict(method_settings)}")

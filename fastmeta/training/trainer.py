@@ -1,6 +1,7 @@
 """The training loop: one step, read from top to bottom, and the state that continues it bit for bit."""
 
 import contextlib
+import copy
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ from fastmeta.capture import last_linear
 from fastmeta.data import generator_for
 from fastmeta.ops.process_group import sum_over
 from fastmeta.ssl import Algorithm, Refiner, StepLoss, TrainingBatch
-from fastmeta.ssl.base import own_precision
+from fastmeta.ssl.base import frozen_statistics
 from fastmeta.training.batches import Batches, TrainingData
 from fastmeta.training.config import AverageConfig, MachineConfig, OptimizerConfig, ScheduleConfig
 from fastmeta.training.ema import ExponentialMovingAverage
@@ -20,11 +21,14 @@ from fastmeta.training.machine import (
     capture_steps,
     distributed,
     put_back_,
+    refuse_accumulation,
     refuse_compile,
     refuse_sharding,
     refuse_synchronized,
 )
 from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer, rate_at
+from fastmeta.training.own_update import own_loss
+from fastmeta.training.probes import Probes
 from fastmeta.training.processes import Processes
 from fastmeta.training.shards import FSDPModule, Shards, shard
 from fastmeta.training.step_averages import StepAverages
@@ -43,7 +47,6 @@ class Trainer:
         data: the images.
         base: a base algorithm of :mod:`fastmeta.ssl`.
         method: refines its labels; None for the base alone.
-        uses_holdout: whether the method's outer loss reads the hold-out part and not the labeled batch.
         steps: length of the run, which schedules and ramps refer to.
         seed: of order, augmentation, and what models draw.
         optimizer: how the weights move.
@@ -63,7 +66,6 @@ class Trainer:
         *,
         base: Algorithm,
         method: Refiner | None = None,
-        uses_holdout: bool = False,
         steps: int,
         seed: int = 0,
         optimizer: OptimizerConfig | None = None,
@@ -85,7 +87,10 @@ class Trainer:
         self.batches = Batches(
             data,
             second_view=second_view,
-            uses_holdout=uses_holdout,
+            more_views=base.more_views,
+            holdout="batch" if method is None else method.holdout,
+            fresh=method is not None and method.fresh,
+            interval=getattr(method.method, "interval", 1) if method is not None else 1,
             seed=seed,
             machine=self.machine,
             processes=self.processes,
@@ -108,7 +113,22 @@ class Trainer:
                 shard(each, last_linear(each)[0], self.processes.group, self.device)
             self.average.follow(model)
             self._shards = Shards(model)
+        torch.manual_seed(generator_for(seed, "memory").initial_seed())
+        self.memory = base.memory(
+            len(data.split.unlabeled),
+            len(data.images.classes),
+            model=model,
+            labels=data.images.targets[data.split.labeled],
+        )
+        """What the base keeps from step to step; None: nothing."""
         weights = model if self._shards is None else self._shards
+        self._remembered: list[Tensor] = []
+        self._trained_beside: list[nn.Parameter] = []  # parameters that no forward of the network uses
+        if self.memory is not None:
+            self.memory.to(self.device)
+            self._remembered = list(self.memory.buffers())
+            self._trained_beside = list(self.memory.parameters())
+            weights = nn.ModuleList([weights, self.memory]) if self._trained_beside else weights
         self.optimizer = make_optimizer(weights, self.optimizer_config)
         self._decayed: list[Tensor] = list(decayed_parameters(weights, self.optimizer_config))
         self._parameters = [parameter for parameter in weights.parameters() if parameter.requires_grad]
@@ -117,6 +137,7 @@ class Trainer:
         if self.processes.group is not None and self._shards is None:
             images = data.views.plain(torch.zeros(1, *data.images.image_shape, device=self.device))
             self.network = distributed(model, images, self.processes.group)
+        refuse_accumulation(method, self.machine)
         if self.machine.compile:
             refuse_compile(base, method)
             model.compile()
@@ -125,6 +146,9 @@ class Trainer:
         if self.machine.graph:
             capture_steps(method, self.processes)
 
+        self.probes: Probes | None = None
+        if data.views.policy is not None:
+            self.probes = Probes(data.views.policy, data.labeled_batch, seed, self.processes, self.device)
         self.step = 0
         self.label_changes = LabelChanges(len(data.split.unlabeled), self.device)
         self._truth = data.images.targets[data.split.unlabeled].to(self.device)
@@ -143,15 +167,19 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.method is not None and self.method.scheduled is not None:
-            setattr(self.method.method, self.method.scheduled, rate)
+            setattr(self.method.method, self.method.scheduled, self.method.scheduled_factor * rate)
         self.model.train()
         self.processes.broadcast_(self._buffers)
         buffers = [buffer.clone() for buffer in self._buffers]
+        remembered = [buffer.clone() for buffer in self._remembered]
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._zero_gradients()
         parts = self.machine.accumulation
         for part in range(parts):
             batch = self.batches(parts * self.step + part)
+            if self.probes is not None:
+                with self._precision():
+                    self.probes.add(self.step, self.average.model, batch)
             with self._gradients_kept_apart(part + 1 < parts), self._precision():
                 loss = self._base_loss(batch)
                 (loss.total / parts).backward()
@@ -161,6 +189,7 @@ class Trainer:
             self.step_averages.add(loss, self._truth[batch.index], batch.unlabeled_share)
             if self.method is not None and loss.imputed is not None and loss.used is not None:
                 self.label_changes.add(self.step, batch.index, loss.imputed, loss.used.soft)
+        self._average([parameter.grad for parameter in self._trained_beside if parameter.grad is not None])
         self._update(finite)
         whole = finite
         if self.method is not None and self.method.own_update:
@@ -172,36 +201,52 @@ class Trainer:
             own_finite = own.detach().isfinite()
             self._update(own_finite)
             whole = finite & own_finite
+        if self.method is not None and self.method.fresh:
+            self._learn_from_fresh_batches(self.method)
         self.skipped[0] += ~whole
         self.skipped[1] = torch.where(whole, 0, self.skipped[1] + 1)
-        decay_(self._decayed, self.optimizer_config, rate * finite)
+        decay_(self._decayed, self.optimizer_config, rate * finite.double())
         put_back_(self._buffers, buffers, where=~whole)
+        for kept, before in zip(self._remembered, remembered, strict=True):
+            kept.copy_(torch.where(whole, kept, before))
+        if self.probes is not None:
+            self.probes.update(self.step, whole)
         self.average.update()
         self.step += 1
         self.seconds += time.perf_counter() - begin
 
     def _base_loss(self, batch: TrainingBatch) -> StepLoss:
         refiner = None if self.method is None or self.method.own_update else self.method
-        progress = self.step / self.steps
-        return self.base.loss(self.network, batch, teacher=self.average.model, progress=progress, refiner=refiner)
+        reading = refiner.method.learning(False) if refiner is not None and refiner.fresh else contextlib.nullcontext()
+        with reading:
+            return self._loss_of_base(self.network, batch, refiner, self.memory)
+
+    def _loss_of_base(
+        self, model: nn.Module, batch: TrainingBatch, refiner: Refiner | None, memory: nn.Module | None
+    ) -> StepLoss:
+        progress, teacher = self.step / self.steps, self.average.model
+        return self.base.loss(model, batch, teacher=teacher, progress=progress, refiner=refiner, memory=memory)
+
+    def _learn_from_fresh_batches(self, refiner: Refiner) -> None:
+        """The step of the method's table at the parameters that the last ``interval`` updates of the base left."""
+        number, left = divmod(self.step + 1, getattr(refiner.method, "interval", 1))
+        if left:
+            return
+        batch = self.batches.fresh(number - 1)
+        with torch.no_grad(), frozen_statistics(self.model), refiner.method.learning(True), self._precision():
+            self._loss_of_base(self.model, batch, refiner, copy.deepcopy(self.memory))
 
     def _method_loss(self, refiner: Refiner, batch: TrainingBatch) -> Tensor:
         """The method's loss at the parameters that the base's update left, from passes of its own."""
-        learned, imputed = batch.weak, None
-        if refiner.two_views:
-            imputed = self.model(batch.second).softmax(dim=1)
-        elif refiner.view == "learned" and batch.second is not None:
-            learned = batch.second
-        with own_precision(refiner, learned):
-            refined = refiner.method.refine(
-                model=self.model,
-                unlabeled=learned,
-                labels=imputed,
-                holdout=batch.labeled,
-                targets=batch.targets,
-                index=batch.index,
-            )
-        return refined.loss
+        return own_loss(
+            refiner,
+            batch,
+            model=self.model,
+            teacher=self.average.model,
+            base=self.base,
+            memory=self.memory,
+            processes=self.processes.count,
+        )
 
     def _zero_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -242,6 +287,8 @@ class Trainer:
             "average": self.average.state_dict(),
             "optimizer": self._spread(self.optimizer.state_dict()),
             "method": None if self.method is None else self.method.method.state_dict(),
+            "memory": None if self.memory is None else self.memory.state_dict(),
+            "augmentation": None if self.probes is None else self.probes.policy.state_dict(),
             "label_changes": self.label_changes.state_dict(),
             "averages": self.step_averages.state_dict(),
             "skipped": self.skipped,
@@ -257,6 +304,10 @@ class Trainer:
         self.optimizer.load_state_dict(moments if self._shards is None else self._shards.gather(moments))
         if self.method is not None:
             self.method.method.load_state_dict(state["method"])
+        if self.memory is not None:
+            self.memory.load_state_dict(state["memory"])
+        if self.probes is not None:
+            self.probes.policy.load_state_dict(state["augmentation"])
         self.label_changes.load_state_dict(state["label_changes"])
         self.step_averages.load_state_dict(state["averages"])
         self.skipped.copy_(state["skipped"])
@@ -264,12 +315,15 @@ class Trainer:
         self.batches.unreadable = state["unreadable"]
 
     def _spread(self, state: dict[str, Any]) -> dict[str, Any]:
-        return state if self._shards is None else self._shards.spread(state)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return state if self._shards is None else self._shards.spread(state, parameters)
 
     def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager[Any]:
         """Whether a backward pass leaves the gradients of the processes as they are."""
         if isinstance(self.network, FSDPModule):
-            self.network.set_requires_gradient_sync(not apart)
+            # A method's own backward passes, in between, need their gradients at once.
+            own = self.method is not None and self.method.passes == "own"
+            self.network.set_requires_gradient_sync(own or not apart)
         if apart and isinstance(self.network, nn.parallel.DistributedDataParallel):
             return self.network.no_sync()
         return contextlib.nullcontext()

@@ -14,6 +14,7 @@ from fastmeta import (
     ImplicitImputation,
     ImputeAndWeight,
     LabelGradientAlignment,
+    MetaWeightNet,
     Method,
 )
 from fastmeta.derivatives import LabelGradient
@@ -29,10 +30,13 @@ METHODS: dict[str, Callable[[str], Method]] = {
         M, how=how, inverse_hessian="identity", masked=False, read="before", duplicates="last"
     ),
     "shared weight": lambda how: ExampleWeights(M, how=how, shared=True, inverse_hessian="identity"),
+    "labels, plain adam": lambda how: LabelGradientAlignment(M, C, how=how, optimizer="adam"),
+    "weights, sgd": lambda how: ExampleWeights(M, how=how, optimizer="sgd"),
     "labels": lambda how: LabelGradientAlignment(M, C, how=how),
     "labels, averages before": lambda how: LabelGradientAlignment(M, C, how=how, include_current=False),
     "averages": lambda how: AlignedImputation(how=how),
     "both": lambda how: ImputeAndWeight(M, how=how),
+    "weight net": lambda how: MetaWeightNet(how=how, lr=0.1),
     "solver": lambda how: ImplicitImputation(how=how, solver="pcg" if how == "last_layer" else "cg"),
     "averages in a solver": lambda how: Method(
         InverseHessian(NormalizedGap()), LabelGradient("cross_entropy", how=how), LabelTable(M, C)

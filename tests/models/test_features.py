@@ -139,7 +139,6 @@ def test_the_trainer_trains_a_head_on_features_as_it_trains_a_net_on_images(mode
         TrainingData(made.images, split, made.views, labeled_batch=4, unlabeled_batch=6),
         base=base_of("fixmatch"),
         method=recipe.build(len(split.unlabeled), 3, {}),
-        uses_holdout=recipe.uses_holdout,
         steps=3,
         optimizer=OptimizerConfig(name="adam", learning_rate=0.01),
     )

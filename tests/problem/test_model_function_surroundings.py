@@ -20,13 +20,6 @@ from fastmeta.problem.model_function import ModelFunction
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("wrapper", [nn.DataParallel, nn.parallel.DistributedDataParallel])
 def test_data_parallel(wrapper, generator, process_group):
     """By the names of the wrapper's parameters or of the module's; and a reducer goes on as ever."""

@@ -1,25 +1,51 @@
-"""Which operations an image draws, and how strong."""
+"""The operations of RandAugment and CTAugment: plain data. What they do is in ``reference.py``."""
 
-from collections.abc import Mapping
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from fastmeta.data.augment.pixels import constant
+LARGEST_SIDE = 8192  # of an image: places of pixels are fixed-point numbers of 16 and 16 bits
+GRAY = (127, 127, 127)  # of a cutout
 
 
-def draw_operations(
-    uniform: Tensor, limits: Mapping[str, float], *, per_image: int, strength: float
-) -> dict[str, Tensor]:
-    """Strengths ``[n]`` of every operation: uniform in [-limit, limit] for those an image draws, 0 for the rest.
+class Operation(NamedTuple):
+    """What an operation's level means, and its bounds: a level beyond them is taken for the nearest one."""
 
-    Args:
-        uniform: ``[n, 2 * operations]`` random numbers in [0, 1).
-        limits: of each operation.
-        per_image: how many different operations an image draws.
-        strength: multiplies the limits.
-    """
-    order, values = uniform.split(len(limits), dim=1)
-    values = (2 * values - 1) * (constant(tuple(limits.values()), uniform.device) * strength)
-    chosen = torch.zeros_like(values).scatter_(1, order.topk(per_image).indices, 1.0)
-    return dict(zip(limits, (values * chosen).unbind(dim=1), strict=True))
+    low: float
+    high: float
+    level: str
+
+
+_SHARE = Operation(0, 1, "share of the changed image in a blend with the image")
+_FACTOR = Operation(0, 16, "0 is the image without any, 1 the image itself; more goes on beyond it")
+_SLOPE = Operation(-1, 1, "pixel x shows what lay at x + level * y; of shear-y, y what lay at y + level * x")
+_PIXELS = Operation(-LARGEST_SIDE, LARGEST_SIDE, "pixel x shows what lay at x + level; of translate-y, so for y")
+_CUT = Operation(0, 0.25, "share of the side that is cut off at each end; what is left is enlarged")
+
+# An operation's code is its place: the 14 of RandAugment, then what CTAugment has beside them, where the six filters of
+# "rescale" are one operation. csrc/augment.h has them in the same order.
+OPERATIONS: dict[str, Operation] = {
+    "identity": Operation(0, 0, "nothing"),
+    "autocontrast": _SHARE,
+    "equalize": _SHARE,
+    "rotate": Operation(-360, 360, "degrees, counterclockwise"),
+    "solarize": Operation(0, 256, "values from here on are inverted"),
+    "color": _FACTOR,
+    "contrast": _FACTOR,
+    "brightness": _FACTOR,
+    "sharpness": _FACTOR,
+    "shear-x": _SLOPE,
+    "shear-y": _SLOPE,
+    "translate-x": _PIXELS,
+    "translate-y": _PIXELS,
+    "posterize": Operation(1, 8, "bits that are kept, as a whole number"),
+    "invert": _SHARE,
+    "blur": _SHARE,
+    "smooth": _SHARE,
+    "cutout": Operation(0, 2 * LARGEST_SIDE, "side of a square in pixels; what has its centre inside is covered"),
+    "rescale-lanczos": _CUT,
+    "rescale-bicubic": _CUT,
+    "rescale-bilinear": _CUT,
+    "rescale-box": _CUT,
+    "rescale-hamming": _CUT,
+    "rescale-nearest": _CUT,
+}
+CODES = {name: code for code, name in enumerate(OPERATIONS)}

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.data.augment.affine import affine_map, mirrored, warp
-from fastmeta.data.augment.operations import draw_operations
 from fastmeta.data.augment.pixels import centre, cut_, gray, mean_of, to_canvas
+from fastmeta.data.augment.strengths import draw_operations
 from fastmeta.data.augment.weak import RandomCrop
 from fastmeta.data.random_numbers import KeyedRandom
 
@@ -43,6 +43,7 @@ class StrongPicture:
         strength: multiplies every limit in :data:`OPERATIONS`.
         cutout: side of the gray square, as a fraction of the image's side; 0 for none.
         crop: cut a random rectangle first.
+        flip: exchange left and right of every second image.
 
     >>> images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     >>> StrongPicture(32)(images, KeyedRandom(0, "unlabeled", "strong", torch.arange(4))).shape
@@ -54,6 +55,7 @@ class StrongPicture:
     strength: float = 1.0
     cutout: float = 0.5
     crop: RandomCrop | None = None
+    flip: bool = True
 
     def __call__(self, images: Tensor, random: KeyedRandom) -> Tensor:
         """Of ``[n, channels, height, width]`` in [0, 1] or uint8: ``[n, channels, size, size]`` float32 in [0, 1]."""
@@ -63,7 +65,9 @@ class StrongPicture:
         strengths = draw_operations(
             of_operations, OPERATIONS, per_image=self.operations_per_image, strength=self.strength
         )
-        maps = mirrored(affine_map(strengths), drawn[:, 2] < 0.5)
+        maps = affine_map(strengths)
+        if self.flip:
+            maps = mirrored(maps, drawn[:, 2] < 0.5)
         if self.crop is not None:
             maps = _after(self.crop.maps(images, random), maps)
         moved = warp(images, maps, (self.size, self.size), fill=GRAY)

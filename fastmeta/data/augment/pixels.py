@@ -20,6 +20,11 @@ def to_unit(images: Tensor) -> Tensor:
     return images.to(torch.float32)
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """uint8, of uint8 or of what is in [0, 1]: to the nearest of 255 steps."""
+    return images if images.dtype == torch.uint8 else (images * 255).round_().to(torch.uint8)
+
+
 def to_canvas(images: Tensor, size: int) -> Tensor:
     """Shrink or enlarge ``images`` so that their shorter side lies between ``size`` and the canvas' side.
 
@@ -47,6 +52,30 @@ def centre(images: Tensor, size: int) -> Tensor:
         return images.new_empty(0, images.shape[1], size, size)
     top, left = (height - size) // 2, (width - size) // 2
     return images[:, :, top : top + size, left : left + size].contiguous()
+
+
+def taken(images: Tensor, rows: Tensor, columns: Tensor, *, reflected: bool) -> Tensor:
+    """Pixels at ``rows [n, height]`` and ``columns [n, width]``; outside of the image it is mirrored, or 0."""
+    _, channels, height, width = images.shape
+    if reflected:
+        rows = (height - 1) - ((height - 1) - rows.abs()).abs()  # -1 is 1, and height is height - 2
+        columns = (width - 1) - ((width - 1) - columns.abs()).abs()
+    else:
+        images = functional.pad(images, (1, 1, 1, 1))
+        rows, columns = (rows + 1).clamp_(0, height + 1), (columns + 1).clamp_(0, width + 1)
+        width += 2
+    flat = (rows.unsqueeze(2) * width + columns.unsqueeze(1)).flatten(1).unsqueeze(1)
+    taken = images.flatten(2).gather(2, flat.expand(-1, channels, -1))
+    return taken.unflatten(2, (rows.shape[1], columns.shape[1]))
+
+
+def shifted(images: Tensor, moves: Tensor, *, reflected: bool) -> Tensor:
+    """By ``moves [n, 3]``: rows, columns, and whether left and right are exchanged first."""
+    height, width = images.shape[2:]
+    down, right, flip = moves.long().unsqueeze(2).unbind(1)  # [n, 1]
+    place = torch.arange(width, device=images.device)
+    columns = torch.where(flip != 0, width - 1 - place, place)
+    return taken(images, down + torch.arange(height, device=images.device), right + columns, reflected=reflected)
 
 
 def gray(images: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastmeta.data.augment.affine import affine_map, warp
-from fastmeta.data.augment.operations import draw_operations
 from fastmeta.data.augment.pixels import centre, cut_, mean_of, noise
+from fastmeta.data.augment.strengths import draw_operations
 from fastmeta.data.random_numbers import KeyedRandom
 
 # Strongest value of each operation (drawn uniformly from [-limit, limit]); 0 is the identity for all of them.

@@ -6,10 +6,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fastmeta.data.augment.affine import mirrored, warp
-from fastmeta.data.augment.pixels import centre, to_canvas, to_unit
+from fastmeta.data.augment.apply import view
+from fastmeta.data.augment.augmentation import Augmentation
+from fastmeta.data.augment.pixels import centre, taken, to_canvas
 from fastmeta.data.random_numbers import KeyedRandom
 
 
@@ -42,33 +43,34 @@ class Shift:
 
     def __call__(self, images: Tensor, random: KeyedRandom) -> Tensor:
         """Of ``[n, channels, height, width]`` in [0, 1] or uint8: ``[n, channels, size, size]`` float32 in [0, 1]."""
+        images, moves = self.moves(images, random)
+        return view(images, moves, reflected=self.reflected)
+
+    @property
+    def reflected(self) -> bool:
+        """Whether the image is mirrored at its border."""
+        return self.padding == "reflected"
+
+    def moves(self, images: Tensor, random: KeyedRandom) -> tuple[Tensor, Tensor]:
+        """The images of the right size, and by how many rows and columns each moves and whether it is flipped."""
         if images.shape[-2:] != (self.size, self.size):
             images = centre(images, self.size)
         drawn = random.uniform(3).to(images.device)
-        shift = (drawn[:, :2] * (2 * self.pixels + 1)).long() - self.pixels
-        place = torch.arange(self.size, device=images.device)
-        columns = torch.where(drawn[:, 2:] < 0.5, self.size - 1 - place, place) if self.flip else place
-        return to_unit(_taken(images, shift[:, :1] + place, shift[:, 1:] + columns, self.padding))
+        moves = (drawn * (2 * self.pixels + 1)).to(torch.int32).sub_(self.pixels)
+        moves[:, 2] = (drawn[:, 2] < 0.5) & self.flip
+        return images, moves
 
 
-def _taken(images: Tensor, rows: Tensor, columns: Tensor, padding: str) -> Tensor:
-    """Pixels at ``rows [n, height]`` and ``columns [n, width]``, which may lie outside of the image."""
-    _, channels, height, width = images.shape
-    if padding == "reflected":
-        rows = (height - 1) - ((height - 1) - rows.abs()).abs()  # -1 is 1, and height is height - 2
-        columns = (width - 1) - ((width - 1) - columns.abs()).abs()
-    else:
-        images = functional.pad(images, (1, 1, 1, 1))
-        rows, columns = (rows + 1).clamp_(0, height + 1), (columns + 1).clamp_(0, width + 1)
-        width += 2
-    flat = (rows.unsqueeze(2) * width + columns.unsqueeze(1)).flatten(1).unsqueeze(1)
-    taken = images.flatten(2).gather(2, flat.expand(-1, channels, -1))
-    return taken.unflatten(2, (rows.shape[1], columns.shape[1]))
+def started(weak: Augmentation, images: Tensor, random: KeyedRandom) -> tuple[Tensor, Tensor | None, bool]:
+    """The weak view, for :func:`fastmeta.data.augment.apply.view`: a shift is left to that."""
+    if isinstance(weak, Shift):
+        return *weak.moves(images, random), weak.reflected
+    return weak(images, random), None, False
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A random rectangle of the picture, resized to a square, with left and right exchanged in every second.
+    """A random rectangle of the picture, resized to a square, and perhaps with left and right exchanged.
 
     Its area is a uniform share of the picture's, the logarithm of its aspect ratio is uniform, and a side that would be
     longer than the picture's is cut to that.
@@ -77,6 +79,7 @@ class RandomCrop:
         size: side of the result.
         area: smallest and largest share of the picture.
         ratio: width to height, smallest and largest.
+        flip: exchange left and right of every second one.
 
     >>> images = torch.zeros(4, 3, 256, 256, dtype=torch.uint8)
     >>> RandomCrop(224)(images, KeyedRandom(0, "labeled", "weak", torch.arange(4))).shape
@@ -86,6 +89,7 @@ class RandomCrop:
     size: int
     area: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
 
     def __call__(self, images: Tensor, random: KeyedRandom) -> Tensor:
         """Of ``[n, channels, height, width]`` in [0, 1] or uint8: ``[n, channels, size, size]`` float32 in [0, 1]."""
@@ -104,7 +108,7 @@ class RandomCrop:
         share = share.float().clamp_(max=1)  # [n, 2], of width and height
         middle = (2 * drawn[:, 2:4] - 1) * (1 - share)
         maps = torch.cat([torch.diag_embed(share), middle.unsqueeze(2)], dim=2)
-        return mirrored(maps, drawn[:, 4] < 0.5)
+        return mirrored(maps, drawn[:, 4] < 0.5) if self.flip else maps
 
 
 def weak_augment(images: Tensor, generator: torch.Generator, *, max_shift: int = 1) -> Tensor:
@@ -127,4 +131,4 @@ def weak_augment(images: Tensor, generator: torch.Generator, *, max_shift: int =
     shift = torch.randint(-max_shift, max_shift + 1, (2, count, 1), generator=generator).to(images.device)
     rows = shift[0] + torch.arange(height, device=images.device)
     columns = shift[1] + torch.arange(width, device=images.device)
-    return _taken(images, rows, columns, "zeros")
+    return taken(images, rows, columns, reflected=False)

@@ -9,7 +9,7 @@ import jinja2
 import torch
 
 import fastmeta
-from fastmeta.data import Images, open_images
+from fastmeta.data import Images, open_images, with_foreign_classes
 from fastmeta.training.build import split_of
 from fastmeta.training.config import from_dict
 from fastmeta.training.files import write_text
@@ -175,7 +175,8 @@ def _add_images(page: RunPage) -> None:
 def _open(page: RunPage) -> Images | None:
     config = page.run.config
     try:
-        return open_images(config["data"], image_size=config["image_size"], mode=page.run.mode, cache=False)
+        images = open_images(config["data"], image_size=config["image_size"], mode=page.run.mode, cache=False)
+        return with_foreign_classes(images, config["split"].get("foreign_classes", 0))
     except Exception as error:  # the data may be anywhere by now, or changed
         page.notes.append(f"no pictures: the data cannot be opened any more ({error})")
         return None
