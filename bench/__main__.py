@@ -9,6 +9,7 @@ COMMANDS = {
     "ops": ("bench.operators", "Every operator on the CPU against what users have today."),
     "step": ("bench.step.command", "A training step with each method against the plain step, on the CPU."),
     "data": ("bench.data", "How fast images are read and augmented, against Pillow in workers."),
+    "augment": ("bench.augment", "How fast weak and strong views are made, against Pillow, kornia and torchvision."),
     "checkpoints": ("bench.checkpoints", "Seconds of a checkpoint, and the hours that failures cost a run with it."),
     "scaling": ("bench.scaling.command", "What a step exchanges, keeps and costs on 8 to 512 GPUs, by formulas."),
     "train": ("bench.train.command", "Images a second of the trainer with each method, and what a step is made of."),

@@ -96,7 +96,7 @@ def pairs(images: Images, seconds: float) -> Rates:
                 yield len(rows.keys)
 
         with closing(stream):
-            return _rate(batches(), seconds)
+            return rate(batches(), seconds)
 
     def pillow(workers: int) -> float:
         torch.set_num_threads(1)
@@ -109,7 +109,7 @@ def pairs(images: Images, seconds: float) -> Rates:
                     view.float().div_(255)
                 yield len(weak)
 
-        return _rate(batches(), seconds, warm_up=2 * workers)
+        return rate(batches(), seconds, warm_up=2 * workers)
 
     return {
         "Pillow in two workers": partial(pillow, 2),
@@ -133,12 +133,12 @@ def jpegs(folder: Path, seconds: float) -> Rates:
         images = open_images(folder, image_size=224, cache=False)
         stream = Stream(images, torch.arange(len(images)), batch_size=JPEG_BATCH, seed=0, name="unlabeled", workers=2)
         with closing(stream):
-            return _rate((len(rows.keys) for rows in stream), seconds, warm_up=6)
+            return rate((len(rows.keys) for rows in stream), seconds, warm_up=6)
 
     return {"Pillow alone in two processes": bare, "fastmeta, two workers": ours}
 
 
-def _rate(batches: Iterator[int], seconds: float, warm_up: int = 1) -> float:
+def rate(batches: Iterator[int], seconds: float, warm_up: int = 1) -> float:
     """Images/s after the first batches, of which workers have prepared some while they were waited for."""
     for _ in range(warm_up):
         next(batches)

@@ -115,11 +115,14 @@ FASTMETA_PIXEL_FUNCTION double bounded(Operation operation, double level) {
   }
 }
 
+FASTMETA_PIXEL_FUNCTION bool is_operation(int64_t code) {
+  return code >= 0 && code < static_cast<int64_t>(Operation::count);
+}
+
 // A code that is none is the identity.
 FASTMETA_PIXEL_FUNCTION Step step_of(const Augment& a, int64_t image, int step) {
   const int64_t i = image * a.steps + step, code = a.operations[i];
-  const bool known = code >= 0 && code < static_cast<int64_t>(Operation::count);
-  const Operation operation = known ? static_cast<Operation>(static_cast<int>(code)) : Operation::identity;
+  const auto operation = is_operation(code) ? static_cast<Operation>(static_cast<int>(code)) : Operation::identity;
   return {operation, bounded(operation, a.levels[i]), a.places ? a.places[2 * i] : a.width / 2.0,
           a.places ? a.places[2 * i + 1] : a.height / 2.0};
 }
@@ -147,6 +150,14 @@ FASTMETA_PIXEL_FUNCTION uint8_t blend(int first, int second, float share) {
   return static_cast<uint8_t>(static_cast<int>(value));
 }
 
+FASTMETA_PIXEL_FUNCTION float to_unit(uint8_t value) {
+#ifdef __CUDA_ARCH__
+  return __fdiv_rn(static_cast<float>(value), 255.0f);
+#else
+  return static_cast<float>(value) / 255.0f;
+#endif
+}
+
 // Image.convert("L"): ITU-R 601.
 FASTMETA_PIXEL_FUNCTION int luma(int red, int green, int blue) {
   return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16;
@@ -170,20 +181,31 @@ FASTMETA_PIXEL_FUNCTION bool has_table(Operation operation) {
 }
 
 // ImageOps.autocontrast: takes `low` to 0 and `high` to 255.
-FASTMETA_PIXEL_FUNCTION int stretched(int value, int low, int high) {
-  if (high <= low) return value;
-  const double scale = 255.0 / (high - low), offset = product(-static_cast<double>(low), scale);
-  const double stretched = product(static_cast<double>(value), scale) + offset;
-  return static_cast<int>(between(stretched, 0, 255));
-}
+struct Stretch {
+  double scale = 1, offset = 0;
 
-// ImageOps.equalize: `below` pixels of the channel have a lesser value, `greatest` have the greatest of all.
-FASTMETA_PIXEL_FUNCTION int equalized(int value, int64_t below, int64_t greatest, int64_t plane) {
-  const int64_t step = (plane - greatest) / 255;
-  if (step == 0) return value;
-  const int64_t even = (below + step / 2) / step;
-  return static_cast<int>(even > 255 ? 255 : even);
-}
+  FASTMETA_PIXEL_FUNCTION Stretch(int low, int high) {
+    if (high <= low) return;
+    scale = 255.0 / (high - low);
+    offset = product(-static_cast<double>(low), scale);
+  }
+  FASTMETA_PIXEL_FUNCTION int operator()(int value) const {
+    return static_cast<int>(between(product(static_cast<double>(value), scale) + offset, 0, 255));
+  }
+};
+
+// ImageOps.equalize: `greatest` of the channel's pixels have the greatest value of all.
+struct Even {
+  int step;
+
+  FASTMETA_PIXEL_FUNCTION Even(int greatest, int plane) : step((plane - greatest) / 255) {}
+  // `below` pixels have a lesser value. A quotient of whole numbers as small as these is right in float64.
+  FASTMETA_PIXEL_FUNCTION int operator()(int value, int below) const {
+    if (step == 0) return value;
+    const double even = static_cast<double>(below + step / 2) / step;
+    return static_cast<int>(even > 255 ? 255 : even);
+  }
+};
 
 // Of the tables that read nothing of the image, and of contrast, with the mean of the luma.
 FASTMETA_PIXEL_FUNCTION uint8_t simple_table(const Step& step, int value, int mean) {
@@ -200,6 +222,22 @@ FASTMETA_PIXEL_FUNCTION uint8_t simple_table(const Step& step, int value, int me
     default:
       return blend(value, 255 - value, share);
   }
+}
+
+// ImageFilter.SMOOTH.
+FASTMETA_PIXEL_FUNCTION int smoothed(const uint8_t* at, int width) {
+  const uint8_t *above = at - width, *below = at + width;
+  const int sum = above[-1] + above[0] + above[1] + at[-1] + 5 * at[0] + at[1] + below[-1] + below[0] + below[1];
+  return (2 * sum + 13) / 26;
+}
+
+// ImageFilter.BLUR.
+FASTMETA_PIXEL_FUNCTION int blurred(const uint8_t* at, int width) {
+  const uint8_t *first = at - 2 * width, *last = at + 2 * width;
+  int sum = 8;
+  for (int x = -2; x <= 2; ++x) sum += first[x] + last[x];
+  for (int y = -1; y <= 1; ++y) sum += at[y * width - 2] + at[y * width + 2];
+  return sum / 16;
 }
 
 // The affine map of a geometric operation: pixel (x, y) shows what lay at (a x + b y + c, d x + e y + f) / 2^16.
@@ -338,6 +376,14 @@ struct Enlargement {
     return {first + static_cast<int>(place), 1, {1 << weight_bits}};
   }
 };
+
+// Of the pixel `at` by itself.
+FASTMETA_PIXEL_FUNCTION Taps taps_at(const Enlargement& enlarged, Operation operation, int at) {
+  if (operation != Operation::rescale_nearest) return enlarged.taps(operation, at);
+  double place = enlarged.scale * 0.5;
+  for (int i = 0; i < at; ++i) place += enlarged.scale;
+  return enlarged.nearest(place);
+}
 
 FASTMETA_PIXEL_FUNCTION uint8_t from_weighted(int sum) {
   const int value = sum >> weight_bits;

@@ -15,7 +15,7 @@ import tyro
 
 import fastmeta
 from fastmeta.data.readers.published import how_to_get
-from fastmeta.presets import PRESETS, preset
+from fastmeta.presets import PRESETS, Preset, preset
 from fastmeta.presets.listing import as_json, as_text, matching
 from fastmeta.presets.smoke import run_smoke
 from fastmeta.reproduce import EXPERIMENTS
@@ -135,22 +135,32 @@ class Train(RunConfig):
         for name in ("base_settings", "method_settings"):
             values[name] = _settings(name, values[name])
         run = RunConfig(**values)
-        out = self.out
+        if self.preset is not None:
+            return self._run_preset(replace(preset(self.preset), config=run))
         if self.smoke:
-            if self.preset is None:
-                raise ValueError("preset must be given with smoke: see fastmeta presets")
-            results = run_smoke(replace(preset(self.preset), config=run), out)
-            print(f"{self.preset}: {results['step']} steps, {results['skipped_steps']} of them without a finite loss")
-            return 1 if results["skipped_steps"] else 0
-        if self.preset is not None and run.data == preset(self.preset).dataset and not Path(run.data).exists():
-            raise ValueError(
-                f"data must be where {run.data} is with preset {self.preset}, got none: {how_to_get(run.data)}"
-            )
+            raise ValueError("preset must be given with smoke: see fastmeta presets")
+        out = self.out
         if out is None:
             labels = "" if run.labels_per_class is None else f"-{run.labels_per_class}-per-class"
             data = _stem(run.data)
             out = Path("runs") / f"{data}-{run.base}-{run.method}{labels}-seed-{run.seed}"
         return train_command(run, out)
+
+    def _run_preset(self, published: Preset) -> int:
+        """The run of a preset, or a few steps of it; at the end the paper's figure beside its own."""
+        run = published.config
+        if self.smoke:
+            results = run_smoke(published, self.out)
+            print(f"{self.preset}: {results['step']} steps, {results['skipped_steps']} of them without a finite loss")
+            return 1 if results["skipped_steps"] else 0
+        if run.data == published.dataset and not Path(run.data).exists():
+            raise ValueError(
+                f"data must be where {run.data} is with preset {self.preset}, got none: {how_to_get(run.data)}"
+            )
+        status = train_command(run, self.out or Path("runs") / f"{self.preset}-seed-{run.seed}")
+        if status == 0 and published.error is not None and os.environ.get("RANK", "0") == "0":
+            print(" ".join([f"{published.paper}, {published.table}: {published.error:.2f}%.", published.note]).rstrip())
+        return status
 
 
 def _started_from(arguments: Sequence[str]) -> Train:

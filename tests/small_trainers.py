@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "flexmatch": {"threshold": 0.5},
     "uda": {"threshold": 0.5, "annealing": "linear", "distribution_alignment": "labels"},
     "mixmatch": {"views": 3, "ramp": 0.0},
-    "remixmatch": {"ramp": 0.0},
+    "remixmatch": {"ramp": 0.0, "rotation_weight": 0.5},
 }
 # FixMatch with every method; every base alone and with a method that fits.
 CASES = [("fixmatch", method) for method in METHODS] + [

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "augment_call.h"
 #include "cpu/buffer.h"
@@ -75,18 +76,19 @@ class Picture {
     for (int c = 0; c < call_.channels; ++c) {
       const uint8_t *in = now_ + c * plane_, *table = tables_[c];
       uint8_t* to = out + c * plane_;
-      for (int64_t i = 0; i < plane_; ++i) to[i] = table[in[i]];
+      for (int64_t i = 0, count = plane_; i < count; ++i) to[i] = table[in[i]];
     }
   }
 
   void write(float* out) const {
     if (plain_) {
-      for (int64_t i = 0; i < call_.size(); ++i) out[i] = static_cast<float>(now_[i]) / 255.0f;
+      const uint8_t* in = now_;
+      for (int64_t i = 0, count = call_.size(); i < count; ++i) out[i] = to_unit(in[i]);
       return;
     }
     for (int c = 0; c < call_.channels; ++c) {
       float table[256];
-      for (int value = 0; value < 256; ++value) table[value] = static_cast<float>(tables_[c][value]) / 255.0f;
+      for (int value = 0; value < 256; ++value) table[value] = to_unit(tables_[c][value]);
       const uint8_t* in = now_ + c * plane_;
       float* to = out + c * plane_;
       for (int64_t i = 0; i < plane_; ++i) to[i] = table[in[i]];
@@ -107,8 +109,8 @@ class Picture {
   template <class T>
   void paint(T* out, Span rows, Span columns) const {
     for (int c = 0; c < call_.channels; ++c) {
-      const T color = sizeof(T) == 1 ? static_cast<T>(call_.square[c])
-                                     : static_cast<T>(static_cast<float>(call_.square[c]) / 255.0f);
+      const auto square = static_cast<uint8_t>(call_.square[c]);
+      const T color = std::is_same_v<T, float> ? static_cast<T>(to_unit(square)) : static_cast<T>(square);
       for (int y = rows.first; y < rows.last; ++y) {
         T* row = out + c * plane_ + static_cast<int64_t>(y) * width_;
         std::fill(row + columns.first, row + std::max(columns.first, columns.last), color);
@@ -170,11 +172,11 @@ class Picture {
     } else if (step.operation == Operation::color) {
       if (call_.channels == 3) color(share);
     } else if (step.operation == Operation::blur) {
-      filter(2, [&](const uint8_t* pixel) { return blend(*pixel, blurred(pixel), share); });
+      filter(2, [=](const uint8_t* at, int width) { return blend(*at, blurred(at, width), share); });
     } else if (step.operation == Operation::smooth) {
-      filter(1, [&](const uint8_t* pixel) { return blend(*pixel, smoothed(pixel), share); });
+      filter(1, [=](const uint8_t* at, int width) { return blend(*at, smoothed(at, width), share); });
     } else if (step.operation == Operation::sharpness) {
-      filter(1, [&](const uint8_t* pixel) { return blend(smoothed(pixel), *pixel, share); });
+      filter(1, [=](const uint8_t* at, int width) { return blend(smoothed(at, width), *at, share); });
     }
   }
 
@@ -211,86 +213,77 @@ class Picture {
 
   void stretch(const uint8_t* in, float share, uint8_t* rule) const {
     uint8_t low = 255, high = 0;
-    for (int64_t i = 0; i < plane_; ++i) {
-      low = std::min(low, in[i]);
-      high = std::max(high, in[i]);
+    for (int64_t i = 0, count = plane_; i < count; ++i) {
+      low = in[i] < low ? in[i] : low;
+      high = in[i] > high ? in[i] : high;
     }
-    for (int value = 0; value < 256; ++value) rule[value] = blend(value, stretched(value, low, high), share);
+    const Stretch stretch(low, high);
+    for (int value = 0; value < 256; ++value) rule[value] = blend(value, stretch(value), share);
   }
 
   void equalize(const uint8_t* in, float share, uint8_t* rule) const {
-    int64_t counts[256] = {}, below = 0;
-    uint8_t high = 0;
-    for (int64_t i = 0; i < plane_; ++i) {
-      ++counts[in[i]];
-      high = std::max(high, in[i]);
-    }
+    int counts[2][256] = {};  // two: equal values side by side would wait for each other
+    for (int64_t i = 0; i < plane_; ++i) ++counts[i % 2][in[i]];
+    int greatest = 0;
     for (int value = 0; value < 256; ++value) {
-      rule[value] = blend(value, equalized(value, below, counts[high], plane_), share);
-      below += counts[value];
+      counts[0][value] += counts[1][value];
+      greatest = counts[0][value] > 0 ? counts[0][value] : greatest;
+    }
+    const Even even(greatest, static_cast<int>(plane_));
+    for (int value = 0, below = 0; value < 256; ++value) {
+      rule[value] = blend(value, even(value, below), share);
+      below += counts[0][value];
     }
   }
 
   void color(float share) {
+    const int64_t count = plane_;
     const uint8_t* in = flushed(false);
-    uint8_t* out = spare();
-    for (int64_t i = 0; i < plane_; ++i) {
-      const int red = in[i], green = in[plane_ + i], blue = in[2 * plane_ + i], gray = luma(red, green, blue);
+    uint8_t* __restrict out = spare();
+    for (int64_t i = 0; i < count; ++i) {
+      const int red = in[i], green = in[count + i], blue = in[2 * count + i], gray = luma(red, green, blue);
       out[i] = blend(gray, red, share);
-      out[plane_ + i] = blend(gray, green, share);
-      out[2 * plane_ + i] = blend(gray, blue, share);
+      out[count + i] = blend(gray, green, share);
+      out[2 * count + i] = blend(gray, blue, share);
     }
     now_ = out;
   }
 
-  // The pixels that lie `reach` from the border or further become value(pixel); too small an image has none.
+  // The pixels that lie `reach` from the border or further become value(pixel, width); too small an image has none.
   template <class F>
   void filter(int reach, const F& value) {
+    const int width = width_;
     const uint8_t* in = flushed(false);
     uint8_t* out = spare();
     std::memcpy(out, in, call_.size());
     for (int c = 0; c < call_.channels; ++c) {
       for (int y = reach; y < height_ - reach; ++y) {
-        const int64_t row = c * plane_ + static_cast<int64_t>(y) * width_;
-        for (int x = reach; x < width_ - reach; ++x) out[row + x] = value(in + row + x);
+        const uint8_t* from = in + c * plane_ + static_cast<int64_t>(y) * width;
+        uint8_t* __restrict to = out + (from - in);
+        for (int x = reach; x < width - reach; ++x) to[x] = value(from + x, width);
       }
     }
     now_ = out;
   }
 
-  // ImageFilter.SMOOTH.
-  int smoothed(const uint8_t* at) const {
-    const uint8_t *above = at - width_, *below = at + width_;
-    const int sum = above[-1] + above[0] + above[1] + at[-1] + 5 * at[0] + at[1] + below[-1] + below[0] + below[1];
-    return (2 * sum + 13) / 26;
-  }
-
-  // ImageFilter.BLUR.
-  int blurred(const uint8_t* at) const {
-    const uint8_t *first = at - 2 * width_, *last = at + 2 * width_;
-    int sum = 8;
-    for (int x = -2; x <= 2; ++x) sum += first[x] + last[x];
-    for (int y = -1; y <= 1; ++y) sum += at[y * width_ - 2] + at[y * width_ + 2];
-    return sum / 16;
-  }
-
   void turn(const PixelMap& map) {
     const uint8_t* in = flushed(false);
     uint8_t* out = spare();
-    int* places = places_.data();
+    int* __restrict places = places_.data();
     const auto fill = static_cast<uint8_t>(call_.fill);
+    const int width = width_;
     for (int y = 0; y < height_; ++y) {
       const int column = map.b * y + map.c, row = map.e * y + map.f;
-      for (int x = 0; x < width_; ++x) {
+      for (int x = 0; x < width; ++x) {
         const int from_x = (map.a * x + column) >> 16, from_y = (map.d * x + row) >> 16;
-        const bool inside = static_cast<unsigned>(from_x) < static_cast<unsigned>(width_) &&
+        const bool inside = static_cast<unsigned>(from_x) < static_cast<unsigned>(width) &&
                             static_cast<unsigned>(from_y) < static_cast<unsigned>(height_);
-        places[x] = inside ? from_y * width_ + from_x : -1;
+        places[x] = inside ? from_y * width + from_x : -1;
       }
       for (int c = 0; c < call_.channels; ++c) {
         const uint8_t* from = in + c * plane_;
-        uint8_t* to = out + c * plane_ + static_cast<int64_t>(y) * width_;
-        for (int x = 0; x < width_; ++x) to[x] = places[x] < 0 ? fill : from[places[x]];
+        uint8_t* __restrict to = out + c * plane_ + static_cast<int64_t>(y) * width;
+        for (int x = 0; x < width; ++x) to[x] = places[x] < 0 ? fill : from[places[x]];
       }
     }
     now_ = out;
@@ -302,8 +295,8 @@ class Picture {
       const Enlargement enlarged(cut, side);
       double place = enlarged.scale * 0.5;
       for (int i = 0; i < side; ++i, place += enlarged.scale) {
-        const bool nearest = operation == Operation::rescale_nearest;
-        taps_.data()[i] = nearest ? enlarged.nearest(place) : enlarged.taps(operation, i);
+        taps_.data()[i] =
+            operation == Operation::rescale_nearest ? enlarged.nearest(place) : enlarged.taps(operation, i);
       }
       const uint8_t* in = flushed(false);
       uint8_t* out = spare();
@@ -339,6 +332,10 @@ Tensor augment_tensors(const Tensor& images, const std::optional<Tensor>& moves,
                        int64_t green, int64_t blue, bool reflected, bool unit) {
   const AugmentCall call(images, moves, operations, levels, places, {fill, red, green, blue}, reflected, unit);
   const Augment& augment = call.arguments;
+  for (int64_t i = 0; i < augment.count * augment.steps; ++i) {
+    STD_TORCH_CHECK(is_operation(augment.operations[i]), "operations must lie in 0 .. ",
+                    static_cast<int>(Operation::count) - 1, ", got ", augment.operations[i]);
+  }
   constexpr int64_t least_pixels = 32768;  // for a thread to wake
   const int64_t grain = std::max<int64_t>(1, least_pixels / std::max<int64_t>(1, augment.size()));
   torch::stable::parallel_for(0, augment.count, grain, [&](int64_t first, int64_t last) {

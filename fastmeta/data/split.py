@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta.data.foreign import WithForeignClasses
 from fastmeta.data.images import DataError, Images, fingerprint_of
 from fastmeta.data.seeding import generator_for
 
@@ -113,7 +114,8 @@ def make_split(
         )
     train = images.parts["train"]
     train_targets = images.targets[train]
-    if unlabeled_imbalance != 1 and ("unlabeled" in images.parts or bool((train_targets < 0).any())):
+    targets = (images.images if isinstance(images, WithForeignClasses) else images).targets  # foreign images all stay
+    if unlabeled_imbalance != 1 and ("unlabeled" in images.parts or bool((targets[train] < 0).any())):
         raise ValueError(
             f"unlabeled_imbalance must be 1, because {images.name} has unlabeled images of its own, got "
             f"{unlabeled_imbalance}"

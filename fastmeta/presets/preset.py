@@ -108,7 +108,7 @@ def joined(cells: Iterable[tuple[str, Preset]]) -> dict[str, Preset]:
             printed.append(cell.table)
         differs = ""
         if cell.error is not None and cell.error != first.error:
-            differs = f"{cell.note or cell.table}: {cell.error:.2f}%."
+            differs = f"{cell.table}: {cell.error:.2f}%. {cell.note}".rstrip()
         note = " ".join(part for part in (first.note, differs) if part)
         found[name] = replace(first, table=_names_of(printed), note=note)
     return found

@@ -14,6 +14,7 @@ from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.methods import L2I, LabelGradientAlignment, Method
 from fastmeta.ops.process_group import Group, sum_over, world_size
 from fastmeta.ssl.labels import Finish, as_they_are
+from fastmeta.updates import LabelLogitStep
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,10 @@ class Refiner:
         if not self.own_update:
             if self.two_views or self.imputer != "student" or self.moves_statistics != "none":
                 raise ValueError("two_views, imputer and moves_statistics must be left out without own_update")
-        elif not self.method.update.needs_graph and (self.hard or not isinstance(self.method, L2I)):
-            raise ValueError(f"own_update must be False for {name} with hard={self.hard}: it has no loss of its own")
+        elif not self.method.update.needs_graph and not isinstance(self.method, L2I):
+            raise ValueError(f"own_update must be False for {name}: it has no loss of its own")
+        elif self.hard and isinstance(self.method.update, LabelLogitStep):
+            raise ValueError("hard must be False for a step on the logits of labels, as hard ones have none")
 
 
 class Algorithm(Protocol):

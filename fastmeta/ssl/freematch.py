@@ -25,13 +25,13 @@ class FreeMatch(Algorithm):
 
     Args:
         weight: of the unlabeled loss.
-        fairness: of the loss of fairness; published: 0.05 (CIFAR-10, SVHN: 0.01).
+        fairness: of the loss of fairness; USB's for CIFAR-10 with 40 labels.
         decay: of the averages behind the thresholds.
         statistics: of batch normalization, see :func:`fastmeta.ssl.passes.forward_parts`; published: joined.
     """
 
     weight: float = 1.0
-    fairness: float = 0.05
+    fairness: float = 0.001
     decay: float = 0.999
     statistics: Statistics = "joined"
 

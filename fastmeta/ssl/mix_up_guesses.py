@@ -28,14 +28,14 @@ class MixUp(Algorithm):
         weight: of the unlabeled loss after the ramp.
         ramp: fraction of training over which that weight rises.
         ramp_shape: sigmoid or linear.
-        statistics: of batch normalization, see :func:`fastmeta.ssl.passes.forward_parts`; published: separate.
+        statistics: of batch normalization, see :func:`fastmeta.ssl.passes.forward_parts`.
     """
 
     alpha: float = 0.75
     weight: float = 1.0
     ramp: float = 0.0
     ramp_shape: Ramp = "linear"
-    statistics: Statistics = "joined"
+    statistics: Statistics = "separate"
 
     imputes: ClassVar[bool] = True
     second_view: ClassVar[Literal["weak", "strong"] | None] = None

@@ -36,8 +36,7 @@ class MixMatch(Algorithm):
         ramp: fraction of training over which that weight rises; published: 16,384 of 2^20 steps.
         ramp_shape: sigmoid or linear.
         distribution_alignment: see :class:`fastmeta.ssl.Alignment`.
-        statistics: of batch normalization on mixed images, see :func:`fastmeta.ssl.passes.forward_parts`; published:
-            interleaved.
+        statistics: of batch normalization on mixed images, see :func:`fastmeta.ssl.passes.forward_parts`.
     """
 
     views: int = 2
@@ -47,7 +46,7 @@ class MixMatch(Algorithm):
     ramp: float = 1 / 64
     ramp_shape: Ramp = "linear"
     distribution_alignment: DistributionAlignment = "none"
-    statistics: Statistics = "joined"
+    statistics: Statistics = "interleaved"
 
     imputes: ClassVar[bool] = True
     second_view: ClassVar[Literal["weak", "strong"] | None] = "weak"

@@ -41,8 +41,8 @@ class ReMixMatch(Algorithm):
         ramp: fraction of training over which the first two rise; published: 16,384 of 2^20 steps.
         ramp_shape: sigmoid or linear.
         distribution_alignment: see :class:`fastmeta.ssl.Alignment`; published: labels.
-        statistics: of batch normalization on mixed images, see :func:`fastmeta.ssl.passes.forward_parts`; published:
-            interleaved (moved by the last part there, by the first here).
+        statistics: of batch normalization on mixed images, see :func:`fastmeta.ssl.passes.forward_parts`;
+            published: interleaved (running statistics are moved by the last part there, by the first here).
     """
 
     views: int = 2
@@ -54,7 +54,7 @@ class ReMixMatch(Algorithm):
     ramp: float = 1 / 64
     ramp_shape: Ramp = "linear"
     distribution_alignment: DistributionAlignment = "labels"
-    statistics: Statistics = "joined"
+    statistics: Statistics = "interleaved"
 
     imputes: ClassVar[bool] = True
     second_view: ClassVar[Literal["weak", "strong"] | None] = "strong"

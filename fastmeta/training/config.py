@@ -11,7 +11,7 @@ import torch
 
 from fastmeta.data import AugmentationConfig
 from fastmeta.ssl import BASES
-from fastmeta.training.recipes import METHODS, settings_of
+from fastmeta.training.recipes import METHODS, MIXED, settings_of
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,12 @@ class RunConfig:
         if self.labeled_view is not None:
             _one_of("labeled_view", self.labeled_view, dict.fromkeys(("weak", "strong")))
         _in_range("seed", self.seed, least=0)
-        self.settings()
+        ramp_steps = self.settings()["method_settings"].get("ramp_steps")
+        if ramp_steps is not None and self.base in MIXED:
+            raise ValueError(
+                f"method_settings must have ramp_steps None for base {self.base}, whose labeled images are mixed with "
+                f"others, got {ramp_steps}"
+            )
         for part in (self.augmentation, self.optimizer, self.schedule, self.average, self.evaluation, self.machine):
             part.check()
 

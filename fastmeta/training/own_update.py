@@ -73,7 +73,7 @@ def own_loss(
     with _statistics(model, moves in ("inner", "both")):
         logits = model(trained)
     share = processes if method.second_reduction == "sum" else batch.unlabeled_share
-    return share * method.unlabeled_loss(logits, refined.labels)
+    return share * method.unlabeled_loss(logits, refined.labels, mask)
 
 
 def _said(model: nn.Module, views: Sequence[Tensor | None], loss: str) -> Tensor:

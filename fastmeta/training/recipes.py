@@ -31,7 +31,7 @@ each other are alike. Width is 32 unless it says 16; chosen values in ``**``.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -124,15 +124,18 @@ BASE_RECIPES: dict[str, Base] = {
     "pi-model": PiModel(),
     "mean-teacher": MeanTeacher(weight=20.0),
     "vat": VirtualAdversarial(radius=2.0, weight=1.0, entropy_weight=0.06),
-    "mix-up": MixUp(),
-    "mixmatch": MixMatch(),
-    "remixmatch": ReMixMatch(),
+    "mix-up": MixUp(statistics="joined"),
+    "mixmatch": MixMatch(weight=20.0, ramp=0.4, ramp_shape="sigmoid", statistics="joined"),
+    "remixmatch": ReMixMatch(rotation_weight=0.0, ramp=0.4, statistics="joined"),
     "uda": UDA(),
     "fixmatch": FixMatch(threshold=0.8),
-    "flexmatch": FlexMatch(),
-    "freematch": FreeMatch(),
+    "flexmatch": FlexMatch(threshold=0.8),
+    "freematch": FreeMatch(decay=0.99),
     "mix-up-consistency": MixUpConsistency(),
 }
+
+MIXED = ("mix-up", "mixmatch", "remixmatch", "mix-up-consistency")
+"""Bases without a loss of labeled images as they are."""
 
 _L2I = Recipe(
     lambda num_unlabeled, num_classes, **settings: L2I(**settings),
@@ -255,6 +258,7 @@ def base_of(name: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Ba
     return replace(recipe, **{setting: _checked(recipe, setting, value) for setting, value in settings.items()})
 
 
+_hints = cache(get_type_hints)
 _POSITIVE = ("temperature", "alpha")
 _AT_MOST_ONE = ("threshold", "decay")
 _FEWEST_VIEWS = {MixMatch: 2, ReMixMatch: 1}
@@ -262,7 +266,7 @@ _FEWEST_VIEWS = {MixMatch: 2, ReMixMatch: 1}
 
 def _checked(recipe: Base, setting: str, value: Any) -> Any:
     """Numbers are finite and not negative, a threshold is a probability, a word is one of those that there are."""
-    before, kind = getattr(recipe, setting), get_type_hints(type(recipe))[setting]
+    before, kind = getattr(recipe, setting), _hints(type(recipe))[setting]
     said = f"got {value!r}"
     if get_origin(kind) is Literal:
         if value not in get_args(kind):

@@ -90,6 +90,7 @@ class Trainer:
             more_views=base.more_views,
             holdout="batch" if method is None else method.holdout,
             fresh=method is not None and method.fresh,
+            interval=getattr(method.method, "interval", 1) if method is not None else 1,
             seed=seed,
             machine=self.machine,
             processes=self.processes,

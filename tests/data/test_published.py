@@ -165,7 +165,7 @@ def test_extra_images_of_svhn_are_unlabeled_where_they_are_asked_for(written):
 
 
 def test_files_of_mnist_need_a_name(written, tmp_path):
-    with pytest.raises(DataError, match="fashion-mnist and mnist have the same files, give fashion-mnist:"):
+    with pytest.raises(DataError, match=r"may be fashion-mnist or mnist, give fashion-mnist:.* or mnist:"):
         open_images(written / "fashion-mnist")
     digits = open_images(f"mnist:{written / 'fashion-mnist'}")
     assert digits.classes == tuple("0123456789")
@@ -177,6 +177,23 @@ def test_files_of_mnist_need_a_name(written, tmp_path):
     assert (unpacked.name, unpacked.classes[9]) == ("fashion-mnist", "Ankle boot")
     places = torch.arange(len(unpacked))
     assert unpacked.get(places).equal(digits.get(places))
+
+
+def test_a_forked_process_opens_the_zip_by_itself(written, monkeypatch):
+    images = open_images(written / "tiny-imagenet", cache=False)
+    images.get(torch.tensor([0]))
+    before = images.collection.opener._file
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    images.get(torch.tensor([1]))
+    assert images.collection.opener._file is not before
+
+
+def test_several_data_sets_in_one_folder_need_a_name(written, tmp_path):
+    for name in ("cifar-10", "cifar-100"):
+        os.link(written / name / f"{name}-python.tar.gz", tmp_path / f"{name}-python.tar.gz")
+    with pytest.raises(DataError, match=r"may be cifar-10 or cifar-100, give cifar-10:.* or cifar-100:"):
+        open_images(tmp_path)
+    assert len(open_images(f"cifar-100:{tmp_path}").classes) == 100
 
 
 def test_tiny_imagenet_is_tested_on_val(written):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_meta_gradient_as_the_slides_and_the_code_say():
 def test_example_weights_as_the_paper_says():
     settings = config("weights-uda-cifar10-4000").settings()["method_settings"]
     assert (settings["interval"], settings["lr"], settings["low"], settings["high"]) == (100, 0.01, 0, 2)
-    assert PRESETS["weights-uda-cifar10-4000"].note == "Table 3: validation error: 3.42%. Fig. 3: 4.43%."
+    assert PRESETS["weights-uda-cifar10-4000"].note == "Table 3: 3.42%. A validation error. Fig. 3: 4.43%."
     # "test error of 4.43%, outperforming 4.51% and 4.85% by Luketina et al. and Lorraine et al."
     assert [error(f"weights-uda-{form}-cifar10-4000") for form in ("identity", "neumann")] == [4.51, 4.85]
     # "outperforms the UDA baseline across all splits in both CIFAR-10 and SVHN"
@@ -124,7 +125,9 @@ def test_example_weights_as_the_paper_says():
     run = config("weights-fixmatch-cifar10-250")
     assert (run.augmentation.strong, run.labeled_batch, run.unlabeled_batch) == ("ctaugment", 64, 448)
     assert run.split.holdout == 1024
-    assert PRESETS["weights-fixmatch-alone-cifar10-250"].note == "FixMatch's own paper: 5.07%."
+    assert PRESETS["weights-fixmatch-alone-cifar10-250"].note == "Table 1: 5.07%. In FixMatch's own paper."
+    # as in their code, CTAugment's rates learn for FixMatch alone
+    assert [config(f"weights-fixmatch{arm}-svhn-250").augmentation.adapt for arm in ("", "-alone")] == [False, True]
     # 3,000 passes of 128,000 labeled images in batches of 1,024
     imagenet = config("weights-fixmatch-imagenet-10pct")
     assert imagenet.labels_per_class + imagenet.split.holdout_per_class == 128
@@ -239,18 +242,20 @@ def test_the_list(capsys):
 
 
 def test_the_command_line_starts_from_a_preset(monkeypatch, capsys):
-    seen: list[RunConfig] = []
-    monkeypatch.setattr(cli, "train_command", lambda run, out: seen.append(run) or 0)
+    seen: list[tuple[RunConfig, str]] = []
+    monkeypatch.setattr(cli, "train_command", lambda run, out: seen.append((run, str(out))) or 0)
     found = {"step": 2, "skipped_steps": 0}
-    monkeypatch.setattr(cli, "run_smoke", lambda preset, out: seen.append(preset.config) or found)
+    monkeypatch.setattr(cli, "run_smoke", lambda preset, out: seen.append((preset.config, str(out))) or found)
     name = "weights-uda-neumann-cifar10-4000"
     changes = ["--data", "images", "--seed", "7", "--optimizer.learning-rate", "0.2"]
     assert cli.main(["train", "--preset", name, *changes]) == 0
+    assert capsys.readouterr().out == "Not All Unlabeled Data Are Equal, Fig. 3: 4.85%.\n"
     expected = preset(name).config
     changed = dataclasses.replace(expected.optimizer, learning_rate=0.2)
-    assert seen.pop() == dataclasses.replace(expected, data="images", seed=7, optimizer=changed)
-    assert cli.main(["train", "--preset", name, "--smoke"]) == 0
-    assert seen.pop() == expected
+    run = dataclasses.replace(expected, data="images", seed=7, optimizer=changed)
+    assert seen.pop() == (run, os.path.join("runs", f"{name}-seed-7"))
+    assert cli.main(["train", "--preset", name, "--smoke", "--out", "here"]) == 0
+    assert seen.pop() == (expected, "here")
     assert capsys.readouterr().out == f"{name}: 2 steps, 0 of them without a finite loss\n"
     found["skipped_steps"] = 1
     assert cli.main(["train", "--preset", name, "--smoke"]) == 1

@@ -77,7 +77,7 @@ def test_the_principal_eigenvector_is_that_of_the_dense_hessian():
 
 
 def test_labels_of_the_spheres_come_right_as_the_net_learns():
-    found = lga_spheres.measure(0, "lga", 20, 0.05)["measured"]
+    found = lga_spheres.measure(0, "LGA, T = 1", 20, 0.05)["measured"]
     assert [row["step"] for row in found] == list(range(2, 21, 2))
     assert found[-1]["right_labels"] > found[0]["right_labels"] + 2
     assert found[-1]["loss"] < found[0]["loss"]

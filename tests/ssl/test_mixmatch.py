@@ -1,6 +1,7 @@
 """Mix-up of guesses, MixMatch and ReMixMatch against their definitions.
 
-Image k is one at pixel k and nothing else, so what the model was given says who was mixed with whom, and how much.
+Image k is one at pixel k and nothing else, so what the model was given says who was mixed with whom, and how much. All
+that is mixed is one batch here.
 """
 
 import dataclasses
@@ -90,7 +91,7 @@ def test_mixmatch_by_hand(views: int, progress: float) -> None:
     guesses = [sharpened([mean([view[i][c] for view in said]) for c in range(CLASSES)], 0.7) for i in range(UNLABELED)]
     labels = ONE_HOT + guesses * views
 
-    base = MixMatch(views=views, temperature=0.7, alpha=0.75, weight=5.0, ramp=0.5)
+    base = MixMatch(statistics="joined", views=views, temperature=0.7, alpha=0.75, weight=5.0, ramp=0.5)
     loss = base.loss(model, batch, teacher=model, progress=progress)
     images = model.given[-1]
     assert len(images) == LABELED + views * UNLABELED
@@ -113,7 +114,7 @@ def test_mixmatch_by_hand(views: int, progress: float) -> None:
 def test_mix_up_by_hand() -> None:
     model, batch = Net(), batch_of(1)
     labels = ONE_HOT + probabilities(model, batch.weak)
-    loss = MixUp(alpha=0.75, weight=0.6).loss(model, batch, teacher=model, progress=0.0)
+    loss = MixUp(statistics="joined", alpha=0.75, weight=0.6).loss(model, batch, teacher=model, progress=0.0)
     images = model.given[-1]
     losses, partners = [], []
     for own, said_of in enumerate(probabilities(model, images)):
@@ -130,7 +131,7 @@ def test_mix_up_by_hand() -> None:
 @pytest.mark.parametrize(("views", "progress"), [(1, 0.1), (2, 1.0)])
 def test_remixmatch_by_hand(views: int, progress: float) -> None:
     model, batch = Net(), batch_of(1 + views)
-    base = ReMixMatch(views=views, temperature=0.6, weight=1.5, unmixed_weight=0.4, rotation_weight=0.3, ramp=0.5)
+    base = ReMixMatch(views, 0.6, 0.75, 1.5, 0.4, 0.3, ramp=0.5, statistics="joined")
     counts = torch.tensor([0, 0, 0, 1, 2, 2])
     memory = base.memory(UNLABELED, CLASSES, model=model, labels=counts)
     prior = [3 / 6, 1 / 6, 2 / 6]
@@ -175,7 +176,7 @@ def test_remixmatch_by_hand(views: int, progress: float) -> None:
 def test_guesses_are_constants() -> None:
     """The gradient is that of the loss with the labels written in."""
     model, batch = Net(), batch_of(2)
-    base = MixMatch(weight=3.0, ramp=0.0)
+    base = MixMatch(statistics="joined", weight=3.0, ramp=0.0)
     torch.manual_seed(5)
     loss = base.loss(model, batch, teacher=model, progress=0.0)
     gradients = torch.autograd.grad(loss.total, list(model.parameters()))

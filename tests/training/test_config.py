@@ -39,6 +39,10 @@ from fastmeta.training.recipes import BASE_RECIPES, METHODS
         ({"base_settings": {"threshold": 7}}, "base_settings must have a threshold of at most 1, got 7"),
         ({"base_settings": {"weight": "x"}}, "base_settings must have a number of at least 0 for weight, got .x."),
         (
+            {"base": "mixmatch", "method": "label-gradient-alignment-published"},
+            "method_settings must have ramp_steps None for base mixmatch, .* got",
+        ),
+        (
             {"base_settings": {"statistics": "mixed"}},
             "must have one of joined, separate, interleaved for statistics, got 'mixed'",
         ),

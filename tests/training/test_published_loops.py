@@ -43,7 +43,8 @@ def inner_loss(logits: Tensor, z: Tensor, mask: Tensor, name: str, reduction: st
     per_example = (logits.softmax(1) - z).square().sum(1)
     if name == "cross_entropy":
         per_example = -(z * logits.log_softmax(1)).sum(1)
-    return getattr(mask * per_example, reduction)()
+    per_example = mask * per_example
+    return per_example.sum() if reduction.startswith("sum") else per_example.mean()
 
 
 PAPER, CODE = (
@@ -57,6 +58,10 @@ L2I: dict[str, tuple[str, dict[str, Any]]] = {
     "V2": ("mean-teacher", {**PAPER["V2"], "moves_statistics": "none"}),
     "V1": ("mean-teacher", {**PAPER["V1"], "imputer": "teacher"}),
     "FixMatch": ("fixmatch", {"hard": True, "inner_loss": "cross_entropy", "reduction": "mean", "rate": 5.0}),
+    "V1 on FixMatch": (
+        "fixmatch",
+        {**PAPER["V1"], "hard": True, "inner_loss": "cross_entropy", "reduction": "mean", "second_reduction": "mean"},
+    ),
     "L by Eq. (6)": ("mean-teacher", {**CODE["V1"], "how": "last_layer", "derivative": "eq6", "rate": 0.02}),
     "Eq. (6)": ("mean-teacher", {"how": "last_layer", "derivative": "eq6", "outer_reduction": "sum"}),
 }
@@ -119,8 +124,9 @@ def test_learning_to_impute(name: str) -> None:
         if chosen["variant"] == "V1":
             moved = learned - chosen["label_step"] * torch.autograd.grad(outer, learned)[0]
             z = moved.softmax(1) if chosen["label_space"] == "logits" else moved
-            squares = (model(batch.second).softmax(1) - z.detach()).square()
-            second = squares.sum() if chosen["second_reduction"] == "sum" else squares.mean()
+            logits = model(batch.second)
+            second = inner_loss(logits, z.detach(), mask, chosen["inner_loss"], chosen["second_reduction"])
+            second = second / (CLASSES if chosen["second_reduction"] == "mean_entries" else 1)
             updated(adam, model, torch.autograd.grad(second, list(model.parameters())), lr)
         else:
             updated(adam, model, torch.autograd.grad(outer, list(psi.values())), lr)

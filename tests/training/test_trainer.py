@@ -104,7 +104,7 @@ def test_the_examples_of_an_outer_loss(digits):
     assert not torch.cdist(first.holdout.flatten(1), first.labeled.flatten(1)).min(dim=1).values.eq(0).any()
 
     run = build(RunConfig(method="example-weights-published", holdout_batch=500, **small()), digits)
-    batch, other = run.trainer.batches(0), run.trainer.batches(1)
+    batch, other = run.trainer.batches(99), run.trainer.batches(199)
     counts = torch.zeros(30)
     places = run.split.holdout
     for image in batch.holdout:
@@ -113,6 +113,21 @@ def test_the_examples_of_an_outer_loss(digits):
     assert counts.min() < counts.max()  # 500 in passes would be 16 or 17 of each
     assert 4 < float((counts - 500 / 30).square().mean()) < 64  # about 500/30 if independent
     assert not batch.holdout.equal(other.holdout)
+
+
+def test_hold_out_images_come_when_the_method_learns(digits):
+    """Passes through them go on where the last update left them."""
+    settings = {"interval": 3}
+    every, third = (
+        trainer_of(digits, method="example-weights", holdout_batch=7, method_settings=chosen).batches
+        for chosen in ({}, settings)
+    )
+    for number in range(7):
+        found = third(number)
+        if number % 3 == 2:
+            assert found.holdout.equal(every(number // 3).holdout)
+        else:
+            assert found.holdout is None
 
 
 def test_fresh_batches_are_of_streams_of_their_own(digits):
@@ -140,8 +155,8 @@ def test_fresh_batches_are_of_streams_of_their_own(digits):
         ("l2i", {"fresh": True}, "fresh must be False for L2I with own_update=False: it is for weights"),
         ("l2i", {"scheduled": "speed"}, "scheduled must be a number of L2I that may change, got 'speed'"),
         ("meta-gradient-published", {"scheduled": "rate"}, "scheduled must be a number of MetaGradient"),
-        ("meta-gradient-jvp", {"own_update": True}, "own_update must be False for MetaGradient with hard=False"),
-        ("l2i-published", {"variant": "V1", "hard": True}, "own_update must be False for L2I with hard=True"),
+        ("meta-gradient-jvp", {"own_update": True}, "own_update must be False for MetaGradient: it has no"),
+        ("l2i-published", {"variant": "V1", "hard": True}, "hard must be False for a step on the logits of"),
         ("label-gradient-alignment", {"ramp_steps": 0}, "ramp_steps must be an int >= 1 or None, got 0"),
         ("example-weights", {"optimizer": "lion"}, "optimizer must be one of masked_adam, adam, sgd, got 'lion'"),
     ],

@@ -15,7 +15,11 @@ from fastmeta.data.readers.tiny_imagenet import TINY_IMAGENET
 
 _ORIGINALS = (*CIFAR, SVHN_EXTRA, SVHN, FASHION_MNIST, MNIST, TINY_IMAGENET)
 PICTURES = {"imagenet": 224, "imagenet-72": 72}
-"""Data sets without a form of their own: folders of pictures or parquet, and the image size of each."""
+"""Data sets without a form of their own, folders of pictures or parquet, and the image size of each.
+
+ImageNet-72 is that of Rebuffi et al. (2017), whose shorter side is 72; any other size is resized to it, and the centre
+square is kept.
+"""
 PUBLISHED = (*dict.fromkeys(original.name for original in _ORIGINALS), *PICTURES)
 
 
@@ -43,17 +47,19 @@ def open_original(path: Path, *, cache: bool) -> Images | Collection | None:
     """A data set in its original files, known by their names; None where there is none.
 
     Raises:
-        DataError: it may be one of two, or a file is missing or damaged.
+        DataError: it may be one of several, or a file is missing or damaged.
     """
+    found: dict[str, tuple[Original, Path]] = {}
     for original in _ORIGINALS:
         place = original.place(path)
         if place is not None:
-            same = [other.name for other in _ORIGINALS if other.files == original.files and other.place(path) == place]
-            if len(same) > 1:
-                choice = " or ".join(f"{name}:{path}" for name in same)
-                raise DataError(f"{path}: {' and '.join(same)} have the same files, give {choice}")
-            return original.open(place, cache=cache)
-    return None
+            found.setdefault(original.name, (original, place))
+    if SVHN_EXTRA.name in found:
+        found.pop(SVHN.name, None)
+    if len(found) > 1:
+        choice = " or ".join(f"{name}:{path}" for name in found)
+        raise DataError(f"{path}: may be {' or '.join(found)}, give {choice}")
+    return next((original.open(place, cache=cache) for original, place in found.values()), None)
 
 
 def open_named(

@@ -1,6 +1,7 @@
 """Tiny ImageNet in Stanford's layout: the zip as downloaded, or what it unpacks to."""
 
 import io
+import os
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
@@ -31,11 +32,12 @@ class OpenZipped:
     def __init__(self, archive: Path, names: Sequence[str]) -> None:
         self._archive, self._names = archive, names
         self._file: zipfile.ZipFile | None = None
+        self._process = 0
 
     def __call__(self, place: int) -> Image.Image:
         """The picture of a member."""
-        if self._file is None:
-            self._file = zipfile.ZipFile(self._archive)
+        if self._file is None or self._process != os.getpid():  # forked ones would share the place in the file
+            self._file, self._process = zipfile.ZipFile(self._archive), os.getpid()
         return Image.open(io.BytesIO(self._file.read(self._names[place])))
 
     def __getstate__(self) -> dict[str, Any]:
