@@ -80,9 +80,11 @@ def pairs(pixels: Tensor, seconds: float) -> Rates:
         def batches() -> Iterator[int]:
             for step in range(10**9):
                 keys = torch.arange(step * count, (step + 1) * count)
-                for name, view in (("weak", weak), ("strong", strong)):
+                both = [
                     view(pixels, KeyedRandom(0, "unlabeled", name, keys))
-                yield count
+                    for name, view in (("weak", weak), ("strong", strong))
+                ]
+                yield len(both[0])
 
         with fastmeta.use_impl(impl):
             return rate(batches(), seconds)
