@@ -14,8 +14,8 @@ import torch
 import tyro
 
 import fastmeta
-from fastmeta.presets import PRESETS, preset
-from fastmeta.presets.data import require_data
+from fastmeta.data.readers.published import how_to_get
+from fastmeta.presets import PRESETS, Preset, preset
 from fastmeta.presets.listing import as_json, as_text, matching
 from fastmeta.presets.smoke import run_smoke
 from fastmeta.reproduce import EXPERIMENTS
@@ -27,7 +27,7 @@ from fastmeta.training.doctor import doctor, verify_named
 from fastmeta.training.files import make_folder
 from fastmeta.training.pictures_to_predict import open_for_prediction
 from fastmeta.training.predict import predict, require_finished, summary_of, unreadable_text
-from fastmeta.training.recipes import BASE_RECIPES, METHODS
+from fastmeta.training.recipes import BASE_RECIPES, DEFAULT_METHODS, METHODS
 from fastmeta.training.reports.report import write_report
 from fastmeta.training.reports.run_folder import read_run
 from fastmeta.training.train import ConfigMismatch, NotFinite
@@ -41,10 +41,6 @@ else:
     Base = tyro.extras.literal_type_from_choices(list(BASE_RECIPES))
     Method = tyro.extras.literal_type_from_choices(list(METHODS))
     ExperimentName = tyro.extras.literal_type_from_choices(list(EXPERIMENTS))
-# With the features of the base's own forward and the last layer alone, and settings chosen here.
-DEFAULT_METHODS = tuple(
-    name for name, recipe in METHODS.items() if recipe.passes == "shared" and not name.endswith("-published")
-)
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,9 @@ class Compare:
     """Base algorithm; vat is virtual adversarial training."""
     methods: tuple[Method, ...] = DEFAULT_METHODS
     """Methods on top of it; the base alone ("none") is always among them. -jvp: the whole model moves, not the last
-    layer alone; -alternating: an update of its own, after the base's."""
+    layer alone; -alternating: an update of its own, after the base's; -published: a paper's own loop and settings."""
     data: str = "digits"
-    """Images: "digits", or a path."""
+    """Images: digits, mnist-5k, photographs, or a path."""
     labels_per_class: int = 1
     """Labeled images per class, at least 1; what is left of a class is unlabeled."""
     seeds: int = 7
@@ -139,20 +135,32 @@ class Train(RunConfig):
         for name in ("base_settings", "method_settings"):
             values[name] = _settings(name, values[name])
         run = RunConfig(**values)
-        out = self.out
-        if self.smoke:
-            if self.preset is None:
-                raise ValueError("preset must be given with smoke: see fastmeta presets")
-            results = run_smoke(replace(preset(self.preset), config=run), out)
-            print(f"{self.preset}: {results['step']} steps, {results['skipped_steps']} of them without a finite loss")
-            return 1 if results["skipped_steps"] else 0
         if self.preset is not None:
-            require_data(run.data, self.preset, preset(self.preset).dataset)
+            return self._run_preset(replace(preset(self.preset), config=run))
+        if self.smoke:
+            raise ValueError("preset must be given with smoke: see fastmeta presets")
+        out = self.out
         if out is None:
             labels = "" if run.labels_per_class is None else f"-{run.labels_per_class}-per-class"
             data = _stem(run.data)
             out = Path("runs") / f"{data}-{run.base}-{run.method}{labels}-seed-{run.seed}"
         return train_command(run, out)
+
+    def _run_preset(self, published: Preset) -> int:
+        """The run of a preset, or a few steps of it; at the end the paper's figure beside its own."""
+        run = published.config
+        if self.smoke:
+            results = run_smoke(published, self.out)
+            print(f"{self.preset}: {results['step']} steps, {results['skipped_steps']} of them without a finite loss")
+            return 1 if results["skipped_steps"] else 0
+        if run.data == published.dataset and not Path(run.data).exists():
+            raise ValueError(
+                f"data must be where {run.data} is with preset {self.preset}, got none: {how_to_get(run.data)}"
+            )
+        status = train_command(run, self.out or Path("runs") / f"{self.preset}-seed-{run.seed}")
+        if status == 0 and published.error is not None and os.environ.get("RANK", "0") == "0":
+            print(" ".join([f"{published.paper}, {published.table}: {published.error:.2f}%.", published.note]).rstrip())
+        return status
 
 
 def _started_from(arguments: Sequence[str]) -> Train:

@@ -13,6 +13,7 @@ from fastmeta import losses
 from fastmeta.ops.finite_difference_labels import project_to_simplex_rows
 from fastmeta.ops.masked_adam_table import MaskedAdamTable, TableOptimizer
 from fastmeta.ops.process_group import Group, sum_over, world_size
+from fastmeta.problem import Problem
 from fastmeta.state import Number, Stateful
 
 Takes = Literal["labels", "weights", "labels and weights"]
@@ -40,6 +41,10 @@ class Update(Stateful):
     """whether it has a table"""
     needs_graph = False
     """whether the imputed labels must be on the graph"""
+
+    def enter(self, problem: Problem) -> Problem:
+        """The problem of the step as this update has it, where its weights are made from the problem's losses."""
+        return problem
 
     def labels(self, imputed: Tensor, index: Tensor | None) -> Tensor:
         """Labels at the start of the step ``[N, C]``."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-TIME_LIMIT = 120.0  # s
+TIME_LIMIT = 300.0  # s
 
 
 def run(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
@@ -32,6 +32,15 @@ def run(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[
                 process.join()
         assert not any(code is None or code for code in codes), f"exit codes {codes}; what they said is above"
         return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def run_each(calls: dict[str, tuple[Any, ...]], world_size: int = 2) -> list[dict[str, Any]]:
+    """What each ``function(rank, *arguments)`` returns in each process; ``(function, *arguments)`` by a name."""
+    return run(_each, world_size, calls)
+
+
+def _each(group: Any, calls: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    return {name: function(group.rank(), *arguments) for name, (function, *arguments) in calls.items()}
 
 
 def _main(rank: int, folder: Path, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

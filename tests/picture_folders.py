@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_digits
 
-PATCH = 32  # pixels
+from fastmeta.data import load_photographs
 
 
 def write_digits(root: Path, *, train: int = 20, test: int = 5, unlabeled: int = 0) -> Path:
@@ -25,29 +25,14 @@ def write_digits(root: Path, *, train: int = 20, test: int = 5, unlabeled: int =
 
 
 def write_photographs(root: Path) -> Path:
-    """Patches of photographs, labelled by photograph: the left 60% of each to train, the right 30% to test.
-
-    scikit-learn has two photographs; scikit-image, where it is installed, has more.
-    """
-    for name, pixels in _photographs().items():
-        height, width = (side // PATCH for side in pixels.shape[:2])
-        for row in range(height):
-            for column in range(width):
-                part = "train" if column < 0.6 * width else "test" if column >= 0.7 * width else None
-                if part is not None:
-                    patch = pixels[row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH]
-                    _save(patch, root / part / name / f"{row:02} {column:02}.png")
+    """Some patches of photographs, labelled by photograph, as ``train`` and ``test``."""
+    photographs = load_photographs()
+    for part, places in photographs.parts.items():
+        for place in places[::9].tolist():
+            pixels = photographs.images[place].permute(1, 2, 0).numpy()
+            name = photographs.classes[photographs.targets[place]]
+            _save(pixels, root / part / name / f"{place:04}.png")
     return root
-
-
-def _photographs() -> dict[str, np.ndarray]:
-    bunch = load_sample_images()
-    found = {Path(name).stem: pixels for name, pixels in zip(bunch.filenames, bunch.images, strict=True)}
-    try:
-        import skimage.data
-    except ImportError:
-        return found
-    return found | {name: getattr(skimage.data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")}
 
 
 def _ink(image: np.ndarray) -> np.ndarray:

@@ -1,6 +1,9 @@
 """Trainers of a small net in float64 on random images, a few in a batch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,14 @@ from fastmeta.training.trainer import Trainer
 
 CLASSES, STEPS = 3, 2
 SIZES = {"labeled": 9, "unlabeled": 23, "holdout": 7, "validation": 5, "test": 11}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fixmatch": {"threshold": 0.5},
+    "pseudo-label": {"threshold": 0.5},
+    "flexmatch": {"threshold": 0.5},
+    "uda": {"threshold": 0.5, "annealing": "linear", "distribution_alignment": "labels"},
+    "mixmatch": {"views": 3, "ramp": 0.0},
+    "remixmatch": {"ramp": 0.0, "rotation_weight": 0.5},
+}
 # FixMatch with every method; every base alone and with a method that fits.
 CASES = [("fixmatch", method) for method in METHODS] + [
     (base, method)
@@ -57,7 +68,7 @@ class Net(nn.Module):
         return self.fc(4 * self.body(images.to(self.fc.weight.dtype)))
 
 
-def data(labeled_batch: int) -> TrainingData:
+def data(labeled_batch: int, holdout_batch: int | None = None) -> TrainingData:
     generator = torch.Generator().manual_seed(0)
     count = sum(SIZES.values())
     images = torch.rand(count, 1, 6, 6, generator=generator)
@@ -69,6 +80,7 @@ def data(labeled_batch: int) -> TrainingData:
         Views(Noise(0.1), Noise(0.5), Doubled(6)),
         labeled_batch=labeled_batch,
         unlabeled_batch=10,
+        holdout_batch=holdout_batch,
     )
 
 
@@ -81,20 +93,28 @@ def trainer(
     normalized: bool = False,
     unused: bool = False,
     tol: float = 1e-12,
+    base_settings: Mapping[str, Any] = MappingProxyType({}),
+    method_settings: Mapping[str, Any] = MappingProxyType({}),
+    optimizer: OptimizerConfig | None = None,
+    holdout_batch: int | None = None,
 ) -> Trainer:
     """At the default ``tol`` rounding does not end a solver an iteration later."""
     torch.manual_seed(1)
     model = Net(normalized, unused).double()
     recipe = METHODS[method]
-    solver = {"tol": tol, "damping": 1.0} if "cg" in recipe.settings.values() else {}
-    settings = {"threshold": 0.5} if base in ("fixmatch", "pseudo-label") else {}
+    solver: dict[str, Any] = {"tol": tol, "damping": 1.0} if "cg" in recipe.settings.values() else {}
+    if recipe.settings.get("inverse_hessian") == "cholesky":  # which no CUDA graph can hold
+        solver = {"inverse_hessian": "cg", "tol": tol}
+    if "interval" in recipe.settings:
+        solver["interval"] = 1
     return Trainer(
         model,
-        data(10 if base == "mix-up-consistency" else 6),  # of unequal sizes, each process makes its own pairs
-        base=base_of(base, settings),
-        method=recipe.build(SIZES["unlabeled"], CLASSES, solver, group),
+        # Of unequal sizes, each process makes its own pairs.
+        data(10 if base == "mix-up-consistency" else 6, holdout_batch),
+        base=base_of(base, {**SETTINGS.get(base, {}), **base_settings}),
+        method=recipe.build(SIZES["unlabeled"], CLASSES, {**solver, **method_settings}, group),
         steps=STEPS,
-        optimizer=OptimizerConfig(learning_rate=0.1),
+        optimizer=optimizer or OptimizerConfig(learning_rate=0.1),
         average=AverageConfig(decay=0.9),
         machine=machine,
         processes=Processes(group),

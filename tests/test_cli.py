@@ -18,6 +18,7 @@ from fastmeta.training.doctor import availability, doctor  # noqa: E402
 from fastmeta.training.recipes import BASE_RECIPES, METHODS  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+LIMIT = 300  # s; a machine may be busy
 
 
 def command(*arguments):
@@ -25,7 +26,9 @@ def command(*arguments):
 
 
 def run(*arguments, **options):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **options)
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=LIMIT, **options
+    )
 
 
 # Those with plots of their own, and one of each kind of passes.
@@ -78,24 +81,22 @@ def test_the_table_is_what_the_runs_say(comparison):
         assert words[2:5] == [f"{mean:+.1f}", f"{mean - half:+.1f}", f"{mean + half:+.1f}"]
 
 
-def test_the_same_command_trains_nothing_again(comparison):
+def test_the_same_command_trains_nothing_again(comparison, capsys):
     arguments, out, _ = comparison
     model = out / "runs" / "fixmatch" / "l2i" / "seed-0" / "model.pt"
     written = model.stat().st_mtime_ns
-    again = run(*arguments)
-    assert again.returncode == 0
-    assert "12 runs, 12 of them finished before" in again.stdout
+    assert cli.main(list(map(str, arguments))) == 0
+    assert "12 runs, 12 of them finished before" in capsys.readouterr().out
     assert model.stat().st_mtime_ns == written
 
 
-def test_other_settings_in_the_same_folder_are_refused(comparison):
+def test_other_settings_in_the_same_folder_are_refused(comparison, capsys):
     _, out, _ = comparison
-    refused = run("compare", "--steps", 5, "--seeds", 1, "--out", out)
-    assert refused.returncode == 2
-    assert "steps=4 (now 5); give another --out" in refused.stderr
+    assert cli.main(["compare", "--steps", "5", "--seeds", "1", "--out", str(out)]) == 2
+    assert "steps=4 (now 5); give another --out" in capsys.readouterr().err
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=LIMIT):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "ended too early"
@@ -104,7 +105,7 @@ def wait_for(condition, process, seconds=60):
 
 
 def test_ctrl_c_leaves_a_readable_partial_result_and_the_same_command_goes_on(tmp_path):
-    arguments = ("compare", "--base", "supervised", "--steps", 400, "--seeds", 4, "--workers", 2, "--out", tmp_path)
+    arguments = ("compare", "--base", "supervised", "--steps", 200, "--seeds", 4, "--workers", 2, "--out", tmp_path)
     process = subprocess.Popen(
         command(*arguments),
         stdout=subprocess.PIPE,
@@ -116,7 +117,7 @@ def test_ctrl_c_leaves_a_readable_partial_result_and_the_same_command_goes_on(tm
     first = tmp_path / "runs" / "supervised" / "none" / "seed-0" / "results.json"
     wait_for(first.exists, process)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     results = json.loads((tmp_path / "results.json").read_text())
@@ -124,8 +125,7 @@ def test_ctrl_c_leaves_a_readable_partial_result_and_the_same_command_goes_on(tm
     assert f"stopped with {results['finished']} of 4 runs finished; the same command continues" in output
     assert "test error %" in output
     error = json.loads(first.read_text())["test_error"]
-    resumed = run(*arguments)
-    assert resumed.returncode == 0, resumed.stderr
+    assert cli.main([*map(str, arguments), "--workers", "1"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["finished"] == 4
     assert results["runs"][0]["test_error"] == error
@@ -275,15 +275,16 @@ def broken():
 """
 
 
-def test_doctor_verifies_a_model(tmp_path):
+def test_doctor_verifies_a_model(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "models.py").write_text(MODELS)
     good = run("doctor", "--model", "mine.models:good", cwd=tmp_path)
     assert (good.returncode, good.stderr) == (0, "")
     assert "use how='jvp'" in good.stdout
-    wrong = run("doctor", "--model", tmp_path / "mine" / "models.py:wrong")
-    assert (wrong.returncode, wrong.stderr) == (1, "")
-    assert "wrong: your own backward pass" in wrong.stdout
+    assert cli.main(["doctor", "--model", f"{tmp_path}/mine/models.py:wrong"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "wrong: your own backward pass" in captured.out
 
 
 @pytest.mark.parametrize(
@@ -322,5 +323,7 @@ def test_training_imports_without_the_command_lines_packages():
         "import sys; sys.modules['tyro'] = None; sys.modules['matplotlib'] = None\n"
         "import fastmeta.training, fastmeta.ssl, fastmeta.data, fastmeta.models\n"
     )
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=LIMIT
+    )
     assert finished.returncode == 0, finished.stderr

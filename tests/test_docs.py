@@ -237,6 +237,22 @@ class _WithLogits(nn.Module):
         return {"logits": self.net(inputs)}
 
 
+def test_a_teacher_that_learns():
+    """Two clouds with a label each: the student, which sees no label itself, comes to tell them apart."""
+    step = printed("A teacher that learns")["meta_pseudo_labels_step"]
+    draw = torch.Generator().manual_seed(0)
+    classes = torch.randint(2, (64,), generator=draw)
+    x_u = torch.randn(64, 5, generator=draw) + 6.0 * classes.unsqueeze(1)
+    x_l, y_l = torch.tensor([0.0, 6.0]).unsqueeze(1).expand(2, 5), torch.tensor([0, 1])
+    teacher, student = make_net(), make_net()
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (teacher, student)]
+    meta = fastmeta.MetaPseudoLabels(how="jvp", rate=0.1)
+    for _ in range(60):
+        step(teacher, student, meta, *optimizers, x_l, y_l, x_u)
+    for net in (teacher, student):
+        assert float((net(x_u).argmax(1) == classes).float().mean()) > 0.95
+
+
 def test_usb(monkeypatch, tmp_path):
     module = types.ModuleType("semilearn.algorithms.fixmatch")
     module.FixMatch = UsbStandIn  # type: ignore[attr-defined]

@@ -19,7 +19,9 @@ from fastmeta import (
     ImplicitImputation,
     ImputeAndWeight,
     LabelGradientAlignment,
+    LearningToReweight,
     MetaGradient,
+    MetaWeightNet,
     Method,
     Outputs,
     Refined,
@@ -53,6 +55,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "ImplicitImputation V1": lambda: ImplicitImputation("V1", max_iter=9, label_step=9.0),
     "ImplicitImputation V2": lambda: ImplicitImputation(max_iter=9),
     "ImputeAndWeight": lambda: ImputeAndWeight(M, lr=0.1, inner_loss="mse_probs"),
+    "LearningToReweight": lambda: LearningToReweight(),
+    "MetaWeightNet": lambda: MetaWeightNet(lr=0.1),
     "weights from the look-ahead": lambda: Method(
         LookAhead(HoldoutGradient(), rate=0.1, labeled_weight=0.5), ExampleWeightGradient("mse_probs"), WeightTable(M)
     ),

@@ -24,7 +24,7 @@ from bench.rows import Row, warn_if_contended
 from bench.text import one_line
 from bench.train import report
 from bench.train.measure import measure
-from bench.train.task import SHARED, TASKS, Task
+from bench.train.task import DEFAULT_METHODS, TASKS, Task
 from fastmeta.training.config import MachineConfig
 from fastmeta.training.processes import Processes
 
@@ -33,7 +33,7 @@ TIMEOUT = 1800.0  # s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--methods", nargs="+", choices=SHARED, help="beside the base alone")
+    parser.add_argument("--methods", nargs="+", choices=DEFAULT_METHODS, help="beside the base alone")
     parser.add_argument("--tasks", nargs="+", metavar="TEXT", help="tasks whose name contains this")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="numbers of processes (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each method (%(default)s)")

@@ -9,11 +9,10 @@ from fastmeta.presets import PRESETS
 from fastmeta.training.build import build
 from fastmeta.training.config import MachineConfig, RunConfig, SplitConfig
 from fastmeta.training.processes import Processes
-from fastmeta.training.recipes import METHODS
+from fastmeta.training.recipes import DEFAULT_METHODS
 from fastmeta.training.trainer import Trainer
 
 STEPS = 2**20  # of the papers' runs at 32 pixels
-SHARED = tuple(name for name, recipe in METHODS.items() if recipe.passes == "shared")
 ON_IMAGENET = tuple(
     name for name, preset in PRESETS.items() if preset.dataset.startswith("imagenet") and preset.config.method != "none"
 )
@@ -36,7 +35,7 @@ class Task:
     config: RunConfig
     classes: int
     pixels: int
-    methods: tuple[str, ...] = SHARED
+    methods: tuple[str, ...] = DEFAULT_METHODS
 
     @property
     def batch(self) -> int:

@@ -18,15 +18,11 @@ def load_photographs() -> ImageDataset:
     """Patches of ten photographs, ``[5550, 3, 32, 32]`` uint8; the class is the photograph that a patch is from.
 
     The centre of a photograph, at most 480 pixels, is cut into blocks of 96. Every third block along rows and columns
-    is the official test part, the others are "train"; a block gives 25 patches, 16 pixels apart, so no pixel is in both
-    parts.
+    is the official test part (1,750 patches), the others are "train" (3,800); a block gives 25 patches, 16 pixels
+    apart, so no pixel is in both parts.
 
     Raises:
         MissingPackage: scikit-image or scikit-learn is not installed.
-
-    >>> photographs = load_photographs()
-    >>> {part: len(places) for part, places in photographs.parts.items()}
-    {'train': 3800, 'test': 1750}
     """
     patches, targets, names, tested = [], [], [], []
     openers = _photographs()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta.data.foreign import WithForeignClasses
 from fastmeta.data.images import DataError, Images, fingerprint_of
 from fastmeta.data.seeding import generator_for
 
@@ -50,6 +51,7 @@ def make_split(
     test_fraction: float = 0.0,
     imbalance: float = 1.0,
     unlabeled_imbalance: float = 1.0,
+    holdout: int = 0,
 ) -> Split:
     """Split the "train" part of ``images`` class by class; ``seed`` moves all that is drawn but test images.
 
@@ -71,6 +73,7 @@ def make_split(
         test_fraction: share of a class for ``test``.
         imbalance: labels of the first class over those of the last, geometric in between.
         unlabeled_imbalance: the same of the unlabeled images of "train".
+        holdout: labeled images in all for ``holdout``, without regard to their classes.
 
     Raises:
         DataError: a class has too few labels, or there is one class only.
@@ -87,6 +90,7 @@ def make_split(
         ("holdout_per_class", holdout_per_class),
         ("validation_per_class", validation_per_class),
         ("validation", validation),
+        ("holdout", holdout),
     ):
         if size < 0:
             raise ValueError(f"{name} must be at least 0, got {size}")
@@ -94,6 +98,8 @@ def make_split(
         raise ValueError(f"test_fraction must lie in [0, 1), got {test_fraction}")
     if validation and validation_per_class:
         raise ValueError(f"validation must be 0 with validation_per_class {validation_per_class}, got {validation}")
+    if holdout and holdout_per_class:
+        raise ValueError(f"holdout must be 0 with holdout_per_class {holdout_per_class}, got {holdout}")
     for name, drawn, part in (
         ("validation_per_class", validation_per_class, "validation"),
         ("validation", validation, "validation"),
@@ -108,7 +114,8 @@ def make_split(
         )
     train = images.parts["train"]
     train_targets = images.targets[train]
-    if unlabeled_imbalance != 1 and ("unlabeled" in images.parts or bool((train_targets < 0).any())):
+    targets = (images.images if isinstance(images, WithForeignClasses) else images).targets  # foreign images all stay
+    if unlabeled_imbalance != 1 and ("unlabeled" in images.parts or bool((targets[train] < 0).any())):
         raise ValueError(
             f"unlabeled_imbalance must be 1, because {images.name} has unlabeled images of its own, got "
             f"{unlabeled_imbalance}"
@@ -128,16 +135,17 @@ def make_split(
         num_tests.append(round(test_fraction * len(members)))
         parts["test"].append(members[: num_tests[-1]])
         left.append(members[num_tests[-1] :])
-    if validation:
-        parts["validation"].append(_drawn(torch.cat(left), validation, seed))
-        left = [members[~torch.isin(members, parts["validation"][-1])] for members in left]
+    drawn_in_all = {name: count for name, count in (("validation", validation), ("holdout", holdout)) if count}
+    for name, count in drawn_in_all.items():
+        parts[name].append(_drawn(torch.cat(left), name, count, seed))
+        left = [members[~torch.isin(members, parts[name][-1])] for members in left]
     unlabeled = []
     for label, (class_name, members) in enumerate(zip(images.classes, left, strict=True)):
         validation_end = holdout_per_class + validation_per_class
         labels = None if labels_per_class is None else max(1, round(labels_per_class * shares[label]))
         labeled_end = len(members) if labels is None else validation_end + labels
         if labeled_end > len(members) or labeled_end <= validation_end:
-            outside = ["the test set"] * bool(num_tests[label]) + ["the validation images"] * bool(validation)
+            outside = ["the test set"] * bool(num_tests[label]) + [f"the {name} images" for name in drawn_in_all]
             raise DataError(_too_few(class_name, len(members), labels_per_class, validation_end, outside))
         members = members[torch.randperm(len(members), generator=generator_for(seed, "split", label))]
         parts["holdout"].append(members[:holdout_per_class])
@@ -163,10 +171,10 @@ def _shares(name: str, imbalance: float, classes: int) -> list[float]:
     return [imbalance ** (-label / (classes - 1)) for label in range(classes)]
 
 
-def _drawn(places: Tensor, count: int, seed: int) -> Tensor:
+def _drawn(places: Tensor, name: str, count: int, seed: int) -> Tensor:
     if count >= len(places):
-        raise DataError(f"validation must be below {len(places)}, the labeled images there are, got {count}")
-    return places[torch.randperm(len(places), generator=generator_for(seed, "validation"))[:count]]
+        raise DataError(f"{name} must be below {len(places)}, the labeled images there are, got {count}")
+    return places[torch.randperm(len(places), generator=generator_for(seed, name))[:count]]
 
 
 def _too_few(class_name: str, available: int, labels: int | None, taken: int, outside: Sequence[str]) -> str:

@@ -57,6 +57,8 @@ class NormalizedGap(Stateful):
         labeled = problem.gradient("labeled", loss=self.loss, reduction=self.reduction)
         unlabeled = problem.gradient("unlabeled", loss=self.loss, reduction=self.reduction)
         g_l, g_u = vectors.tensors(labeled), vectors.tensors(unlabeled)
+        if problem.sharded:
+            raise ValueError("model must have whole parameters for NormalizedGap, whose averages every process has")
         found = found_inf([*g_l, *g_u], power=4)
         if not len(self.ema_labeled):
             if bool(found):

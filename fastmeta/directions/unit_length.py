@@ -20,4 +20,4 @@ class UnitLength(Stateful):
     def forward(self, problem: Problem) -> AnyDirection:
         """The scaled direction; its length never leaves the device."""
         direction = single(self.of(problem), "; use LookAhead(UnitLength())")
-        return vectors.scaled(direction, 1 / vectors.norm(direction))
+        return vectors.scaled(direction, 1 / problem.length(direction))

@@ -19,6 +19,7 @@ from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import LastLayerProblem, Problem, WholeModelProblem, full_precision
 from fastmeta.problem.evaluation import WHY_NOT_TRACED
 from fastmeta.problem.model_function import Inputs, ModelFunction
+from fastmeta.problem.sharded_function import function_of
 from fastmeta.problem.targets import Given
 from fastmeta.state import Stateful, entry
 from fastmeta.updates import Refined, Update
@@ -252,7 +253,8 @@ class Method(Stateful):
     def _refine_model(self, batch: Batch) -> Refined:
         """One step with the model's inputs."""
         assert batch.model is not None
-        function = ModelFunction(batch.model, mode=self.mode)
+        how, group = self.derivative.how, self.process_group
+        function = function_of(batch.model, mode=self.mode, how=how, process_group=group)
         if self.update.needs_graph and batch.labels is not None:
             check_on_graph(batch.labels, "labels")
         rows = batch.per_example
@@ -321,6 +323,7 @@ class Method(Stateful):
             weights = self.update.weights(labels, index)
             weights = labels.new_ones(len(labels)) if weights is None else weights
             return Refined(labels, weights, labels.new_zeros(()))
+        problem = self.update.enter(problem)
         gradient = self.derivative(problem, self.direction(problem))
         # Broadcasting would hide the mistake where N happens to be C, or where labels have one column.
         takes = self.update.takes

@@ -326,7 +326,7 @@ class L2I(Method):
         if isinstance(self.direction, LookAhead):
             self.direction.rate = value
 
-    def unlabeled_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def unlabeled_loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of V1's second step, in which the model learns the refined labels: C^U of Algorithm 1.
 
         The papers sum it over examples and outputs; the published code takes a mean over both, with weight 1 in place
@@ -335,6 +335,7 @@ class L2I(Method):
         Args:
             logits: of the unlabeled examples ``[N, C]``, on the graph.
             labels: ``Refined.labels [N, C]``.
+            mask: 0 for an example that is left out, else 1, ``[N]``; the mean is over all N.
 
         >>> import torch
         >>> logits, labels = torch.zeros(3, 2), torch.tensor([[1.0, 0.0]]).expand(3, 2)
@@ -342,6 +343,8 @@ class L2I(Method):
         [1.5, 0.25]
         """
         per_example = losses.loss_per_example(logits, labels, self.inner_loss)
+        if mask is not None:
+            per_example = mask * per_example
         if self.second_reduction == "sum":
             return self.second_weight * per_example.sum()
         entries = logits.shape[1] if self.second_reduction == "mean_entries" else 1

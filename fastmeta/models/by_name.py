@@ -13,10 +13,12 @@ from fastmeta.models import libraries
 from fastmeta.models.conv_large import ConvLarge
 from fastmeta.models.conv_net import ConvNet
 from fastmeta.models.libraries import Statistics, UnknownModel, first_line
+from fastmeta.models.mlp import MLP
 from fastmeta.models.mobilenet_v2 import MobileNetV2
-from fastmeta.models.normalize import IMAGENET, SYMMETRIC, Normalized
+from fastmeta.models.normalize import CIFAR, IMAGENET, SYMMETRIC, Normalized
 from fastmeta.models.resnet import ResNet
 from fastmeta.models.resnet26 import ResNet26
+from fastmeta.models.tcdcn import TCDCN
 from fastmeta.models.weights import load_weights, read_weights
 from fastmeta.models.wide_resnet import WideResNet
 
@@ -31,16 +33,33 @@ class _Net(NamedTuple):
 NETS: dict[str, _Net] = {
     "linear": _Net(lambda c, channels, size: nn.Sequential(nn.Flatten(), nn.Linear(channels * size * size, c))),
     "conv-net": _Net(lambda c, channels, size: ConvNet(channels, c)),
+    "mlp": _Net(lambda c, channels, size: MLP(channels * size * size, c, (128, 128, 128))),
     "conv-large": _Net(lambda c, channels, size: ConvLarge(c, channels=channels), SYMMETRIC),
+    "conv-large-noise": _Net(
+        lambda c, channels, size: ConvLarge(c, channels=channels, dropped="values", noise=0.15), CIFAR
+    ),
+    "conv-large-top-norm": _Net(lambda c, channels, size: ConvLarge(c, channels=channels, top_norm=True), SYMMETRIC),
     "wide-resnet-28-2": _Net(lambda c, channels, size: WideResNet(c, channels=channels), SYMMETRIC),
     "wide-resnet-28-8": _Net(lambda c, channels, size: WideResNet(c, width=8, channels=channels), SYMMETRIC),
+    "wrn-28-2": _Net(
+        lambda c, channels, size: WideResNet(c, channels=channels, momentum=0.001, eps=0.001, shared="first"), SYMMETRIC
+    ),
+    "wrn-28-2-l2i": _Net(
+        lambda c, channels, size: WideResNet(
+            c, channels=channels, bias=True, momentum=0.001, eps=0.001, shared="first"
+        ),
+        CIFAR,
+    ),
     "resnet-18": _Net(lambda c, channels, size: ResNet(c, depth=18, channels=channels), IMAGENET),
     "resnet-26": _Net(lambda c, channels, size: ResNet26(c, channels=channels), IMAGENET),
     "resnet-34": _Net(lambda c, channels, size: ResNet(c, depth=34, channels=channels), IMAGENET),
     "resnet-50": _Net(lambda c, channels, size: ResNet(c, depth=50, channels=channels), IMAGENET),
     "resnet-101": _Net(lambda c, channels, size: ResNet(c, depth=101, channels=channels), IMAGENET),
     "mobilenet-v2": _Net(lambda c, channels, size: MobileNetV2(c, channels=channels), IMAGENET),
+    "tcdcn": _Net(lambda c, channels, size: TCDCN(c, channels=channels, image_size=size), SYMMETRIC),
 }
+WITHOUT_LAST_LAYER = ("conv-large-top-norm",)
+"""Nets of ours whose logits are not what their last linear layer gives."""
 AUTOMATIC = ((16, "conv-net"), (48, "wide-resnet-28-2"), (96, "resnet-26"))  # up to this size; above: resnet-18
 
 

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation that most ImageNet weights expect."""
+CIFAR = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+"""Of CIFAR-10's training images, which codes use for CIFAR-100 and SVHN as well."""
 SYMMETRIC = ((0.5,), (0.5,))
 """[0, 1] becomes [-1, 1], as FixMatch and its successors have it."""
 

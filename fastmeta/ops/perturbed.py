@@ -12,9 +12,12 @@ from fastmeta.dispatch import Operator, in_place
 from fastmeta.ops import _in_place, _lists, _workspace
 
 
+def _wide(direction: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(v.dtype == torch.float64 for v in direction) else torch.float32
+
+
 def _fake_epsilon(direction: list[Tensor], radius: float) -> Tensor:
-    wide = torch.float64 if any(v.dtype == torch.float64 for v in direction) else torch.float32
-    return torch.empty((), dtype=wide, device=direction[0].device if direction else "cpu")
+    return torch.empty((), dtype=_wide(direction), device=direction[0].device if direction else "cpu")
 
 
 EPSILON = Operator("perturb_epsilon", fake=_fake_epsilon)
@@ -25,7 +28,7 @@ _ALIGN = 64  # of each tensor's copy in the backup, and the size of its header; 
 
 def perturb_epsilon_reference(direction: Sequence[Tensor], radius: float) -> Tensor:  # []
     """``radius / ||v||`` over all tensors; ``radius`` where the norm is 0. float64 if one tensor is."""
-    wide = torch.float64 if any(v.dtype == torch.float64 for v in direction) else torch.float32
+    wide = _wide(direction)
     if not direction:
         return torch.tensor(radius, dtype=wide)
     norms = [torch.linalg.vector_norm(v, dtype=torch.float64) for v in direction]
@@ -66,6 +69,7 @@ class perturbed:
         direction: ``v``, of the same shapes and dtypes; for a dict, a dict with the same keys. A constant, even
             if it requires grad. Must not change inside the block.
         radius: length of the step, >= 0.
+        norm: ``||v||``, a tensor ``[]``, where these tensors are a part of v; None: theirs.
         impl: implementation to use; see :func:`fastmeta.use_impl`.
 
     Attributes:
@@ -93,10 +97,12 @@ class perturbed:
         direction: Mapping[str, Tensor] | Iterable[Tensor],
         radius: float,
         *,
+        norm: Tensor | None = None,
         impl: str | None = None,
     ) -> None:
         self._params, self._direction, self._keys = _pair(params, direction)
         self._radius = radius
+        self._norm = norm
         self._impl = impl
         self._epsilon: Tensor | None = None
         self._moved: _ByReference | _ByKernel | _ByTable | None = None
@@ -118,7 +124,7 @@ class perturbed:
             self._versions = _in_place.versions(self._params)
             self._moved = moved
             try:
-                self._epsilon = self._moved.enter(self._radius)
+                self._epsilon = self._moved.enter(self._radius, self._norm)
             except BaseException:  # an interrupt, too
                 self._restore()
                 raise
@@ -143,7 +149,7 @@ class perturbed:
 
     def _choose(self) -> "_ByReference | _ByKernel | _ByTable":
         checks.number(self._radius, "radius", low=0.0)
-        table = _ByTable.made(self._impl, self._params, self._direction)
+        table = None if self._norm is not None else _ByTable.made(self._impl, self._params, self._direction)
         if table is not None:
             return table
         kernel = MOVE.select(self._impl, *self._params, *self._direction)
@@ -199,6 +205,10 @@ class _InPlaces:
         self.params, self.direction = params, direction
         self.addresses = [_in_place.addresses(tensors) for tensors in (params, direction)]
 
+    def given(self, radius: float, norm: Tensor) -> Tensor:
+        """``radius / norm``, as :func:`perturb_epsilon_reference` gives it."""
+        return (radius / norm).to(_wide(self.direction))
+
     def replaced(self, which: int) -> list[int]:
         """The places of the parameters (0) or directions (1) that have other memory now."""
         now, before = _in_place.addresses((self.params, self.direction)[which]), self.addresses[which]
@@ -212,8 +222,8 @@ class _ByReference(_InPlaces):
         super().__init__(params, direction)
         self.saved: list[Tensor] = []
 
-    def enter(self, radius: float) -> Tensor:
-        epsilon = perturb_epsilon_reference(self.direction, radius)
+    def enter(self, radius: float, norm: Tensor | None) -> Tensor:
+        epsilon = perturb_epsilon_reference(self.direction, radius) if norm is None else self.given(radius, norm)
         self.saved = [theta.clone() for theta in self.params]
         self.move(epsilon, 1.0)
         return epsilon
@@ -249,9 +259,11 @@ class _ByKernel(_InPlaces):
         self.layouts = [(theta.shape, theta.stride()) for theta in params]
         self.backup: Tensor | None = None
 
-    def enter(self, radius: float) -> Tensor:
+    def enter(self, radius: float, norm: Tensor | None) -> Tensor:
         size_epsilon, move, _ = self.kernels
-        epsilon = checks.run(size_epsilon, (self.direction, radius), self.check)
+        epsilon = (
+            checks.run(size_epsilon, (self.direction, radius), self.check) if norm is None else self.given(radius, norm)
+        )
         copies = (-(-theta.numel() * theta.element_size() // _ALIGN) * _ALIGN for theta in self.params)
         self.backup = _workspace.take(_ALIGN + sum(copies), epsilon.device)
         checks.run(move, (self.params, self.direction, self.backup, epsilon, 1.0, True), self.check)
@@ -299,7 +311,7 @@ class _ByTable:
             return None
         return cls(params, block, backup)
 
-    def enter(self, radius: float) -> Tensor:
+    def enter(self, radius: float, norm: Tensor | None) -> Tensor:
         self.block.enter(radius)
         _in_place.written(self.params)
         epsilon: Tensor = self.block.epsilon()

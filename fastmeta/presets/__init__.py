@@ -11,13 +11,21 @@ method. How the machine is used is no part of a preset: ``--machine.device cuda 
 
 import difflib
 
-from fastmeta.presets import example_weights, learning_to_impute_v2, meta_gradient
+from fastmeta.presets import (
+    example_weights,
+    label_gradient_alignment,
+    learning_to_impute_v1,
+    learning_to_impute_v2,
+    meta_gradient,
+)
 from fastmeta.presets.preset import Preset
 
 PRESETS: dict[str, Preset] = {
+    **learning_to_impute_v1.PRESETS,
     **learning_to_impute_v2.PRESETS,
     **meta_gradient.PRESETS,
     **example_weights.PRESETS,
+    **label_gradient_alignment.PRESETS,
 }
 
 

@@ -4,8 +4,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from fastmeta.presets.data import DATA_SETS
 from fastmeta.training.config import RunConfig
+
+CLASSES = {
+    "cifar-10": 10,
+    "cifar-100": 100,
+    "svhn": 10,
+    "fashion-mnist": 10,
+    "tiny-imagenet": 200,
+    "imagenet": 1000,
+    "imagenet-72": 1000,
+}
+"""Of the data sets of the papers."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +24,7 @@ class Preset:
 
     Args:
         config: its settings; ``data`` is the name of the data set, in whose place comes where it is.
-        dataset: a key of :data:`fastmeta.presets.data.DATA_SETS`.
+        dataset: a key of :data:`CLASSES`.
         paper: that prints it.
         table: where in it.
         error: the test error in percent as printed; None where the paper has none, or only draws it.
@@ -48,7 +58,7 @@ def rows(
     table: str,
     heads: Sequence[Column],
     figures: Mapping[str, Sequence[float | None]],
-    settings: Callable[[str, str], RunConfig],
+    settings: Callable[[str, Column], RunConfig],
     note: str = "",
 ) -> Iterator[tuple[str, Preset]]:
     """The cells of a table, by the names ``<prefix>-<arm>-<data set>-<labels>``.
@@ -59,20 +69,22 @@ def rows(
         table: see :class:`Preset`.
         heads: the table's columns.
         figures: the errors of each arm, one a column; a row may end early. None: drawn and not printed.
-        settings: those of an arm on a data set, but for the labels.
+        settings: those of an arm in a column; all labels of the column are labeled images, unless it has some.
         note: see :class:`Preset`.
 
-    >>> def settings(arm, dataset):
+    >>> def settings(arm, column):
     ...     return RunConfig(base="fixmatch")
     >>> [(name, cell)] = rows("A paper", "a", "Table 1", columns("cifar-10", 250), {"fm": [5.07]}, settings)
     >>> name, cell.config.labels_per_class, cell.error
     ('a-fm-cifar10-250', 25, 5.07)
     """
     for arm, errors in figures.items():
-        for (dataset, labels, word), error in zip(heads, errors, strict=False):
-            config = settings(arm, dataset)
-            config = replace(config, data=dataset, labels_per_class=labels // DATA_SETS[dataset].classes or None)
-            short = dataset.replace("cifar-", "cifar").replace("svhn-extra", "svhn").replace("imagenet-72", "imagenet")
+        for column, error in zip(heads, errors, strict=False):
+            dataset, labels, word = column
+            config = settings(arm, column)
+            each = config.labels_per_class or labels // CLASSES[dataset] or None
+            config = replace(config, data=dataset, labels_per_class=each)
+            short = dataset.replace("cifar-", "cifar").replace("imagenet-72", "imagenet")
             name = "-".join(part for part in (prefix, arm, short, word or str(labels)) if part)
             yield name, Preset(config, dataset, paper, table, error, note)
 
@@ -83,24 +95,30 @@ def joined(cells: Iterable[tuple[str, Preset]]) -> dict[str, Preset]:
     >>> run = Preset(RunConfig(), "cifar-10", "A paper", "Table 2", 14.76)
     >>> found = joined([("mt", run), ("mt", replace(run, table="Table 8", error=15.76))])
     >>> found["mt"].table, found["mt"].error, found["mt"].note
-    ('Tables 2 and 8', 14.76, 'Table 8 prints 15.76.')
+    ('Tables 2 and 8', 14.76, 'Table 8: 15.76%.')
     """
     found: dict[str, Preset] = {}
     tables: dict[str, list[str]] = {}
     for name, cell in cells:
-        tables.setdefault(name, []).append(cell.table)
+        printed = tables.setdefault(name, [])
         first = found.setdefault(name, cell)
-        if first is cell:
-            continue
         if first.config != cell.config:
             raise ValueError(f"preset {name} must be the same run in {first.table} and {cell.table}, got two")
-        differs = f"{cell.table} prints {cell.error:.2f}." if cell.error != first.error else ""
+        if cell.table not in printed:
+            printed.append(cell.table)
+        differs = ""
+        if cell.error is not None and cell.error != first.error:
+            differs = f"{cell.table}: {cell.error:.2f}%. {cell.note}".rstrip()
         note = " ".join(part for part in (first.note, differs) if part)
-        found[name] = replace(first, table=_names_of(tables[name]), note=note)
+        found[name] = replace(first, table=_names_of(printed), note=note)
     return found
 
 
 def _names_of(tables: Sequence[str]) -> str:
-    """``Tables 2, 8 and 9``."""
-    *most, last = [table.removeprefix("Table ") for table in tables]
-    return f"Tables {', '.join(most)} and {last}"
+    """``Tables 2, 8 and 9``; those that are no tables come last."""
+    numbers = [table.removeprefix("Table ") for table in tables if table.startswith("Table ")]
+    others = [table for table in tables if not table.startswith("Table ")]
+    listed = [] if not numbers else [f"Table {numbers[0]}"]
+    if len(numbers) > 1:
+        listed = [f"Tables {', '.join(numbers[:-1])} and {numbers[-1]}"]
+    return "; ".join([*listed, *others])

@@ -5,17 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from fastmeta.presets.data import DATA_SETS
+from fastmeta.data.generated import WRITERS
 from fastmeta.presets.preset import Preset
 from fastmeta.training.config import RunConfig, SplitConfig
 from fastmeta.training.train import train
 
-TRAIN, VALIDATION = 6, 2  # images of a class
 STEPS = 2
-_SEED = 0
+_BATCH = 2
+_DRAWN = 20  # images of a part that is drawn without regard to classes
 
 
 def run_smoke(preset: Preset, out: Path | None = None) -> dict[str, Any]:
@@ -32,8 +29,8 @@ def run_smoke(preset: Preset, out: Path | None = None) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="fastmeta-smoke-") as name:
         data = Path(name) / "data"
-        write_folder(data, DATA_SETS[preset.dataset].classes, preset.config.image_size or 32)
-        found = train(small(preset.config, str(data)), out or Path(name) / "run")
+        WRITERS[preset.dataset](data)
+        found = train(small(preset.config, f"{preset.dataset}:{data}"), out or Path(name) / "run")
         assert found is not None, "nobody stopped it"
         return found
 
@@ -42,16 +39,18 @@ def small(config: RunConfig, data: str) -> RunConfig:
     """The run on these data that takes seconds."""
     ratio = (config.unlabeled_batch or 1) // (config.labeled_batch or 1)
     settings = dict(config.method_settings)
-    if "interval" in settings:
+    if config.method.startswith("example-weights"):
         settings["interval"] = STEPS
+    if settings.get("inverse_hessian") == "neumann":
+        settings["max_iter"] = 2
     return replace(
         config,
         data=data,
         labels_per_class=config.labels_per_class and 1,
-        split=_split(config.split),
-        labeled_batch=2,
-        unlabeled_batch=2 * min(ratio, 2),
-        holdout_batch=config.holdout_batch and 4,
+        split=_small_split(config.split),
+        labeled_batch=_BATCH,
+        unlabeled_batch=_BATCH * min(ratio, 2),
+        holdout_batch=config.holdout_batch and 2 * _BATCH,
         method_settings=settings,
         steps=STEPS,
         schedule=replace(
@@ -61,24 +60,7 @@ def small(config: RunConfig, data: str) -> RunConfig:
     )
 
 
-def _split(split: SplitConfig) -> SplitConfig:
-    """One image of a class in each part that the preset draws."""
-    return replace(
-        split,
-        holdout_per_class=split.holdout_per_class and 1,
-        validation_per_class=split.validation_per_class and 1,
-    )
-
-
-def write_folder(folder: Path, classes: int, side: int) -> None:
-    """``train/<class>/*.jpg`` and ``val/<class>/*.jpg``: a color of its class, noise, and sides that differ."""
-    draw = np.random.default_rng(_SEED)
-    colors = draw.integers(40, 216, (classes, 3))
-    for part, count in (("train", TRAIN), ("val", VALIDATION)):
-        for label in range(classes):
-            place = folder / part / f"n{label:08}"
-            place.mkdir(parents=True)
-            for number in range(count):
-                height, width = (round(side * factor) for factor in draw.uniform(0.9, 1.5, 2))
-                pixels = colors[label] + draw.integers(-40, 40, (height, width, 3))
-                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.JPEG")
+def _small_split(split: SplitConfig) -> SplitConfig:
+    """A few images in each part that the preset draws."""
+    sizes: dict[str, Any] = {"holdout_per_class": 1, "validation_per_class": 1, "holdout": _DRAWN, "validation": _DRAWN}
+    return replace(split, **{part: getattr(split, part) and size for part, size in sizes.items()})

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fastmeta import checks
 from fastmeta.ops.process_group import Group, joined_count
+from fastmeta.problem import vectors
+from fastmeta.problem.direction import AnyDirection
 
 Reduction = Literal["mean", "sum"]
 Curvature = Literal["hessian", "gauss_newton"]
@@ -51,6 +53,15 @@ class ProblemBase:
     def device(self) -> torch.device:
         """The device on which processes add up their numbers of examples."""
         raise NotImplementedError
+
+    @property
+    def sharded(self) -> bool:
+        """Whether directions are this process's parts of them."""
+        return False
+
+    def length(self, direction: AnyDirection) -> Tensor:
+        """Euclidean length of a direction; see :func:`fastmeta.problem.vectors.norm`."""
+        return vectors.norm(direction)
 
     @property
     def inner_weights(self) -> Tensor | None:

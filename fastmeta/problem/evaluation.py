@@ -95,7 +95,7 @@ class Evaluator:
             stack.enter_context(self._same_randomness())
             stack.enter_context(self._in_mode())
             if on_graph:
-                stack.enter_context(self._same_gradients())
+                stack.enter_context(self.same_gradients())
             stack.enter_context(self._at(parameters))
             # Compiled parts would draw other dropout masks and lose tangents.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -147,7 +147,7 @@ class Evaluator:
                 raise ValueError(f"model must not change its parameters as it runs, but it has changed {name}")
 
     @contextlib.contextmanager
-    def _same_gradients(self) -> Iterator[None]:
+    def same_gradients(self) -> Iterator[None]:
         """A model that calls ``backward`` itself, for an energy, would add to ``.grad``."""
         before = [(parameter, parameter.grad) for parameter in self._module.parameters() if parameter.is_leaf]
         try:

@@ -16,6 +16,8 @@ from torch.nn.parameter import is_lazy
 
 from fastmeta import checks
 from fastmeta.capture import Outputs, capture_features, last_linear
+from fastmeta.ops.process_group import Group, sum_over
+from fastmeta.problem import vectors
 from fastmeta.problem.direction import Vector
 from fastmeta.problem.evaluation import Evaluator, Mode
 from fastmeta.problem.forward_mode import ForwardMode
@@ -58,6 +60,9 @@ class ModelFunction:
             runs; or a tensor among the attributes requires grad and is no parameter.
     """
 
+    sharded = False
+    """whether ``parameters`` are this process's parts of them"""
+
     def __init__(self, model: nn.Module, *, mode: Mode | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -69,13 +74,27 @@ class ModelFunction:
         lazy = [name for name, parameter in own.items() if is_lazy(parameter)]
         if lazy:
             raise ValueError(f"model must be initialized, but {lazy[0]} is lazy; run the model once before")
-        refuse_sharded(self.module)
+        self._check_parts()
         self._own: Vector = {name: parameter for name, parameter in own.items() if parameter.requires_grad}
         if not self._own:
             raise ValueError(f"model must have parameters that require grad, got none in {type(model).__name__}")
         with torch.inference_mode(False):
-            self.parameters: Vector = {name: parameter.detach() for name, parameter in self._own.items()}
+            self.parameters: Vector = {name: self._part(parameter) for name, parameter in self._own.items()}
         self._evaluator = Evaluator(self.module, mode)
+
+    def _check_parts(self) -> None:
+        refuse_sharded(self.module)
+
+    def _part(self, parameter: Tensor) -> Tensor:
+        return parameter.detach()
+
+    def joined(self, gradient: Vector, group: Group) -> Vector:
+        """The sum of the gradients of all processes."""
+        return dict(zip(gradient, sum_over(list(gradient.values()), group), strict=True))
+
+    def norm(self, direction: Vector) -> Tensor:
+        """Euclidean length of a direction; see :func:`fastmeta.problem.vectors.norm`."""
+        return vectors.norm(direction)
 
     def check(self, direction: object, argument: str = "direction") -> Vector:
         """A direction of this model, detached: a dict of tensors by parameter name, without the entries that are None.
@@ -356,15 +375,7 @@ class ModelFunction:
     ) -> Tensor:
         """Logits ``[N, C]`` at the parameters; ``on_graph``: the inputs are not detached."""
         copied = InputCopies(on_graph=on_graph)
-        positional: tuple[Any, ...] = ()
-        keywords: dict[str, Any] = {}
-        if isinstance(inputs, Mapping):
-            for name in inputs:
-                if not isinstance(name, str):
-                    raise TypeError(f"inputs must be a mapping of keyword arguments by name, got the name {name!r}")
-            keywords = {name: copied(value) for name, value in inputs.items()}
-        else:
-            positional = tuple(map(copied, inputs if type(inputs) is tuple else (inputs,)))
+        positional, keywords = arguments_of(inputs, copied)
         mode: ForwardMode | HiddenReads | None = inside
         if mode is None and torch.is_grad_enabled():
             mode = HiddenReads(list(parameters.values()))
@@ -380,6 +391,16 @@ class ModelFunction:
             if derivative:
                 refuse_cut_gradients(logits)
         return logits
+
+
+def arguments_of(inputs: Inputs, copied: InputCopies) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of the model's arguments, by position and by name."""
+    if not isinstance(inputs, Mapping):
+        return tuple(map(copied, inputs if type(inputs) is tuple else (inputs,))), {}
+    for name in inputs:
+        if not isinstance(name, str):
+            raise TypeError(f"inputs must be a mapping of keyword arguments by name, got the name {name!r}")
+    return (), {name: copied(value) for name, value in inputs.items()}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -2,7 +2,18 @@
 
 import sys
 
-from torch import nn
+from torch import Tensor, nn
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether it is a tensor of which each process has a part (DTensor)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a parameter, on the same memory; all of one that is not spread."""
+    return tensor._local_tensor if is_spread(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -11,10 +22,12 @@ def refuse_sharded(model: nn.Module) -> None:
     Raises:
         ValueError: so it is.
     """
-    tensor, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
-    sharded = tensor is not None and any(isinstance(parameter, tensor.DTensor) for parameter in model.parameters())
-    if sharded or (fsdp and any(isinstance(part, fsdp.FullyShardedDataParallel) for part in model.modules())):
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if any(map(is_spread, model.parameters())) or (
+        fsdp and any(isinstance(part, fsdp.FullyShardedDataParallel) for part in model.modules())
+    ):
         raise ValueError(
             "model must have whole parameters, but those of this one are sharded over processes; use "
-            "how='last_layer' with tape.outputs(logits) of capture_features(model.fc)"
+            "how='last_layer' with tape.outputs(logits) of capture_features(model.fc), or, after fully_shard, "
+            "how='finite_difference' with process_group"
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastmeta import losses
 from fastmeta.ops.perturbed import perturbed
-from fastmeta.ops.process_group import Group, sum_over
+from fastmeta.ops.process_group import Group
 from fastmeta.problem.base import Curvature, How, InnerLoss, Part, ProblemBase, Reduction, full_precision
 from fastmeta.problem.direction import AnyDirection, Vector, of_model
 from fastmeta.problem.model_function import Inputs, ModelFunction, Term
@@ -265,7 +265,7 @@ class WholeModelProblem(ProblemBase):
         v = of_model(direction)
         one_sided = self.how == "forward_difference"
         minus = self.logits if one_sided else None  # run before anything is moved
-        with torch.no_grad(), perturbed({name: self.parameters[name] for name in v}, v, radius) as perturbation:
+        with torch.no_grad(), self._perturbed(v, radius) as perturbation:
             plus = self._probe()
             if minus is None:
                 perturbation.flip()
@@ -318,13 +318,26 @@ class WholeModelProblem(ProblemBase):
                 if keep:
                     self.seen.on_graph = logits
                 start = of(self._see(logits.detach()))
-            with perturbed({name: self.parameters[name] for name in v}, v, self.radius) as perturbation:
+            with self._perturbed(v, self.radius) as perturbation:
                 plus = of(self._probe())
                 if start is None:
                     perturbation.flip()
                     minus = of(self._probe())
                     return (plus - minus) / (2 * perturbation.epsilon)
             return (plus - start) / perturbation.epsilon
+
+    def _perturbed(self, v: Vector, radius: float) -> perturbed:
+        norm = self.length(v) if self.sharded else None
+        return perturbed({name: self.parameters[name] for name in v}, v, radius, norm=norm)
+
+    @property
+    def sharded(self) -> bool:
+        """See :attr:`ProblemBase.sharded`."""
+        return self.function.sharded
+
+    def length(self, direction: AnyDirection) -> Tensor:
+        """See :meth:`ProblemBase.length`."""
+        return self.function.norm(of_model(direction))
 
     def _impute_first(self) -> None:
         """Impute the labels at theta before a central difference, which makes no pass at theta."""
@@ -386,7 +399,7 @@ class WholeModelProblem(ProblemBase):
     def _joined(self, gradient: Vector) -> Vector:
         if self.process_group is None:
             return gradient
-        return dict(zip(gradient, sum_over(list(gradient.values()), self.process_group), strict=True))
+        return self.function.joined(gradient, self.process_group)
 
 
 def _within(name: str, layer: str) -> bool:

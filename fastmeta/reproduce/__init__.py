@@ -2,7 +2,13 @@
 
 from fastmeta.reproduce.experiment import Experiment
 from fastmeta.reproduce.lga_linear import LGA_LINEAR
+from fastmeta.reproduce.lga_spheres import LGA_SPHERES
+from fastmeta.reproduce.weights_in_the_plane import WEIGHTS_CIRCLES, WEIGHTS_LINEAR, WEIGHTS_MOONS
+from fastmeta.reproduce.weights_runtime import WEIGHTS_RUNTIME
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (LGA_LINEAR,)}
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (WEIGHTS_LINEAR, WEIGHTS_CIRCLES, WEIGHTS_MOONS, WEIGHTS_RUNTIME, LGA_LINEAR, LGA_SPHERES)
+}
 
 __all__ = ["EXPERIMENTS", "Experiment"]

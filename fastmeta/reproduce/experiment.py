@@ -57,7 +57,7 @@ class Experiment:
         pyplot()  # it would be a pity to miss it at the end
         make_folder(out)
         with alone(out):
-            began = time.monotonic()
+            began, code = time.monotonic(), commit()
             planned = list(self.cells(quick))
             before = {json.dumps(cell["settings"]): cell for cell in _read(out / "results.json")}
             measured = {key: before[key] for key in map(json.dumps, planned) if key in before}
@@ -68,17 +68,17 @@ class Experiment:
                     break
                 words = " ".join(f"{name}={value}" for name, value in settings.items())
                 print(f"{self.name}: cell {number} of {len(planned)}: {words}", flush=True)
-                measured[json.dumps(settings)] = self._cell(settings)
+                measured[json.dumps(settings)] = self._cell(settings, code)
                 self._write_results(out, list(measured.values()), quick)
             cells = [measured[key] for key in map(json.dumps, planned) if key in measured]
             self._write_results(out, cells, quick)
             self._write_pages(out, cells, len(planned))
 
-    def _cell(self, settings: Row) -> Row:
+    def _cell(self, settings: Row, code: str) -> Row:
         start = time.perf_counter()
         measured = self.measure(**settings)
         seconds = round(time.perf_counter() - start, 2)
-        return {"settings": settings, "measured": measured, "seconds": seconds, "date": _now(), "commit": commit()}
+        return {"settings": settings, "measured": measured, "seconds": seconds, "date": _now(), "commit": code}
 
     def _write_results(self, out: Path, cells: Sequence[Row], quick: bool) -> None:
         """One cell a line: indented, a curve would take hundreds of lines."""

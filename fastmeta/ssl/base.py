@@ -1,10 +1,9 @@
 """What every base algorithm shares: the batch it is given, the loss it returns, and where a method comes in."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,9 @@ from fastmeta import checks
 from fastmeta.capture import FeatureTape, capture_features
 from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.methods import L2I, LabelGradientAlignment, Method
+from fastmeta.ops.process_group import Group, sum_over, world_size
+from fastmeta.ssl.labels import Finish, as_they_are
+from fastmeta.updates import LabelLogitStep
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class TrainingBatch:
             there is no stream.
         unlabeled_keys: those of the unlabeled images ``[B_u]``.
         seed: of the run.
+        more: further views of the unlabeled images, as many as :attr:`Algorithm.more_views` says, each ``[B_u, ...]``.
+        process_group: the processes that share the batch; None: this one alone.
         probe: labeled images as the augmentation's policy tries them ``[B_l, channels, height, width]``; None: it is
             not learned.
     """
@@ -50,6 +54,8 @@ class TrainingBatch:
     labeled_keys: Tensor | None = None
     unlabeled_keys: Tensor | None = None
     seed: int = 0
+    more: tuple[Tensor, ...] = ()
+    process_group: Group = None
     probe: Tensor | None = None
 
     @property
@@ -113,8 +119,8 @@ class Refiner:
         method: refines labels or weights.
         view: the unlabeled images whose predictions it differentiates: ``imputed``, those the labels come from, or
             ``learned``, those that learn from them (the inner loss as it is written).
-        hard: it is given labels as the loss uses them (one-hot, with the mask) and not the probabilities behind them;
-            their derivative is that of these.
+        hard: it is given labels as the loss uses them (one-hot or sharp, with the mask) and not the probabilities
+            behind them; one-hot labels have the derivative of these.
         passes: ``shared``: it works on the features of the base's own forward; ``own``: it is given the images and
             makes its own passes, as methods of the whole model do.
         own_update: its loss has an update of its own, after the base's and at the parameters that this left. That of a
@@ -168,15 +174,39 @@ class Refiner:
         if not self.own_update:
             if self.two_views or self.imputer != "student" or self.moves_statistics != "none":
                 raise ValueError("two_views, imputer and moves_statistics must be left out without own_update")
-        elif not self.method.update.needs_graph and (self.hard or not isinstance(self.method, L2I)):
-            raise ValueError(f"own_update must be False for {name} with hard={self.hard}: it has no loss of its own")
+        elif not self.method.update.needs_graph and not isinstance(self.method, L2I):
+            raise ValueError(f"own_update must be False for {name}: it has no loss of its own")
+        elif self.hard and isinstance(self.method.update, LabelLogitStep):
+            raise ValueError("hard must be False for a step on the logits of labels, as hard ones have none")
 
 
 class Algorithm(Protocol):
-    """A base algorithm: a loss for one step."""
+    """A base algorithm: a loss for one step, and what it remembers from step to step."""
 
     imputes: ClassVar[bool]
     second_view: ClassVar[Literal["weak", "strong"] | None]
+
+    @property
+    def more_views(self) -> int:
+        """How many views of the unlabeled images it needs beside the weak one and the second, of the second's kind."""
+        return 0
+
+    def memory(self, num_unlabeled: int, num_classes: int, *, model: nn.Module, labels: Tensor) -> nn.Module | None:
+        """What lives from step to step, for :meth:`loss`; None where nothing does.
+
+        Buffers are equal on all processes after a step; parameters, if there are any, are trained as the model's are.
+
+        Args:
+            num_unlabeled: M, unlabeled images.
+            num_classes: C.
+            model: the student.
+            labels: classes of the labeled images ``[L]``.
+        """
+        return None
+
+    def finish(self, labels: Tensor, memory: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """What is learned of labels ``[N, C]``, and which of them ``[N]``: as they are, unless made hard or sharp."""
+        return as_they_are(labels)
 
     def loss(
         self,
@@ -186,6 +216,7 @@ class Algorithm(Protocol):
         teacher: nn.Module,
         progress: float,
         refiner: Refiner | None = None,
+        memory: nn.Module | None = None,
     ) -> StepLoss:
         """The loss of ``model`` on ``batch``.
 
@@ -195,8 +226,38 @@ class Algorithm(Protocol):
             teacher: the exponential moving average of the student's weights.
             progress: fraction of the training steps already taken, in [0, 1).
             refiner: refines the imputed labels; None for the base alone.
+            memory: what :meth:`memory` gave; this step changes its buffers.
+
+        Raises:
+            ValueError: the algorithm has a memory, and this is not it.
         """
         ...
+
+
+Memory = TypeVar("Memory", bound=nn.Module)
+
+
+def remembered(memory: nn.Module | None, kind: type[Memory]) -> Memory:
+    """The memory of a base that has one.
+
+    Raises:
+        ValueError: it is None or another's.
+    """
+    if not isinstance(memory, kind):
+        raise ValueError(f"memory must be the {kind.__name__} that the base's memory(...) gave, got {memory!r}")
+    return memory
+
+
+def joined_mean(values: Tensor, share: float, group: Group) -> Tensor:
+    """The mean over the rows of all processes, ``[...]`` float64 without a graph, equal on all of them.
+
+    Args:
+        values: this process's rows ``[n, ...]``.
+        share: the factor of a mean over them, :attr:`TrainingBatch.unlabeled_share` or the like.
+        group: the processes.
+    """
+    own = share * values.detach().double().mean(dim=0)
+    return sum_over([own], group)[0] / world_size(group)
 
 
 @contextlib.contextmanager
@@ -223,47 +284,6 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             layer.track_running_stats = tracks
 
 
-def harden(labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """One-hot labels ``[N, C]``, and a mask ``[N]`` that is 1 where the largest probability reaches ``threshold``.
-
-    >>> harden(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), 0.8)[1]
-    tensor([1., 0.])
-    """
-    confidence, place = labels.max(dim=1)
-    hard = torch.zeros_like(labels).scatter_(1, place.unsqueeze(1), 1.0)
-    return hard, (confidence >= threshold).to(labels.dtype)
-
-
-def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
-    """``mean_i KL(y_i || softmax f_i)``, at least in float32.
-
-    Args:
-        logits: f ``[N, C]``.
-        targets: probabilities y ``[N, C]``, constants. An entry below 0, as a step on labels that is not projected may
-            leave it, counts in the cross-entropy and not in the entropy, which has no gradient.
-
-    >>> kl_divergence(torch.zeros(1, 4), torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
-    tensor(0.6931)
-    """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    fixed = targets.detach().to(wide)
-    entropy = torch.special.entr(fixed.clamp_min(0)).sum(dim=1)
-    return (-(fixed * logits.to(wide).log_softmax(dim=1)).sum(dim=1) - entropy).mean()
-
-
-Ramp = Literal["sigmoid", "linear"]
-
-
-def ramp_up(progress: float, length: float, shape: Ramp = "sigmoid") -> float:
-    """``exp(-5 (1 - t)^2)``, ``t = min(1, progress / length)`` (Laine and Aila, 2017), from 0.007 to 1; linear: ``t``.
-
-    >>> ramp_up(1.0, 0.4), ramp_up(0.1, 0.4, "linear")
-    (1.0, 0.25)
-    """
-    done = 1.0 if length == 0 else min(1.0, progress / length)
-    return done if shape == "linear" else math.exp(-5 * (1 - done) ** 2)
-
-
 def refine(
     refiner: Refiner | None,
     tape: FeatureTape | None,
@@ -274,9 +294,9 @@ def refine(
     views: dict[str, Tensor],
     inputs: dict[str, Tensor],
     labeled_logits: Tensor,
-    threshold: float | None,
+    finish: Finish = as_they_are,
 ) -> Used:
-    """The labels to learn from: ``imputed`` or what a method makes of them, then hardened.
+    """The labels to learn from: ``imputed`` or what a method makes of them, then finished: made hard, sharpened.
 
     Args:
         refiner: None for the base alone.
@@ -288,23 +308,19 @@ def refine(
             learn from them (``learned``).
         inputs: the images ``[B_u, ...]`` of both views.
         labeled_logits: ``[B_l, C]``; the hold-out examples if the batch has none of its own.
-        threshold: confidence that a hard label needs; None leaves labels soft and uses all of them.
+        finish: makes of them what is learned, and says which are: :func:`harden` or the like.
     """
-
-    def harden_soft(labels: Tensor) -> tuple[Tensor, Tensor]:
-        return (labels, labels.new_ones(len(labels))) if threshold is None else harden(labels, threshold)
-
     soft = imputed.detach()
     # Neither forward mode nor a second forward goes through DistributedDataParallel.
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if refiner is None:
-        labels, mask = harden_soft(soft)
+        labels, mask = finish(soft)
         return Used(soft, labels, mask, mask, soft.new_zeros(()))
 
-    hard, confident = harden_soft(soft)
     given: dict[str, Any] = {"index": batch.index, "labels": imputed, "mask": None}
     if refiner.hard:
-        given |= {"labels": hard + (imputed - soft), "mask": confident}
+        finished, confident = as_learned(finish, imputed)
+        given |= {"labels": finished, "mask": confident}
     scheduled = isinstance(refiner.method, LabelGradientAlignment) and refiner.method.labeled_weight is not None
     if scheduled and tape is None:
         given["labeled_logits"] = labeled_logits
@@ -326,8 +342,16 @@ def refine(
         refined = refined._replace(loss=batch.labeled_share * refined.loss)
     if refiner.hard:
         return Used(soft, refined.labels, confident * refined.weights, confident, refined.loss)
-    labels, mask = harden_soft(refined.labels)
+    labels, mask = finish(refined.labels)
     return Used(refined.labels, labels, mask * refined.weights, mask, refined.loss)
+
+
+def as_learned(finish: Finish, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels ``[N, C]`` as the loss uses them, and the mask; hard ones have the derivative of those behind them."""
+    finished, mask = finish(labels)
+    if labels.requires_grad and not finished.requires_grad:
+        finished = finished + (labels - labels.detach())
+    return finished, mask
 
 
 def own_precision(refiner: Refiner, logits: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import Ramp, Refiner, StepLoss, TrainingBatch, features_for, frozen_statistics, ramp_up, refine
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, frozen_statistics, refine
+from fastmeta.ssl.labels import Ramp, ramp_up
+from fastmeta.ssl.passes import Statistics, forward_parts
 
 
 @dataclass(frozen=True)
-class MeanTeacher:
+class MeanTeacher(Algorithm):
     """The averaged model's predictions are soft labels for another weak view.
 
     ``CE(f(x_l), y_l) + ramp(t) * weight * mean_i sum_c (softmax f(x'_i) - q_i)_c^2``, ``q = softmax teacher(x_i)``.
@@ -21,11 +23,14 @@ class MeanTeacher:
         weight: of the unlabeled loss after the ramp.
         ramp: fraction of training over which that weight rises.
         ramp_shape: sigmoid or linear.
+        statistics: of the student's batch normalization, see :func:`fastmeta.ssl.passes.forward_parts`; MixMatch's
+            repository: separate, Learning to Impute: interleaved. The teacher's are those of its own batch.
     """
 
     weight: float = 5.0
     ramp: float = 0.4
     ramp_shape: Ramp = "sigmoid"
+    statistics: Statistics = "joined"
 
     imputes: ClassVar[bool] = True
     second_view: ClassVar[Literal["weak", "strong"] | None] = "weak"
@@ -38,6 +43,7 @@ class MeanTeacher:
         teacher: nn.Module,
         progress: float,
         refiner: Refiner | None = None,
+        memory: nn.Module | None = None,
     ) -> StepLoss:
         """See :class:`fastmeta.ssl.Algorithm`. A method takes the student's derivative and the teacher's labels."""
         assert batch.second is not None
@@ -45,8 +51,7 @@ class MeanTeacher:
         with torch.no_grad(), frozen_statistics(teacher):
             imputed = teacher(batch.weak).softmax(dim=1)
         with features_for(refiner, model) as tape:
-            logits = model(torch.cat([batch.labeled, batch.second]))
-        labeled_logits, student_logits = logits.split([len(batch.labeled), len(batch.second)])
+            labeled_logits, student_logits = forward_parts(model, [batch.labeled, batch.second], self.statistics)
         probabilities = student_logits.softmax(dim=1)
         used = refine(
             refiner,
@@ -57,7 +62,6 @@ class MeanTeacher:
             views={"imputed": student_logits, "learned": student_logits},
             inputs={"imputed": batch.second, "learned": batch.second},
             labeled_logits=labeled_logits,
-            threshold=None,
         )
         per_example = (probabilities - used.labels).square().sum(dim=1)
 

@@ -10,21 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmeta import losses
-from fastmeta.ssl.base import (
-    Ramp,
-    Refiner,
-    StepLoss,
-    TrainingBatch,
-    features_for,
-    kl_divergence,
-    ramp_up,
-    refine,
-)
-from fastmeta.ssl.mix_up import mix_up
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine
+from fastmeta.ssl.labels import Ramp, kl_divergence, ramp_up
+from fastmeta.ssl.mixing import mix_up
 
 
 @dataclass(frozen=True)
-class MixUpConsistency:
+class MixUpConsistency(Algorithm):
     """Labeled images are mixed with unlabeled ones, and the model shall say of these what it said before.
 
     ``KL(y_mix || f(x_mix)) + ramp(t) weight mean_i |p_i - q_i|^2``, ``p = softmax f(x_i)`` in training mode, ``q`` what
@@ -32,7 +24,8 @@ class MixUpConsistency:
     ``x_mix`` and ``y_mix`` mix each labeled image and its label with an unlabeled one and q (Meta-Gradient, Algorithm 2
     with Eq. (17); the published code has the ramp). Without a method it is its baseline with mix-up alone. The papers'
     batches are of one size; of two, the smaller is gone through again until every image of the larger has a partner (of
-    its own process, so that partners depend on how many there are).
+    its own process, so that partners depend on how many there are). To batch normalization the mixed images are a batch
+    and the unlabeled ones another, and both move running statistics, as published.
 
     With ``mix_up=False`` the labeled part is the cross-entropy of the labeled images, as in the rows of the ablation
     that have no mix-up; with ``labeled_weight=0`` as well it is Algorithm 1 as printed, which descends the consistency
@@ -68,6 +61,7 @@ class MixUpConsistency:
         teacher: nn.Module,
         progress: float,
         refiner: Refiner | None = None,
+        memory: nn.Module | None = None,
     ) -> StepLoss:
         """See :class:`fastmeta.ssl.Algorithm`."""
         network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -84,7 +78,6 @@ class MixUpConsistency:
             views={"imputed": imputed_logits, "learned": imputed_logits},
             inputs={"imputed": batch.weak, "learned": batch.weak},
             labeled_logits=labeled_logits,
-            threshold=None,
         )
         labeled = self._labeled_loss(model, batch, used.labels)
         per_example = losses.loss_per_example(model(batch.weak), used.labels, self.consistency)
@@ -94,7 +87,9 @@ class MixUpConsistency:
         return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed_logits.detach().softmax(dim=1), used)
 
     def _labeled_loss(self, model: nn.Module, batch: TrainingBatch, labels: Tensor) -> Tensor:
-        """Of the labeled images alone, or mixed with unlabeled ones and their ``labels``."""
+        """Of the labeled images alone, or mixed with unlabeled ones and their ``labels``; 0 where its weight is."""
+        if self.labeled_weight == 0:  # no pass, which would move running statistics
+            return labels.new_zeros(())
         if not self.mix_up:
             return batch.labeled_share * functional.cross_entropy(model(batch.labeled), batch.targets)
         targets = functional.one_hot(batch.targets, labels.shape[1]).to(labels)

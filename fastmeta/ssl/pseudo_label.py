@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import Ramp, Refiner, StepLoss, TrainingBatch, features_for, ramp_up, refine
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine
+from fastmeta.ssl.labels import Ramp, as_they_are, harden, ramp_up
+from fastmeta.ssl.passes import Statistics, forward_parts
 
 
 @dataclass(frozen=True)
-class PseudoLabel:
+class PseudoLabel(Algorithm):
     """The model's own confident predictions are hard labels for the same view.
 
     ``CE(f(x_l), y_l) + ramp(t) * weight * mean_i [max q_i >= threshold] CE(f(x_i), argmax q_i)``,
@@ -24,6 +25,8 @@ class PseudoLabel:
         weight: of the unlabeled loss after the ramp.
         ramp: fraction of training over which that weight rises.
         ramp_shape: sigmoid or linear.
+        statistics: of batch normalization, see :func:`fastmeta.ssl.passes.forward_parts`; MixMatch's repository:
+            separate.
     """
 
     threshold: float = 0.95
@@ -31,9 +34,14 @@ class PseudoLabel:
     ramp: float = 0.4
     ramp_shape: Ramp = "sigmoid"
     soft: bool = False
+    statistics: Statistics = "joined"
 
     imputes: ClassVar[bool] = True
     second_view: ClassVar[Literal["weak", "strong"] | None] = None
+
+    def finish(self, labels: Tensor, memory: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Hard labels, and which are confident; unless they are to stay soft."""
+        return as_they_are(labels) if self.soft else harden(labels, self.threshold)
 
     def loss(
         self,
@@ -43,11 +51,11 @@ class PseudoLabel:
         teacher: nn.Module,
         progress: float,
         refiner: Refiner | None = None,
+        memory: nn.Module | None = None,
     ) -> StepLoss:
         """See :class:`fastmeta.ssl.Algorithm`."""
         with features_for(refiner, model) as tape:
-            logits = model(torch.cat([batch.labeled, batch.weak]))
-        labeled_logits, logits_u = logits.split([len(batch.labeled), len(batch.weak)])
+            labeled_logits, logits_u = forward_parts(model, [batch.labeled, batch.weak], self.statistics)
         used = refine(
             refiner,
             tape,
@@ -57,7 +65,7 @@ class PseudoLabel:
             views={"imputed": logits_u, "learned": logits_u},
             inputs={"imputed": batch.weak, "learned": batch.weak},
             labeled_logits=labeled_logits,
-            threshold=None if self.soft else self.threshold,
+            finish=self.finish,
         )
         per_example = functional.cross_entropy(logits_u, used.labels, reduction="none")
 

@@ -6,11 +6,11 @@ from typing import ClassVar, Literal
 from torch import nn
 from torch.nn import functional
 
-from fastmeta.ssl.base import Refiner, StepLoss, TrainingBatch
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch
 
 
 @dataclass(frozen=True)
-class Supervised:
+class Supervised(Algorithm):
     """Cross-entropy on the labeled images. It imputes no labels, so there is nothing for a method to refine."""
 
     imputes: ClassVar[bool] = False
@@ -24,6 +24,7 @@ class Supervised:
         teacher: nn.Module,
         progress: float,
         refiner: Refiner | None = None,
+        memory: nn.Module | None = None,
     ) -> StepLoss:
         """Mean cross-entropy of the labeled batch; see :class:`fastmeta.ssl.Algorithm`.
 

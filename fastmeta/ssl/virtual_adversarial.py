@@ -1,6 +1,7 @@
 """Virtual adversarial training (Miyato et al., 2018)."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -9,7 +10,8 @@ from torch.nn import functional
 
 from fastmeta import checks
 from fastmeta.problem.random_state import RandomState
-from fastmeta.ssl.base import Refiner, StepLoss, TrainingBatch, features_for, frozen_statistics, kl_divergence, refine
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, frozen_statistics, refine
+from fastmeta.ssl.labels import as_they_are, conditional_entropy, harden, kl_divergence
 
 
 def virtual_adversarial_direction(
@@ -128,25 +130,16 @@ def virtual_adversarial_loss(
     return kl_divergence(moved, logits.detach().softmax(dim=1))
 
 
-def conditional_entropy(logits: Tensor) -> Tensor:
-    """``mean_i H(softmax f_i)`` of logits ``[N, C]``, in nats.
-
-    >>> conditional_entropy(torch.zeros(2, 4))
-    tensor(1.3863)
-    """
-    logarithms = logits.log_softmax(dim=1)
-    return -(logarithms.exp() * logarithms).sum(dim=1).mean()
-
-
 @dataclass(frozen=True)
-class VirtualAdversarial:
+class VirtualAdversarial(Algorithm):
     """Predictions are to stay the same under the worst small change of the image.
 
     ``CE(f(x_l), y_l) + weight * VAT + entropy_weight * mean_i H(softmax f(x_i))`` with VAT the
     :func:`virtual_adversarial_loss`; it and the entropy are means over labeled and weakly augmented unlabeled images
     together, as in the paper. Imputed labels are the predictions on the latter. A method refines these, and then
     ``mean_i w_i CE(f(weak_i), labels_i)`` is added (Label Gradient Alignment + VAT: its table's labels). To a method
-    that weighs examples they are given one-hot: a prediction as its own soft label has no gradient to weigh.
+    that weighs examples they are given one-hot: a prediction as its own soft label has no gradient to weigh. To batch
+    normalization labeled and unlabeled images are one batch; perturbed ones leave running statistics alone.
 
     Args:
         radius: of the perturbation, Euclidean, in the images' units; published: 6 (SVHN 1) after whitening.
@@ -173,6 +166,7 @@ class VirtualAdversarial:
         teacher: nn.Module,
         progress: float,
         refiner: Refiner | None = None,
+        memory: nn.Module | None = None,
     ) -> StepLoss:
         """See :class:`fastmeta.ssl.Algorithm`. ``StepLoss.unlabeled`` is the sum of its parts, each with its weight."""
         images = torch.cat([batch.labeled, batch.weak])
@@ -188,7 +182,7 @@ class VirtualAdversarial:
             views={"imputed": weak_logits, "learned": weak_logits},
             inputs={"imputed": batch.weak, "learned": batch.weak},
             labeled_logits=labeled_logits,
-            threshold=0.0 if refiner is not None and refiner.hard else None,
+            finish=partial(harden, threshold=0.0) if refiner is not None and refiner.hard else as_they_are,
         )
         adversarial = virtual_adversarial_loss(
             model,

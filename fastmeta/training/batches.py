@@ -43,8 +43,10 @@ class Batches:
     Args:
         data: the images.
         second_view: the second view of the unlabeled images, weak or strong; None for none.
+        more_views: further views of that kind.
         holdout: the examples of a method's outer loss; see :class:`fastmeta.ssl.Refiner`.
         fresh: whether those are for :meth:`fresh` alone.
+        interval: parts of the run from one update of the method to the next; those between have no such examples.
         seed: of order and augmentation.
         machine: device, workers, memory format, parts of a step.
         processes: those of the run.
@@ -58,14 +60,16 @@ class Batches:
         data: TrainingData,
         *,
         second_view: str | None,
+        more_views: int = 0,
         holdout: str = "batch",
         fresh: bool = False,
+        interval: int = 1,
         seed: int,
         machine: MachineConfig,
         processes: Processes,
     ) -> None:
-        self.data, self.second_view = data, second_view
-        self.holdout, self.holdout_is_fresh = holdout, fresh
+        self.data, self.second_view, self.more_views = data, second_view, more_views
+        self.holdout, self.holdout_is_fresh, self.interval = holdout, fresh, interval
         self.seed, self.machine, self.processes = seed, machine, processes
         self.device = torch.device(machine.device)
         self.targets = data.images.targets.to(self.device)
@@ -76,20 +80,22 @@ class Batches:
 
     def __call__(self, number: int) -> TrainingBatch:
         """The data of part ``number`` of the run (a step has ``machine.accumulation`` parts)."""
-        return self._batch(number, "", holdout=not self.holdout_is_fresh)
+        due = not self.holdout_is_fresh and (number + 1) % self.interval == 0
+        return self._batch(number, "", holdout=number // self.interval if due else None)
 
     def fresh(self, number: int) -> TrainingBatch:
         """The data of update ``number`` of a method that learns from batches of its own."""
-        return self._batch(number, "fresh ", holdout=True)
+        return self._batch(number, "fresh ", holdout=number)
 
-    def _batch(self, number: int, prefix: str, *, holdout: bool) -> TrainingBatch:
-        """Batch ``number`` of the streams whose names start with ``prefix``."""
+    def _batch(self, number: int, prefix: str, *, holdout: int | None) -> TrainingBatch:
+        """Batch ``number`` of the streams whose names start with ``prefix``, and hold-out batch number ``holdout``."""
         parts, second = self.machine.accumulation, self.second_view
         labeled = next(self._stream(prefix, "labeled", self.data.labeled_batch // parts, number))
         if len(self.data.split.unlabeled):
             unlabeled = next(self._stream(prefix, "unlabeled", self.data.unlabeled_batch // parts, number))
         else:  # a base that imputes nothing needs none
             unlabeled = Rows(labeled.images[:0], labeled.places[:0], labeled.places[:0], labeled.keys[:0])
+        more = range(3, 3 + self.more_views)
         batch = TrainingBatch(
             labeled=self._view(labeled, prefix + "labeled", "labeled", self.data.labeled_view),
             targets=self.targets[labeled.places],
@@ -101,11 +107,13 @@ class Batches:
             labeled_keys=labeled.keys,
             unlabeled_keys=unlabeled.keys,
             seed=self.seed,
-            probe=self._probe(labeled),
+            more=tuple(self._view(unlabeled, prefix + "unlabeled", f"view {k}", second or "weak") for k in more),
+            process_group=self.processes.group,
+            probe=None if prefix else self._probe(labeled),
         )
-        if not holdout or self.holdout == "batch":
+        if holdout is None or self.holdout == "batch":
             return batch
-        images, targets = self._holdout_images(number)
+        images, targets = self._holdout_images(holdout)
         return dataclasses.replace(batch, holdout=images, holdout_targets=targets)
 
     def _holdout_images(self, number: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """From settings to a trainer: what depends on the data is filled in, then everything is made."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,20 +11,21 @@ from fastmeta.data import Images, Split, generator_for, make_split, open_images,
 from fastmeta.data.augment import Whitening
 from fastmeta.data.cache import cache_folder
 from fastmeta.data.features import frozen_features, restore_head
-from fastmeta.models import NETS, Normalized, automatic_model, build_model
+from fastmeta.data.split_file import read_split
+from fastmeta.models import NETS, WITHOUT_LAST_LAYER, Normalized, automatic_model, build_model
 from fastmeta.ssl import BASES
 from fastmeta.training.batches import TrainingData
 from fastmeta.training.config import RunConfig
 from fastmeta.training.evaluation import Evaluator
 from fastmeta.training.processes import Processes
-from fastmeta.training.recipes import METHODS, base_of
+from fastmeta.training.recipes import BASE_RECIPES, METHODS, base_of
 from fastmeta.training.trainer import Trainer
 from fastmeta.training.whitening import agreed_whitening
 
 _SMALL = 16  # pixels: nets for such images are too small for more than one thread
 _LARGE = 96  # from here on a crop of 7/8 of what is stored is trained on
-_PUBLISHED: dict[str, dict[str, Any]] = {"fixmatch": {"threshold": 0.95}, "pseudo-label": {"threshold": 0.95}}
-"""Settings of bases whose recipes were chosen on digits."""
+_CHOSEN_ON_DIGITS = [base for base in BASE_RECIPES if base not in ("mean-teacher", "vat")]
+"""Bases whose recipes are for digits alone; other images get the settings that a base has by itself, as published."""
 _FEW = 10  # labeled images of a class, whose weak views are soon known by heart
 
 
@@ -43,7 +44,7 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
     balanced = digits and not config.split.validation
     split = replace(
         config.split,
-        holdout_per_class=_first(config.split.holdout_per_class, 3 if digits else 0),
+        holdout_per_class=_first(config.split.holdout_per_class, 3 if digits and not config.split.holdout else 0),
         validation_per_class=_first(config.split.validation_per_class, 20 if balanced else 0),
         test_fraction=_first(config.split.test_fraction, 0.25 if digits else 0.0),
     )
@@ -64,7 +65,7 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
         model=_automatic_model(size, small) if config.model == "auto" else config.model,
         image_size=size,
         views="digits" if digits and config.views == "auto" else config.views,
-        base_settings=config.base_settings if digits else {**_PUBLISHED.get(config.base, {}), **config.base_settings},
+        base_settings=config.base_settings if digits else {**_published(config.base), **config.base_settings},
         labeled_view=config.labeled_view or ("strong" if few else "weak"),
         optimizer=replace(config.optimizer, learning_rate=config.optimizer.learning_rate or rate),
         average=replace(config.average, decay=_first(config.average.decay, min(0.999, max(0.99, 1 - 10 / steps)))),
@@ -103,19 +104,23 @@ def split_of(config: RunConfig, images: Images) -> Split:
     """The parts of the images, from resolved settings."""
     part = config.split
     images = with_foreign_classes(images, part.foreign_classes)
-    split = make_split(
-        images,
-        labels_per_class=config.labels_per_class,
-        seed=config.seed,
-        holdout_per_class=part.holdout_per_class or 0,
-        validation_per_class=part.validation_per_class or 0,
-        validation=part.validation or 0,
-        test_fraction=part.test_fraction or 0.0,
-        imbalance=part.imbalance,
-        unlabeled_imbalance=part.unlabeled_imbalance,
-    )
-    if part.labeled_in_unlabeled:
-        split = replace(split, unlabeled=torch.cat([split.unlabeled, split.labeled]))
+    if part.file is not None:
+        split = read_split(part.file, images)
+    else:
+        split = make_split(
+            images,
+            labels_per_class=config.labels_per_class,
+            seed=config.seed,
+            holdout_per_class=part.holdout_per_class or 0,
+            validation_per_class=part.validation_per_class or 0,
+            validation=part.validation or 0,
+            test_fraction=part.test_fraction or 0.0,
+            imbalance=part.imbalance,
+            unlabeled_imbalance=part.unlabeled_imbalance,
+            holdout=part.holdout or 0,
+        )
+        if part.labeled_in_unlabeled:
+            split = replace(split, unlabeled=torch.cat([split.unlabeled, split.labeled]))
     if BASES[config.base].imputes and not len(split.unlabeled):
         raise ValueError(
             f"data must have unlabeled images for base {config.base}, got none in {config.data}: put some in the "
@@ -217,6 +222,11 @@ def build(
         machine=config.machine,
         processes=processes,
     )
+    if trainer.method is not None and trainer.method.passes == "shared" and config.model in WITHOUT_LAST_LAYER:
+        raise ValueError(
+            f"method must make passes of its own (l2i-jvp, ...) with model {config.model}, where no linear layer gives "
+            f"the logits, got {config.method}"
+        )
     evaluator = Evaluator(config.evaluation, seen, split, views, machine=config.machine, processes=processes)
     return Built(config, images, split, trainer, evaluator, whole, whitening)
 
@@ -239,6 +249,14 @@ def _model(config: RunConfig, images: Images) -> nn.Module:
 def _automatic_model(size: int, small: bool) -> str:
     """A wide residual net takes seconds a step on a laptop's cores."""
     return "conv-net" if small and size <= _LARGE else automatic_model(size)
+
+
+def _published(base: str) -> dict[str, Any]:
+    """The settings in which the recipe for digits is another."""
+    if base not in _CHOSEN_ON_DIGITS:
+        return {}
+    recipe, own = asdict(BASE_RECIPES[base]), asdict(BASES[base]())
+    return {name: value for name, value in own.items() if value != recipe[name]}
 
 
 def _first(value: Any, otherwise: Any) -> Any:

@@ -17,13 +17,15 @@ from fastmeta.ssl import BASES
 from fastmeta.training.build import load_images, record_of, resolve, split_of
 from fastmeta.training.config import RunConfig
 from fastmeta.training.files import make_folder, read_json, read_jsonl, write_json, write_jsonl
-from fastmeta.training.recipes import BASE_RECIPES, METHODS
+from fastmeta.training.recipes import METHODS, base_of
 from fastmeta.training.reference import support_vector_error
 from fastmeta.training.reports.summary import summarize, table
 from fastmeta.training.signals import stop_requested
 from fastmeta.training.timing import interleaved_seconds
 from fastmeta.training.train import check_folder
 from fastmeta.training.workers import Job, available_cores, run_jobs
+
+_HARD = ("pseudo-label", "fixmatch", "flexmatch", "freematch")  # bases that make labels one-hot
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def notes(runs: Sequence[RunConfig], results: dict[str, Any]) -> list[str]:
     if any(METHODS[run.method].uses_holdout for run in runs):
         names = ", ".join(sorted({run.method for run in runs if METHODS[run.method].uses_holdout}))
         lines.append(f"{names} also learns from {split['holdout']} hold-out labels that the other rows do not see.")
-    hardened = {run.method: METHODS[run.method].example for run in runs if hasattr(BASE_RECIPES[run.base], "threshold")}
+    hardened = {run.method: METHODS[run.method].example for run in runs if _hardens(run)}
     loops = sorted({example for example in hardened.values() if example is not None})
     if loops:
         names = ", ".join(sorted(method for method, example in hardened.items() if example is not None))
@@ -204,6 +206,10 @@ def notes(runs: Sequence[RunConfig], results: dict[str, Any]) -> list[str]:
             f"threshold and argmax. The paper's loop: {programs}."
         )
     return lines
+
+
+def _hardens(run: RunConfig) -> bool:
+    return run.base in _HARD and not getattr(base_of(run.base, run.base_settings), "soft", False)
 
 
 class _Progress(contextlib.AbstractContextManager["_Progress"]):

@@ -11,7 +11,7 @@ import torch
 
 from fastmeta.data import AugmentationConfig
 from fastmeta.ssl import BASES
-from fastmeta.training.recipes import METHODS, settings_of
+from fastmeta.training.recipes import METHODS, MIXED, settings_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class AverageConfig:
     decay: float | None = None
     """It remembers about 1 / (1 - decay) steps (default: a tenth of the run, at least 100 and at most 1000)."""
     warm_up: bool = True
-    """min(decay, (1 + t) / (10 + t)) at step t, so that it forgets the initialization."""
+    """min(decay, (1 + t) / (delay + t)) at step t, so that it forgets the initialization."""
+    delay: float = 10.0
+    """Of the warm-up: the larger, the sooner it forgets; 2 is 1 - 1 / (t + 2), the published mean teacher's."""
     buffers: Literal["copied", "averaged"] = "copied"
     """What it does with batch normalization's running statistics."""
 
@@ -86,6 +88,7 @@ class AverageConfig:
         """Raise ValueError for a value out of range; the command line makes these before it checks them."""
         if self.decay is not None:
             _in_range("average.decay", self.decay, least=0, below=1)
+        _in_range("average.delay", self.delay, above=1)
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,10 @@ class SplitConfig:
     """The same of the unlabeled images; those that are too many are left out."""
     foreign_classes: int = 0
     """The last classes, so many, have no labels: their images are among the unlabeled ones and are not evaluated."""
+    holdout: int | None = None
+    """Labels for a method's outer objective only, so many in all, drawn without regard to their classes."""
+    file: str | None = None
+    """The split.json of another run: its places, whatever the seed and all of these but foreign_classes say."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,8 @@ class MachineConfig:
     batch_norm: Literal["per-process", "synchronized"] = "per-process"
     """Whose batch statistics, where several processes train; synchronized needs a GPU (SyncBatchNorm)."""
     sharding: Literal["none", "fsdp2"] = "none"
-    """fsdp2: each process keeps a part of the weights, for models that outgrow a card; last-layer methods alone."""
+    """fsdp2: each process keeps a part of the weights, for models that outgrow a card; methods of the last layer, or
+    whose passes are differences."""
     checkpoint_every: int | None = None
     """Steps between checkpoints (default: as many as between evaluations)."""
     keep: int = 2
@@ -187,7 +195,8 @@ class RunConfig:
     """
 
     data: str = "digits"
-    """Images: "digits", or a path (a folder with a folder a class, a CSV, parquet, npz, tar); see the README."""
+    """Images: digits, mnist-5k or photographs; a path (a folder with a folder a class, a CSV, parquet, npz, tar); or a
+    published data set by name and path, cifar-10:DIR; see the README."""
     labels_per_class: int | None = None
     """Labeled images per class, the rest is unlabeled (default: 1 for digits, else all labels there are)."""
     base: str = "fixmatch"
@@ -242,7 +251,12 @@ class RunConfig:
         if self.labeled_view is not None:
             _one_of("labeled_view", self.labeled_view, dict.fromkeys(("weak", "strong")))
         _in_range("seed", self.seed, least=0)
-        self.settings()
+        ramp_steps = self.settings()["method_settings"].get("ramp_steps")
+        if ramp_steps is not None and self.base in MIXED:
+            raise ValueError(
+                f"method_settings must have ramp_steps None for base {self.base}, whose labeled images are mixed with "
+                f"others, got {ramp_steps}"
+            )
         for part in (self.augmentation, self.optimizer, self.schedule, self.average, self.evaluation, self.machine):
             part.check()
 

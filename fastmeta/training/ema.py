@@ -11,7 +11,7 @@ from fastmeta.training.shards import local
 
 
 class ExponentialMovingAverage:
-    """Keeps ``average <- d * average + (1 - d) * weights``; at update ``t`` ``d = min(decay, (1 + t) / (10 + t))``.
+    """Keeps ``average <- d * average + (1 - d) * weights``; at update t ``d = min(decay, (1 + t) / (delay + t))``.
 
     The smaller ``d`` of the first updates, ``config.warm_up``, lets the average forget the random initialization.
     Buffers (batch normalization's running statistics) are copied, or averaged as ``config.buffers`` says.
@@ -47,7 +47,7 @@ class ExponentialMovingAverage:
         """Take one step towards the followed model's present weights."""
         decay = 0.999 if self.config.decay is None else self.config.decay
         if self.config.warm_up:
-            decay = min(decay, (1 + self.updates) / (10 + self.updates))
+            decay = min(decay, (1 + self.updates) / (self.config.delay + self.updates))
         torch._foreach_lerp_(self._averages, self._values, 1 - decay)
         if self._copies:
             torch._foreach_copy_([buffer for buffer, _ in self._copies], [source for _, source in self._copies])

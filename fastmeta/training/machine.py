@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from fastmeta import graph
 from fastmeta.ops.process_group import ProcessGroup
-from fastmeta.ssl import Algorithm, MixUpConsistency, Refiner
+from fastmeta.problem.sharded_function import DIFFERENCES
+from fastmeta.ssl import Algorithm, MixUpConsistency, Refiner, ReMixMatch
 from fastmeta.training.config import MachineConfig
 from fastmeta.training.processes import Processes
 
@@ -14,8 +15,13 @@ def refuse_compile(base: Algorithm, method: Refiner | None) -> None:
     """Nothing where the model's forward may be compiled.
 
     Raises:
-        ValueError: passes in both modes are on one graph.
+        ValueError: passes in both modes are on one graph, or features are read in the midst of one.
     """
+    if isinstance(base, ReMixMatch) and base.rotation_weight:
+        raise ValueError(
+            "machine.compile must be False for remixmatch, unless its rotation_weight is 0: a compiled pass does not "
+            "give its features, got True"
+        )
     if isinstance(base, MixUpConsistency) and method is not None and method.method.update.needs_graph:
         raise ValueError(
             "machine.compile must be False for mix-up-consistency with a method whose loss has a gradient: its pass in "
@@ -44,7 +50,9 @@ def refuse_sharding(method: Refiner | None, machine: MachineConfig, processes: P
     """
     if processes.group is None:
         reason = "on one process"
-    elif method is not None and method.passes == "own":
+    elif method is not None and method.own_update:
+        reason = "with a method that has an update of its own"
+    elif method is not None and method.passes == "own" and method.method.derivative.how not in DIFFERENCES:
         reason = f"with a method that makes passes of its own (how={method.method.derivative.how!r})"
     elif machine.compile or machine.channels_last:
         reason = f"with machine.{'compile' if machine.compile else 'channels_last'}"

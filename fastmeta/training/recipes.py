@@ -31,9 +31,9 @@ each other are alike. Width is 32 unless it says 16; chosen values in ``**``.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastmeta.methods import (
     L2I,
@@ -42,7 +42,9 @@ from fastmeta.methods import (
     ImplicitImputation,
     ImputeAndWeight,
     LabelGradientAlignment,
+    LearningToReweight,
     MetaGradient,
+    MetaWeightNet,
     Method,
     example_weights,
     l2i,
@@ -50,12 +52,19 @@ from fastmeta.methods import (
 from fastmeta.methods.label_gradient_alignment import inverse_ramp
 from fastmeta.ops.process_group import Group
 from fastmeta.ssl import (
+    UDA,
     Base,
     FixMatch,
+    FlexMatch,
+    FreeMatch,
     MeanTeacher,
+    MixMatch,
+    MixUp,
     MixUpConsistency,
+    PiModel,
     PseudoLabel,
     Refiner,
+    ReMixMatch,
     Supervised,
     VirtualAdversarial,
 )
@@ -112,11 +121,21 @@ class Recipe:
 BASE_RECIPES: dict[str, Base] = {
     "supervised": Supervised(),
     "pseudo-label": PseudoLabel(threshold=0.8),
+    "pi-model": PiModel(),
     "mean-teacher": MeanTeacher(weight=20.0),
-    "fixmatch": FixMatch(threshold=0.8),
     "vat": VirtualAdversarial(radius=2.0, weight=1.0, entropy_weight=0.06),
+    "mix-up": MixUp(statistics="joined"),
+    "mixmatch": MixMatch(weight=20.0, ramp=0.4, ramp_shape="sigmoid", statistics="joined"),
+    "remixmatch": ReMixMatch(rotation_weight=0.0, ramp=0.4, statistics="joined"),
+    "uda": UDA(),
+    "fixmatch": FixMatch(threshold=0.8),
+    "flexmatch": FlexMatch(threshold=0.8),
+    "freematch": FreeMatch(decay=0.99),
     "mix-up-consistency": MixUpConsistency(),
 }
+
+MIXED = ("mix-up", "mixmatch", "remixmatch", "mix-up-consistency")
+"""Bases without a loss of labeled images as they are."""
 
 _L2I = Recipe(
     lambda num_unlabeled, num_classes, **settings: L2I(**settings),
@@ -149,7 +168,7 @@ _EXAMPLE_WEIGHTS = Recipe(
 _ALIGNMENT = Recipe(
     _alignment, {"lr": 0.5, "decay": 0.9, "decay_norm": 0.9, "view": "learned"}, example="label_gradient_alignment"
 )
-
+_OF_WEIGHTS = {"how": "jvp", "view": "learned", "hard": True, "holdout": "part", "passes": "own"}
 
 METHODS: dict[str, Recipe] = {
     "none": Recipe(),
@@ -169,6 +188,13 @@ METHODS: dict[str, Recipe] = {
     "impute-and-weight": Recipe(
         lambda num_unlabeled, num_classes, **settings: ImputeAndWeight(num_unlabeled, **settings),
         {"weight": 1.0, "lr": 0.02, "view": "learned"},
+    ),
+    # Relatives from other papers, on the whole model as they were published.
+    "learning-to-reweight": Recipe(
+        lambda num_unlabeled, num_classes, **settings: LearningToReweight(**settings), _OF_WEIGHTS
+    ),
+    "meta-weight-net": Recipe(
+        lambda num_unlabeled, num_classes, **settings: MetaWeightNet(**settings), {**_OF_WEIGHTS, "scheduled": "rate"}
     ),
     # The papers' own order: an update of the base, then the method's at the parameters it left.
     "l2i-alternating": _with(_L2I, passes="own", own_update=True),
@@ -212,6 +238,12 @@ METHODS: dict[str, Recipe] = {
 }
 
 
+DEFAULT_METHODS = tuple(
+    name for name, recipe in METHODS.items() if recipe.passes == "shared" and not name.endswith("-published")
+)
+"""With the features of the base's own forward and the last layer alone, and settings that were chosen here."""
+
+
 def base_of(name: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Base:
     """The base algorithm of a recipe, with other settings where they are given.
 
@@ -226,15 +258,35 @@ def base_of(name: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Ba
     return replace(recipe, **{setting: _checked(recipe, setting, value) for setting, value in settings.items()})
 
 
+_hints = cache(get_type_hints)
+_POSITIVE = ("temperature", "alpha")
+_AT_MOST_ONE = ("threshold", "decay")
+_FEWEST_VIEWS = {MixMatch: 2, ReMixMatch: 1}
+
+
 def _checked(recipe: Base, setting: str, value: Any) -> Any:
-    """Settings that are numbers are finite and not negative, and a threshold is a probability."""
-    if not isinstance(getattr(recipe, setting), float):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"base_settings must have a number of at least 0 for {setting}, got {value!r}")
-    if setting == "threshold" and value > 1:
-        raise ValueError(f"base_settings must have a threshold of at most 1, got {value!r}")
-    return float(value)
+    """Numbers are finite and not negative, a threshold is a probability, a word is one of those that there are."""
+    before, kind = getattr(recipe, setting), _hints(type(recipe))[setting]
+    said = f"got {value!r}"
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"base_settings must have one of {', '.join(get_args(kind))} for {setting}, {said}")
+    elif isinstance(before, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"base_settings must have True or False for {setting}, {said}")
+    elif isinstance(before, int):
+        least = _FEWEST_VIEWS.get(type(recipe), 0) if setting == "views" else 0
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"base_settings must have an integer of at least {least} for {setting}, {said}")
+    elif isinstance(before, float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"base_settings must have a number of at least 0 for {setting}, {said}")
+        if setting in _POSITIVE and not value:
+            raise ValueError(f"base_settings must have a {setting} above 0, {said}")
+        if setting in _AT_MOST_ONE and value > 1:
+            raise ValueError(f"base_settings must have a {setting} of at most 1, {said}")
+        return float(value)
+    return value
 
 
 def settings_of(
@@ -245,8 +297,8 @@ def settings_of(
 ) -> dict[str, Any]:
     """All settings of a base and a method, for the record of a run.
 
-    >>> settings_of("fixmatch", "meta-gradient")
-    {'base_settings': {'threshold': 0.8, 'weight': 1.0}, 'method_settings': {'step': 10.0}}
+    >>> settings_of("vat", "meta-gradient")["method_settings"]
+    {'step': 10.0}
     """
     if method_settings and METHODS[method].make is None:
         raise ValueError(f"method_settings must be left out without a method, got {dict(method_settings)}")

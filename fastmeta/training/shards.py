@@ -1,6 +1,7 @@
 """A model whose parameters are spread over processes (FSDP2), each with a part of every one."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastmeta.ops.process_group import Group
+from fastmeta.problem.sharded import local
 
 _UNIT = 2**20  # parameters that are gathered together, or more where one layer has more
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -46,11 +48,6 @@ def _units(model: nn.Module, kept: set[nn.Parameter]) -> list[nn.Module]:
     return found
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a parameter, on the same memory; all of one that is not spread."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
-
-
 class Shards(nn.ParameterList):
     """The trainable parameters of a sharded model, as plain tensors: what an optimizer and foreach functions take.
 
@@ -71,11 +68,17 @@ class Shards(nn.ParameterList):
                 own.append(part.grad)
         return own
 
-    def spread(self, state: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's state for a checkpoint that any number of processes may read."""
+    def spread(self, state: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """An optimizer's state for a checkpoint that any number of processes may read.
+
+        Args:
+            state: of the optimizer.
+            parameters: the optimizer's, in its order; those of other modules stay what they are.
+        """
+        wholes = {id(part): whole for part, whole in zip(self, self._whole, strict=True)}
 
         def put(value: Any, place: int) -> Any:
-            whole = self._whole[place]
+            whole = wholes.get(id(parameters[place]))
             if not isinstance(value, Tensor) or not isinstance(whole, DTensor) or value.dim() == 0:
                 return value
             return DTensor.from_local(

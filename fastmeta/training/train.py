@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastmeta.data import Images
+from fastmeta.data.split_file import written
 from fastmeta.training.build import Built, build, load_images, record_of
 from fastmeta.training.checkpoints import Checkpoints
 from fastmeta.training.config import RunConfig
@@ -54,9 +55,9 @@ def train(
 ) -> dict[str, Any] | None:
     """Train ``config`` in ``folder``, from its newest good checkpoint if it has one; a finished run is only read.
 
-    Writes config.json, metrics.jsonl (a line per evaluation, no wall-clock times), timing.jsonl, checkpoints/ while it
-    runs, whitening.pt where the views have one, and at the end model.pt (the reported weights), unlabeled.csv,
-    details.json and results.json.
+    Writes config.json, split.json (the places of each part), metrics.jsonl (a line per evaluation, no wall-clock
+    times), timing.jsonl, checkpoints/ while it runs, whitening.pt where the views have one, and at the end model.pt
+    (the reported weights), unlabeled.csv, details.json and results.json.
 
     Args:
         config: the settings.
@@ -151,6 +152,7 @@ class _Loop:
             if self.built.whitening is not None and read_whitening(self.folder) is None:
                 write_whitening(self.folder, self.built.whitening)
             write_json(self.folder / "config.json", self.record)
+            write_json(self.folder / "split.json", written(self.built.images, self.built.split))
             write_jsonl(self.folder / "metrics.jsonl", self.rows)  # lines after the checkpoint are written again
             timing = [row for row in read_jsonl(self.folder / "timing.jsonl") if row["step"] <= self.trainer.step]
             write_jsonl(self.folder / "timing.jsonl", timing)

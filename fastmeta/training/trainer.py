@@ -1,19 +1,18 @@
 """The training loop: one step, read from top to bottom, and the state that continues it bit for bit."""
 
 import contextlib
+import copy
 import time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmeta import losses
 from fastmeta.capture import last_linear
 from fastmeta.data import generator_for
-from fastmeta.methods import L2I
 from fastmeta.ops.process_group import sum_over
 from fastmeta.ssl import Algorithm, Refiner, StepLoss, TrainingBatch
-from fastmeta.ssl.base import examples_of, frozen_statistics, harden, own_precision
+from fastmeta.ssl.base import frozen_statistics
 from fastmeta.training.batches import Batches, TrainingData
 from fastmeta.training.config import AverageConfig, MachineConfig, OptimizerConfig, ScheduleConfig
 from fastmeta.training.ema import ExponentialMovingAverage
@@ -28,6 +27,7 @@ from fastmeta.training.machine import (
     refuse_synchronized,
 )
 from fastmeta.training.optimizers import decay_, decayed_parameters, make_optimizer, rate_at
+from fastmeta.training.own_update import own_loss
 from fastmeta.training.probes import Probes
 from fastmeta.training.processes import Processes
 from fastmeta.training.shards import FSDPModule, Shards, shard
@@ -87,8 +87,10 @@ class Trainer:
         self.batches = Batches(
             data,
             second_view=second_view,
+            more_views=base.more_views,
             holdout="batch" if method is None else method.holdout,
             fresh=method is not None and method.fresh,
+            interval=getattr(method.method, "interval", 1) if method is not None else 1,
             seed=seed,
             machine=self.machine,
             processes=self.processes,
@@ -111,7 +113,22 @@ class Trainer:
                 shard(each, last_linear(each)[0], self.processes.group, self.device)
             self.average.follow(model)
             self._shards = Shards(model)
+        torch.manual_seed(generator_for(seed, "memory").initial_seed())
+        self.memory = base.memory(
+            len(data.split.unlabeled),
+            len(data.images.classes),
+            model=model,
+            labels=data.images.targets[data.split.labeled],
+        )
+        """What the base keeps from step to step; None: nothing."""
         weights = model if self._shards is None else self._shards
+        self._remembered: list[Tensor] = []
+        self._trained_beside: list[nn.Parameter] = []  # parameters that no forward of the network uses
+        if self.memory is not None:
+            self.memory.to(self.device)
+            self._remembered = list(self.memory.buffers())
+            self._trained_beside = list(self.memory.parameters())
+            weights = nn.ModuleList([weights, self.memory]) if self._trained_beside else weights
         self.optimizer = make_optimizer(weights, self.optimizer_config)
         self._decayed: list[Tensor] = list(decayed_parameters(weights, self.optimizer_config))
         self._parameters = [parameter for parameter in weights.parameters() if parameter.requires_grad]
@@ -154,6 +171,7 @@ class Trainer:
         self.model.train()
         self.processes.broadcast_(self._buffers)
         buffers = [buffer.clone() for buffer in self._buffers]
+        remembered = [buffer.clone() for buffer in self._remembered]
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._zero_gradients()
         parts = self.machine.accumulation
@@ -171,6 +189,7 @@ class Trainer:
             self.step_averages.add(loss, self._truth[batch.index], batch.unlabeled_share)
             if self.method is not None and loss.imputed is not None and loss.used is not None:
                 self.label_changes.add(self.step, batch.index, loss.imputed, loss.used.soft)
+        self._average([parameter.grad for parameter in self._trained_beside if parameter.grad is not None])
         self._update(finite)
         whole = finite
         if self.method is not None and self.method.own_update:
@@ -186,8 +205,10 @@ class Trainer:
             self._learn_from_fresh_batches(self.method)
         self.skipped[0] += ~whole
         self.skipped[1] = torch.where(whole, 0, self.skipped[1] + 1)
-        decay_(self._decayed, self.optimizer_config, rate * finite)
+        decay_(self._decayed, self.optimizer_config, rate * finite.double())
         put_back_(self._buffers, buffers, where=~whole)
+        for kept, before in zip(self._remembered, remembered, strict=True):
+            kept.copy_(torch.where(whole, kept, before))
         if self.probes is not None:
             self.probes.update(self.step, whole)
         self.average.update()
@@ -198,9 +219,13 @@ class Trainer:
         refiner = None if self.method is None or self.method.own_update else self.method
         reading = refiner.method.learning(False) if refiner is not None and refiner.fresh else contextlib.nullcontext()
         with reading:
-            return self.base.loss(
-                self.network, batch, teacher=self.average.model, progress=self.step / self.steps, refiner=refiner
-            )
+            return self._loss_of_base(self.network, batch, refiner, self.memory)
+
+    def _loss_of_base(
+        self, model: nn.Module, batch: TrainingBatch, refiner: Refiner | None, memory: nn.Module | None
+    ) -> StepLoss:
+        progress, teacher = self.step / self.steps, self.average.model
+        return self.base.loss(model, batch, teacher=teacher, progress=progress, refiner=refiner, memory=memory)
 
     def _learn_from_fresh_batches(self, refiner: Refiner) -> None:
         """The step of the method's table at the parameters that the last ``interval`` updates of the base left."""
@@ -209,52 +234,19 @@ class Trainer:
             return
         batch = self.batches.fresh(number - 1)
         with torch.no_grad(), frozen_statistics(self.model), refiner.method.learning(True), self._precision():
-            self.base.loss(
-                self.model, batch, teacher=self.average.model, progress=self.step / self.steps, refiner=refiner
-            )
+            self._loss_of_base(self.model, batch, refiner, copy.deepcopy(self.memory))
 
     def _method_loss(self, refiner: Refiner, batch: TrainingBatch) -> Tensor:
         """The method's loss at the parameters that the base's update left, from passes of its own."""
-        method, moves = refiner.method, refiner.moves_statistics
-        trained, other = batch.weak, batch.second
-        if self.base.second_view is not None and (refiner.two_views or refiner.view == "learned"):
-            assert batch.second is not None, "the base's second view"
-            trained, other = batch.second, batch.weak
-        labels, mask = None, None
-        if refiner.two_views:
-            with self._statistics(moves in ("imputing", "both")):
-                labels = losses.prediction(self.model(other), method.inner_loss)
-            if refiner.imputer == "teacher":
-                self.average.model.train()  # batch statistics for teacher and student alike
-                with torch.no_grad(), frozen_statistics(self.average.model):
-                    value = losses.prediction(self.average.model(other), method.inner_loss)
-                labels = value + (labels - labels.detach())
-            if refiner.hard:
-                hard, mask = harden(labels.detach(), getattr(self.base, "threshold", 0.0))
-                labels = hard + (labels - labels.detach())
-        with own_precision(refiner, trained):
-            refined = method.refine(
-                model=self.model,
-                unlabeled=trained,
-                labels=labels,
-                mask=mask,
-                index=batch.index,
-                **examples_of(batch, batch.labeled, batch.holdout),
-            )
-        if method.update.needs_graph:
-            if moves in ("inner", "both"):
-                with torch.no_grad():
-                    self.model(trained)
-            return refined.loss
-        assert isinstance(method, L2I), "checked by Refiner"
-        with self._statistics(moves in ("inner", "both")):
-            logits = self.model(trained)
-        share = self.processes.count if method.second_reduction == "sum" else batch.unlabeled_share
-        return share * method.unlabeled_loss(logits, refined.labels)
-
-    def _statistics(self, move: bool) -> contextlib.AbstractContextManager[Any]:
-        """Whether passes in the block move BatchNorm's running statistics."""
-        return contextlib.nullcontext() if move else frozen_statistics(self.model)
+        return own_loss(
+            refiner,
+            batch,
+            model=self.model,
+            teacher=self.average.model,
+            base=self.base,
+            memory=self.memory,
+            processes=self.processes.count,
+        )
 
     def _zero_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -295,6 +287,7 @@ class Trainer:
             "average": self.average.state_dict(),
             "optimizer": self._spread(self.optimizer.state_dict()),
             "method": None if self.method is None else self.method.method.state_dict(),
+            "memory": None if self.memory is None else self.memory.state_dict(),
             "augmentation": None if self.probes is None else self.probes.policy.state_dict(),
             "label_changes": self.label_changes.state_dict(),
             "averages": self.step_averages.state_dict(),
@@ -311,6 +304,8 @@ class Trainer:
         self.optimizer.load_state_dict(moments if self._shards is None else self._shards.gather(moments))
         if self.method is not None:
             self.method.method.load_state_dict(state["method"])
+        if self.memory is not None:
+            self.memory.load_state_dict(state["memory"])
         if self.probes is not None:
             self.probes.policy.load_state_dict(state["augmentation"])
         self.label_changes.load_state_dict(state["label_changes"])
@@ -320,12 +315,15 @@ class Trainer:
         self.batches.unreadable = state["unreadable"]
 
     def _spread(self, state: dict[str, Any]) -> dict[str, Any]:
-        return state if self._shards is None else self._shards.spread(state)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return state if self._shards is None else self._shards.spread(state, parameters)
 
     def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager[Any]:
         """Whether a backward pass leaves the gradients of the processes as they are."""
         if isinstance(self.network, FSDPModule):
-            self.network.set_requires_gradient_sync(not apart)
+            # A method's own backward passes, in between, need their gradients at once.
+            own = self.method is not None and self.method.passes == "own"
+            self.network.set_requires_gradient_sync(own or not apart)
         if apart and isinstance(self.network, nn.parallel.DistributedDataParallel):
             return self.network.no_sync()
         return contextlib.nullcontext()

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fastmeta.data import Images, Split
-from fastmeta.data.augment.whitening import LARGEST, Whitening, second_moments
+from fastmeta.data.augment.whitening import LARGEST, Whitening, contrast_normalized, second_moments
 from fastmeta.data.reading import read_in_order
 from fastmeta.training.files import read_checkpoint, write_checkpoint
 from fastmeta.training.processes import Processes
@@ -26,7 +26,8 @@ def agreed_whitening(
 ) -> Whitening:
     """The whitening of the labeled and unlabeled images, those that can be read; the same on all processes.
 
-    It takes about a minute for 50,000 images of 32 by 32 colored pixels; each process adds up its part of them.
+    Each process reads its part of them. With more images than numbers an image, the cost is that of the eigenvalues of
+    a matrix: of the order of a minute for 32 by 32 colored pixels.
 
     Args:
         known: that of the run, where all processes have it.
@@ -52,12 +53,24 @@ def agreed_whitening(
     if known is not None and all_have_it:
         return known
     places = torch.cat([split.labeled, split.unlabeled]).unique()
-    places = places[processes.part(len(places))]
-    moments = torch.zeros(count + 1, count + 1, dtype=torch.float64, device=device)
-    for read in read_in_order(images, places, batch_size=_BATCH, workers=workers):
-        if len(read.places):
-            moments += second_moments(read.images.to(device), size)
-    whitening = Whitening.of(processes.sum_(moments), shape)
+    mine = processes.part(len(places))
+    normalized = (
+        (read.places, contrast_normalized(read.images.to(device), size))
+        for read in read_in_order(images, places[mine], batch_size=_BATCH, workers=workers)
+        if len(read.places)
+    )
+    if len(places) > count:
+        moments = torch.zeros(count + 1, count + 1, dtype=torch.float64, device=device)
+        for _, rows in normalized:
+            moments += second_moments(rows)
+        whitening = Whitening.of(processes.sum_(moments), shape)
+    else:
+        every = torch.zeros(len(places), count + 1, dtype=torch.float64, device=device)  # with 1 where one was read
+        for read_places, rows in normalized:
+            at = torch.searchsorted(places, read_places).to(device)
+            every[at, :-1], every[at, -1] = rows, 1
+        processes.sum_(every)
+        whitening = Whitening.of_few(every[every[:, -1] > 0, :-1], shape)
     processes.broadcast_([whitening.mean, whitening.matrix])  # whose last bits may differ between machines
     return whitening
 

@@ -10,7 +10,7 @@ import torch
 from bench.__main__ import main
 from bench.train import command
 from bench.train.stopwatch import Stopwatch
-from bench.train.task import ON_IMAGENET, SHARED, TASKS, Task, small
+from bench.train.task import DEFAULT_METHODS, ON_IMAGENET, TASKS, Task, small
 from fastmeta.presets import PRESETS
 from fastmeta.training.config import MachineConfig, RunConfig, SplitConfig
 from fastmeta.training.processes import Processes
@@ -103,7 +103,7 @@ def test_the_stopwatch_gives_each_part_its_own_time():
 
 
 def test_tasks():
-    assert "none" in SHARED
+    assert "none" in DEFAULT_METHODS
     assert len(TASKS["cuda"]) == 1 + len(ON_IMAGENET)
     assert small(64, 448).batch == 512
     for task in TASKS["cuda"][1:]:

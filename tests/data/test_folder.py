@@ -48,6 +48,7 @@ def test_digits_written_as_pictures_come_back(tmp_path, cache):
 
 
 def test_photographs_are_a_data_set(tmp_path):
+    pytest.importorskip("skimage")
     images = open_images(write_photographs(tmp_path), cache=False)
     assert images.image_shape == (3, 32, 32)
     assert {"china", "flower"} <= set(images.classes)

@@ -59,8 +59,10 @@ def test_folders_and_files_name_parts(tmp_path):
     assert (alone.classes, alone.targets.tolist()) == (("a", "b"), [1, 0])
     _write(tmp_path / "svhn/extra-0.parquet", [1], [0])
     _write(tmp_path / "svhn/train-0.parquet", [1], [0])
-    with pytest.warns(UserWarning, match="extra-0.parquet: left out, the names begin with no part"):
-        assert len(open_images(tmp_path / "svhn", cache=False)) == 1
+    assert set(open_images(tmp_path / "svhn", cache=False).parts) == {"train", "unlabeled"}
+    _write(tmp_path / "svhn/more-0.parquet", [1], [0])
+    with pytest.warns(UserWarning, match="more-0.parquet: left out, the names begin with no part"):
+        assert len(open_images(tmp_path / "svhn", cache=False)) == 2
 
 
 def test_labels_that_the_hub_withholds(tmp_path):

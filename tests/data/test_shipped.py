@@ -35,6 +35,7 @@ def test_photographs_are_cut_without_a_pixel_in_two_parts():
     images = open_images("photographs")
     assert images.image_shape == (3, 32, 32)
     assert len(images.classes) == 10
+    assert {part: len(places) for part, places in images.parts.items()} == {"train": 3800, "test": 1750}
     seen = {}
     for part, places in images.parts.items():
         for place in places.tolist():

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from fastmeta.data import (
     with_foreign_classes,
 )
 from fastmeta.data.images import fingerprint_of
+from fastmeta.data.split_file import read_split, written
+from fastmeta.training.build import split_of
+from fastmeta.training.config import RunConfig, SplitConfig
 
 SIZES = {"holdout_per_class": 3, "validation_per_class": 20, "test_fraction": 0.25}
 
@@ -159,6 +163,15 @@ def test_validation_images_without_regard_to_classes():
     assert set(splits[0].labeled.tolist()) < set(more.labeled.tolist())
 
 
+def test_holdout_images_without_regard_to_classes():
+    images = balanced(10, 60)
+    split = make_split(images, labels_per_class=4, seed=0, validation=200, holdout=103)
+    assert split.sizes() == {"labeled": 40, "unlabeled": 257, "holdout": 103, "validation": 200, "test": 0}
+    assert torch.cat(_parts(split)).sort().values.equal(torch.arange(600))
+    assert counted(images, split.labeled) == [4] * 10
+    assert split.validation.equal(make_split(images, labels_per_class=4, seed=0, validation=200).validation)
+
+
 def test_foreign_classes_are_unlabeled_and_not_evaluated():
     images = balanced(5, 20, validation=3, test=4)
     images.targets[:100:20] = -1  # one of each class
@@ -191,6 +204,8 @@ def test_places_are_part_of_the_record():
         ({"validation": 30}, "validation must be below 30, the labeled images there are, got 30"),
         ({"validation": -1}, "validation must be at least 0, got -1"),
         ({"validation": 3, "validation_per_class": 1}, "validation must be 0 with validation_per_class 1, got 3"),
+        ({"holdout": 30}, "holdout must be below 30, the labeled images there are, got 30"),
+        ({"holdout": 3, "holdout_per_class": 1}, "holdout must be 0 with holdout_per_class 1, got 3"),
         ({"validation": 29}, "labels_per_class must be at most 0, because class . has 0 labeled images outside of"),
     ],
 )
@@ -206,3 +221,21 @@ def test_what_official_parts_exclude_is_named(official):
         make_split(official, labels_per_class=1, seed=0, validation=1)
     with pytest.raises(ValueError, match=r"foreign_classes must lie in \[0, 0\] for official"):
         with_foreign_classes(official, 1)
+
+
+def test_a_split_in_a_file_is_read_back_for_the_same_images(tmp_path):
+    images = balanced(3, 10, test=2)
+    split = make_split(images, labels_per_class=2, seed=7, validation=4, unlabeled_imbalance=2)
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps(written(images, split)))
+    assert all(a.equal(b) for a, b in zip(_parts(read_split(path, images)), _parts(split), strict=True))
+    config = RunConfig(data="balanced", seed=1, split=SplitConfig(file=str(path), labeled_in_unlabeled=True))
+    assert split_of(config, images).labeled.equal(split.labeled)
+    with pytest.raises(ValueError, match=r"split.file must be of the same images, balanced .* got .*split.json of bal"):
+        read_split(path, balanced(3, 11, test=2))
+    for content in ("", "{}", '{"labeled": "all"}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"split.file must be the split.json of a run, got"):
+            read_split(path, images)
+    with pytest.raises(ValueError, match=r"split.file must be the split.json of a run, got"):
+        read_split(tmp_path / "nowhere.json", images)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.data import AugmentationConfig, KeyedRandom, Shift, views_for
-from fastmeta.data.augment import Noisy, Plain, Whitened, Whitening, second_moments
+from fastmeta.data.augment import Noisy, Plain, Whitened, Whitening
+from fastmeta.data.augment.whitening import contrast_normalized, second_moments
 
 SIDE = 6
 
@@ -17,6 +18,10 @@ def pictures(count: int, channels: int = 3) -> Tensor:
     rough = torch.rand(count, channels, SIDE + 2, SIDE + 2, generator=generator)
     smooth = torch.nn.functional.avg_pool2d(rough, 3, stride=1)
     return (smooth * 255).round().to(torch.uint8)
+
+
+def moments_of(images: Tensor) -> Tensor:
+    return second_moments(contrast_normalized(images, SIDE))
 
 
 def published(train: np.ndarray, images: np.ndarray) -> np.ndarray:
@@ -37,7 +42,7 @@ def published(train: np.ndarray, images: np.ndarray) -> np.ndarray:
 def test_it_is_the_published_one() -> None:
     train, images = pictures(300), pictures(330)[290:]
     images[0] = 77  # of one color
-    moments = second_moments(train[:100], SIDE) + second_moments(train[100:], SIDE)
+    moments = moments_of(train[:100]) + moments_of(train[100:])
     white = Whitening.of(moments, (3, SIDE, SIDE))(images)
     expected = published(train.flatten(1).numpy(), images.flatten(1).numpy())
     assert white.dtype == torch.float32
@@ -48,14 +53,22 @@ def test_it_is_the_published_one() -> None:
     torch.testing.assert_close(again, white, atol=1e-4, rtol=0)
 
 
+def test_few_images_are_whitened_alike() -> None:
+    train, images = pictures(60), pictures(90)[60:]  # of 108 numbers each
+    few = Whitening.of_few(contrast_normalized(train, SIDE), (3, SIDE, SIDE))
+    expected = published(train.flatten(1).numpy(), images.flatten(1).numpy())
+    np.testing.assert_allclose(few(images).flatten(1).numpy(), expected, atol=5e-4)
+    torch.testing.assert_close(Whitening.of(moments_of(train), (3, SIDE, SIDE)).matrix, few.matrix, atol=1e-5, rtol=0)
+
+
 def test_larger_images_are_whitened_in_their_middle() -> None:
     large = pictures(200).repeat(1, 1, 2, 2)
-    assert second_moments(large, SIDE).equal(second_moments(Plain(SIDE)(large), SIDE))
+    assert contrast_normalized(large, SIDE).equal(contrast_normalized(Plain(SIDE)(large), SIDE))
 
 
 def test_views_begin_with_it() -> None:
     images = pictures(200)
-    whitening = Whitening.of(second_moments(images, SIDE), (3, SIDE, SIDE))
+    whitening = Whitening.of(moments_of(images), (3, SIDE, SIDE))
     settings = AugmentationConfig(shift=2, noise=0.15, whitening="zca")
     views = views_for("pictures", (3, SIDE, SIDE), SIDE, settings, whitening)
     weak = Noisy(Whitened(whitening, Shift(SIDE, 2, "reflected", flip=True)), 0.15)
@@ -66,10 +79,10 @@ def test_views_begin_with_it() -> None:
     noise = views.weak(images, random[1]) - moved
     assert abs(float(noise.std()) - 0.15) < 0.005
     assert "Whitening((3, 6, 6), " in repr(views)
-    other = Whitening.of(second_moments(images[:150], SIDE), (3, SIDE, SIDE))
+    other = Whitening.of(moments_of(images[:150]), (3, SIDE, SIDE))
     assert repr(other) != repr(whitening) == repr(Whitening(whitening.mean, whitening.matrix, (3, SIDE, SIDE)))
 
 
 def test_one_image_is_not_enough() -> None:
     with pytest.raises(ValueError, match=r"images must be at least 2 for augmentation.whitening zca, got 1"):
-        Whitening.of(second_moments(pictures(1), SIDE), (3, SIDE, SIDE))
+        Whitening.of(moments_of(pictures(1)), (3, SIDE, SIDE))

@@ -17,7 +17,9 @@ from fastmeta import (
     ImplicitImputation,
     ImputeAndWeight,
     LabelGradientAlignment,
+    LearningToReweight,
     MetaGradient,
+    MetaWeightNet,
     Method,
     Outputs,
     Refined,
@@ -44,6 +46,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "ImplicitImputation V1": lambda: ImplicitImputation("V1"),
     "ImplicitImputation V2": lambda: ImplicitImputation(),
     "ImputeAndWeight": lambda: ImputeAndWeight(M),
+    "LearningToReweight": lambda: LearningToReweight(),
+    "MetaWeightNet": lambda: MetaWeightNet(),
 }
 all_methods = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 with_tables = pytest.mark.parametrize(

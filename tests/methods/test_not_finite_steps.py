@@ -14,6 +14,7 @@ from fastmeta import (
     ImplicitImputation,
     ImputeAndWeight,
     LabelGradientAlignment,
+    MetaWeightNet,
     Method,
 )
 from fastmeta.derivatives import LabelGradient
@@ -35,6 +36,7 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "labels, averages before": lambda how: LabelGradientAlignment(M, C, how=how, include_current=False),
     "averages": lambda how: AlignedImputation(how=how),
     "both": lambda how: ImputeAndWeight(M, how=how),
+    "weight net": lambda how: MetaWeightNet(how=how, lr=0.1),
     "solver": lambda how: ImplicitImputation(how=how, solver="pcg" if how == "last_layer" else "cg"),
     "averages in a solver": lambda how: Method(
         InverseHessian(NormalizedGap()), LabelGradient("cross_entropy", how=how), LabelTable(M, C)

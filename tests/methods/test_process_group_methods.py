@@ -4,10 +4,10 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed
-import two_processes
 from cases import Draw
 from torch import Tensor, nn
 
@@ -305,7 +305,7 @@ def alone(rank: int, seed: int) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def results(module_draw: Draw) -> list[dict[str, Any]]:
     seed = module_draw.integer(0, 2**31)
-    return two_processes.run({f.__name__: (f, seed) for f in (layers, training, distributed_training, alone)})
+    return forked.run_each({f.__name__: (f, seed) for f in (layers, training, distributed_training, alone)})
 
 
 def same(got: Tensor, expected: Tensor) -> bool:

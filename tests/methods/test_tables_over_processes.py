@@ -5,10 +5,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed
-import two_processes
 from cases import Draw
 from torch import Tensor, nn
 
@@ -158,9 +158,9 @@ FIRST, LAST = [0, 1, 2], [3, 4, 5]
 def results(module_draw: Draw) -> dict[str, Any]:
     """Of two processes that begin; of three that go on from their state, and that begin; of one."""
     seed = module_draw.integer(0, 2**31)
-    two = two_processes.run({"first": (train, seed, FIRST), "warned": (warned,)})
+    two = forked.run_each({"first": (train, seed, FIRST), "warned": (warned,)})
     states = {name: two[0]["first"][f"{name}, sharded True"]["state"] for name in METHODS}
-    three = two_processes.run({"first": (train, seed, FIRST), "last": (train, seed, LAST, states)}, 3)
+    three = forked.run_each({"first": (train, seed, FIRST), "last": (train, seed, LAST, states)}, 3)
     ended = {name: three[0]["first"][f"{name}, sharded False"]["state"] for name in METHODS}
     return {
         "two": [result["first"] for result in two],

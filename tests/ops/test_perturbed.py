@@ -346,3 +346,14 @@ def test_inference_tensors_and_directions_with_a_graph(impl):
     (v,) = torch.autograd.grad((weight**3).sum(), weight, create_graph=True)
     with perturbed([weight], [v], 0.3, impl=impl) as perturbation:
         assert not perturbation.epsilon.requires_grad
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_tensors_that_are_a_part_of_a_longer_direction(impl):
+    theta, v = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    with perturbed([theta], [v], 0.5, norm=torch.tensor(10.0, dtype=torch.float64), impl=impl) as perturbation:
+        torch.testing.assert_close(theta, torch.tensor([1.15, 2.2]))
+        perturbation.flip()
+        torch.testing.assert_close(theta, torch.tensor([0.85, 1.8]))
+    assert theta.tolist() == [1.0, 2.0]
+    torch.testing.assert_close(perturbation.epsilon, torch.tensor(0.05))

@@ -5,10 +5,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed
-import two_processes
 from cases import Draw
 from hessian_problems import ITERATIVE, SOLVERS, flat, make, power_law, targets_of
 from torch import Tensor
@@ -293,7 +293,7 @@ def results(module_draw: Draw) -> tuple[dict, Results]:
         "behavior": (behavior, shared_cases(module_draw)),
         "sums": (sums, tensors_to_sum(module_draw)),
     }
-    return calls, two_processes.run(calls)
+    return calls, forked.run_each(calls)
 
 
 def test_every_solver_gives_what_one_process_gives(results: tuple[dict, Results]) -> None:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
-from fastmeta.reproduce import lga_linear
+from fastmeta.reproduce import lga_linear, lga_spheres
 
 
 def by_hand(labeled: float, unlabeled: float, gradient: float, steps: int, rate: float) -> list[float]:
@@ -38,3 +40,45 @@ def test_principal_components_of_the_unlabeled_data_are_learned_first():
     assert steps[0] > 2 * steps[-1]
     assert row["change_by_others"] < 1e-12
     assert "| larger λ unlabeled is learned faster (Fig. 1), at X^T y / n = 1 | yes" in lga_linear.table([row])
+
+
+def test_points_have_the_lengths_of_their_class():
+    """Eq. (14)."""
+    places, classes = lga_spheres.points(4000, 50, torch.Generator().manual_seed(0))
+    lengths = places.norm(dim=1)
+    for c in range(5):
+        above = lengths[classes == c] - c
+        near, far = above < 0.25 + 1e-5, above > 0.75 - 1e-5
+        assert bool((near ^ far).all())
+        assert bool((above > -1e-5).all() and (above < 1 + 1e-5).all())
+        share = float(near.float().mean())
+        assert share == (0 if c == 0 else 1 if c == 4 else pytest.approx(0.5, abs=0.1))
+
+
+def test_the_principal_eigenvector_is_that_of_the_dense_hessian():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    x, y = torch.randn(40, 3), torch.randint(3, (40,))
+    names, values = zip(*model.named_parameters(), strict=True)
+    sizes = [value.numel() for value in values]
+
+    def loss(vector):
+        parts = [part.view_as(like) for part, like in zip(vector.split(sizes), values, strict=True)]
+        logits = torch.func.functional_call(model, dict(zip(names, parts, strict=True)), (x,))
+        return functional.cross_entropy(logits, y)
+
+    dense = torch.autograd.functional.hessian(loss, lga_spheres.flat(values).detach())
+    largest = torch.linalg.eigh(dense).eigenvectors[:, -1]
+    principal = lga_spheres.PrincipalEigenvector(model, x, y)
+    for _ in range(2):  # the second search starts from the first's result
+        found = principal.find()
+        assert lga_spheres.alignment(found, largest) > 0.999
+        assert float(found.norm()) == pytest.approx(1, abs=1e-5)
+
+
+def test_labels_of_the_spheres_come_right_as_the_net_learns():
+    found = lga_spheres.measure(0, "LGA, T = 1", 20, 0.05)["measured"]
+    assert [row["step"] for row in found] == list(range(2, 21, 2))
+    assert found[-1]["right_labels"] > found[0]["right_labels"] + 2
+    assert found[-1]["loss"] < found[0]["loss"]
+    assert all(0 < row["alignment"] <= 1 for row in found)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastmeta import L2I, MetaGradient
-from fastmeta.ssl import MixUpConsistency, Refiner, TrainingBatch, mix_up
+from fastmeta.ssl import MixUpConsistency, Refiner, TrainingBatch, kl_divergence, mix_up
 
 CLASSES = 3
 
@@ -89,6 +89,16 @@ def test_the_methods_labels_are_learned_and_own_passes_are_the_shared_ones(batch
     torch.testing.assert_close(own.total, shared.total, rtol=1e-10, atol=1e-12)
     for one, other in zip(own_gradients, shared_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_labels_below_zero_have_the_gradient_of_the_cross_entropy(batch):
+    """As a step on labels that is not projected leaves them; the entropy would be no number."""
+    logits = torch.randn(3, CLASSES, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[1.2, -0.3, 0.1], [0.5, 0.5, 0.0], [-0.1, 0.4, 0.7]], dtype=torch.float64)
+    loss = kl_divergence(logits, labels)
+    assert loss.isfinite()
+    expected = (labels.sum(1, keepdim=True) * logits.detach().softmax(1) - labels) / 3
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected)
 
 
 def test_a_pull_back_reaches_the_imputer(batch):

@@ -7,7 +7,8 @@ from torch import nn
 
 from fastmeta import Refined
 from fastmeta.ssl import BASES, FixMatch, MeanTeacher, PseudoLabel, Refiner, Supervised, TrainingBatch
-from fastmeta.ssl.base import frozen_statistics, harden, ramp_up
+from fastmeta.ssl.base import frozen_statistics
+from fastmeta.ssl.labels import harden, ramp_up
 
 CLASSES = 3
 

@@ -7,13 +7,40 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta import L2I, ExampleWeights, LabelGradientAlignment, MetaGradient, Method
-from fastmeta.ssl import FixMatch, MeanTeacher, PseudoLabel, Refiner, TrainingBatch
+from fastmeta.ssl import (
+    UDA,
+    FixMatch,
+    FlexMatch,
+    FreeMatch,
+    MeanTeacher,
+    MixMatch,
+    MixUp,
+    PiModel,
+    PseudoLabel,
+    Refiner,
+    ReMixMatch,
+    TrainingBatch,
+)
 
 CLASSES = 3
-BASES = [FixMatch(threshold=0.5), PseudoLabel(threshold=0.5, ramp=0.1), MeanTeacher(ramp=0.1)]
+BASES = [
+    FixMatch(threshold=0.5),
+    PseudoLabel(threshold=0.5, ramp=0.1),
+    MeanTeacher(ramp=0.1),
+    MeanTeacher(ramp=0.1, statistics="interleaved"),
+    FixMatch(threshold=0.5, statistics="separate"),
+    PiModel(ramp=0.1),
+    UDA(threshold=0.5, distribution_alignment="uniform"),
+    FlexMatch(threshold=0.5),
+    FreeMatch(),
+    MixUp(),
+    MixMatch(ramp=0.0),
+    ReMixMatch(views=1, ramp=0.0),
+]
 METHODS = {
     "L2I V1": lambda: Refiner(L2I("V1")),
     "L2I V2": lambda: Refiner(L2I("V2")),
+    "L2I V2, hard labels": lambda: Refiner(L2I("V2", inner_loss="cross_entropy"), "learned", hard=True),
     "MetaGradient": lambda: Refiner(MetaGradient()),
     "ExampleWeights": lambda: Refiner(ExampleWeights(10), "learned", hard=True),
     "LabelGradientAlignment": lambda: Refiner(LabelGradientAlignment(10, CLASSES), "learned"),
@@ -52,14 +79,36 @@ def test_own_passes_give_what_shared_features_give(batch, base, make, own_holdou
     model, results = net(), []
     for passes in ("shared", "own"):
         refiner = dataclasses.replace(make(), passes=passes)
+        torch.manual_seed(3)
+        memory = base.memory(10, CLASSES, model=model, labels=batch.targets)
         for _ in range(2):  # the second step reads the tables that the first has written
-            loss = base.loss(model, batch, teacher=net(), progress=0.5, refiner=refiner)
+            loss = base.loss(model, batch, teacher=net(), progress=0.5, refiner=refiner, memory=memory)
         results.append((loss, torch.autograd.grad(loss.total, list(model.parameters()))))
     (shared, shared_grads), (own, own_grads) = results
     torch.testing.assert_close(own.total, shared.total, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(own.used.soft, shared.used.soft, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(own.used.weights, shared.used.weights, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(own_grads, shared_grads, rtol=1e-11, atol=1e-13)
+
+
+def test_hard_labels_have_the_derivative_of_the_predictions(batch):
+    """FixMatch with L2I as in a loop of one's own: hard labels, the mask, and the strong view that is trained."""
+    model = net()
+    confidences = model(batch.weak).softmax(1).amax(1).sort().values.tolist()
+    threshold = (confidences[2] + confidences[3]) / 2
+    refiner = Refiner(L2I("V2", inner_loss="cross_entropy"), "learned", hard=True, passes="own")
+    used = FixMatch(threshold).loss(model, batch, teacher=net(), progress=0.5, refiner=refiner).used
+    q = model(batch.weak).softmax(1)
+    hard = nn.functional.one_hot(q.argmax(1), CLASSES)
+    mask = (q.detach().amax(1) >= threshold).double()
+    refined = L2I("V2", inner_loss="cross_entropy").refine(
+        model=model, unlabeled=batch.second, labels=hard + (q - q.detach()), mask=mask,
+        holdout=batch.holdout, targets=batch.holdout_targets, labeled=batch.labeled, labeled_targets=batch.targets,
+    )  # fmt: skip
+    assert 0 < mask.sum() < len(mask)
+    assert used.labels.equal(hard.double())
+    found, wanted = (torch.autograd.grad(loss, list(model.parameters())) for loss in (used.loss, refined.loss))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_own_passes_are_given_images_and_the_model(batch):

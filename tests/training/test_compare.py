@@ -104,7 +104,9 @@ def test_notes_say_what_is_not_its_papers_algorithm():
     text = lines("fixmatch", "none", "l2i", "label-gradient-alignment", "meta-gradient-jvp")
     assert "label-gradient-alignment, meta-gradient-jvp: not the paper's algorithm" in text
     assert "python -m fastmeta.examples.label_gradient_alignment, python -m fastmeta.examples.meta_gradient" in text
-    for text in (lines("fixmatch", "none", "l2i"), lines("mean-teacher", "meta-gradient")):
+    config = RunConfig(base="pseudo-label", base_settings={"soft": True}, method="label-gradient-alignment-published")
+    soft = "\n".join(notes([config], results))
+    for text in (lines("fixmatch", "none", "l2i"), lines("mean-teacher", "meta-gradient"), soft):
         assert "not the paper's" not in text
     for recipe in METHODS.values():
         assert recipe.example is None or importlib.import_module(f"fastmeta.examples.{recipe.example}")

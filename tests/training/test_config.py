@@ -1,7 +1,9 @@
+import dataclasses
 import json
 import math
 
 import pytest
+import torch
 
 from fastmeta.training import (
     AugmentationConfig,
@@ -15,26 +17,45 @@ from fastmeta.training import (
     from_dict,
     resolve,
 )
+from fastmeta.training.build import build
 from fastmeta.training.optimizers import rate_at
-from fastmeta.training.recipes import METHODS
+from fastmeta.training.recipes import BASE_RECIPES, METHODS
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (
-            {"base": "mixmatch"},
-            "base must be one of supervised, pseudo-label, mean-teacher, fixmatch, vat, .*, got 'mixmatch'",
+            {"base": "comatch"},
+            "base must be one of supervised, pseudo-label, pi-model, mean-teacher, vat, .*, got 'comatch'",
         ),
         ({"method": "maml"}, "method must be one of none, l2i, .*, got 'maml'"),
         ({"base": "supervised", "method": "l2i"}, "method must be none for base supervised .*, got 'l2i'"),
         ({"labels_per_class": 0}, "labels_per_class must be at least 1, got 0"),
         ({"steps": -1}, "steps must be at least 1, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"base_settings": {"tau": 0.5}}, "base_settings must be among threshold, weight for base fixmatch, got 'tau'"),
+        ({"base_settings": {"tau": 0.5}}, "base_settings must be among threshold, .* for base fixmatch, got .tau."),
         ({"method_settings": {"weight": 2}}, "method_settings must be left out without a method, got .*weight"),
         ({"base_settings": {"threshold": 7}}, "base_settings must have a threshold of at most 1, got 7"),
         ({"base_settings": {"weight": "x"}}, "base_settings must have a number of at least 0 for weight, got .x."),
+        (
+            {"base": "mixmatch", "method": "label-gradient-alignment-published"},
+            "method_settings must have ramp_steps None for base mixmatch, .* got",
+        ),
+        (
+            {"base_settings": {"statistics": "mixed"}},
+            "must have one of joined, separate, interleaved for statistics, got 'mixed'",
+        ),
+        ({"base": "uda", "base_settings": {"temperature": 0}}, "base_settings must have a temperature above 0, got 0"),
+        ({"base": "freematch", "base_settings": {"decay": 2}}, "base_settings must have a decay of at most 1, got 2"),
+        (
+            {"base": "mixmatch", "base_settings": {"views": 1}},
+            "base_settings must have an integer of at least 2 for views, got 1",
+        ),
+        (
+            {"base": "flexmatch", "base_settings": {"warm_up": 1}},
+            "base_settings must have True or False for warm_up, got 1",
+        ),
     ],
 )
 def test_settings_name_what_is_wrong(settings, message):
@@ -71,7 +92,7 @@ def test_config_is_plain_json_and_is_read_back():
         augmentation=AugmentationConfig(strong="weak", shift=2, flip=False),
     )
     written = json.loads(json.dumps(config.as_dict()))
-    assert written["base_settings"] == {"threshold": 0.9, "weight": 1.0}
+    assert written["base_settings"] == {**dataclasses.asdict(BASE_RECIPES["fixmatch"]), "threshold": 0.9}
     read = from_dict(written)
     assert json.loads(json.dumps(read.as_dict())) == written
     for part in ("optimizer", "schedule", "split", "augmentation"):
@@ -84,6 +105,19 @@ def test_what_is_left_to_the_data_is_filled_in_once(digits):
     assert (config.optimizer.learning_rate, config.average.decay, config.views) == (0.2, 0.99, "digits")
     assert config.split == SplitConfig(3, 20, 0.25)
     assert resolve(config, digits) == config
+
+
+def test_every_setting_of_the_split_is_heard(digits):
+    split = SplitConfig(validation=100, imbalance=4.0, unlabeled_imbalance=2.0, foreign_classes=2)
+    config = resolve(RunConfig(labels_per_class=16, split=split), digits)
+    assert (config.split.validation_per_class, config.split.validation) == (0, 100)
+    run = build(config, digits)
+    assert run.images.classes == tuple("01234567")
+    counts = run.images.targets[run.split.labeled].bincount().tolist()
+    assert counts == [round(16 * 4 ** (-k / 7)) for k in range(8)]
+    assert len(run.split.validation) == 100
+    assert int(run.images.targets[torch.cat([run.split.validation, run.split.test])].min()) == 0
+    assert run.trainer.model.fc.out_features == 8
 
 
 def test_rates():

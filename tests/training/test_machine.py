@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastmeta
 from fastmeta.ops.solve import conjugate_gradient as solver
 from fastmeta.problem.random_state import RandomState
-from fastmeta.ssl import MixUpConsistency, TrainingBatch
+from fastmeta.ssl import MixUpConsistency, ReMixMatch, TrainingBatch
 from fastmeta.training import machine as machine_module
 from fastmeta.training.config import MachineConfig
 from fastmeta.training.machine import capture_steps, refuse_compile, refuse_synchronized
@@ -63,7 +63,7 @@ def test_steps_of_a_captured_method(method: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(machine_module, "graph", functools.partial(fastmeta.graph, recorder=tape))
     monkeypatch.setattr(MachineConfig, "check", lambda self: None)  # which refuses it on the CPU
     machine = MachineConfig(graph=True)
-    if METHODS[method].scheduled is not None:
+    if "scheduled" in METHODS[method].settings:
         with pytest.raises(ValueError, match=r"machine.graph must be False with a method whose step changes at every"):
             trainer("fixmatch", method, None, machine)
         return
@@ -90,7 +90,8 @@ def trained(base: str, method: str, machine: MachineConfig, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("base", "method"), [("fixmatch", method) for method in METHODS if "jvp" not in method] + [("vat", "none")]
+    ("base", "method"),
+    [("fixmatch", name) for name in METHODS if METHODS[name].settings.get("how") != "jvp"] + [("vat", "none")],
 )
 def test_bfloat16_and_channels_last(base: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A difference of passes, too, is not lost in the rounding."""
@@ -131,6 +132,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"machine.compile must be False for mix-up-consistency with a method whose"):
         refuse_compile(MixUpConsistency(), refiner("l2i"))
     refuse_compile(MixUpConsistency(), refiner("meta-gradient"))
+    with pytest.raises(ValueError, match=r"machine.compile must be False for remixmatch, unless its rotation"):
+        refuse_compile(ReMixMatch(), None)
+    refuse_compile(ReMixMatch(rotation_weight=0.0), None)
     for method in (None, refiner("l2i-jvp")):
         with pytest.raises(ValueError, match=r"machine.graph must be False without a method that works on the last"):
             capture_steps(method, Processes())

@@ -4,6 +4,7 @@ In float64, so that what is left is rounding; without batch statistics, which ar
 """
 
 import copy
+import dataclasses
 import importlib
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastmeta.data import Images
+from fastmeta.methods import l2i
 from fastmeta.models import build_model
 from fastmeta.ops.process_group import Group
 from fastmeta.training import RunConfig, train
@@ -38,9 +40,18 @@ UNUSED = [("fixmatch", "l2i"), ("vat", "none"), ("mean-teacher", "none")]
 ON_FOUR = [
     ("fixmatch", method)
     for method in ("none", "l2i", "example-weights", "label-gradient-alignment", "l2i-alternating", "l2i-jvp")
-]
+] + [("fixmatch", "label-gradient-alignment-published")]
 PARTS = 2  # of a step, of three labeled images each
 SHARDED = [case for case in CASES if METHODS[case[1]].passes == "shared" and "published" not in case[1]]
+# Methods whose passes are differences.
+DIFFERENCES = [("fixmatch", "meta-gradient-finite-difference"), ("fixmatch", "meta-gradient-published")]
+IN_PARTS = {"parts": "l2i", "differences in parts": "meta-gradient-finite-difference"}
+# Loops of the papers other than the recipes'.
+LOOPS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "fresh batches": ("fixmatch", "example-weights-published", {"fresh": True, "interval": 2}),
+    "V1, means": ("mean-teacher", "l2i-published", dataclasses.asdict(l2i.preset("official_code", "V1"))),
+    "V1, sums": ("mean-teacher", "l2i-published", dataclasses.asdict(l2i.preset("paper", "V1"))),
+}
 RESUMED = [("fixmatch", "l2i"), ("fixmatch", "example-weights"), ("vat", "label-gradient-alignment")]
 
 
@@ -108,6 +119,19 @@ def test_every_method_on_processes_is_that_of_one(alone: dict[str, Any], world: 
     assert not wrong, "\n".join(wrong)
 
 
+def loops(group: Group) -> dict[str, Any]:
+    found = {}
+    for name, (base, method, settings) in LOOPS.items():
+        run = trainer(base, method, group, method_settings=settings, holdout_batch=5)
+        run.train_step()
+        state = run.state_dict()  # the second half is that of a resumed run
+        run = trainer(base, method, group, method_settings=settings, holdout_batch=5)
+        run.load_state_dict(copy.deepcopy(state))
+        run.train_step()
+        found[name] = comparable(run, run.step_averages.read())
+    return found
+
+
 def continued(group: Group, saved: dict[str, Any]) -> dict[str, Any]:
     """The second half of runs whose first half others had."""
     found = {}
@@ -156,6 +180,7 @@ def several(group: Group) -> dict[str, Any]:
         "statistics": with_statistics(group),
         "unused": [updated(trainer(*case, group, unused=True)) for case in UNUSED],
         "same group": average[0].process_group is group,
+        "loops": loops(group),
     }
 
 
@@ -178,6 +203,14 @@ def test_a_step_in_parts(two: list[dict[str, Any]]) -> None:
         wanted = trained(None, "fixmatch", method, machine)
         for part in two:
             assert_alike(part["parts"][method], wanted, method)
+
+
+def test_the_papers_loops(two: list[dict[str, Any]]) -> None:
+    wanted = loops(None)
+    assert bool((wanted["fresh batches"]["method"]["update.table.values"] != 1).any())
+    for part in two:
+        for name, state in part["loops"].items():
+            assert_alike(state, wanted[name], name)
 
 
 def test_parameters_that_no_forward_uses(two: list[dict[str, Any]]) -> None:
@@ -232,8 +265,10 @@ def sharded(group: Group, cases: list[tuple[str, str]]) -> dict[str, Any]:
     for base, method in cases:
         run = trainer(base, method, group, MachineConfig(sharding="fsdp2"))
         found[f"{base} + {method}"] = whole(run)
-    parts = trainer("fixmatch", "l2i", group, MachineConfig(sharding="fsdp2", accumulation=PARTS))
-    return {**found, "parts": whole(parts)}
+    for name, method in IN_PARTS.items():
+        run = trainer("fixmatch", method, group, MachineConfig(sharding="fsdp2", accumulation=PARTS))
+        found[name] = whole(run)
+    return found
 
 
 def whole(run: Trainer) -> dict[str, Any]:
@@ -251,10 +286,11 @@ def whole(run: Trainer) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_sharded_weights(alone: dict[str, Any], world: int) -> None:
-    cases = SHARDED if world == 2 else SHARDED[:2]
+    cases = (SHARDED if world == 2 else SHARDED[:2]) + DIFFERENCES
     parts = forked.run(sharded, world, cases)
     expected = {" + ".join(case): alone[" + ".join(case)] for case in cases}
-    expected["parts"] = trained(None, "fixmatch", "l2i", MachineConfig(accumulation=PARTS))
+    for name, method in IN_PARTS.items():
+        expected[name] = trained(None, "fixmatch", method, MachineConfig(accumulation=PARTS))
     for name, wanted in expected.items():
         found = [part[name] for part in parts]
         for part in found:
@@ -311,6 +347,8 @@ def test_what_cannot_be_sharded() -> None:
     several = Processes(object())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"a method that makes passes of its own \(how='jvp'\)"):
         refuse_sharding(refiner, machine, several)
+    with pytest.raises(ValueError, match="must be none with a method that has an update of its own, got 'fsdp2'"):
+        refuse_sharding(METHODS["l2i-alternating"].build(9, 3), machine, several)
     for name in ("compile", "channels_last"):
         with pytest.raises(ValueError, match=f"machine.sharding must be none with machine.{name}"):
             refuse_sharding(None, MachineConfig(sharding="fsdp2", **{name: True}), several)

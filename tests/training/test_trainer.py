@@ -50,10 +50,11 @@ def test_batches_come_from_their_own_parts(digits):
     assert labeled == {(image.numpy().tobytes(), int(target)) for image, target in source}
 
 
-def test_average_of_weights_by_hand():
+@pytest.mark.parametrize("delay", [10.0, 2.0])
+def test_average_of_weights_by_hand(delay):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
-    average = ExponentialMovingAverage(model, AverageConfig(decay=0.15))
+    average = ExponentialMovingAverage(model, AverageConfig(decay=0.7, delay=delay))
     expected = [parameter.detach().clone() for parameter in model.parameters()]
     for update in range(5):
         with torch.no_grad():
@@ -61,7 +62,7 @@ def test_average_of_weights_by_hand():
                 parameter.add_(torch.randn_like(parameter))
             model[1].running_mean.add_(1)
         average.update()
-        decay = min(0.15, (1 + update) / (10 + update))
+        decay = min(0.7, (1 + update) / (delay + update))
         expected = [decay * old + (1 - decay) * new for old, new in zip(expected, model.parameters(), strict=True)]
     for got, wanted in zip(average.model.parameters(), expected, strict=True):
         assert torch.allclose(got, wanted, atol=1e-14)
@@ -90,6 +91,79 @@ def test_what_a_method_made_of_labels_is_kept_at_its_largest():
     again.load_state_dict(largest.state_dict())
     assert again.largest(10) == largest.largest(10)
     assert len(again.largest(10)) == 3
+
+
+def test_the_examples_of_an_outer_loss(digits):
+    """Other labeled images than the batch's, in views of their own; or hold-out images with replacement."""
+    labeled = trainer_of(digits, method="l2i-published").batches
+    first, second = labeled(0), labeled(1)
+    assert len(first.holdout) == 10
+    assert sorted(first.holdout_targets.tolist()) == list(range(10))  # one label a class: the order alone differs
+    assert not first.holdout_targets.equal(first.targets)
+    assert not first.holdout_targets.equal(second.holdout_targets)
+    assert not torch.cdist(first.holdout.flatten(1), first.labeled.flatten(1)).min(dim=1).values.eq(0).any()
+
+    run = build(RunConfig(method="example-weights-published", holdout_batch=500, **small()), digits)
+    batch, other = run.trainer.batches(99), run.trainer.batches(199)
+    counts = torch.zeros(30)
+    places = run.split.holdout
+    for image in batch.holdout:
+        counts += (digits.images[places] == image).flatten(1).all(1)
+    assert counts.sum() >= 500
+    assert counts.min() < counts.max()  # 500 in passes would be 16 or 17 of each
+    assert 4 < float((counts - 500 / 30).square().mean()) < 64  # about 500/30 if independent
+    assert not batch.holdout.equal(other.holdout)
+
+
+def test_hold_out_images_come_when_the_method_learns(digits):
+    """Passes through them go on where the last update left them."""
+    settings = {"interval": 3}
+    every, third = (
+        trainer_of(digits, method="example-weights", holdout_batch=7, method_settings=chosen).batches
+        for chosen in ({}, settings)
+    )
+    for number in range(7):
+        found = third(number)
+        if number % 3 == 2:
+            assert found.holdout.equal(every(number // 3).holdout)
+        else:
+            assert found.holdout is None
+
+
+def test_fresh_batches_are_of_streams_of_their_own(digits):
+    settings = {"fresh": True, "interval": 2, "holdout": "part"}
+    run = trainer_of(digits, method="example-weights-published", method_settings=settings)
+    batch, fresh = run.batches(0), run.batches.fresh(0)
+    assert batch.holdout is None
+    assert len(fresh.holdout) == 30
+    assert set(batch.index.tolist()) != set(fresh.index.tolist())
+    assert not fresh.weak.equal(batch.weak)
+    with pytest.raises(ValueError, match=r"machine.accumulation must be 1 for a method with batches of its own, got 2"):
+        trainer_of(
+            digits,
+            method="example-weights-published",
+            method_settings=settings,
+            machine=dataclasses.replace(small()["machine"], accumulation=2),
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("l2i", {"holdout": "all"}, "holdout must be one of batch, labeled, part, drawn, got 'all'"),
+        ("l2i", {"two_views": True}, "two_views, imputer and moves_statistics must be left out without own_update"),
+        ("l2i", {"fresh": True}, "fresh must be False for L2I with own_update=False: it is for weights"),
+        ("l2i", {"scheduled": "speed"}, "scheduled must be a number of L2I that may change, got 'speed'"),
+        ("meta-gradient-published", {"scheduled": "rate"}, "scheduled must be a number of MetaGradient"),
+        ("meta-gradient-jvp", {"own_update": True}, "own_update must be False for MetaGradient: it has no"),
+        ("l2i-published", {"variant": "V1", "hard": True}, "hard must be False for a step on the logits of"),
+        ("label-gradient-alignment", {"ramp_steps": 0}, "ramp_steps must be an int >= 1 or None, got 0"),
+        ("example-weights", {"optimizer": "lion"}, "optimizer must be one of masked_adam, adam, sgd, got 'lion'"),
+    ],
+)
+def test_a_loop_that_makes_no_sense_is_refused(digits, method, settings, message):
+    with pytest.raises(ValueError, match=f"^method_settings must fit the method: {message}"):
+        trainer_of(digits, method=method, method_settings=settings)
 
 
 def test_an_update_of_the_methods_own_follows_the_bases(digits):

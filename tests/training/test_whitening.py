@@ -12,7 +12,8 @@ import pytest
 import torch
 from short_runs import assert_same_run, small
 
-from fastmeta.data import ImageDataset, Images
+from fastmeta.data import ImageDataset, Images, Split
+from fastmeta.data.augment import Whitening
 from fastmeta.models import Normalized
 from fastmeta.ops.process_group import Group
 from fastmeta.training import AugmentationConfig, RunConfig, build, train
@@ -28,12 +29,16 @@ def config(**settings: Any) -> RunConfig:
     return RunConfig(**{"augmentation": AUGMENTATION, "base": "mean-teacher", **small(), **settings})
 
 
+def agreed(images: Images, split: Split, group: Group = None, known: Whitening | None = None) -> Whitening:
+    return agreed_whitening(known, images, split, 8, workers=0, device="cpu", processes=Processes(group))
+
+
 def whitening_on(group: Group, images: Images) -> list[torch.Tensor]:
-    run = build(config(), images)
-    made = agreed_whitening(None, images, run.split, 8, workers=0, device="cpu", processes=Processes(group))
+    split = build(config(), images).split
+    made = agreed(images, split, group)
     mine = made if group is None or group.rank() == 0 else None  # not all have it
-    again = agreed_whitening(mine, images, run.split, 8, workers=0, device="cpu", processes=Processes(group))
-    return [made.mean, made.matrix, again.matrix]
+    few = agreed(images, dataclasses.replace(split, unlabeled=split.unlabeled[:20]), group)  # of 64 numbers each
+    return [made.mean, made.matrix, agreed(images, split, group, mine).matrix, few.matrix]
 
 
 def test_processes_have_the_same(digits: Images) -> None:
@@ -49,10 +54,7 @@ def test_only_what_training_reads_decides(digits: Images) -> None:
     changed = digits.images.clone()
     changed[torch.cat([split.validation, split.test])] = 0.5
     other = ImageDataset("digits", changed, digits.targets, 10)
-    made = [
-        agreed_whitening(None, images, split, 8, workers=0, device="cpu", processes=Processes())
-        for images in (digits, other)
-    ]
+    made = [agreed(images, split) for images in (digits, other)]
     assert made[0].matrix.equal(made[1].matrix)
     white = made[0](digits.images[split.unlabeled]).flatten(1)
     assert white.mean(dim=0).abs().max() < 0.02
@@ -66,7 +68,7 @@ def test_a_run_keeps_it(tmp_path: Path, digits: Images, monkeypatch: pytest.Monk
     train(config(), tmp_path / "same", images=digits, on_step=seen.append, should_stop=lambda: len(seen) > 5)
     kept = read_whitening(tmp_path / "same")
     assert kept is not None
-    monkeypatch.setattr("fastmeta.training.whitening.second_moments", lambda *_: math.nan)
+    monkeypatch.setattr("fastmeta.training.whitening.contrast_normalized", lambda *_: math.nan)
     train(config(), tmp_path / "same", images=digits)
     assert_same_run(tmp_path / "whole", tmp_path / "same")
 

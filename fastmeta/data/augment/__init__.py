@@ -15,7 +15,7 @@ from fastmeta.data.augment.settings import AugmentationConfig
 from fastmeta.data.augment.strong import StrongAugment
 from fastmeta.data.augment.views import Plain, Views, ViewsName, views_for
 from fastmeta.data.augment.weak import RandomCrop, Shift, weak_augment
-from fastmeta.data.augment.whitening import Whitened, Whitening, second_moments
+from fastmeta.data.augment.whitening import Whitened, Whitening
 
 __all__ = [
     "CODES",
@@ -37,7 +37,6 @@ __all__ = [
     "Whitened",
     "Whitening",
     "apply_operations",
-    "second_moments",
     "views_for",
     "weak_augment",
 ]

@@ -9,7 +9,7 @@ StrongName = Literal["auto", "randaugment-google", "randaugment-paper", "randaug
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """What of the views is other than ``views`` says."""
+    """Changes to the views that ``views`` names."""
 
     strong: StrongName = "auto"
     """The strong view; weak, and with whitening auto, too: another weak one."""

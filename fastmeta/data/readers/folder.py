@@ -107,7 +107,7 @@ def collect_files(paths: Sequence[Path]) -> Collection:
     root = Path(os.path.abspath(os.sep))
     for path in (path.absolute() for path in paths):
         if path.is_dir():
-            files += _pictures(root, path)
+            files += pictures_below(root, path)
         elif path.exists():
             status = path.stat()
             files.append(File(str(path.relative_to(root)), status.st_size, status.st_mtime_ns))
@@ -138,7 +138,7 @@ def _collection(
 
 def _classes_below(root: Path, folder: Path, parts: dict[str, Path]) -> dict[str, list[File]]:
     """The pictures of each class, a folder below ``folder`` that is no part."""
-    loose = [os.path.basename(file.path) for file in _pictures(root, folder, deep=False)]
+    loose = [os.path.basename(file.path) for file in pictures_below(root, folder, deep=False)]
     if loose:
         raise DataError(
             f"{folder}: {shown(loose)}: in no class's folder, expected {folder.name}/<class>/{loose[0]}, or the folder "
@@ -147,7 +147,7 @@ def _classes_below(root: Path, folder: Path, parts: dict[str, Path]) -> dict[str
     found: dict[str, list[File]] = {}
     for entry in _entries(folder):
         if entry.is_dir() and Path(entry.path) not in parts.values():
-            inside = list(_pictures(root, Path(entry.path)))
+            inside = list(pictures_below(root, Path(entry.path)))
             if not inside:
                 raise DataError(f"{entry.path}: class {entry.name} has no pictures, expected {_kinds()} files")
             found.setdefault(class_name(entry.name), []).extend(inside)
@@ -156,9 +156,9 @@ def _classes_below(root: Path, folder: Path, parts: dict[str, Path]) -> dict[str
 
 def _unlabeled(root: Path, folder: Path, classes: tuple[str, ...]) -> dict[str, list[File]]:
     names = {class_name(entry.name) for entry in _entries(folder) if entry.is_dir()}
-    if names <= set(classes) and not any(_pictures(root, folder, deep=False)):
+    if names <= set(classes) and not any(pictures_below(root, folder, deep=False)):
         return _classes_below(root, folder, {})
-    return {"": list(_pictures(root, folder))}
+    return {"": list(pictures_below(root, folder))}
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
@@ -167,8 +167,8 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
         return sorted((e for e in entries if not e.name.startswith((".", "__MACOSX"))), key=lambda entry: entry.name)
 
 
-def _pictures(root: Path, folder: Path, deep: bool = True) -> Iterator[File]:
-    """The pictures in a folder and, if ``deep``, in those inside; other kinds of pictures are warned of."""
+def pictures_below(root: Path, folder: Path, deep: bool = True) -> Iterator[File]:
+    """The pictures in a folder below ``root`` and, if ``deep``, in those inside it; other kinds are warned of."""
     unread: Counter[str] = Counter()
     below = os.path.join(folder.relative_to(root), "") if folder != root else ""
     yield from _walk(str(folder), below, deep, unread, frozenset())

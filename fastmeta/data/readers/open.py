@@ -14,7 +14,8 @@ from fastmeta.data.readers.csv_table import collect_csv
 from fastmeta.data.readers.decoded_once import GIGABYTES, decoded_once
 from fastmeta.data.readers.folder import collect_files, collect_folder
 from fastmeta.data.readers.npz import open_npz
-from fastmeta.data.readers.shards import shards_below, stamp_of
+from fastmeta.data.readers.published import PICTURES, named, open_named, open_original
+from fastmeta.data.readers.shards import shards_below
 from fastmeta.data.readers.webdataset import collect_tars
 
 _HUB = "huggingface:"
@@ -46,6 +47,8 @@ def open_images(
     ``*.npz``                    ``images`` and ``labels``; ``test_images`` and so on for other parts
     ``*.tar``, or a folder       webdataset's: ``key.jpg`` and ``key.cls``; parts by file name
     a memory map                 a folder that :func:`~fastmeta.data.save_images` wrote
+    a published data set         CIFAR-10 and -100, SVHN, MNIST, Fashion-MNIST and Tiny ImageNet in their original
+                                 files, packed or not; ``cifar-10:DIR`` says which, and tells what is missing
     ``huggingface:name``         Hugging Face datasets, by name or path; ``huggingface:name:configuration``
     ============================ =====================================================================================
 
@@ -65,15 +68,26 @@ def open_images(
     >>> open_images("digits").image_shape
     (1, 8, 8)
     """
-    if str(path) in SHIPPED:
-        shipped = SHIPPED[str(path)]()
+    name, below = named(str(path))
+    found: Images | Collection
+    if name is None and below in SHIPPED:
+        shipped = SHIPPED[below]()
         found = as_asked(shipped, image_size, mode, shipped.stamp)
-    elif str(path).startswith(_HUB):
+    elif name is None and below.startswith(_HUB):
         from fastmeta.data.readers.huggingface import collect_huggingface  # needs datasets
 
-        found = collect_huggingface(str(path)[len(_HUB) :])
+        found = collect_huggingface(below[len(_HUB) :])
     else:
-        found = _found(Path(path).expanduser(), image_size, mode)
+        where = Path(below).expanduser()
+        if not where.exists():
+            raise DataError(f"{where}: no such file or folder")
+        if name is not None:
+            found = open_named(name, where, _found, cache=cache)
+            image_size = PICTURES.get(name) if image_size is None else image_size
+        else:
+            found = open_original(where, cache=cache) or _found(where)
+        if not isinstance(found, Collection):
+            found = as_asked(found, image_size, mode, getattr(found, "stamp", found.fingerprint))
     if not isinstance(found, Collection):
         return found
     images = DecodedImages(found, image_size, mode)
@@ -92,18 +106,16 @@ def open_pictures(
     return DecodedImages(collect_files([Path(path).expanduser() for path in paths]), image_size, mode)
 
 
-def _found(path: Path, image_size: int | None, mode: str | None) -> Images | Collection:
+def _found(path: Path) -> Images | Collection:
     """What is at a path: pictures to decode, or images that need no decoding."""
     suffix = path.suffix.lower()
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
     if path.is_file():
         if suffix in (".csv", ".tsv"):
             return collect_csv(path)
         if suffix == ".npz":
-            return as_asked(open_npz(path), image_size, mode, stamp_of([path]))
+            return open_npz(path)
     elif (path / INDEX).exists() and (path / PIXELS).exists():
-        return as_asked(open_memory_map(path), image_size, mode, stamp_of([path / PIXELS]))
+        return open_memory_map(path)
     for kind, collect in ((".parquet", _collect_parquet), (".tar", collect_tars)):
         shards = shards_below(path, kind)
         if shards:

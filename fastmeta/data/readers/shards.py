@@ -48,7 +48,7 @@ def parts_of_shards(path: Path, shards: Sequence[Path]) -> dict[Path, str]:
     parts = {}
     for shard in shards:
         names = shard.relative_to(path).parts if shard != path else (shard.name,)
-        parts[shard] = next((part for part in map(part_of, reversed(names)) if part), "")
+        parts[shard] = next((part for part in map(_part_of, reversed(names)) if part), "")
     if not any(parts.values()):
         return dict.fromkeys(shards, "train")
     unknown = [shard.name for shard, part in parts.items() if not part]
@@ -57,6 +57,11 @@ def parts_of_shards(path: Path, shards: Sequence[Path]) -> dict[Path, str]:
             f"{path}: {shown(unknown)}: left out, the names begin with no part ({', '.join(PARTS)})", stacklevel=2
         )
     return {shard: part for shard, part in parts.items() if part}
+
+
+def _part_of(name: str) -> str | None:
+    """SVHN's "extra" images are more of "train", which its papers leave unlabeled."""
+    return "unlabeled" if name.lower().startswith("extra") else part_of(name)
 
 
 def places_of_parts(part_of_each: Sequence[str], counts: Sequence[int]) -> dict[str, Tensor]:

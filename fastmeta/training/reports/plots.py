@@ -24,11 +24,17 @@ _STYLES = {
     "aligned-imputation": ("#D55E00", "-"),
     "implicit-imputation": ("#56B4E9", "-"),
     "impute-and-weight": ("#8C8C00", "-"),
+    "learning-to-reweight": ("#009E73", ":"),
+    "meta-weight-net": ("#009E73", "-."),
     "l2i-alternating": ("#0072B2", "--"),
     "l2i-jvp": ("#0072B2", ":"),
     "l2i-jvp-alternating": ("#0072B2", "-."),
     "meta-gradient-jvp": ("#E69F00", ":"),
     "meta-gradient-finite-difference": ("#E69F00", "-."),
+    "l2i-published": ("#56B4E9", "--"),
+    "meta-gradient-published": ("#E69F00", "--"),
+    "example-weights-published": ("#009E73", "--"),
+    "label-gradient-alignment-published": ("#CC79A7", "--"),
 }
 _OTHER_STYLE = ("#7F7F7F", "--")
 Details = dict[tuple[str, str, int], dict[str, Any]]  # by base, method, seed

@@ -1,6 +1,7 @@
 """Mix-up (Zhang et al., 2018) of two batches."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from fastmeta import checks
 from fastmeta.data.random_numbers import KeyedRandom
+from fastmeta.ops.process_group import Group, joined_rows, rank_in
 
 
 class Mixed(NamedTuple):
@@ -24,6 +26,7 @@ def mix_up(
     second_targets: Tensor,
     *,
     alpha: float,
+    favors_first: bool = False,
     generator: torch.Generator | None = None,
     random: KeyedRandom | None = None,
 ) -> Mixed:
@@ -32,8 +35,8 @@ def mix_up(
     .. math:: x_i = \lambda_i x_i^{(1)} + (1 - \lambda_i) x_i^{(2)}, \quad
         y_i = \lambda_i y_i^{(1)} + (1 - \lambda_i) y_i^{(2)}, \quad \lambda_i \sim \mathrm{Beta}(\alpha, \alpha)
 
-    independently for every i. Both batches count alike: unlike in MixMatch, no ``max(lambda, 1 - lambda)`` favors the
-    first. Algorithm 2 mixes labeled with unlabeled images, alpha = 1 (0.1 on SVHN), and learns from
+    independently for every i. Both batches count alike, unless ``favors_first``. Algorithm 2 mixes
+    labeled with unlabeled images, alpha = 1 (0.1 on SVHN), and learns from
     :func:`fastmeta.ssl.kl_divergence` to the mixed targets.
 
     Args:
@@ -42,6 +45,7 @@ def mix_up(
         second: the other batch ``[N, ...]``.
         second_targets: its probabilities ``[N, C]``.
         alpha: above 0; the smaller, the closer to unmixed.
+        favors_first: ``max(lambda, 1 - lambda)`` in place of lambda, as in MixMatch (Eq. (9)).
         generator: source of randomness; None: the default one of the inputs' device.
         random: draws for each example by its number instead, so that it mixes alike whatever batch it is in.
 
@@ -66,7 +70,43 @@ def mix_up(
     if not checks.number(alpha, "alpha") > 0:
         raise ValueError(f"alpha must be above 0, got {alpha}")
     share = _beta(len(first), alpha, generator, first.device) if random is None else _keyed_beta(random, alpha)
+    share = torch.maximum(share, 1 - share) if favors_first else share
     return Mixed(_mixed(first, second, share), _mixed(first_targets, second_targets, share))
+
+
+def shuffled_partners(
+    parts: Sequence[Mixed], randoms: Sequence[KeyedRandom | None], group: Group = None
+) -> list[Mixed]:
+    """A partner for every example: the examples of all parts and processes in one random order.
+
+    The order is that of a number which each example draws, so it is the same on any number of processes, which send
+    each other their examples.
+
+    Args:
+        parts: examples of this process, without a graph.
+        randoms: for each part, what its examples draw from; None: they draw from torch's own.
+        group: the processes.
+
+    Returns:
+        The partners of each part, in its order.
+
+    >>> part = Mixed(torch.arange(4.0), torch.eye(4))
+    >>> (partners,) = shuffled_partners([part], [None])
+    >>> partners.inputs.sort().values
+    tensor([0., 1., 2., 3.])
+    """
+    rank, whole, draws, mine, before = rank_in(group), [], [], [], 0
+    for part, random in zip(parts, randoms, strict=True):
+        drawn = torch.rand(len(part.inputs), device=part.inputs.device) if random is None else random.uniform(1)[:, 0]
+        (inputs, targets, numbers), counts = joined_rows([part.inputs, part.targets, drawn], group)
+        whole.append(Mixed(inputs, targets))
+        draws.append(numbers)
+        first = before + sum(counts[:rank])
+        mine.append(slice(first, first + counts[rank]))
+        before += sum(counts)
+    order = torch.cat(draws).argsort(stable=True)
+    inputs, targets = (torch.cat(each) for each in zip(*whole, strict=True))
+    return [Mixed(inputs[order[place]], targets[order[place]]) for place in mine]
 
 
 def _beta(count: int, alpha: float, generator: torch.Generator | None, device: torch.device) -> Tensor:
