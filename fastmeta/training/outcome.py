@@ -71,7 +71,7 @@ def _impute_all(run: Built, processes: Processes) -> tuple[Tensor, Tensor]:
 
 
 def _details(run: Built, label: Tensor, confidence: Tensor, weights: list[float] | None) -> dict[str, Any]:
-    """What the plots of a comparison show, and CTAugment's rates; other lists follow the unlabeled part of the split."""
+    """What plots of a comparison show, and CTAugment's rates; other lists follow the unlabeled part of the split."""
     places = run.split.unlabeled
     return {
         "unlabeled": places.tolist(),
