@@ -4,7 +4,7 @@ import pytest
 import torch
 from quick_experiments import run_quickly
 
-from fastmeta.reproduce import weights_in_the_plane as plane
+from fastmeta.reproduce import points_in_the_plane as plane
 from fastmeta.reproduce import weights_runtime as runtime
 
 
