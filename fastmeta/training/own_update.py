@@ -53,6 +53,8 @@ def own_loss(
             with torch.no_grad(), frozen_statistics(teacher):
                 said = _said(teacher, views, method.inner_loss)
             labels = said + (labels - labels.detach())
+        if batch.moved is not None:
+            labels = labels + batch.moved
         if refiner.hard:
             labels, mask = as_learned(partial(base.finish, memory=memory), labels)
     with own_precision(refiner, trained):
