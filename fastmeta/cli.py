@@ -19,6 +19,7 @@ from fastmeta.presets import PRESETS, Preset, preset
 from fastmeta.presets.listing import as_json, as_text, matching
 from fastmeta.presets.smoke import run_smoke
 from fastmeta.reproduce import EXPERIMENTS
+from fastmeta.ssl import BASES
 from fastmeta.training.checkpoints import CheckpointError
 from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
@@ -85,7 +86,7 @@ class Compare:
         if self.full:
             if self.base != "fixmatch" or self.methods != DEFAULT_METHODS:
                 raise ValueError("full must be given without base and methods: it compares all of them")
-            bases = tuple(BASE_RECIPES)
+            bases = tuple(base for base in BASE_RECIPES if BASES[base].task == "classification")
         elif self.base == "supervised":
             if self.methods not in (DEFAULT_METHODS, ("none",)):
                 chosen = " ".join(self.methods)

@@ -22,7 +22,7 @@ class TrainingBatch:
 
     Args:
         labeled: weakly augmented labeled images ``[B_l, channels, height, width]``.
-        targets: their classes ``[B_l]``.
+        targets: their classes ``[B_l]``, or the landmarks in these views ``[B_l, K]``.
         weak: weakly augmented unlabeled images ``[B_u, channels, height, width]``.
         second: another view of the same images, as :attr:`Algorithm.second_view` asks; ``[B_u, ...]`` or None.
         index: their places in the unlabeled set ``[B_u]``.
@@ -39,6 +39,8 @@ class TrainingBatch:
         process_group: the processes that share the batch; None: this one alone.
         probe: labeled images as the augmentation's policy tries them ``[B_l, channels, height, width]``; None: it is
             not learned.
+        moved: what the second view adds to the targets that the weak one has ``[B_u, K]``, of landmarks; None: classes,
+            which a view leaves alone.
     """
 
     labeled: Tensor
@@ -56,6 +58,7 @@ class TrainingBatch:
     more: tuple[Tensor, ...] = ()
     process_group: Group = None
     probe: Tensor | None = None
+    moved: Tensor | None = None
 
     @property
     def joined_share(self) -> float:
@@ -187,6 +190,7 @@ class Refiner:
 class Algorithm(Protocol):
     """A base algorithm: a loss for one step, and what it remembers from step to step."""
 
+    task: ClassVar[Literal["classification", "landmarks"]] = "classification"
     imputes: ClassVar[bool]
     second_view: ClassVar[Literal["weak", "strong"] | None]
 

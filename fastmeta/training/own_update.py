@@ -54,6 +54,8 @@ def own_loss(
             with torch.no_grad(), frozen_statistics(teacher):
                 said = _said(teacher, views, method.inner_loss)
             labels = said + (labels - labels.detach())
+        if batch.moved is not None:
+            labels = labels + batch.moved
         if refiner.hard:
             finished, mask = base.finish(labels, memory)
             if finished.requires_grad:  # sharp, or as they were

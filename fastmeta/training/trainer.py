@@ -151,7 +151,8 @@ class Trainer:
             self.probes = Probes(data.views.policy, data.labeled_batch, seed, self.processes, self.device)
         self.step = 0
         self.label_changes = LabelChanges(len(data.split.unlabeled), self.device)
-        self._truth = data.images.targets[data.split.unlabeled].to(self.device)
+        truth = data.images.targets[data.split.unlabeled].to(self.device)
+        self._truth = torch.full_like(truth[:, 0], -1) if truth.is_floating_point() else truth  # of classes alone
         self.step_averages = StepAverages(self.processes, self.device)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
         """Steps without a finite loss: all of them, and those in a row up to now."""
