@@ -73,6 +73,7 @@ from fastmeta.ssl import (
     Refiner,
     ReMixMatch,
     Supervised,
+    TranslationConsistency,
     VirtualAdversarial,
 )
 
@@ -139,6 +140,7 @@ BASE_RECIPES: dict[str, Base] = {
     "flexmatch": FlexMatch(threshold=0.8),
     "freematch": FreeMatch(decay=0.99),
     "mix-up-consistency": MixUpConsistency(),
+    "translation-consistency": TranslationConsistency(),
 }
 
 MIXED = ("mix-up", "mixmatch", "remixmatch", "mix-up-consistency")
@@ -220,6 +222,7 @@ METHODS: dict[str, Recipe] = {
         passes="own",
         own_update=True,
         two_views=True,
+        hard=True,
         moves_statistics="inner",
         holdout="labeled",
     ),
@@ -249,6 +252,10 @@ DEFAULT_METHODS = tuple(
     name for name, recipe in METHODS.items() if recipe.passes == "shared" and not name.endswith("-published")
 )
 """With the features of the base's own forward and the last layer alone, and settings that were chosen here."""
+
+
+LANDMARK_METHODS = tuple(name for name in METHODS if name.startswith("l2i"))
+"""Whose labels need not be probabilities."""
 
 
 def base_of(name: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Base:

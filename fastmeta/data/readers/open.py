@@ -8,6 +8,7 @@ from fastmeta.data.images import DataError, ImageDataset, Images
 from fastmeta.data.memory_map import INDEX, PIXELS, open_memory_map
 from fastmeta.data.mnist import load_mnist_5k
 from fastmeta.data.photographs import load_photographs
+from fastmeta.data.readers.aflw import is_aflw, open_aflw
 from fastmeta.data.readers.arrays import as_asked
 from fastmeta.data.readers.collection import Collection, DecodedImages
 from fastmeta.data.readers.csv_table import collect_csv
@@ -49,6 +50,7 @@ def open_images(
     a memory map                 a folder that :func:`~fastmeta.data.save_images` wrote
     a published data set         CIFAR-10 and -100, SVHN, MNIST, Fashion-MNIST and Tiny ImageNet in their original
                                  files, packed or not; ``cifar-10:DIR`` says which, and tells what is missing
+    AFLW                         pictures with landmarks, in the lists of MTFL, ``training.txt`` and ``testing.txt``
     ``huggingface:name``         Hugging Face datasets, by name or path; ``huggingface:name:configuration``
     ============================ =====================================================================================
 
@@ -81,6 +83,8 @@ def open_images(
         where = Path(below).expanduser()
         if not where.exists():
             raise DataError(f"{where}: no such file or folder")
+        if name == "aflw" or (name is None and is_aflw(where)):
+            return open_aflw(where, image_size)
         if name is not None:
             found = open_named(name, where, _found, cache=cache)
             image_size = PICTURES.get(name) if image_size is None else image_size
