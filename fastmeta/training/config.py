@@ -220,7 +220,7 @@ class RunConfig:
     holdout_batch: int | None = None
     """Hold-out images in a step of a method that has them (default: all of them)."""
     image_size: int | None = None
-    """Side of the images that the net sees, in pixels."""
+    """Side of the images that the net sees, in pixels; of texts, how many tokens."""
     views: Literal["auto", "digits", "pictures", "none"] = "auto"
     """Augmentation: digits: no mirroring; pictures: mirrored, too."""
     labeled_view: Literal["weak", "strong"] | None = None
