@@ -6,17 +6,16 @@ cosine on CIFAR-100, an average of 0.999, the median of the last 20 epochs, flip
 consistency weights and ramps of MixMatch's code, 1 for FixMatch; a hold-out batch of 64, drawn from the labeled images
 anew; Eq. (6) but for "exact"; "L" for learnable labels. Of the published code, which has the mean teacher alone: the
 net, Adam's rate of 0.002, 1,024 epochs of 1,024 steps, a decay of all parameters by 0.02 times the rate on CIFAR-10
-(the paper prints 0.0004), batch statistics interleaved, and all of :mod:`fastmeta.presets.impute`. Chosen here:
-FixMatch's 448 unlabeled images and threshold 0.95; the inner rate on CIFAR-100, which is that of CIFAR-10; that the
-separate hold-out images (40% of the labels) are not augmented. The rows of other methods are cited by the paper from
-MixMatch's, in whose loop they are here.
+(the paper prints 0.0004), batch statistics interleaved, a teacher that forgets its beginning, 1 - 1 / (t + 1), and all
+of :mod:`fastmeta.presets.impute`. Chosen here: FixMatch's 448 unlabeled images and threshold 0.95; the inner rate on
+CIFAR-100, which is that of CIFAR-10; that the separate hold-out images (40% of the labels) are not augmented. The rows
+of other methods are cited by the paper from MixMatch's, in whose loop they are here.
 
 ImageNet at 72 pixels with 5% of the labels. Of the paper (Section 5.3 and A.3): ResNet-26, 120 epochs, SGD at 0.1 with
 Nesterov's momentum 0.9 and weight decay 1e-4, a tenth of the rate every 30 epochs, 256 labeled and 768 unlabeled
 images (256 for MixMatch), an unlabeled weight of 10 (100), RandAugment as FixMatch has it, the median test error of the
 last 20 epochs. Chosen here: that an epoch is a pass of the unlabeled images (of all where all have labels); FixMatch's
-threshold of 0.7 for ImageNet; the average of 0.999 as FixMatch's; shifts by up to 9 pixels as weak
-views.
+threshold of 0.7 for ImageNet; the average of 0.999 as FixMatch's; shifts by up to 9 pixels as weak views.
 """
 
 from dataclasses import replace
@@ -96,6 +95,8 @@ def _loop(base: str, dataset: str) -> RunConfig:
         if dataset == "cifar-100":
             sgd = OptimizerConfig("sgd", learning_rate=0.03, momentum=0.9, weight_decay=1e-3, decayed="kernels")
             config = replace(config, optimizer=sgd, schedule=ScheduleConfig("cosine-7/16"))
+    if base == "mt":
+        config = replace(config, average=replace(config.average, delay=2.0))
     if base == "fm":
         strong = replace(config.augmentation, strong="randaugment-google")
         config = replace(config, unlabeled_batch=448, augmentation=strong)

@@ -225,6 +225,8 @@ def test_the_list(capsys):
     assert cli.main(["presets"]) == 0
     listed = capsys.readouterr().out
     assert all(f"  {name} " in listed for name in PRESETS)
+    papers = [line for line in listed.splitlines() if line and line[0] not in " ["]
+    assert sorted(papers) == sorted({cell.paper for cell in PRESETS.values()})
     assert cli.main(["presets", "L2I-V2", "cifar-10 ", "2 and 8"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Learning to Impute, journal version"
