@@ -19,6 +19,7 @@ from fastmeta.presets import PRESETS, Preset, preset
 from fastmeta.presets.listing import as_json, as_text, matching
 from fastmeta.presets.smoke import run_smoke
 from fastmeta.reproduce import EXPERIMENTS
+from fastmeta.ssl import BASES
 from fastmeta.training.checkpoints import CheckpointError
 from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
@@ -63,6 +64,8 @@ class Compare:
     """Number of seeds: 0, 1, ..., at least 1. Few are fast and seldom show a difference."""
     steps: int = 1000
     """Training steps of a run, at least 1."""
+    image_size: int | None = None
+    """Side of the images that the net sees, in pixels (default: as they are stored)."""
     full: bool = False
     """All bases with the default methods."""
     out: Path | None = None
@@ -83,7 +86,7 @@ class Compare:
         if self.full:
             if self.base != "fixmatch" or self.methods != DEFAULT_METHODS:
                 raise ValueError("full must be given without base and methods: it compares all of them")
-            bases = tuple(BASE_RECIPES)
+            bases = tuple(base for base in BASE_RECIPES if BASES[base].task == "classification")
         elif self.base == "supervised":
             if self.methods not in (DEFAULT_METHODS, ("none",)):
                 chosen = " ".join(self.methods)
@@ -96,11 +99,14 @@ class Compare:
             data=self.data,
             labels_per_class=self.labels_per_class,
             steps=self.steps,
+            image_size=self.image_size,
             machine=MachineConfig(device=self.device),
         )
         name = f"{'full' if self.full else self.base}-{self.labels_per_class}-per-class-{self.steps}-steps"
         if self.data != "digits":
             name = f"{_stem(self.data)}-{name}"
+        if self.image_size is not None:
+            name = f"{name}-{self.image_size}-pixels"
         out = self.out if self.out is not None else Path("runs") / name
         results = compare(CompareConfig(runs, out, self.workers))
         return 0 if results["finished"] == results["planned"] else 130

@@ -31,10 +31,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # FixMatch with every method; every base alone and with a method that fits.
 CASES = [("fixmatch", method) for method in METHODS] + [
     (base, method)
-    for base in BASES
-    if base != "fixmatch"
+    for base, algorithm in BASES.items()
+    if base != "fixmatch" and algorithm.task == "classification"
     for method in ("none", "label-gradient-alignment" if base == "vat" else "l2i")
-    if method == "none" or BASES[base].imputes
+    if method == "none" or algorithm.imputes
 ]
 
 

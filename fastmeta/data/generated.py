@@ -1,7 +1,7 @@
 """Tiny data sets in exactly the files of published ones, to try a run before the real data are there.
 
 Pictures are a colour of their class and noise: a net learns them in a few steps. There are few of a class, and as many
-classes as the format has.
+classes as the format has. Faces are drawn, reviews made of words.
 """
 
 import gzip
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from fastmeta.data.readers.optional import optional
 
@@ -163,6 +163,66 @@ def _imagenet_72(folder: Path) -> None:
     _imagenet(folder, 72)
 
 
+def _aflw(folder: Path) -> None:
+    """The lists of MTFL and drawn faces, somewhere in the picture, turned and of several sizes."""
+    draw = np.random.default_rng(_SEED)
+    for part, count, below in (("training", 160, "lfw_5590"), ("testing", 80, "AFLW")):
+        (folder / below).mkdir(parents=True, exist_ok=True)
+        lines = []
+        for row in range(count):
+            pixels, places = _face(draw, 150)
+            name = f"{row:04}-image{row:05}.jpg"
+            (folder / below / name).write_bytes(_jpeg(pixels))
+            numbers = [f"{value:.2f}" for value in places.T.flatten()]
+            lines.append(" ".join([f"{below}\\{name}", *numbers, "1", "2", "2", "3"]) + "\n")
+        (folder / f"{part}.txt").write_text("".join(lines))
+
+
+def _face(draw: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """A drawn face, uint8 ``[side, side, 3]``, and its landmarks (x, y) ``[5, 2]``."""
+    size, angle = side * draw.uniform(0.2, 0.3), draw.uniform(-0.35, 0.35)
+    middle = side / 2 + side * draw.uniform(-0.12, 0.12, 2)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    shape = np.array([(-0.5, -0.4), (0.5, -0.4), (0.0, 0.1), (-0.4, 0.6), (0.4, 0.6)]) + draw.normal(0, 0.03, (5, 2))
+    places = middle + size * shape @ turn
+    background, skin = (tuple(draw.integers(low, low + 80, 3).tolist()) for low in (20, 150))
+    picture = Image.new("RGB", (side, side), background)
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse([*(middle - 1.3 * size), *(middle + 1.3 * size)], fill=skin)
+    for (x, y), radius in zip(places[:3], (0.16, 0.16, 0.1), strict=True):
+        pen.ellipse([x - radius * size, y - radius * size, x + radius * size, y + radius * size], fill=(30, 30, 30))
+    pen.line([tuple(places[3]), tuple(places[4])], fill=(130, 20, 20), width=max(2, round(0.12 * size)))
+    return np.clip(np.asarray(picture) + draw.normal(0, 8, (side, side, 3)), 0, 255).astype(np.uint8), places
+
+
+def _imdb(folder: Path) -> None:
+    """``aclImdb``: reviews of made-up opinions, of which each has some of many words, among words that say nothing."""
+    draw = np.random.default_rng(_SEED)
+    opinions = {"pos": _PRAISE.split(), "neg": _BLAME.split()}
+    counts = {"train/pos": 30, "train/neg": 30, "train/unsup": 240, "test/pos": 60, "test/neg": 60}
+    for below, count in counts.items():
+        place = folder / "aclImdb" / below
+        place.mkdir(parents=True, exist_ok=True)
+        for row in range(count):
+            kind = below[-3:] if below[-3:] in opinions else ("pos", "neg")[row % 2]
+            words = draw.choice(_FILLING.split(), 24)
+            told = draw.random(24) < 0.2
+            words[told] = draw.choice(opinions[kind], told.sum())
+            rating = (
+                0 if below.endswith("unsup") else int(draw.integers(7, 11) if kind == "pos" else draw.integers(1, 5))
+            )
+            text = " ".join(words[:12]).capitalize() + ".<br /><br />" + " ".join(words[12:]).capitalize() + "."
+            (place / f"{row}_{rating}.txt").write_text(text, encoding="utf-8")
+
+
+_PRAISE = "great wonderful brilliant moving superb charming delightful perfect gripping lovely masterful funny"
+_BLAME = "awful boring terrible dull wooden pointless annoying predictable lame tedious clumsy worst"
+_FILLING = (
+    "the a this film movie story actor scene plot of and it was is with in on that they director camera music end "
+    "first then about from there who when people time year house city man woman child"
+)
+
+
 def _jpeg(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG")
@@ -178,5 +238,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "tiny-imagenet": _tiny_imagenet,
     "imagenet": _imagenet,
     "imagenet-72": _imagenet_72,
+    "aflw": _aflw,
+    "imdb": _imdb,
 }
 """By the data set's name: writes a tiny one into a folder, which is made where it is not there."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmeta.data.foreign import WithForeignClasses
 from fastmeta.data.images import DataError, Images, fingerprint_of
+from fastmeta.data.landmarks import Landmarks
 from fastmeta.data.seeding import generator_for
 
 # The test images are the same for every seed, so that no choice made on one seed's validation images has seen
@@ -64,7 +65,7 @@ def make_split(
     for; the others are left out (Kim et al., 2020, DARP, for CIFAR-10-LT).
 
     Args:
-        images: with its official parts.
+        images: with its official parts. Landmarks are split as images of one class.
         labels_per_class: labeled images of a class; None: every label of "train" that no other part takes.
         seed: of the draw.
         holdout_per_class: labeled images of a class for ``holdout``.
@@ -107,14 +108,18 @@ def make_split(
     ):
         if drawn and part in images.parts:
             raise ValueError(f"{name} must be 0, because {images.name} has an official {part} part, got {drawn}")
-    if len(images.classes) < 2:
+    classes, targets = images.classes, images.targets
+    if isinstance(images, Landmarks):  # without classes: all images are of one kind
+        classes, targets = ("landmarks",), torch.zeros(len(images), dtype=torch.int64)
+    elif len(images.classes) < 2:
         raise DataError(
             f"{images.name}: expected two classes or more, got {' '.join(images.classes) or 'none'}; if that is a "
             "folder of class folders, give its path"
         )
     train = images.parts["train"]
-    train_targets = images.targets[train]
-    targets = (images.images if isinstance(images, WithForeignClasses) else images).targets  # foreign images all stay
+    train_targets = targets[train]
+    if isinstance(images, WithForeignClasses):
+        targets = images.images.targets  # foreign images all stay
     if unlabeled_imbalance != 1 and ("unlabeled" in images.parts or bool((targets[train] < 0).any())):
         raise ValueError(
             f"unlabeled_imbalance must be 1, because {images.name} has unlabeled images of its own, got "
@@ -122,12 +127,12 @@ def make_split(
         )
     if imbalance != 1 and labels_per_class is None:
         raise ValueError(f"imbalance must be 1 without labels_per_class, got {imbalance}")
-    shares = _shares("imbalance", imbalance, len(images.classes))
-    unlabeled_shares = _shares("unlabeled_imbalance", unlabeled_imbalance, len(images.classes))
+    shares = _shares("imbalance", imbalance, len(classes))
+    unlabeled_shares = _shares("unlabeled_imbalance", unlabeled_imbalance, len(classes))
 
     parts: dict[str, list[Tensor]] = {field.name: [train[:0]] for field in fields(Split)}
     left, num_tests = [], []
-    for label, class_name in enumerate(images.classes):
+    for label, class_name in enumerate(classes):
         members = train[train_targets == label]
         if not len(members):
             raise DataError(f"{images.name}: class {class_name} has no labeled training image, expected one or more")
@@ -140,7 +145,7 @@ def make_split(
         parts[name].append(_drawn(torch.cat(left), name, count, seed))
         left = [members[~torch.isin(members, parts[name][-1])] for members in left]
     unlabeled = []
-    for label, (class_name, members) in enumerate(zip(images.classes, left, strict=True)):
+    for label, (class_name, members) in enumerate(zip(classes, left, strict=True)):
         validation_end = holdout_per_class + validation_per_class
         labels = None if labels_per_class is None else max(1, round(labels_per_class * shares[label]))
         labeled_end = len(members) if labels is None else validation_end + labels
@@ -168,7 +173,7 @@ def _shares(name: str, imbalance: float, classes: int) -> list[float]:
     """Of each class, relative to the first."""
     if not 1 <= imbalance < math.inf:
         raise ValueError(f"{name} must be at least 1 and finite, got {imbalance}")
-    return [imbalance ** (-label / (classes - 1)) for label in range(classes)]
+    return [imbalance ** (-label / max(1, classes - 1)) for label in range(classes)]
 
 
 def _drawn(places: Tensor, name: str, count: int, seed: int) -> Tensor:

@@ -15,6 +15,7 @@ from fastmeta.ssl.pi_model import PiModel
 from fastmeta.ssl.pseudo_label import PseudoLabel
 from fastmeta.ssl.remixmatch import ReMixMatch
 from fastmeta.ssl.supervised import Supervised
+from fastmeta.ssl.translation_consistency import TranslationConsistency
 from fastmeta.ssl.uda import UDA
 from fastmeta.ssl.virtual_adversarial import VirtualAdversarial, virtual_adversarial_loss
 
@@ -32,6 +33,7 @@ Base = (
     | FlexMatch
     | FreeMatch
     | MixUpConsistency
+    | TranslationConsistency
 )
 
 BASES: dict[str, type[Base]] = {
@@ -48,6 +50,7 @@ BASES: dict[str, type[Base]] = {
     "flexmatch": FlexMatch,
     "freematch": FreeMatch,
     "mix-up-consistency": MixUpConsistency,
+    "translation-consistency": TranslationConsistency,
 }
 
 __all__ = [
@@ -71,6 +74,7 @@ __all__ = [
     "StepLoss",
     "Supervised",
     "TrainingBatch",
+    "TranslationConsistency",
     "VirtualAdversarial",
     "kl_divergence",
     "mix_up",

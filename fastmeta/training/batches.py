@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmeta.data import Images, KeyedRandom, Rows, Split, Stream, Views
+from fastmeta.data import Images, KeyedRandom, Rows, Shift, Split, Stream, Views
+from fastmeta.data.landmarks import Landmarks
 from fastmeta.data.sampler import rows_of
 from fastmeta.ssl import TrainingBatch
 from fastmeta.training.config import MachineConfig
@@ -96,9 +97,14 @@ class Batches:
         else:  # a base that imputes nothing needs none
             unlabeled = Rows(labeled.images[:0], labeled.places[:0], labeled.places[:0], labeled.keys[:0])
         more = range(3, 3 + self.more_views)
+        moved = None
+        if isinstance(self.data.images, Landmarks):
+            moved = self._moved(unlabeled, prefix + "unlabeled", "second") - self._moved(
+                unlabeled, prefix + "unlabeled", "weak"
+            )
         batch = TrainingBatch(
             labeled=self._view(labeled, prefix + "labeled", "labeled", self.data.labeled_view),
-            targets=self.targets[labeled.places],
+            targets=self._targets(labeled, prefix + "labeled"),
             weak=self._view(unlabeled, prefix + "unlabeled", "weak", "weak"),
             second=None if second is None else self._view(unlabeled, prefix + "unlabeled", "second", second),
             index=unlabeled.index,
@@ -110,6 +116,7 @@ class Batches:
             more=tuple(self._view(unlabeled, prefix + "unlabeled", f"view {k}", second or "weak") for k in more),
             process_group=self.processes.group,
             probe=None if prefix else self._probe(labeled),
+            moved=moved,
         )
         if holdout is None or self.holdout == "batch":
             return batch
@@ -121,7 +128,8 @@ class Batches:
         parts, size = self.machine.accumulation, self.data.holdout_batch
         if self.holdout == "labeled":
             rows = next(self._stream("outer ", "labeled", (size or self.data.labeled_batch) // parts, number))
-            return self._view(rows, "outer labeled", "labeled", self.data.labeled_view), self.targets[rows.places]
+            images = self._view(rows, "outer labeled", "labeled", self.data.labeled_view)
+            return images, self._targets(rows, "outer labeled")
         if self.holdout == "drawn":
             return self._drawn_images(number, (size or len(self.data.split.holdout)) // parts)
         if size is not None:
@@ -165,6 +173,18 @@ class Batches:
     def _view(self, rows: Rows, stream: str, name: str, which: str) -> Tensor:
         augmentation = self.data.views.weak if which == "weak" else self.data.views.strong
         return self._in_order(augmentation(rows.images, KeyedRandom(self.seed, stream, name, rows.keys)))
+
+    def _targets(self, rows: Rows, stream: str) -> Tensor:
+        """Of labeled images in their view, which moves landmarks."""
+        targets = self.targets[rows.places]
+        return targets + self._moved(rows, stream, "labeled") if isinstance(self.data.images, Landmarks) else targets
+
+    def _moved(self, rows: Rows, stream: str, name: str) -> Tensor:
+        """What a view adds to landmarks ``[n, K]``."""
+        images, shift = self.data.images, self.data.views.weak
+        if not isinstance(images, Landmarks) or not isinstance(shift, Shift):
+            raise ValueError(f"views.weak must be a Shift, which says how far landmarks move, got {shift!r}")
+        return images.moved(shift.moves(rows.images, KeyedRandom(self.seed, stream, name, rows.keys))[1])
 
     def _probe(self, rows: Rows) -> Tensor | None:
         if self.data.views.policy is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.data import DataError, Images, Split, Views
+from fastmeta.data.landmarks import errors_of
 from fastmeta.data.reading import read_in_order
 from fastmeta.training.config import EvaluationConfig, MachineConfig
 from fastmeta.training.processes import Processes
@@ -130,10 +131,12 @@ class Evaluator:
         several = len(self.images.classes) >= _FROM_CLASSES
         for places, logits in self.predict(model, getattr(self.split, part)):
             targets = self.images.targets[places].to(logits.device)
-            wrong = logits.argmax(dim=1) != targets
-            five = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            missing = (five != targets.unsqueeze(1)).all(dim=1)
-            sums += torch.stack([wrong.new_ones(()) * len(wrong), wrong.sum(), missing.sum()])
+            wrong = errors_of(self.images, logits, targets)
+            sums[0] += len(wrong)
+            sums[1] += wrong.sum()
+            if several:
+                five = logits.topk(5, dim=1).indices
+                sums[2] += (five != targets.unsqueeze(1)).all(dim=1).sum()
         count, wrong_count, missing_count = self.processes.sum_(sums).tolist()
         self._check_read(part, int(count))
         errors = {f"{part}_error": wrong_count / count}

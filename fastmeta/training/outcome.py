@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta.data.landmarks import COORDINATES, Landmarks
 from fastmeta.methods import ExampleWeights, ImputeAndWeight
 from fastmeta.training.build import Built
 from fastmeta.training.files import write_checkpoint, write_json, write_text
@@ -21,18 +22,23 @@ _COLUMNS = ("path", "label", "confidence", "weight", "label_before", "label_afte
 def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, Any]:
     """Write model.pt (the reported weights), details.json, unlabeled.csv and, last, results.json.
 
-    All processes call it and predict a part of the images each; the first one writes.
+    All processes call it and predict a part of the images each; the first one writes. Of images with landmarks
+    there is landmarks.csv in place of details.json and unlabeled.csv, which are about classes.
 
     Returns:
         What results.json holds.
     """
     config, evaluator, best, trainer = run.config, run.evaluator, run.evaluator.best, run.trainer
-    confidence, label = _impute_all(run, processes)
+    found = confidence = label = None
+    if isinstance(run.images, Landmarks):
+        found = _find_all(run, run.images, processes)
+    else:
+        confidence, label = _impute_all(run, processes)
     model = trainer.model if best["weights"] == "student" else trainer.average.model
     load_whole_state(model, best["model"])
     part = next((name for name in ("test", "validation") if len(getattr(run.split, name))), None)
     confusion = None
-    if part is not None and len(run.images.classes) <= _MOST_CLASSES:
+    if part is not None and found is None and len(run.images.classes) <= _MOST_CLASSES:
         confusion = {"part": part, "counts": evaluator.confusion(model, part).tolist()}
     method = None if trainer.method is None else trainer.method.method
     weights = method.weights.tolist() if isinstance(method, (ExampleWeights, ImputeAndWeight)) else None
@@ -49,10 +55,12 @@ def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, A
         "unreadable": dict(sorted(processes.joined({**trainer.batches.unreadable, **evaluator.unreadable}).items())),
     }
     if processes.is_first:
-        table = _unlabeled_table(run, label, confidence, weights)
         write_checkpoint(folder / "model.pt", dict(run.weights_for_use(best["model"])), fsync=True)
-        write_json(folder / "details.json", _details(run, label, confidence, weights))
-        write_text(folder / "unlabeled.csv", table)
+        if found is not None:
+            write_text(folder / "landmarks.csv", _landmark_table(run, found))
+        elif label is not None and confidence is not None:
+            write_json(folder / "details.json", _details(run, label, confidence, weights))
+            write_text(folder / "unlabeled.csv", _unlabeled_table(run, label, confidence, weights))
         write_json(folder / "results.json", results, fsync=True)
     return results
 
@@ -70,8 +78,29 @@ def _impute_all(run: Built, processes: Processes) -> tuple[Tensor, Tensor]:
     return processes.sum_(confidence).cpu(), processes.sum_(label).cpu()
 
 
+def _find_all(run: Built, images: Landmarks, processes: Processes) -> Tensor:
+    """Pixels ``[U, 10]`` where the averaged weights find the landmarks of every unlabeled image."""
+    places = run.split.unlabeled
+    row_of = torch.zeros(len(images), dtype=torch.int64)
+    row_of[places] = torch.arange(len(places))
+    found = torch.zeros(len(places), len(COORDINATES), dtype=torch.float64, device=run.trainer.device)
+    for read, outputs in run.evaluator.predict(run.trainer.average.model, places):
+        found[row_of[read].to(outputs.device)] = images.pixels(outputs)
+    return processes.sum_(found).cpu()
+
+
+def _landmark_table(run: Built, found: Tensor) -> str:
+    """A line for each unlabeled image: where its landmarks are, in pixels of the image that the net sees."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["path", *COORDINATES])
+    for place, row in zip(run.split.unlabeled.tolist(), found.tolist(), strict=True):
+        table.writerow([run.images.describe(place), *(f"{value:.2f}" for value in row)])
+    return text.getvalue()
+
+
 def _details(run: Built, label: Tensor, confidence: Tensor, weights: list[float] | None) -> dict[str, Any]:
-    """What the plots of a comparison show; lists follow the unlabeled part of the split."""
+    """What plots of a comparison show, and CTAugment's rates; other lists follow the unlabeled part of the split."""
     places = run.split.unlabeled
     return {
         "unlabeled": places.tolist(),
@@ -80,6 +109,7 @@ def _details(run: Built, label: Tensor, confidence: Tensor, weights: list[float]
         "confidence": [round(value, 4) for value in confidence.tolist()],
         "weights": None if weights is None else [round(weight, 4) for weight in weights],
         "refinements": run.trainer.label_changes.largest(16),
+        "rates": None if run.trainer.probes is None else run.trainer.probes.policy.rates_by_name(),
     }
 
 

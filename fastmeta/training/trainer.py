@@ -38,9 +38,9 @@ class Trainer:
     """Trains a model on a labeled and an unlabeled stream: base algorithm, method, optimizer, average of weights.
 
     Everything random is keyed by the seed and the step, so runs that differ only in their base or method share data
-    order, initialization and augmentation, and what :meth:`state_dict` holds of the streams is their positions. On
-    several processes a step is that of one process on the joined batch, but for batch statistics and what a model draws
-    (dropout).
+    order, initialization and augmentation (but for what CTAugment learns from each of them), and what
+    :meth:`state_dict` holds of the streams is their positions. On several processes a step is that of one process on
+    the joined batch, but for batch statistics and what a model draws (dropout).
 
     Args:
         model: a classifier; images ``[N, channels, height, width]`` to logits ``[N, C]``.
@@ -151,7 +151,8 @@ class Trainer:
             self.probes = Probes(data.views.policy, data.labeled_batch, seed, self.processes, self.device)
         self.step = 0
         self.label_changes = LabelChanges(len(data.split.unlabeled), self.device)
-        self._truth = data.images.targets[data.split.unlabeled].to(self.device)
+        truth = data.images.targets[data.split.unlabeled].to(self.device)
+        self._truth = torch.full_like(truth[:, 0], -1) if truth.is_floating_point() else truth  # of classes alone
         self.step_averages = StepAverages(self.processes, self.device)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.device)
         """Steps without a finite loss: all of them, and those in a row up to now."""

@@ -1,0 +1,83 @@
+"""AFLW as the Multi-Task Facial Landmark data set has it: lists of pictures with five landmarks each."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from fastmeta.data.images import DataError
+from fastmeta.data.landmarks import COORDINATES, Landmarks
+
+LISTS = {"train": "training.txt", "test": "testing.txt"}
+_URL = "http://mmlab.ie.cuhk.edu.hk/projects/TCDCN/data/MTFL.zip"
+_SIDE = 60  # pixels, as TCDCN takes them
+
+
+def is_aflw(path: Path) -> bool:
+    """Whether a folder has the lists."""
+    return all((path / name).is_file() for name in LISTS.values())
+
+
+def open_aflw(path: Path, image_size: int | None = None) -> Landmarks:
+    r"""The faces of a folder, gray, each resized to a square.
+
+    A line of a list is ``folder\picture.jpg x1 ... x5 y1 ... y5 gender smile glasses pose``: pixels of the left and
+    right eye, the nose and the left and right corner of the mouth. Attributes are left alone.
+
+    Args:
+        path: the folder with both lists and the folders of pictures.
+        image_size: side of the square; None: 60.
+
+    Raises:
+        DataError: a list or a picture is missing, or a line is none of these.
+    """
+    size = image_size or _SIDE
+    pixels, coordinates, names = [], [], []
+    counts = []
+    for name in LISTS.values():
+        if not (path / name).is_file():
+            raise DataError(f"{path}: aflw without {name}; get MTFL.zip with it and its pictures from {_URL}")
+        lines = [line for line in (path / name).read_text().splitlines() if line.strip()]
+        if not lines:
+            raise DataError(f"{path / name}: must have a line for each picture, got none")
+        for number, line in enumerate(lines, start=1):
+            picture, points = _parsed(line, f"{path / name}: line {number}")
+            image, scale = _decoded(path / picture, size)
+            pixels.append(image)
+            coordinates.append(points * np.repeat(scale, 5))
+            names.append(picture)
+        counts.append(len(lines))
+    first, _ = counts
+    places = torch.arange(len(names))
+    try:
+        return Landmarks(
+            "aflw",
+            torch.from_numpy(np.stack(pixels)).unsqueeze(1),
+            torch.from_numpy(np.stack(coordinates)),
+            {"train": places[:first], "test": places[first:]},
+            names,
+        )
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _parsed(line: str, where: str) -> tuple[str, np.ndarray]:
+    picture, *words = line.split()
+    try:
+        numbers = np.array([float(word) for word in words[: len(COORDINATES)]])
+    except ValueError as error:
+        raise DataError(f"{where}: must be a path and numbers: {error}") from error
+    if len(numbers) < len(COORDINATES) or not np.isfinite(numbers).all():
+        raise DataError(f"{where}: must have {len(COORDINATES)} finite coordinates, got {len(numbers)} numbers")
+    return picture.replace("\\", "/"), numbers
+
+
+def _decoded(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gray pixels ``[size, size]``, and what coordinates (x, y) are multiplied by."""
+    try:
+        with Image.open(path) as picture:
+            scale = np.array([size / picture.width, size / picture.height])
+            return np.asarray(picture.convert("L").resize((size, size), Image.Resampling.BILINEAR)), scale
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
