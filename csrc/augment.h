@@ -75,8 +75,9 @@ struct Step {
   double x, y;  // of the cutout's middle
 };
 
+// NaN becomes `low`.
 FASTMETA_PIXEL_FUNCTION double between(double value, double low, double high) {
-  return value < low ? low : value > high ? high : value;
+  return !(value > low) ? low : value > high ? high : value;
 }
 
 FASTMETA_PIXEL_FUNCTION double bounded(Operation operation, double level) {

@@ -64,6 +64,8 @@ class Compare:
     """Number of seeds: 0, 1, ..., at least 1. Few are fast and seldom show a difference."""
     steps: int = 1000
     """Training steps of a run, at least 1."""
+    image_size: int | None = None
+    """Side of the images that the net sees, in pixels (default: as they are stored)."""
     full: bool = False
     """All bases with the default methods."""
     out: Path | None = None
@@ -97,11 +99,14 @@ class Compare:
             data=self.data,
             labels_per_class=self.labels_per_class,
             steps=self.steps,
+            image_size=self.image_size,
             machine=MachineConfig(device=self.device),
         )
         name = f"{'full' if self.full else self.base}-{self.labels_per_class}-per-class-{self.steps}-steps"
         if self.data != "digits":
             name = f"{_stem(self.data)}-{name}"
+        if self.image_size is not None:
+            name = f"{name}-{self.image_size}-pixels"
         out = self.out if self.out is not None else Path("runs") / name
         results = compare(CompareConfig(runs, out, self.workers))
         return 0 if results["finished"] == results["planned"] else 130

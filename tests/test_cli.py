@@ -195,7 +195,7 @@ def test_the_default_folder_is_named_after_the_data(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--base", "mixmatch"], ["mixmatch", "--base", "supervised", "pseudo-label"]),
+        (["--base", "ladder"], ["ladder", "--base", "supervised", "pseudo-label"]),
         (["--labels-per-class", "few"], ["--labels-per-class", "few"]),
         (["--methods", "maml"], ["maml", "--methods", "l2i"]),
         (["--rounds", "3"], ["--rounds"]),

@@ -274,6 +274,12 @@ class Picture {
     const int width = width_;
     for (int y = 0; y < height_; ++y) {
       const int column = map.b * y + map.c, row = map.e * y + map.f;
+      if (map.a == 65536 && map.d == 0) {  // all but rotations and shear-y: a row is shifted as a whole
+        for (int c = 0; c < call_.channels; ++c) {
+          shift_row(in + c * plane_, row >> 16, column >> 16, out + c * plane_ + static_cast<int64_t>(y) * width);
+        }
+        continue;
+      }
       for (int x = 0; x < width; ++x) {
         const int from_x = (map.a * x + column) >> 16, from_y = (map.d * x + row) >> 16;
         const bool inside = static_cast<unsigned>(from_x) < static_cast<unsigned>(width) &&
@@ -287,6 +293,16 @@ class Picture {
       }
     }
     now_ = out;
+  }
+
+  void shift_row(const uint8_t* plane, int row, int shift, uint8_t* out) const {
+    const bool inside = row >= 0 && row < height_;
+    const int first = inside ? std::clamp(-shift, 0, width_) : width_;
+    const int last = std::clamp(width_ - shift, first, width_);
+    std::memset(out, call_.fill, first);
+    if (first < last)
+      std::memcpy(out + first, plane + static_cast<int64_t>(row) * width_ + first + shift, last - first);
+    std::memset(out + last, call_.fill, width_ - last);
   }
 
   void rescale(Operation operation, double cut) {

@@ -27,7 +27,7 @@ POINTS = 200  # of a curve
 
 def cells(quick: bool) -> list[Row]:
     """Either kind of eigenvalue varies, the other is 1."""
-    steps, rate = (400, 0.03) if quick else (14_000, RATE)
+    steps, rate = (260, 0.03) if quick else (14_000, RATE)
     return [
         {"vary": vary, "gradient": gradient, "steps": steps, "rate": rate}
         for gradient in (1.0, 0.1)

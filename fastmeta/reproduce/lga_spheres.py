@@ -34,9 +34,9 @@ COLORS = {"supervised": "#000000", "LGA, T = 1": "#CC79A7", "LGA, T = 0": "#0072
 
 def cells(quick: bool) -> list[Row]:
     """The arms of a trial, then those of the next."""
-    trials, steps = (1, 10) if quick else (4, 1500)
+    trials, steps, share = (1, 20, 0.05) if quick else (4, 1500, 1.0)
     return [
-        {"trial": trial, "arm": arm, "steps": steps, "share": 0.05 if quick else 1.0}
+        {"trial": trial, "arm": arm, "steps": steps, "share": share}
         for trial, arm in itertools.product(range(trials), ARMS)
     ]
 

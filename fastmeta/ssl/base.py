@@ -14,7 +14,6 @@ from fastmeta.data.random_numbers import KeyedRandom
 from fastmeta.methods import L2I, LabelGradientAlignment, Method
 from fastmeta.ops.process_group import Group, sum_over, world_size
 from fastmeta.ssl.labels import Finish, as_they_are
-from fastmeta.updates import LabelLogitStep
 
 
 @dataclass(frozen=True)
@@ -169,6 +168,9 @@ class Refiner:
         checks.choice(self.moves_statistics, "moves_statistics", "none", "imputing", "inner", "both")
         checks.choice(self.holdout, "holdout", "batch", "labeled", "part", "drawn")
         checks.number(self.scheduled_factor, "scheduled_factor", low=0.0)
+        for switch in ("hard", "own_update", "two_views", "fresh"):
+            if not isinstance(getattr(self, switch), bool):
+                raise ValueError(f"{switch} must be True or False, got {getattr(self, switch)!r}")
         name = type(self.method).__name__
         if self.scheduled is not None and not isinstance(getattr(self.method, self.scheduled, None), int | float):
             raise ValueError(f"scheduled must be a number of {name} that may change, got {self.scheduled!r}")
@@ -177,10 +179,12 @@ class Refiner:
         if not self.own_update:
             if self.two_views or self.imputer != "student" or self.moves_statistics != "none":
                 raise ValueError("two_views, imputer and moves_statistics must be left out without own_update")
+        elif self.passes == "shared":
+            raise ValueError("passes must be own with own_update, got 'shared'")
+        elif self.hard and not self.two_views:
+            raise ValueError("hard must be False for an own_update without two_views, got True")
         elif not self.method.update.needs_graph and not isinstance(self.method, L2I):
             raise ValueError(f"own_update must be False for {name}: it has no loss of its own")
-        elif self.hard and isinstance(self.method.update, LabelLogitStep):
-            raise ValueError("hard must be False for a step on the logits of labels, as hard ones have none")
 
 
 class Algorithm(Protocol):

@@ -100,7 +100,7 @@ def _landmark_table(run: Built, found: Tensor) -> str:
 
 
 def _details(run: Built, label: Tensor, confidence: Tensor, weights: list[float] | None) -> dict[str, Any]:
-    """What the plots of a comparison show; lists follow the unlabeled part of the split."""
+    """What plots of a comparison show, and CTAugment's rates; other lists follow the unlabeled part of the split."""
     places = run.split.unlabeled
     return {
         "unlabeled": places.tolist(),
@@ -109,6 +109,7 @@ def _details(run: Built, label: Tensor, confidence: Tensor, weights: list[float]
         "confidence": [round(value, 4) for value in confidence.tolist()],
         "weights": None if weights is None else [round(weight, 4) for weight in weights],
         "refinements": run.trainer.label_changes.largest(16),
+        "rates": None if run.trainer.probes is None else run.trainer.probes.policy.rates_by_name(),
     }
 
 

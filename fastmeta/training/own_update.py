@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from fastmeta import losses
 from fastmeta.methods import L2I
 from fastmeta.ssl import Algorithm, MixMatch, Refiner, TrainingBatch
-from fastmeta.ssl.base import as_learned, examples_of, frozen_statistics, own_precision
+from fastmeta.ssl.base import examples_of, frozen_statistics, own_precision
+from fastmeta.updates import LabelLogitStep
 
 
 def own_loss(
@@ -27,7 +27,8 @@ def own_loss(
     """Its gradient is the method's update of the model, at the parameters that the base's update left.
 
     With two views the inner loss is taken on the images that the base trains on, and labels come from the view that
-    the base's labels come from (without its distribution alignment): MixMatch's from the mean over all its views.
+    the base's labels come from (without its distribution alignment): MixMatch's from the mean over all its views. A
+    step on the logits of labels (V1 of the code) starts from the predictions behind hard ones.
 
     Args:
         refiner: the method, and how it does that.
@@ -56,7 +57,11 @@ def own_loss(
         if batch.moved is not None:
             labels = labels + batch.moved
         if refiner.hard:
-            labels, mask = as_learned(partial(base.finish, memory=memory), labels)
+            finished, mask = base.finish(labels, memory)
+            if finished.requires_grad:  # sharp, or as they were
+                labels = finished
+            elif not isinstance(method.update, LabelLogitStep):  # hard ones have no finite logits to step on
+                labels = finished + (labels - labels.detach())
     with own_precision(refiner, trained):
         refined = method.refine(
             model=model,

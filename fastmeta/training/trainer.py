@@ -38,9 +38,9 @@ class Trainer:
     """Trains a model on a labeled and an unlabeled stream: base algorithm, method, optimizer, average of weights.
 
     Everything random is keyed by the seed and the step, so runs that differ only in their base or method share data
-    order, initialization and augmentation, and what :meth:`state_dict` holds of the streams is their positions. On
-    several processes a step is that of one process on the joined batch, but for batch statistics and what a model draws
-    (dropout).
+    order, initialization and augmentation (but for what CTAugment learns from each of them), and what
+    :meth:`state_dict` holds of the streams is their positions. On several processes a step is that of one process on
+    the joined batch, but for batch statistics and what a model draws (dropout).
 
     Args:
         model: a classifier; images ``[N, channels, height, width]`` to logits ``[N, C]``.

@@ -53,6 +53,9 @@ AUGMENTATIONS = {
     "plain": Plain(21),
     "unmirrored crop": RandomCrop(21, flip=False),
     "unmirrored picture": StrongPicture(13, flip=False),
+    "randaugment": RandAugment(32, "google", Shift(32, 4, "reflected", flip=True)),
+    "randaugment 13": RandAugment(13, "usb"),
+    "cropped randaugment": RandAugment(21, "paper", RandomCrop(21)),
 }
 SHAPES = {
     "same": lambda size: (size, size),
@@ -67,7 +70,8 @@ SHAPES = {
 def test_any_image_becomes_float32_of_the_size_in_unit_range(name, shape, dtype):
     augmentation = AUGMENTATIONS[name]
     side = augmentation.size
-    for count, channels in [(3, 1), (2, 3), (2, 4), (0, 3)]:
+    four = [] if isinstance(augmentation, RandAugment) else [(2, 4)]
+    for count, channels in [(3, 1), (2, 3), (0, 3), *four]:
         source = pixels(count, channels, *SHAPES[shape](side), dtype=dtype)
         before = source.clone()
         result = augmentation(source, random(count))

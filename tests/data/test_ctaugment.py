@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmeta.data import KeyedRandom, Shift
 from fastmeta.data.augment import CTAugment, Plain
@@ -151,11 +152,28 @@ def test_the_weak_view_comes_first() -> None:
     augment = CTAugment(SIDE, weak, depth=1, cutout=False)
     images = pixels(300)
     keys = random(300)
-    expected = weak(images, keys)
     operations = augment._draw(keys, even=False, device=images.device).operations
+    expected = weak(images, keys)
     untouched = (operations == NAMES.index("identity")).all(dim=1)
     assert 5 < int(untouched.sum()) < 40
     assert augment(images, random(300))[untouched].equal(expected[untouched])
+
+
+class Drawing(Plain):
+    """The image as it is, and random numbers that are used for nothing."""
+
+    def __call__(self, images: Tensor, random: KeyedRandom | None = None) -> Tensor:
+        if random is not None:
+            random.uniform(5)
+        return super().__call__(images)
+
+
+def test_what_the_weak_view_draws_leaves_the_operations() -> None:
+    """Else the rates would be moved for operations that no probe has had."""
+    images = pixels(40)
+    for weak in (Drawing(SIDE), Shift(SIDE, 0)):
+        probes = CTAugment(SIDE, weak).probe(images, random(40, "probe"))
+        assert probes.equal(CTAugment(SIDE, Plain(SIDE)).probe(images, random(40, "probe")))
 
 
 def test_no_row_depends_on_another_and_any_shape_will_do() -> None:
@@ -210,6 +228,21 @@ def test_a_step_that_is_not_finite_moves_nothing(where: bool, value: float) -> N
     assert augment.rates.equal(before)
     augment.update_(random(8, "probe"), torch.full((8,), 0.3), torch.tensor(True))
     assert not augment.rates.equal(before)
+
+
+class NothingRead(TorchDispatchMode):
+    """Fails where a GPU's host would wait."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        assert function.name() not in {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
+        return function(*arguments, **keywords or {})
+
+
+def test_the_host_waits_neither_to_draw_nor_to_update() -> None:
+    augment = CTAugment(SIDE, Plain(SIDE))
+    with NothingRead():
+        drawn(augment, 8)
+        augment.update_(random(8, "probe"), torch.full((8,), 0.3), torch.tensor(True))
 
 
 def test_rates_are_its_state_and_stay_float64() -> None:

@@ -251,3 +251,28 @@ def test_what_they_refuse() -> None:
         refined(MetaPseudoLabels(how="jvp"), model, batch)
     with pytest.raises(ValueError, match="labels must be the probabilities of the teacher"):
         refined(MetaPseudoLabels(how="jvp"), model, batch, labels=None)
+
+
+def test_wrong_labels_lose_their_weight() -> None:
+    """Three clouds, a quarter of the labels wrong, 18 right ones held out: what learning to reweight is for."""
+    method = LearningToReweight(how="jvp")
+    torch.manual_seed(0)
+    centers, true = 3 * torch.randn(C, 6), torch.randint(C, (400,))
+    inputs = centers[true] + torch.randn(400, 6)
+    wrong = torch.rand(400) < 0.25
+    labels = functional.one_hot(torch.where(wrong, (true + 1) % C, true), C).float()
+    held_out = torch.arange(C).repeat(6)
+    x_held_out = centers[held_out] + torch.randn(18, 6)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, C))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    for _ in range(60):
+        rows = torch.randint(400, (64,))
+        got = method.refine(
+            model=model, unlabeled=inputs[rows], labels=labels[rows], holdout=x_held_out, targets=held_out
+        )
+        each = functional.cross_entropy(model(inputs[rows]), labels[rows], reduction="none")
+        optimizer.zero_grad()
+        (got.weights * each).mean().backward()
+        optimizer.step()
+    assert float(got.weights[wrong[rows]].mean()) < 0.3 * float(got.weights[~wrong[rows]].mean())
+    assert float((model(inputs).argmax(1) == true).float().mean()) > 0.97

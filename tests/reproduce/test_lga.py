@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from quick_experiments import run_quickly
 from torch import nn
 from torch.nn import functional
 
@@ -31,15 +32,14 @@ def test_a_regression_moves_by_the_papers_equations(gradient):
         torch.testing.assert_close(curves[:, place], torch.tensor(expected, dtype=torch.float64))
 
 
-def test_principal_components_of_the_unlabeled_data_are_learned_first():
+def test_principal_components_of_the_unlabeled_data_are_learned_first(tmp_path):
     """Fig. 1, and the table says so."""
-    settings = lga_linear.cells(quick=True)[0]
-    row = {**settings, **lga_linear.measure(**settings)}
-    steps = row["steps_to_90_percent"]
+    cells, table = run_quickly("lga-linear", tmp_path)
+    steps = cells[0]["steps_to_90_percent"]
     assert steps == sorted(steps, reverse=True)
     assert steps[0] > 2 * steps[-1]
-    assert row["change_by_others"] < 1e-12
-    assert "| larger λ unlabeled is learned faster (Fig. 1), at X^T y / n = 1 | yes" in lga_linear.table([row])
+    assert cells[0]["change_by_others"] < 1e-12
+    assert "| larger λ unlabeled is learned faster (Fig. 1), at X^T y / n = 1 | yes" in table
 
 
 def test_points_have_the_lengths_of_their_class():
@@ -76,9 +76,11 @@ def test_the_principal_eigenvector_is_that_of_the_dense_hessian():
         assert float(found.norm()) == pytest.approx(1, abs=1e-5)
 
 
-def test_labels_of_the_spheres_come_right_as_the_net_learns():
-    found = lga_spheres.measure(0, "LGA, T = 1", 20, 0.05)["measured"]
-    assert [row["step"] for row in found] == list(range(2, 21, 2))
-    assert found[-1]["right_labels"] > found[0]["right_labels"] + 2
+def test_labels_of_the_spheres_come_right_as_the_net_learns(tmp_path):
+    cells, table = run_quickly("lga-spheres", tmp_path)
+    assert [cell["arm"] for cell in cells] == list(lga_spheres.ARMS)
+    found = cells[1]["measured"]
+    assert found[-1]["right_labels"] > 22  # 20 by chance
     assert found[-1]["loss"] < found[0]["loss"]
     assert all(0 < row["alignment"] <= 1 for row in found)
+    assert "| one trial (" in table

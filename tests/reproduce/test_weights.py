@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from quick_experiments import run_quickly
 
-from fastmeta.reproduce import weights_in_the_plane as plane
+from fastmeta.reproduce import points_in_the_plane as plane
 from fastmeta.reproduce import weights_runtime as runtime
 
 
@@ -31,6 +32,23 @@ def test_points_with_wrong_labels_lose_weight():
     wrong = (run.margin(task.x_u) > 0).long() != task.y_u
     assert 20 < int(wrong.sum()) < 500
     assert float(run.weights[wrong].mean()) < float(run.weights[~wrong].mean()) - 0.2
+
+
+def test_the_table_of_points_in_the_plane_has_every_arm(tmp_path):
+    (cell,), table = run_quickly("weights-circles", tmp_path)
+    for arm, error in cell["errors"].items():
+        assert f"| {arm} | {error:.1f} |" in table
+    first = cell["weights"][0]
+    assert first["wrong_among_lowest"] > first["wrong"]
+    assert "| per-example weights beat a single weight" in table
+
+
+def test_the_table_of_times_has_every_form(tmp_path):
+    (cell,), table = run_quickly("weights-runtime", tmp_path)
+    assert set(cell["seconds_of"]) == set(runtime.PAPER)
+    for form, seconds in cell["seconds_of"].items():
+        assert seconds > 0
+        assert f"| {form} | {seconds:.3g} s |" in table
 
 
 def test_every_form_of_the_influence_is_the_per_example_gradient_against_a_direction():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fastmeta.ssl import BASES
 from fastmeta.training import (
     AugmentationConfig,
     AverageConfig,
@@ -105,6 +106,16 @@ def test_what_is_left_to_the_data_is_filled_in_once(digits):
     assert (config.optimizer.learning_rate, config.average.decay, config.views) == (0.2, 0.99, "digits")
     assert config.split == SplitConfig(3, 20, 0.25)
     assert resolve(config, digits) == config
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_settings_of_a_base_are_the_papers_but_for_digits(digits, base):
+    """And but for two, whose settings of digits serve all."""
+    given = {"weight": 3.0} if base == "fixmatch" else {}
+    for data, wanted in (("digits", BASE_RECIPES[base]), ("folder", BASES[base]())):
+        config = resolve(RunConfig(data=data, labels_per_class=4, base=base, base_settings=given), digits)
+        wanted = BASE_RECIPES[base] if base in ("mean-teacher", "vat") else wanted
+        assert config.settings()["base_settings"] == {**dataclasses.asdict(wanted), **given}
 
 
 def test_every_setting_of_the_split_is_heard(digits):

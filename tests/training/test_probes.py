@@ -19,6 +19,7 @@ from fastmeta.ops.process_group import Group
 from fastmeta.ssl import FixMatch
 from fastmeta.training import AugmentationConfig, AverageConfig, RunConfig, Trainer, build, train
 from fastmeta.training.config import MachineConfig, OptimizerConfig
+from fastmeta.training.files import read_json
 from fastmeta.training.processes import Processes
 
 BATCH = 6
@@ -142,6 +143,13 @@ def test_a_resumed_run_goes_on_with_its_rates(tmp_path: Path, digits: Images, mo
         train(config, tmp_path / "killed", images=digits, on_step=kill)
     train(config, tmp_path / "killed", images=digits)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    rates = read_json(tmp_path / "whole" / "details.json")["rates"]
+    assert {name: len(row) for name, row in rates.items() if len(row) != 17} == {
+        "identity": 1,
+        "posterize": 8,
+        "filter of rescale": 6,
+    }
+    assert 0 < min(rates["rotate"]) < 1
 
 
 def test_rates_that_do_not_move_need_no_probes(digits: Images) -> None:

@@ -57,10 +57,12 @@ L2I: dict[str, tuple[str, dict[str, Any]]] = {
     "L": ("mean-teacher", {**CODE["V1"], "scheduled": "rate", "scheduled_factor": 20.0}),
     "V2": ("mean-teacher", {**PAPER["V2"], "moves_statistics": "none"}),
     "V1": ("mean-teacher", {**PAPER["V1"], "imputer": "teacher"}),
-    "FixMatch": ("fixmatch", {"hard": True, "inner_loss": "cross_entropy", "reduction": "mean", "rate": 5.0}),
+    "FixMatch": ("fixmatch", {"inner_loss": "cross_entropy", "reduction": "mean", "rate": 5.0}),
+    "FixMatch, soft labels": ("fixmatch", {"hard": False}),
+    "L on FixMatch": ("fixmatch", {**CODE["V1"], "inner_loss": "cross_entropy", "rate": 2.0}),
     "V1 on FixMatch": (
         "fixmatch",
-        {**PAPER["V1"], "hard": True, "inner_loss": "cross_entropy", "reduction": "mean", "second_reduction": "mean"},
+        {**PAPER["V1"], "inner_loss": "cross_entropy", "reduction": "mean", "second_reduction": "mean"},
     ),
     "L by Eq. (6)": ("mean-teacher", {**CODE["V1"], "how": "last_layer", "derivative": "eq6", "rate": 0.02}),
     "Eq. (6)": ("mean-teacher", {"how": "last_layer", "derivative": "eq6", "outer_reduction": "sum"}),
@@ -73,7 +75,7 @@ def test_learning_to_impute(name: str) -> None:
     base, settings = L2I[name]
     optimizer = OptimizerConfig("adam", learning_rate=LR, weight_decay=DECAY, decoupled=True)
     run, model, batches = run_of(base, "l2i-published", normalized=True, method_settings=settings, optimizer=optimizer)
-    chosen = {**CODE["V2"], "moves_statistics": "inner", "hard": False, "imputer": "student", **settings}
+    chosen = {**CODE["V2"], "moves_statistics": "inner", "hard": base == "fixmatch", "imputer": "student", **settings}
     theta_star: Parameters
     adam, teacher = torch.optim.Adam(model.parameters(), lr=LR), copy.deepcopy(model)
     for step in range(STEPS):
@@ -104,6 +106,8 @@ def test_learning_to_impute(name: str) -> None:
             z = at(teacher, dict(teacher.named_parameters()), batch.weak).softmax(1)
         if chosen["variant"] == "V1":  # the labels are themselves what is learned, or their logits are
             z = z.detach()
+            if chosen["label_space"] == "logits":  # which of hard labels are not finite
+                z = at(model, psi, batch.weak).softmax(1).detach()
             learned = (z.log() if chosen["label_space"] == "logits" else z).clone().requires_grad_()
             z = learned.softmax(1) if chosen["label_space"] == "logits" else learned
         logits = at(model, theta, batch.second)
@@ -209,7 +213,7 @@ def test_meta_gradient_without_mix_up(name: str) -> None:
 @pytest.mark.parametrize("base", ["mixmatch", "uda", "flexmatch"])
 def test_labels_as_a_base_makes_them(base: str) -> None:
     """MixMatch: sharpened means over all views; UDA: sharpened, with a mask; FlexMatch: hard, by its memory."""
-    settings = {"hard": True, "inner_loss": "cross_entropy", "rate": 0.5}
+    settings = {"inner_loss": "cross_entropy", "rate": 0.5}
     run = trainer(base, "l2i-published", None, method_settings=settings)
     batch, model = run.batches(0), run.model
     assert run.method is not None

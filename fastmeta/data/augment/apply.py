@@ -51,6 +51,7 @@ def apply_operations(
         TypeError: a tensor has another dtype.
         ValueError: a shape does not fit, a color is out of range, or an operation is none. On a GPU nobody waits to
             look at operations: one that is none leaves the image as it is.
+        RuntimeError: the named ``impl`` is not available.
 
     >>> from fastmeta.data.augment import CODES
     >>> image = torch.tensor([[[[0, 100, 200]]]], dtype=torch.uint8)

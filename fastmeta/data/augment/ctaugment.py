@@ -151,9 +151,15 @@ class CTAugment(Stateful):
         moved = self.rates.flatten() * self.decay ** hits.sum(dim=0) + (1 - self.decay) * (gained @ hits)
         self.rates.copy_(torch.where(where & recognized.isfinite().all(), moved.view_as(self.rates), self.rates))
 
+    def rates_by_name(self) -> dict[str, list[float]]:
+        """The rates of each operation's bins, from the least magnitude to the greatest, and of the filters."""
+        names = (*_NAMES, "filter of rescale")
+        rows = zip(names, BINS, self.rates.tolist(), strict=True)
+        return {name: [round(rate, 4) for rate in rates[:bins]] for name, bins, rates in rows}
+
     def _applied(self, images: Tensor, random: KeyedRandom, *, even: bool) -> Tensor:
+        drawn = self._draw(random, even=even, device=images.device)  # first, so that update_ can draw it again
         images, moves, reflected = started(self.weak, images, random)
-        drawn = self._draw(random, even=even, device=images.device)
         side = self.size
         levels = torch.stack([each.level(drawn.magnitudes[..., 0], side) for each in OPERATIONS.values()], dim=2)
         level = levels.gather(2, drawn.operations.unsqueeze(2)).squeeze(2)

@@ -1,7 +1,7 @@
 """The definition of the operations, in PyTorch on any device: Pillow's arithmetic, to the bit.
 
-Every function takes a batch and computes each image by itself. Where no image of a batch on the CPU has an operation,
-it is left out; a GPU is not asked.
+Every function takes a batch and computes each image by itself. On the CPU it is given those whose operation it is; on a
+GPU all of them, as nobody waits to hear which.
 """
 
 import math
@@ -42,24 +42,29 @@ def apply_in_turn(
 def _apply(
     images: Tensor, code: Tensor, level: Tensor, place: Tensor, fill: int, square: tuple[int, ...]
 ) -> Tensor:  # [N, C, H, W]
-    def changed(current: Tensor, names: tuple[str, ...], change: Callable[[Tensor], Tensor]) -> Tensor:
-        """``current``, where an image's operation is one of these the changed one."""
+    def share(level: Tensor) -> Tensor:
+        return level.float().view(-1, 1, 1, 1)
+
+    changes: dict[tuple[str, ...], Callable[..., Tensor]] = {
+        _BY_TABLE: lambda x, code, level, _: _look_up(x, _tables(x, code, level)),
+        ("color",): lambda x, code, level, _: _blend(_luma(x), x, share(level)),
+        ("sharpness",): lambda x, code, level, _: _blend(_smooth(x), x, share(level)),
+        ("smooth",): lambda x, code, level, _: _blend(x, _smooth(x), share(level)),
+        ("blur",): lambda x, code, level, _: _blend(x, _blur(x), share(level)),
+        _GEOMETRIC: lambda x, code, level, _: _moved(x, _map(code, level, *x.shape[2:]), fill),
+        _RESCALES: lambda x, code, level, _: _rescaled(x, code, level),
+        ("cutout",): lambda x, code, level, place: _cut(x, level, place, square),
+    }
+    result = images
+    for names, change in changes.items():
         mine = torch.zeros_like(code, dtype=torch.bool)
         for name in names:
             mine |= code == CODES[name]
-        if mine.is_cpu and not bool(mine.any()):
-            return current
-        return torch.where(mine.view(-1, 1, 1, 1), change(current), current)
-
-    share = level.float().view(-1, 1, 1, 1)
-    images = changed(images, _BY_TABLE, lambda x: _look_up(x, _tables(x, code, level)))
-    images = changed(images, ("color",), lambda x: _blend(_luma(x), x, share))
-    images = changed(images, ("sharpness",), lambda x: _blend(_smooth(x), x, share))
-    images = changed(images, ("smooth",), lambda x: _blend(x, _smooth(x), share))
-    images = changed(images, ("blur",), lambda x: _blend(x, _blur(x), share))
-    images = changed(images, _GEOMETRIC, lambda x: _moved(x, _map(code, level, *x.shape[2:]), fill))
-    images = changed(images, _RESCALES, lambda x: _rescaled(x, code, level))
-    return changed(images, ("cutout",), lambda x: _cut(x, level, place, square))
+        if not mine.is_cpu:
+            result = torch.where(mine.view(-1, 1, 1, 1), change(images, code, level, place), result)
+        elif len(rows := mine.nonzero().flatten()):
+            result = result.index_copy(0, rows, change(*(each[rows] for each in (images, code, level, place))))
+    return result
 
 
 def _blend(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
