@@ -14,8 +14,9 @@ CLASSES = {
     "tiny-imagenet": 200,
     "imagenet": 1000,
     "imagenet-72": 1000,
+    "aflw": 1,
 }
-"""Of the data sets of the papers."""
+"""Of the data sets of the papers; landmarks count as one."""
 
 
 @dataclass(frozen=True)

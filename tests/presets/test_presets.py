@@ -9,6 +9,7 @@ import torch
 
 from fastmeta import cli
 from fastmeta.data import ImageDataset
+from fastmeta.data.landmarks import Landmarks
 from fastmeta.models import build_model
 from fastmeta.presets import PRESETS, preset
 from fastmeta.presets.preset import CLASSES
@@ -32,6 +33,26 @@ def error(name):
 def gain(arm, dataset, labels):
     """What the method takes off its baseline's error, in points."""
     return error(f"{arm}-alone-{dataset}-{labels}") - error(f"{arm}-{dataset}-{labels}")
+
+
+def test_landmarks_as_the_papers_say():
+    # "for 22500 steps and set the initial learning rate to 0.03 and reduce it by 0.1 at 15,000 steps"
+    run = config("l2i-v2-mt-aflw-91")
+    assert (run.steps, run.optimizer.learning_rate, run.schedule.milestones) == (22_500, 0.03, (15_000,))
+    # "increase the unsupervised loss weight to 3 in 9000 steps", and in the first version to 1
+    assert run.settings()["base_settings"]["ramp"] * run.steps == 9000
+    assert [config(f"l2i-{name}-aflw-91").base_settings["weight"] for name in ("v2-mt", "v1-mt-v2")] == [3, 1]
+    # "the approximate update rule performs better in AFLW"; "V1 outperforms V2"
+    assert error("l2i-v2-mt-aflw-182") < error("l2i-v2-mt-exact-aflw-182")
+    assert error("l2i-v1-pl-v1-aflw-455") < error("l2i-v1-pl-v2-aflw-455")
+    assert config("l2i-v2-mt-l-aflw-91").method_settings["inner_loss"] == "mse"
+    # "randomly pick 10% (1012 images) of samples of the original training set", 10,122; 91 labels are 1% of the rest
+    images = Landmarks(
+        "aflw", torch.zeros(10_122, 1, 1, 1), torch.rand(10_122, 10), {"train": torch.arange(10_122)}, [""] * 10_122
+    )
+    sizes = split_of(resolve(run, images), images).sizes()
+    assert sizes == {"labeled": 91, "unlabeled": 9110, "holdout": 0, "validation": 1012, "test": 0}
+    assert split_of(resolve(config("l2i-v1-sl-alone-aflw-all"), images), images).sizes()["labeled"] == 9110
 
 
 def test_learning_to_impute_v1_as_the_paper_says():
