@@ -15,6 +15,7 @@ CLASSES = {
     "imagenet": 1000,
     "imagenet-72": 1000,
     "aflw": 1,
+    "imdb": 2,
 }
 """Of the data sets of the papers; landmarks count as one."""
 
