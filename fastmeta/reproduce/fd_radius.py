@@ -22,7 +22,7 @@ from fastmeta.training.build import build, load_images
 from fastmeta.training.reports.drawing import pyplot, style
 
 PUBLISHED = 0.01
-RADII = (1e-4, 3e-4, 1e-3, 3e-3, PUBLISHED, 3e-2, 1e-1)
+RADII = (1e-5, 1e-4, 1e-3, 3e-3, PUBLISHED, 3e-2, 1e-1)
 IMAGES = 128  # of each kind, as published
 STAGES = (0, 30, 100, 300, 1000)
 
