@@ -299,6 +299,8 @@ class Reproduce:
     """A small version that shows that everything works; its figures mean nothing."""
     minutes: float | None = None
     """No cell of the experiment is begun after that long; the same command goes on later."""
+    only: tuple[str, ...] = ()
+    """Cells with these settings alone: data=digits seed=0; the names are those that each finished cell prints."""
 
     def run(self) -> int:
         """Exit status: 0."""
@@ -309,7 +311,7 @@ class Reproduce:
         out = self.out
         if out is None:
             out = Path("runs") / "reproduced" / f"{self.name}{'-quick' if self.quick else ''}"
-        EXPERIMENTS[self.name].run(out, self.quick, self.minutes)
+        EXPERIMENTS[self.name].run(out, self.quick, self.minutes, self.only)
         print(out / "table.md")
         return 0
 

@@ -128,9 +128,9 @@ def table(rows: Sequence[Row]) -> str:
     columns += [f"cosine at {PUBLISHED:g}", "forward mode, float32"]
     (least, least_at), (most, most_at) = min(far), max(far)
     return (
-        f"Relative error against forward mode in float64, medians over the seeds; 25 labels a class, {IMAGES} "
-        f"unlabeled images:\n\n{markdown(columns, lines)}\n\nAt the published radius of {PUBLISHED:g} the error is "
-        f"between {_percent(least)} ({least_at}) and {_percent(most)} ({most_at}). The least error is at a radius of "
+        f"Relative error against forward mode in float64, medians over the seeds; conv-net, 25 labels a "
+        f"class, {IMAGES} unlabeled images:\n\n{markdown(columns, lines)}\n\nAt the published radius of "
+        f"{PUBLISHED:g} the error is between {_percent(least)} ({least_at}) and {_percent(most)} ({most_at}). The least error is at a radius of "
         f"{' to '.join(f'{radius:g}' for radius in dict.fromkeys((min(near), max(near))))}: longer ones leave the "
         "linear range, shorter ones are rounded away."
     )
