@@ -151,13 +151,14 @@ FASTMETA_PIXEL_FUNCTION uint8_t blend(int first, int second, float share) {
   return static_cast<uint8_t>(static_cast<int>(value));
 }
 
-FASTMETA_PIXEL_FUNCTION float to_unit(uint8_t value) {
+FASTMETA_PIXEL_FUNCTION float over_255(float value) {
 #ifdef __CUDA_ARCH__
-  return __fdiv_rn(static_cast<float>(value), 255.0f);
+  return __fdiv_rn(value, 255.0f);
 #else
-  return static_cast<float>(value) / 255.0f;
+  return value / 255.0f;
 #endif
 }
+FASTMETA_PIXEL_FUNCTION float to_unit(uint8_t value) { return over_255(static_cast<float>(value)); }
 
 // Image.convert("L"): ITU-R 601.
 FASTMETA_PIXEL_FUNCTION int luma(int red, int green, int blue) {

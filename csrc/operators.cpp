@@ -41,10 +41,12 @@ FASTMETA_LIBRARY(FASTMETA_NAMESPACE, m) {
   m.def(
       "masked_adam_(Tensor(a!) table, Tensor index, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor(d!) steps, float lr, float beta1, float beta2, float eps, float? low, float? high) -> ()");
-  // Of images; fastmeta/data/augment/apply.py documents it.
+  // Of images; fastmeta/data/augment/ documents them, apply.py and crop.py.
   m.def(
       "augment(Tensor images, Tensor? moves, Tensor operations, Tensor levels, Tensor? places, int fill, int red, "
       "int green, int blue, bool reflected, bool unit) -> Tensor");
+  m.def(
+      "crop(Tensor images, Tensor columns, Tensor column_shares, Tensor rows, Tensor row_shares, bool unit) -> Tensor");
 }
 
 #ifndef FASTMETA_EMULATE

@@ -1,7 +1,7 @@
 """Tiny data sets in exactly the files of published ones, to try a run before the real data are there.
 
 Pictures are a colour of their class and noise: a net learns them in a few steps. There are few of a class, and as many
-classes as the format has. Faces are drawn.
+classes as the format has. Faces are drawn, reviews made of words.
 """
 
 import gzip
@@ -195,6 +195,34 @@ def _face(draw: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray]
     return np.clip(np.asarray(picture) + draw.normal(0, 8, (side, side, 3)), 0, 255).astype(np.uint8), places
 
 
+def _imdb(folder: Path) -> None:
+    """``aclImdb``: reviews of made-up opinions, of which each has some of many words, among words that say nothing."""
+    draw = np.random.default_rng(_SEED)
+    opinions = {"pos": _PRAISE.split(), "neg": _BLAME.split()}
+    counts = {"train/pos": 30, "train/neg": 30, "train/unsup": 240, "test/pos": 60, "test/neg": 60}
+    for below, count in counts.items():
+        place = folder / "aclImdb" / below
+        place.mkdir(parents=True, exist_ok=True)
+        for row in range(count):
+            kind = below[-3:] if below[-3:] in opinions else ("pos", "neg")[row % 2]
+            words = draw.choice(_FILLING.split(), 24)
+            told = draw.random(24) < 0.2
+            words[told] = draw.choice(opinions[kind], told.sum())
+            rating = (
+                0 if below.endswith("unsup") else int(draw.integers(7, 11) if kind == "pos" else draw.integers(1, 5))
+            )
+            text = " ".join(words[:12]).capitalize() + ".<br /><br />" + " ".join(words[12:]).capitalize() + "."
+            (place / f"{row}_{rating}.txt").write_text(text, encoding="utf-8")
+
+
+_PRAISE = "great wonderful brilliant moving superb charming delightful perfect gripping lovely masterful funny"
+_BLAME = "awful boring terrible dull wooden pointless annoying predictable lame tedious clumsy worst"
+_FILLING = (
+    "the a this film movie story actor scene plot of and it was is with in on that they director camera music end "
+    "first then about from there who when people time year house city man woman child"
+)
+
+
 def _jpeg(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG")
@@ -211,5 +239,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "imagenet": _imagenet,
     "imagenet-72": _imagenet_72,
     "aflw": _aflw,
+    "imdb": _imdb,
 }
 """By the data set's name: writes a tiny one into a folder, which is made where it is not there."""

@@ -14,6 +14,7 @@ import difflib
 from fastmeta.presets import (
     example_weights,
     label_gradient_alignment,
+    landmarks,
     learning_to_impute_v1,
     learning_to_impute_v2,
     meta_gradient,
@@ -23,6 +24,7 @@ from fastmeta.presets.preset import Preset
 PRESETS: dict[str, Preset] = {
     **learning_to_impute_v1.PRESETS,
     **learning_to_impute_v2.PRESETS,
+    **landmarks.PRESETS,
     **meta_gradient.PRESETS,
     **example_weights.PRESETS,
     **label_gradient_alignment.PRESETS,

@@ -110,6 +110,8 @@ def _wide_resnet(arm: str, column: Column) -> RunConfig:
         optimizer = replace(config.optimizer, decayed="all")
         config = replace(config, model="wrn-28-2-l2i", labeled_batch=batch, unlabeled_batch=batch, optimizer=optimizer)
         base_fields["base_settings"]["statistics"] = "interleaved"
+    if base == "mt":
+        config = replace(config, average=replace(config.average, delay=2.0))
     return _with_method(replace(config, **base_fields), variant, {})
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import groupby
 
 from fastmeta.presets.preset import Preset
 
@@ -31,8 +30,8 @@ def as_text(presets: Mapping[str, Preset]) -> str:
     heads = ("preset", "printed in", "error", "base + method", "data")
     marks = {note: f"[{mark}]" for mark, note in enumerate(_notes(presets), start=1)}
     parts = []
-    for paper, group in groupby(presets.items(), key=lambda item: item[1].paper):
-        lines = [heads, *(_line(name, preset, marks) for name, preset in group)]
+    for paper in dict.fromkeys(preset.paper for preset in presets.values()):
+        lines = [heads, *(_line(name, preset, marks) for name, preset in presets.items() if preset.paper == paper)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
         shown = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
         parts.append("\n".join([paper, *(f"  {line.rstrip()}" for line in shown)]))

@@ -15,8 +15,10 @@ CLASSES = {
     "tiny-imagenet": 200,
     "imagenet": 1000,
     "imagenet-72": 1000,
+    "aflw": 1,
+    "imdb": 2,
 }
-"""Of the data sets of the papers."""
+"""Of the data sets of the papers; landmarks count as one."""
 
 
 @dataclass(frozen=True)

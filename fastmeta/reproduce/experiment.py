@@ -7,14 +7,17 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastmeta
+from fastmeta.reproduce.side_by_side import side_by_side
 from fastmeta.training.files import alone, make_folder, read_json, write_text
 from fastmeta.training.reports.drawing import pyplot, save
+from fastmeta.training.workers import available_cores
 
 Row = dict[str, Any]
 """A cell's settings and what was measured with them, as JSON knows them."""
@@ -31,6 +34,8 @@ class Experiment:
         measure: called with the settings of a cell, gives its figures.
         table: Markdown of the rows measured so far, beside the paper's figures.
         draw: figures of the same rows, by the stem of their file.
+        pages: further pages of the same rows, by the name of their file.
+        parallel: cells are measured one a core; where they take times this would disturb them.
     """
 
     name: str
@@ -39,6 +44,8 @@ class Experiment:
     measure: Callable[..., Row]
     table: Callable[[Sequence[Row]], str]
     draw: Callable[[Sequence[Row]], dict[str, Any]]
+    pages: Callable[[Sequence[Row]], dict[str, str]] = lambda rows: {}
+    parallel: bool = False
 
     def run(self, out: Path, quick: bool = False, minutes: float | None = None) -> None:
         """Measure what ``out/results.json`` has not, then write table.md and the figures.
@@ -61,24 +68,22 @@ class Experiment:
             planned = list(self.cells(quick))
             before = {json.dumps(cell["settings"]): cell for cell in _read(out / "results.json")}
             measured = {key: before[key] for key in map(json.dumps, planned) if key in before}
-            for number, settings in enumerate(planned, 1):
-                if json.dumps(settings) in measured:
-                    continue
-                if minutes is not None and time.monotonic() - began > 60 * minutes:
-                    break
-                words = " ".join(f"{name}={value}" for name, value in settings.items())
-                print(f"{self.name}: cell {number} of {len(planned)}: {words}", flush=True)
-                measured[json.dumps(settings)] = self._cell(settings, code)
+            pending = [settings for settings in planned if json.dumps(settings) not in measured]
+            workers = max(1, min(available_cores(), len(pending))) if self.parallel and not quick else 1
+            for settings, (figures, seconds) in side_by_side(
+                partial(_timed, self.measure),
+                pending,
+                workers,
+                late=lambda: minutes is not None and time.monotonic() - began > 60 * minutes,
+            ):
+                done = {"measured": figures, "seconds": seconds, "date": _now(), "commit": code}
+                measured[json.dumps(settings)] = {"settings": settings, **done}
                 self._write_results(out, list(measured.values()), quick)
+                words = " ".join(f"{name}={value}" for name, value in settings.items())
+                print(f"{self.name}: {len(measured)} of {len(planned)} cells, {seconds:.0f} s: {words}", flush=True)
             cells = [measured[key] for key in map(json.dumps, planned) if key in measured]
             self._write_results(out, cells, quick)
             self._write_pages(out, cells, len(planned))
-
-    def _cell(self, settings: Row, code: str) -> Row:
-        start = time.perf_counter()
-        measured = self.measure(**settings)
-        seconds = round(time.perf_counter() - start, 2)
-        return {"settings": settings, "measured": measured, "seconds": seconds, "date": _now(), "commit": code}
 
     def _write_results(self, out: Path, cells: Sequence[Row], quick: bool) -> None:
         """One cell a line: indented, a curve would take hundreds of lines."""
@@ -98,6 +103,13 @@ class Experiment:
         write_text(out / "table.md", header + self.table(rows).rstrip() + "\n")
         for stem, figure in self.draw(rows).items():
             save(figure, out / f"{stem}.png")
+        for name, page in self.pages(rows).items():
+            write_text(out / name, page)
+
+
+def _timed(measure: Callable[..., Row], settings: Row) -> tuple[Row, float]:
+    start = time.perf_counter()
+    return measure(**settings), round(time.perf_counter() - start, 2)
 
 
 def _read(path: Path) -> list[Row]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.data import (
+    AugmentationConfig,
     Images,
     Plain,
     Shift,
@@ -24,15 +25,17 @@ from fastmeta.data.cache import cache_folder
 from fastmeta.data.features import frozen_features, restore_head
 from fastmeta.data.landmarks import Landmarks
 from fastmeta.data.split_file import read_split
+from fastmeta.data.text import AsTokens, ReplacedWords, Texts
 from fastmeta.methods import l2i
 from fastmeta.models import NETS, WITHOUT_LAST_LAYER, Normalized, automatic_model, build_model
+from fastmeta.models.bert import Bert
 from fastmeta.models.tcdcn import MIN_SIZE
 from fastmeta.ssl import BASES
 from fastmeta.training.batches import TrainingData
 from fastmeta.training.config import RunConfig
 from fastmeta.training.evaluation import Evaluator
 from fastmeta.training.processes import Processes
-from fastmeta.training.recipes import BASE_RECIPES, LANDMARK_METHODS, METHODS, base_of
+from fastmeta.training.recipes import BASE_RECIPES, LANDMARK_METHODS, METHODS, MIXED, base_of
 from fastmeta.training.trainer import Trainer
 from fastmeta.training.whitening import agreed_whitening
 
@@ -53,7 +56,7 @@ def load_images(config: RunConfig) -> Images:
 def resolve(config: RunConfig, images: Images) -> RunConfig:
     """The settings with everything filled in that was left to the data."""
     digits = config.data in ("digits", "mnist-5k")
-    side = min(images.image_shape[1:])
+    side = min(images.image_shape[1:], default=images.image_shape[0])
     steps = config.steps or (1000 if config.machine.device == "cpu" else 20_000)
     labels = config.labels_per_class if config.labels_per_class is not None or not digits else 1
     balanced = digits and not config.split.validation
@@ -64,7 +67,7 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
         test_fraction=_first(config.split.test_fraction, 0.25 if digits else 0.0),
     )
     every = config.evaluation.every or (50 if digits else max(1, steps // 20))
-    size = config.image_size or (side if side <= _LARGE else round(side * 7 / 8))
+    size = config.image_size or (side if side <= _LARGE or isinstance(images, Texts) else round(side * 7 / 8))
     few = labels is not None and labels <= _FEW
     rate = 0.2 if digits and config.optimizer.name == "sgd" else config.optimizer.peak
     if isinstance(images, Landmarks) and config.optimizer.name == "sgd":
@@ -84,7 +87,7 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
         image_size=size,
         views="digits" if digits and config.views == "auto" else config.views,
         base_settings=config.base_settings if digits else {**_published(config.base), **config.base_settings},
-        labeled_view=config.labeled_view or ("strong" if few else "weak"),
+        labeled_view=config.labeled_view or ("strong" if few and not isinstance(images, Texts) else "weak"),
         optimizer=replace(config.optimizer, learning_rate=config.optimizer.learning_rate or rate),
         average=replace(config.average, decay=_first(config.average.decay, min(0.999, max(0.99, 1 - 10 / steps)))),
         evaluation=replace(config.evaluation, every=every),
@@ -259,6 +262,8 @@ def _check_task(config: RunConfig, images: Images) -> None:
         for_these = [name for name, base in BASES.items() if (base.task == "landmarks") == landmarks]
         has = "landmarks" if landmarks else "classes"
         raise ValueError(f"base must be one of {', '.join(for_these)} for images with {has}, got {config.base!r}")
+    if isinstance(images, Texts):
+        _check_texts(config)
     if not landmarks:
         return
     if config.method not in ("none", *LANDMARK_METHODS):
@@ -281,6 +286,16 @@ def _check_task(config: RunConfig, images: Images) -> None:
             raise ValueError(f"{setting} must be left out for images with landmarks, which are shifted alone")
 
 
+def _check_texts(config: RunConfig) -> None:
+    """Raise for what needs pixels."""
+    if config.base in (*MIXED, "vat"):
+        raise ValueError(f"base must be none that mixes or moves pixels for texts, got {config.base!r}")
+    if config.augmentation != AugmentationConfig():
+        raise ValueError("augmentation must be left out for texts, whose words are replaced")
+    if config.trainable == "head" or config.pretrained is not None or config.machine.channels_last:
+        raise ValueError("trainable head, pretrained and machine.channels_last must be left out for texts")
+
+
 def _of_task(config: RunConfig, images: Images) -> dict[str, Any]:
     """Losses of a method that learns landmarks and not classes."""
     if config.method == "none" or not isinstance(images, Landmarks):
@@ -298,11 +313,15 @@ def _views(config: RunConfig, images: Images, whitening: Whitening | None) -> Vi
         pixels = max(1, round(config.image_size / 15)) if chosen.shift is None else chosen.shift
         shift = Shift(config.image_size, pixels, chosen.padding or "reflected")
         return Views(shift, shift, Plain(config.image_size))
+    if isinstance(images, Texts):
+        return Views(AsTokens(), ReplacedWords.of(images.images[images.parts["train"]], images.vocabulary), AsTokens())
     return views_for(config.views, images.image_shape, config.image_size, config.augmentation, whitening)
 
 
 def _model(config: RunConfig, images: Images) -> nn.Module:
     torch.manual_seed(generator_for(config.seed, "initialization").initial_seed())
+    if isinstance(images, Texts):
+        return Bert(config.model, len(images.classes), vocabulary=images.vocabulary, length=images.image_shape[0])
     model = build_model(
         config.model,
         num_classes=len(images.classes),
@@ -320,6 +339,8 @@ def _automatic_model(images: Images, size: int, small: bool) -> str:
     """A wide residual net takes seconds a step on a laptop's cores."""
     if isinstance(images, Landmarks) and size >= MIN_SIZE:
         return "tcdcn"
+    if isinstance(images, Texts):
+        return "bert-tiny" if small else "bert-base"
     return "conv-net" if small and size <= _LARGE else automatic_model(size)
 
 

@@ -21,7 +21,7 @@ class OptimizerConfig:
     name: Literal["sgd", "adam"] = "sgd"
     """SGD with momentum, or Adam."""
     learning_rate: float | None = None
-    """Peak learning rate (default: digits 0.2, landmarks 0.01, else 0.03; a head 0.002; with Adam 0.002, and 0.0005)."""
+    """Peak learning rate (default: digits 0.2, landmarks 0.01, else 0.03; a head 0.002; of Adam 0.002 and 0.0005)."""
     momentum: float = 0.9
     """Of SGD."""
     nesterov: bool = True
@@ -220,7 +220,7 @@ class RunConfig:
     holdout_batch: int | None = None
     """Hold-out images in a step of a method that has them (default: all of them)."""
     image_size: int | None = None
-    """Side of the images that the net sees, in pixels."""
+    """Side of the images that the net sees, in pixels; of texts, how many tokens."""
     views: Literal["auto", "digits", "pictures", "none"] = "auto"
     """Augmentation: digits: no mirroring; pictures: mirrored, too."""
     labeled_view: Literal["weak", "strong"] | None = None

@@ -153,6 +153,8 @@ def require_finished(run: RunFolder) -> None:
     """Raise a ValueError that says how to go on, unless the run is one on classes and has left its weights."""
     if tuple(run.classes) == COORDINATES:
         raise ValueError(f"{run.folder}: must be a run on classes, got one on landmarks; see its landmarks.csv")
+    if len(run.image_shape) == 1:
+        raise ValueError(f"{run.folder}: must be a run on images, got one on texts; see its unlabeled.csv")
     if run.results is None or not (run.folder / "model.pt").exists():
         raise ValueError(
             f"{run.folder}: not finished (step {run.step} of {run.config.get('steps')}); the command that began it "

@@ -18,7 +18,15 @@ from fastmeta import _extension
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = os.environ.get("FASTMETA_REQUIRE_NVCC") == "1"
-LIST_OPERATORS = ["perturb_epsilon", "perturb_", "perturb_restore_", "alignment_direction_", "masked_adam_", "augment"]
+LIST_OPERATORS = [
+    "perturb_epsilon",
+    "perturb_",
+    "perturb_restore_",
+    "alignment_direction_",
+    "masked_adam_",
+    "augment",
+    "crop",
+]
 CHOSEN = os.environ.get("FASTMETA_CUDA_ARCHITECTURES", "90")  # one: they take a minute and a half each
 needs_nvcc = pytest.mark.skipif(build_cuda.find_nvcc() is None and not REQUIRED, reason="no nvcc")
 # The widest shared memory of a block that a kernel may ask for without opting in.

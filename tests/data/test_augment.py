@@ -22,7 +22,7 @@ from fastmeta.data import (
     views_for,
     weak_augment,
 )
-from fastmeta.data.augment import Noisy, RandAugment, pictures, strong
+from fastmeta.data.augment import Noisy, RandAugment, crop, pictures, strong
 from fastmeta.data.augment.affine import affine_map, mirrored, warp
 from fastmeta.data.augment.pixels import centre, gray, mean_of, noise
 
@@ -193,6 +193,23 @@ def test_crops_have_the_drawn_areas_and_ratios():
     assert -0.6 < top.min() < 1
     assert 79 < (left + wide.abs()).max() < 80
     assert 59 < (top + tall).max() < 60
+
+
+@pytest.mark.parametrize("impl", crop.OPERATOR.implementations())
+def test_a_crop_of_bytes_is_the_warp(impl):
+    source, size = pixels(40, 3, 30, 41), 24
+    maps = RandomCrop(size, area=(0.05, 1.0)).maps(source, random(40))
+    maps[0] = torch.tensor([[1.0, 0, 0], [0, 1, 0]])  # the whole
+    maps[1] = torch.tensor([[-1.0, 0, 0.7], [0, 1, -0.7]])  # more than there is
+    arguments = maps[:, :, 2], maps[:, :, :2].diagonal(dim1=1, dim2=2), size
+    result = crop.crop(source, *arguments, impl=impl)
+    torch.testing.assert_close(result, warp(source, maps, (size, size), fill=None), atol=1e-5, rtol=0)
+    assert result.equal(crop.crop(source, *arguments, impl="reference"))
+    nearest = crop.crop(source, *arguments, unit=False, impl=impl)
+    assert nearest.equal((result * 255).round().to(torch.uint8))
+    one = crop.crop(source[5:6], *(each[5:6] for each in arguments[:2]), size, impl=impl)
+    assert one.equal(result[5:6])
+    assert crop.crop(source[:0], *(each[:0] for each in arguments[:2]), size, impl=impl).shape == (0, 3, size, size)
 
 
 def test_maps_compose_as_matrices_and_warp_is_torch_s():

@@ -118,9 +118,9 @@ def test_unit_length(problem, factored):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_unit_length_of_zero_is_zero(dtype):
+def test_unit_length_of_zero_is_zero(problem, dtype):
     zero = Direction(torch.zeros(4, 5, dtype=dtype), torch.zeros(4, dtype=dtype))
-    unit = UnitLength(lambda problem: zero)(None).dense()
+    unit = UnitLength(lambda problem: zero)(problem).dense()
     assert torch.equal(unit.weight, zero.weight)
     assert torch.equal(unit.bias, zero.bias)
 

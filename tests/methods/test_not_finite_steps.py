@@ -140,6 +140,8 @@ def test_what_would_overflow_a_moment_is_not_finite_either() -> None:
     assert table.steps.tolist() == [1, 1, 0]
 
     class Gradients:
+        sharded = False
+
         def __init__(self, size: float) -> None:
             self.size = size
 

@@ -9,6 +9,7 @@ import torch
 
 from fastmeta import cli
 from fastmeta.data import ImageDataset
+from fastmeta.data.landmarks import Landmarks
 from fastmeta.models import build_model
 from fastmeta.presets import PRESETS, preset
 from fastmeta.presets.preset import CLASSES
@@ -32,6 +33,26 @@ def error(name):
 def gain(arm, dataset, labels):
     """What the method takes off its baseline's error, in points."""
     return error(f"{arm}-alone-{dataset}-{labels}") - error(f"{arm}-{dataset}-{labels}")
+
+
+def test_landmarks_as_the_papers_say():
+    # "for 22500 steps and set the initial learning rate to 0.03 and reduce it by 0.1 at 15,000 steps"
+    run = config("l2i-v2-mt-aflw-91")
+    assert (run.steps, run.optimizer.learning_rate, run.schedule.milestones) == (22_500, 0.03, (15_000,))
+    # "increase the unsupervised loss weight to 3 in 9000 steps", and in the first version to 1
+    assert run.settings()["base_settings"]["ramp"] * run.steps == 9000
+    assert [config(f"l2i-{name}-aflw-91").base_settings["weight"] for name in ("v2-mt", "v1-mt-v2")] == [3, 1]
+    # "the approximate update rule performs better in AFLW"; "V1 outperforms V2"
+    assert error("l2i-v2-mt-aflw-182") < error("l2i-v2-mt-exact-aflw-182")
+    assert error("l2i-v1-pl-v1-aflw-455") < error("l2i-v1-pl-v2-aflw-455")
+    assert config("l2i-v2-mt-l-aflw-91").method_settings["inner_loss"] == "mse"
+    # "randomly pick 10% (1012 images) of samples of the original training set", 10,122; 91 labels are 1% of the rest
+    images = Landmarks(
+        "aflw", torch.zeros(10_122, 1, 1, 1), torch.rand(10_122, 10), {"train": torch.arange(10_122)}, [""] * 10_122
+    )
+    sizes = split_of(resolve(run, images), images).sizes()
+    assert sizes == {"labeled": 91, "unlabeled": 9110, "holdout": 0, "validation": 1012, "test": 0}
+    assert split_of(resolve(config("l2i-v1-sl-alone-aflw-all"), images), images).sizes()["labeled"] == 9110
 
 
 def test_learning_to_impute_v1_as_the_paper_says():
@@ -87,6 +108,17 @@ def test_learning_to_impute_v2_as_the_paper_says():
     assert imagenet.augmentation.strong == "randaugment-google"
     assert gain("l2i-v2-fm", "imagenet", "5pct") == pytest.approx(3.25)
     assert config("l2i-v2-sl-alone-imagenet-all").steps == 120 * 5004
+
+
+def test_reviews_as_the_papers_say():
+    # "obtains significantly better performance than the UDA (i.e. 9.19 vs 9.82)"
+    assert [error(f"l2i-v2-{arm}-imdb-20") for arm in ("uda", "uda-alone")] == [9.19, 9.82]
+    run = config("l2i-v2-uda-imdb-20")
+    assert (run.labels_per_class, run.labeled_batch, run.unlabeled_batch, run.holdout_batch) == (10, 8, 24, 8)
+    assert (run.steps, run.schedule.warm_up, run.optimizer.learning_rate, run.image_size) == (10_000, 1_000, 2e-5, 128)
+    # "20 labeled samples for the supervised training set and another 20 for validation"
+    assert config("weights-uda-imdb-20").split.holdout_per_class == 10
+    assert error("weights-uda-imdb-20") == 8.51
 
 
 def test_meta_gradient_as_the_slides_and_the_code_say():
@@ -208,7 +240,8 @@ def test_presets_are_whole():
         assert cell.dataset == run.data
         assert cell.error is None or 0 < cell.error < 100
         assert ("-alone" in name) == (run.method == "none"), name
-        seen.add((run.model, run.image_size, cell.dataset))
+        if cell.dataset != "imdb":
+            seen.add((run.model, run.image_size, cell.dataset))
     for model, size, dataset in seen:
         channels = 1 if dataset == "fashion-mnist" else 3
         with torch.device("meta"):
@@ -225,6 +258,8 @@ def test_the_list(capsys):
     assert cli.main(["presets"]) == 0
     listed = capsys.readouterr().out
     assert all(f"  {name} " in listed for name in PRESETS)
+    papers = [line for line in listed.splitlines() if line and line[0] not in " ["]
+    assert sorted(papers) == sorted({cell.paper for cell in PRESETS.values()})
     assert cli.main(["presets", "L2I-V2", "cifar-10 ", "2 and 8"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Learning to Impute, journal version"

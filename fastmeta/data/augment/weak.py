@@ -10,7 +10,8 @@ from torch import Tensor
 from fastmeta.data.augment.affine import mirrored, warp
 from fastmeta.data.augment.apply import view
 from fastmeta.data.augment.augmentation import Augmentation
-from fastmeta.data.augment.pixels import centre, taken, to_canvas
+from fastmeta.data.augment.crop import crop
+from fastmeta.data.augment.pixels import centre, taken, to_bytes, to_canvas
 from fastmeta.data.random_numbers import KeyedRandom
 
 
@@ -62,9 +63,11 @@ class Shift:
 
 
 def started(weak: Augmentation, images: Tensor, random: KeyedRandom) -> tuple[Tensor, Tensor | None, bool]:
-    """The weak view, for :func:`fastmeta.data.augment.apply.view`: a shift is left to that."""
+    """The weak view, for :func:`fastmeta.data.augment.apply.view`: a shift is left to that, a crop is of 8 bits."""
     if isinstance(weak, Shift):
         return *weak.moves(images, random), weak.reflected
+    if isinstance(weak, RandomCrop):
+        return weak.cropped(images, random, unit=False), None, False
     return weak(images, random), None, False
 
 
@@ -93,9 +96,16 @@ class RandomCrop:
 
     def __call__(self, images: Tensor, random: KeyedRandom) -> Tensor:
         """Of ``[n, channels, height, width]`` in [0, 1] or uint8: ``[n, channels, size, size]`` float32 in [0, 1]."""
+        return self.cropped(images, random, unit=True)
+
+    def cropped(self, images: Tensor, random: KeyedRandom, *, unit: bool) -> Tensor:
+        """The crops, as float32 in [0, 1] or, not ``unit``, as uint8."""
         canvas = to_canvas(images, self.size)
         maps = self.maps(canvas, random)
-        return warp(canvas, maps, (self.size, self.size), fill=None).clamp_(0, 1)
+        if canvas.dtype == torch.uint8:
+            return crop(canvas, maps[:, :, 2], maps[:, :, :2].diagonal(dim1=1, dim2=2), self.size, unit=unit)
+        result = warp(canvas, maps, (self.size, self.size), fill=None).clamp_(0, 1)
+        return result if unit else to_bytes(result)
 
     def maps(self, images: Tensor, random: KeyedRandom) -> Tensor:
         """From places in the result to places in the picture. ``[n, 2, 3]``."""

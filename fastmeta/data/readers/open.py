@@ -14,6 +14,7 @@ from fastmeta.data.readers.collection import Collection, DecodedImages
 from fastmeta.data.readers.csv_table import collect_csv
 from fastmeta.data.readers.decoded_once import GIGABYTES, decoded_once
 from fastmeta.data.readers.folder import collect_files, collect_folder
+from fastmeta.data.readers.imdb import imdb_below, open_imdb
 from fastmeta.data.readers.npz import open_npz
 from fastmeta.data.readers.published import PICTURES, named, open_named, open_original
 from fastmeta.data.readers.shards import shards_below
@@ -60,6 +61,7 @@ def open_images(
     a published data set         CIFAR-10 and -100, SVHN, MNIST, Fashion-MNIST and Tiny ImageNet in their original
                                  files, packed or not; ``cifar-10:DIR`` says which, and tells what is missing
     AFLW                         pictures with landmarks, in the lists of MTFL, ``training.txt`` and ``testing.txt``
+    IMDb                         reviews, ``train/pos/*.txt`` and so on, as tokens; needs the package tokenizers
     ``huggingface:name``         Hugging Face datasets, by name or path; ``huggingface:name:configuration``
     ============================ =====================================================================================
 
@@ -94,6 +96,8 @@ def open_images(
             raise DataError(f"{where}: no such file or folder")
         if name == "aflw" or (name is None and is_aflw(where)):
             return open_aflw(where, image_size)
+        if name == "imdb" or (name is None and imdb_below(where) is not None):
+            return open_imdb(where, image_size)
         if name is not None:
             found = open_named(name, where, _found, cache=cache)
             image_size = PICTURES.get(name) if image_size is None else image_size

@@ -20,7 +20,7 @@ PICTURES = {"imagenet": 224, "imagenet-72": 72}
 ImageNet-72 is that of Rebuffi et al. (2017), whose shorter side is 72; any other size is resized to it, and the centre
 square is kept.
 """
-PUBLISHED = (*dict.fromkeys(original.name for original in _ORIGINALS), *PICTURES, "aflw")
+PUBLISHED = (*dict.fromkeys(original.name for original in _ORIGINALS), *PICTURES, "aflw", "imdb")
 
 
 def named(path: str) -> tuple[str | None, str]:
