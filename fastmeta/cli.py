@@ -141,6 +141,8 @@ class Train(RunConfig):
         values = {name: getattr(self, name) for name in RunConfig.__dataclass_fields__}
         for name in ("base_settings", "method_settings"):
             values[name] = _settings(name, values[name])
+        if self.preset is not None:
+            _change_settings(values, preset(self.preset).config)
         run = RunConfig(**values)
         if self.preset is not None:
             return self._run_preset(replace(preset(self.preset), config=run))
@@ -172,6 +174,16 @@ class Train(RunConfig):
             figure = f"{published.paper}, {published.table}: {published.error:.2f}%."
             print(" ".join(part for part in (figure, published.note, _changes(run, dataset, self.preset)) if part))
         return status
+
+
+def _change_settings(values: dict[str, Any], own: RunConfig) -> None:
+    """Settings that are given go into those of the preset; another base or method has none of these."""
+    for part in ("base", "method"):
+        settings = f"{part}_settings"
+        if values[part] == getattr(own, part):
+            values[settings] = {**getattr(own, settings), **values[settings]}
+        elif values[settings] == getattr(own, settings):
+            values[settings] = {}
 
 
 def _changes(run: RunConfig, dataset: str, name: str | None) -> str:

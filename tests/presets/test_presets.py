@@ -325,6 +325,35 @@ def test_base_settings_that_are_left_out_are_published_ones():
     assert config("weights-remixmatch-alone-cifar10-250").as_dict()["base_settings"]["ramp"] == 16_384 / 2**20
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            ("--base-settings", "weight=2.0", "--method-settings", "rate=0.3"),
+            {"base_settings": {"weight": 2.0}, "method_settings": {"rate": 0.3}},
+        ),
+        (("--method", "none"), {"method": "none"}),
+        (("--base", "pi-model"), {"base": "pi-model"}),
+        (
+            ("--base", "fixmatch", "--base-settings", "threshold=0.9"),
+            {"base": "fixmatch", "base_settings": {"threshold": 0.9}},
+        ),
+    ],
+)
+def test_settings_that_are_given_change_those_of_the_preset(monkeypatch, given, expected):
+    """And leave the others; those of another base or method have nothing to do with them."""
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(cli, "train_command", lambda run, out: seen.append(run) or 0)
+    name = "l2i-v2-mt-cifar10-250"
+    assert cli.main(["train", "--preset", name, "--data", "cifar-10:images", *given]) == 0
+    own = {"base": "mean-teacher", "method": "l2i-published"}
+    for part in own:
+        expected = {part: own[part], f"{part}_settings": {}, **expected}
+        if expected[part] == own[part]:
+            expected[f"{part}_settings"] = {**getattr(config(name), f"{part}_settings"), **expected[f"{part}_settings"]}
+    assert seen == [dataclasses.replace(config(name), data="cifar-10:images", **expected)]
+
+
 def test_what_the_command_line_refuses(capsys):
     for arguments, message in {
         ("train", "--smoke"): "--preset must be given with smoke: see fastmeta presets",
