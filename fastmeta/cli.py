@@ -68,7 +68,7 @@ class Compare:
     image_size: int | None = None
     """Side of the images that the net sees, in pixels (default: as they are stored)."""
     full: bool = False
-    """All bases with the default methods."""
+    """All bases with the default methods: about a hundred arms, so hours."""
     out: Path | None = None
     """Folder for the results (default: a name under runs/ made from the settings)."""
     workers: int | None = None
