@@ -14,7 +14,8 @@ import torch
 import tyro
 
 import fastmeta
-from fastmeta.data.readers.published import how_to_get
+from fastmeta.data.readers.open import SHIPPED, is_path
+from fastmeta.data.readers.published import how_to_get, named
 from fastmeta.presets import PRESETS, Preset, preset
 from fastmeta.presets.listing import as_json, as_text, matching
 from fastmeta.presets.smoke import run_smoke
@@ -67,7 +68,7 @@ class Compare:
     image_size: int | None = None
     """Side of the images that the net sees, in pixels (default: as they are stored)."""
     full: bool = False
-    """All bases with the default methods."""
+    """All bases with the default methods: about a hundred arms, so hours."""
     out: Path | None = None
     """Folder for the results (default: a name under runs/ made from the settings)."""
     workers: int | None = None
@@ -140,6 +141,8 @@ class Train(RunConfig):
         values = {name: getattr(self, name) for name in RunConfig.__dataclass_fields__}
         for name in ("base_settings", "method_settings"):
             values[name] = _settings(name, values[name])
+        if self.preset is not None:
+            _change_settings(values, preset(self.preset).config)
         run = RunConfig(**values)
         if self.preset is not None:
             return self._run_preset(replace(preset(self.preset), config=run))
@@ -154,19 +157,44 @@ class Train(RunConfig):
 
     def _run_preset(self, published: Preset) -> int:
         """The run of a preset, or a few steps of it; at the end the paper's figure beside its own."""
-        run = published.config
+        run, dataset = published.config, published.dataset
         if self.smoke:
+            if run.data != dataset:
+                raise ValueError(f"data must be left out with smoke, which generates its own, got {run.data!r}")
             results = run_smoke(published, self.out)
             print(f"{self.preset}: {results['step']} steps, {results['skipped_steps']} of them without a finite loss")
             return 1 if results["skipped_steps"] else 0
-        if run.data == published.dataset and not Path(run.data).exists():
-            raise ValueError(
-                f"data must be where {run.data} is with preset {self.preset}, got none: {how_to_get(run.data)}"
-            )
+        if run.data == dataset and not Path(run.data).exists():
+            files = how_to_get(dataset)
+            raise ValueError(f"data must be where {dataset} is with preset {self.preset}, got none: {files}")
+        if is_path(run.data):  # nothing else that may lie there, and what is missing is named
+            run = replace(run, data=f"{dataset}:{run.data}")
         status = train_command(run, self.out or Path("runs") / f"{self.preset}-seed-{run.seed}")
         if status == 0 and published.error is not None and os.environ.get("RANK", "0") == "0":
-            print(" ".join([f"{published.paper}, {published.table}: {published.error:.2f}%.", published.note]).rstrip())
+            figure = f"{published.paper}, {published.table}: {published.error:.2f}%."
+            print(" ".join(part for part in (figure, published.note, _changes(run, dataset, self.preset)) if part))
         return status
+
+
+def _change_settings(values: dict[str, Any], own: RunConfig) -> None:
+    """Settings that are given go into those of the preset; another base or method has none of these."""
+    for part in ("base", "method"):
+        settings = f"{part}_settings"
+        if values[part] == getattr(own, part):
+            values[settings] = {**getattr(own, settings), **values[settings]}
+        elif values[settings] == getattr(own, settings):
+            values[settings] = {}
+
+
+def _changes(run: RunConfig, dataset: str, name: str | None) -> str:
+    """In what a run is not the published one, for the line with its figure; seed and machine may be any."""
+    assert name is not None
+    own = preset(name).config
+    changed = [item for item in RunConfig.__dataclass_fields__ if getattr(run, item) != getattr(own, item)]
+    changed = [item for item in changed if item not in ("data", "seed", "machine")]
+    if run.data in SHIPPED or named(run.data)[0] not in (None, dataset):
+        changed.insert(0, "data")
+    return f"Otherwise here: {', '.join(changed)}." if changed else ""
 
 
 def _started_from(arguments: Sequence[str]) -> Train:

@@ -1,9 +1,10 @@
 """A row of a paper's table as a run, and many of them from a table as it is printed."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
+from fastmeta.ssl import BASES
 from fastmeta.training.config import RunConfig
 
 CLASSES = {
@@ -85,7 +86,9 @@ def rows(
             dataset, labels, word = column
             config = settings(arm, column)
             each = config.labels_per_class or labels // CLASSES[dataset] or None
-            config = replace(config, data=dataset, labels_per_class=each)
+            # All of the base's settings: those left out are not to be the recipe for digits.
+            base_settings = {**asdict(BASES[config.base]()), **config.base_settings}
+            config = replace(config, data=dataset, labels_per_class=each, base_settings=base_settings)
             short = dataset.replace("cifar-", "cifar").replace("imagenet-72", "imagenet")
             name = "-".join(part for part in (prefix, arm, short, word or str(labels)) if part)
             yield name, Preset(config, dataset, paper, table, error, note)

@@ -58,8 +58,8 @@ class Experiment:
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: ``out`` cannot be written to, or another process works there; a number is out of its range;
-                no cell has the settings.
+            ValueError: ``out`` cannot be written to, another process works there, or its results are those of the other
+                version; a number is out of its range; no cell has the settings.
         """
         if minutes is not None and minutes <= 0:
             raise ValueError(f"minutes must be > 0, got {minutes}")
@@ -73,7 +73,7 @@ class Experiment:
         make_folder(out)
         with alone(out):
             began, code = time.monotonic(), commit()
-            before = {json.dumps(cell["settings"]): cell for cell in _read(out / "results.json")}
+            before = {json.dumps(cell["settings"]): cell for cell in _read(out / "results.json", quick)}
             measured = {key: before[key] for key in map(json.dumps, planned) if key in before}
             pending = [settings for settings in asked if json.dumps(settings) not in measured]
             workers = max(1, min(available_cores(), len(pending))) if self.parallel and not quick else 1
@@ -90,7 +90,7 @@ class Experiment:
                 print(f"{self.name}: {len(measured)} of {len(planned)} cells, {seconds:.0f} s: {words}", flush=True)
             cells = [measured[key] for key in map(json.dumps, planned) if key in measured]
             self._write_results(out, cells, quick)
-            self._write_pages(out, cells, len(planned))
+            self._write_pages(out, cells, len(planned), quick)
 
     def _write_results(self, out: Path, cells: Sequence[Row], quick: bool) -> None:
         """One cell a line: indented, a curve would take hundreds of lines."""
@@ -98,14 +98,16 @@ class Experiment:
         lines = ",\n".join(json.dumps(cell) for cell in cells)
         write_text(out / "results.json", f'{json.dumps(about)[:-1]},\n"cells": [\n{lines}\n]}}\n')
 
-    def _write_pages(self, out: Path, cells: Sequence[Row], planned: int) -> None:
+    def _write_pages(self, out: Path, cells: Sequence[Row], planned: int, quick: bool) -> None:
         rows = [{**cell["settings"], **cell["measured"]} for cell in cells]
         commits = ", ".join(dict.fromkeys(cell["commit"] for cell in cells))
         dates = " to ".join(sorted({cell["date"][:10] for cell in cells}))
         seconds = sum(cell["seconds"] for cell in cells)
+        said = f"{self.paper}. {'A quick version, whose figures mean nothing.' if quick else ''}".rstrip()
+        command = f"fastmeta reproduce {self.name}{' --quick' if quick else ''}"
         header = (
-            f"# {self.name}\n\n{self.paper}.\n\n{len(cells)} of {planned} cells, {seconds:.0f} s in all, {dates}, "
-            f"commit {commits}, {machine()['processor']}; `fastmeta reproduce {self.name}` measures them again.\n\n"
+            f"# {self.name}\n\n{said}\n\n{len(cells)} of {planned} cells, {seconds:.0f} s in all, {dates}, "
+            f"commit {commits}, {machine()['processor']}; `{command}` measures them again.\n\n"
         )
         write_text(out / "table.md", header + self.table(rows).rstrip() + "\n")
         for stem, figure in self.draw(rows).items():
@@ -123,9 +125,12 @@ def _timed(measure: Callable[..., Row], settings: Row) -> tuple[Row, float]:
     return measure(**settings), round(time.perf_counter() - start, 2)
 
 
-def _read(path: Path) -> list[Row]:
-    """The cells of results.json; none if there is no such file."""
+def _read(path: Path, quick: bool) -> list[Row]:
+    """The cells of results.json; none if there is no such file. Those of the other version would be lost."""
     found = read_json(path)
+    if found is not None and found["quick"] != quick:
+        kind = "a quick version" if found["quick"] else "the full version"
+        raise ValueError(f"out must be another folder than that of {kind}, got {path.parent}")
     return [] if found is None else found["cells"]
 
 

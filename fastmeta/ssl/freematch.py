@@ -27,12 +27,14 @@ class FreeMatch(Algorithm):
         weight: of the unlabeled loss.
         fairness: of the loss of fairness; USB's for CIFAR-10 with 40 labels.
         decay: of the averages behind the thresholds.
+        ceiling: of the average confidence; USB on SVHN: 0.95.
         statistics: of batch normalization, see :func:`fastmeta.ssl.passes.forward_parts`; published: joined.
     """
 
     weight: float = 1.0
     fairness: float = 0.001
     decay: float = 0.999
+    ceiling: float = 1.0
     statistics: Statistics = "joined"
 
     imputes: ClassVar[bool] = True
@@ -40,7 +42,7 @@ class FreeMatch(Algorithm):
 
     def memory(self, num_unlabeled: int, num_classes: int, *, model: nn.Module, labels: Tensor) -> nn.Module | None:
         """The averages behind the thresholds."""
-        return Thresholds(num_classes, self.decay)
+        return Thresholds(num_classes, self.decay, self.ceiling)
 
     def finish(self, labels: Tensor, memory: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Hard labels, and which of them reach the threshold of their class."""
@@ -86,24 +88,28 @@ class FreeMatch(Algorithm):
 
 
 class Thresholds(Stateful):
-    """FreeMatch's running averages, uniform before the first step, and what it makes of them.
+    """FreeMatch's running averages, and what it makes of them.
+
+    Before the first step they are uniform, as in the paper; USB's code starts all of them at 1, so that hardly an image
+    is learned in the first thousand steps.
 
     Args:
         num_classes: C.
         decay: of the averages.
+        ceiling: of the confidence.
     """
 
     confidence: Tensor  # []
     predictions: Tensor  # [C]
     histogram: Tensor  # [C]
 
-    def __init__(self, num_classes: int, decay: float) -> None:
+    def __init__(self, num_classes: int, decay: float, ceiling: float = 1.0) -> None:
         super().__init__()
         uniform = torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
         self.register_buffer("confidence", uniform[0].clone())
         self.register_buffer("predictions", uniform.clone())
         self.register_buffer("histogram", uniform.clone())
-        self.decay = decay
+        self.decay, self.ceiling = decay, ceiling
 
     @torch.no_grad()
     def update(self, predictions: Tensor, batch: TrainingBatch) -> None:
@@ -120,6 +126,7 @@ class Thresholds(Stateful):
         averages = (self.confidence, self.predictions, self.histogram)
         for average, new in zip(averages, (mean[0], *mean[1:].split(classes)), strict=True):
             average.lerp_(new, 1 - self.decay)
+        self.confidence.clamp_(max=self.ceiling)
 
     def thresholds(self) -> Tensor:
         """``tau(c) = confidence * predictions_c / max predictions``, ``[C]`` (self-adaptive thresholds)."""

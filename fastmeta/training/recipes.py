@@ -274,7 +274,7 @@ def base_of(name: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Ba
 
 _hints = cache(get_type_hints)
 _POSITIVE = ("temperature", "alpha")
-_AT_MOST_ONE = ("threshold", "decay")
+_AT_MOST_ONE = ("threshold", "decay", "ceiling")
 _FEWEST_VIEWS = {MixMatch: 2, ReMixMatch: 1}
 
 

@@ -284,11 +284,21 @@ def test_the_command_line_starts_from_a_preset(monkeypatch, capsys):
     name = "weights-uda-neumann-cifar10-4000"
     changes = ["--data", "images", "--seed", "7", "--optimizer.learning-rate", "0.2"]
     assert cli.main(["train", "--preset", name, *changes]) == 0
-    assert capsys.readouterr().out == "Not All Unlabeled Data Are Equal, Fig. 3: 4.85%.\n"
+    figure = "Not All Unlabeled Data Are Equal, Fig. 3: 4.85%."
+    assert capsys.readouterr().out == f"{figure} Otherwise here: optimizer.\n"
     expected = preset(name).config
     changed = dataclasses.replace(expected.optimizer, learning_rate=0.2)
-    run = dataclasses.replace(expected, data="images", seed=7, optimizer=changed)
+    run = dataclasses.replace(expected, data="cifar-10:images", seed=7, optimizer=changed)
     assert seen.pop() == (run, os.path.join("runs", f"{name}-seed-7"))
+    for data, read, said in (
+        ("cifar-10:images", "cifar-10:images", ""),
+        ("huggingface:cifar10", "huggingface:cifar10", ""),
+        ("cifar-100:images", "cifar-100:images", " Otherwise here: data."),
+        ("digits", "digits", " Otherwise here: data."),
+    ):
+        assert cli.main(["train", "--preset", name, "--data", data]) == 0
+        assert seen.pop()[0].data == read
+        assert capsys.readouterr().out == f"{figure}{said}\n"
     assert cli.main(["train", "--preset", name, "--smoke", "--out", "here"]) == 0
     assert seen.pop() == (expected, "here")
     assert capsys.readouterr().out == f"{name}: 2 steps, 0 of them without a finite loss\n"
@@ -296,9 +306,60 @@ def test_the_command_line_starts_from_a_preset(monkeypatch, capsys):
     assert cli.main(["train", "--preset", name, "--smoke"]) == 1
 
 
+def test_a_folder_without_the_data_of_the_preset_is_refused(tmp_path, capsys):
+    """Not taken for a folder of pictures, nor for another data set that lies there."""
+    for content in ("test", "train/cat"):
+        (tmp_path / content).mkdir(parents=True)
+        out = tmp_path / "out"
+        assert cli.main(["train", "--preset", "l2i-v2-mt-cifar10-250", "--data", str(tmp_path), "--out", str(out)]) == 2
+        assert "no cifar-10 found; expected data_batch_1" in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_base_settings_that_are_left_out_are_published_ones():
+    """And not those chosen on digits: in the list, in JSON and in the run alike."""
+    mixmatch = config("l2i-v2-mm-alone-cifar10-250").as_dict()["base_settings"]
+    assert (mixmatch["ramp"], mixmatch["ramp_shape"]) == (16_384 / 2**20, "linear")
+    mixed = config("l2i-v2-mixup-alone-cifar10-250").as_dict()["base_settings"]
+    assert (mixed["weight"], mixed["ramp"], mixed["statistics"]) == (1.0, 0.0, "separate")
+    assert config("weights-remixmatch-alone-cifar10-250").as_dict()["base_settings"]["ramp"] == 16_384 / 2**20
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            ("--base-settings", "weight=2.0", "--method-settings", "rate=0.3"),
+            {"base_settings": {"weight": 2.0}, "method_settings": {"rate": 0.3}},
+        ),
+        (("--method", "none"), {"method": "none"}),
+        (("--base", "pi-model"), {"base": "pi-model"}),
+        (
+            ("--base", "fixmatch", "--base-settings", "threshold=0.9"),
+            {"base": "fixmatch", "base_settings": {"threshold": 0.9}},
+        ),
+    ],
+)
+def test_settings_that_are_given_change_those_of_the_preset(monkeypatch, given, expected):
+    """And leave the others; those of another base or method have nothing to do with them."""
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(cli, "train_command", lambda run, out: seen.append(run) or 0)
+    name = "l2i-v2-mt-cifar10-250"
+    assert cli.main(["train", "--preset", name, "--data", "cifar-10:images", *given]) == 0
+    own = {"base": "mean-teacher", "method": "l2i-published"}
+    for part in own:
+        expected = {part: own[part], f"{part}_settings": {}, **expected}
+        if expected[part] == own[part]:
+            expected[f"{part}_settings"] = {**getattr(config(name), f"{part}_settings"), **expected[f"{part}_settings"]}
+    assert seen == [dataclasses.replace(config(name), data="cifar-10:images", **expected)]
+
+
 def test_what_the_command_line_refuses(capsys):
     for arguments, message in {
         ("train", "--smoke"): "--preset must be given with smoke: see fastmeta presets",
+        ("train", "--preset", "l2i-v2-mt-cifar10-250", "--smoke", "--data", "digits"): (
+            "--data must be left out with smoke, which generates its own, got 'digits'"
+        ),
         ("train", "--preset", "l2i"): "--preset must be one of those that fastmeta presets lists",
         ("train", "--preset", "l2i-v2-mt-cifar10-250"): (
             "--data must be where cifar-10 is with preset l2i-v2-mt-cifar10-250, got none: expected data_batch_1"

@@ -58,6 +58,20 @@ def test_a_cell_is_measured_once_whatever_comes_between(tmp_path):
     ]
 
 
+def test_a_quick_version_says_so_and_leaves_the_other_alone(tmp_path):
+    full, quick = tmp_path / "full", tmp_path / "quick"
+    squares([]).run(full)
+    squares([]).run(quick, quick=True)
+    before = (full / "results.json").read_bytes()
+    with pytest.raises(ValueError, match=r"out must be another folder than that of the full version, got .*full"):
+        squares([]).run(full, quick=True)
+    assert (full / "results.json").read_bytes() == before
+    with pytest.raises(ValueError, match=r"out must be another folder than that of a quick version, got .*quick"):
+        squares([]).run(quick)
+    assert "whose figures mean nothing" not in (full / "table.md").read_text()
+    assert "whose figures mean nothing" in (quick / "table.md").read_text()
+
+
 def test_no_cell_is_begun_after_the_time_is_up_and_none_is_lost(tmp_path):
     measured: list[int] = []
     squares(measured, (2,)).run(tmp_path)

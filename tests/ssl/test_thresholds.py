@@ -92,16 +92,17 @@ def test_an_image_that_is_twice_in_a_batch() -> None:
     assert memory.table[:-1].tolist() == [1, 2, -1]
 
 
-@pytest.mark.parametrize("fairness", [0.0, 0.5])
-def test_freematch_by_hand(fairness: float) -> None:
-    model, base, decay = Net(), FreeMatch(weight=0.6, fairness=fairness, decay=0.7), 0.7
+@pytest.mark.parametrize(("fairness", "ceiling"), [(0.0, 1.0), (0.5, 1.0), (0.5, 0.35)])
+def test_freematch_by_hand(fairness: float, ceiling: float) -> None:
+    model, decay = Net(), 0.7
+    base = FreeMatch(weight=0.6, fairness=fairness, decay=decay, ceiling=ceiling)
     memory = memory_of(base, model)
     confidence, mean, histogram = 1 / CLASSES, [1 / CLASSES] * CLASSES, [1 / CLASSES] * CLASSES
     masks = []
     for batch in steps(4):
         weak, strong = rows(model, batch.weak), rows(model, batch.second)
         guesses = [q.index(max(q)) for q in weak]
-        confidence = decay * confidence + (1 - decay) * sum(map(max, weak)) / 5
+        confidence = min(ceiling, decay * confidence + (1 - decay) * sum(map(max, weak)) / 5)
         for c in range(CLASSES):
             mean[c] = decay * mean[c] + (1 - decay) * sum(q[c] for q in weak) / 5
             histogram[c] = decay * histogram[c] + (1 - decay) * guesses.count(c) / 5
@@ -118,7 +119,9 @@ def test_freematch_by_hand(fairness: float) -> None:
         assert loss.unlabeled.item() == pytest.approx(expected)
         total = labeled_loss(model, batch) + 0.6 * expected + fairness * fair
         assert loss.total.item() == pytest.approx(total)
-    assert 0 < sum(masks) < len(masks)
+    assert sum(masks) > 0
+    assert sum(masks) < len(masks) or ceiling < 1
+    assert (confidence == ceiling) == (ceiling < 1)
     assert memory.thresholds().tolist() == pytest.approx([confidence * p / max(mean) for p in mean])
 
 

@@ -29,6 +29,15 @@ SHIPPED: dict[str, Callable[[], ImageDataset]] = {
 """Data sets that come with a package, by name alone."""
 
 
+def is_path(path: str) -> bool:
+    """Whether a path that :func:`open_images` takes has no name in it: of a data set, or of one on the hub.
+
+    >>> is_path("~/cifar"), is_path("digits"), is_path("cifar-10:~/cifar")
+    (True, False, False)
+    """
+    return path not in SHIPPED and not path.startswith(_HUB) and named(path)[0] is None
+
+
 def open_images(
     path: str | Path,
     *,
