@@ -1,4 +1,4 @@
-# make demo: the main job on real images.  make test: every test.  Both install what they need into .venv first.
+# make demo: the main job on real images, and its report.  make test: every test.  Both install what they need into .venv first.
 # make test PYTHON=python3 uses an environment that already has torch and the test requirements, without a network.
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -15,7 +15,9 @@ help:
 	@grep -hE '^# make' $(MAKEFILE_LIST)
 
 demo: $(READY)
-	$(RUN) -m fastmeta compare --seeds 3
+	$(RUN) -m fastmeta compare --data mnist-5k --image-size 10 --steps 400 --seeds 3 \
+	  --methods l2i meta-gradient l2i-alternating --out runs/demo
+	$(RUN) -m fastmeta report runs/demo/runs/fixmatch/*/seed-0 --out runs/demo/report.html
 
 test: $(READY)
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal

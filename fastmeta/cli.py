@@ -68,7 +68,7 @@ class Compare:
     image_size: int | None = None
     """Side of the images that the net sees, in pixels (default: as they are stored)."""
     full: bool = False
-    """All bases with the default methods."""
+    """All bases with the default methods: about a hundred arms, so hours."""
     out: Path | None = None
     """Folder for the results (default: a name under runs/ made from the settings)."""
     workers: int | None = None
@@ -327,6 +327,8 @@ class Reproduce:
     """A small version that shows that everything works; its figures mean nothing."""
     minutes: float | None = None
     """No cell of the experiment is begun after that long; the same command goes on later."""
+    only: tuple[str, ...] = ()
+    """Cells with these settings alone: data=digits seed=0; the names are those that each finished cell prints."""
 
     def run(self) -> int:
         """Exit status: 0."""
@@ -337,7 +339,7 @@ class Reproduce:
         out = self.out
         if out is None:
             out = Path("runs") / "reproduced" / f"{self.name}{'-quick' if self.quick else ''}"
-        EXPERIMENTS[self.name].run(out, self.quick, self.minutes)
+        EXPERIMENTS[self.name].run(out, self.quick, self.minutes, self.only)
         print(out / "table.md")
         return 0
 

@@ -46,20 +46,36 @@ class Texts(ImageDataset):
 
 
 def trained_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
-    """A WordPiece tokenizer of lower-case words, trained on the texts.
+    """A tokenizer of lower-case words: the most frequent ones of the texts, and the longest pieces of others.
+
+    The same texts give the same one, as a run that is continued needs it. The trainer of word pieces breaks ties
+    differently each time.
+
+    Args:
+        texts: to be counted.
+        vocabulary: how many words, at most; single characters come on top.
 
     Raises:
         MissingPackage: tokenizers is not installed.
     """
     tokenizers = optional("tokenizers", "tokenizers", "texts")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token=_SPECIAL[UNKNOWN]))
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    trainer = tokenizers.trainers.WordPieceTrainer(
+    models = tokenizers.models
+    normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    splitter = tokenizers.pre_tokenizers.BertPreTokenizer()
+    counter = tokenizers.Tokenizer(models.WordLevel(unk_token=_SPECIAL[UNKNOWN]))
+    counter.normalizer, counter.pre_tokenizer = normalizer, splitter
+    trainer = tokenizers.trainers.WordLevelTrainer(
         vocab_size=vocabulary, special_tokens=_SPECIAL, min_frequency=2, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    counter.train_from_iterator(texts, trainer)
+    words = counter.get_vocab()
+    ordered = sorted(words, key=lambda word: words[word])
+    characters = sorted({character for word in ordered[len(_SPECIAL) :] for character in word})
+    tokens = dict.fromkeys([*ordered, *characters, *(f"##{character}" for character in characters)])
+    pieces = {token: number for number, token in enumerate(tokens)}
+    made = tokenizers.Tokenizer(models.WordPiece(pieces, unk_token=_SPECIAL[UNKNOWN]))
+    made.normalizer, made.pre_tokenizer = normalizer, splitter
+    return made
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:

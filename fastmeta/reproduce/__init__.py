@@ -2,6 +2,7 @@
 
 from fastmeta.reproduce.experiment import Experiment
 from fastmeta.reproduce.fd_radius import FD_RADIUS
+from fastmeta.reproduce.field import FIELD
 from fastmeta.reproduce.l2i_ablations import L2I_EXACT, L2I_HOLDOUT
 from fastmeta.reproduce.lga_linear import LGA_LINEAR
 from fastmeta.reproduce.lga_spheres import LGA_SPHERES
@@ -22,6 +23,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         L2I_HOLDOUT,
         META_ABLATION,
         FD_RADIUS,
+        FIELD,
     )
 }
 

@@ -5,7 +5,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,29 +47,35 @@ class Experiment:
     pages: Callable[[Sequence[Row]], dict[str, str]] = lambda rows: {}
     parallel: bool = False
 
-    def run(self, out: Path, quick: bool = False, minutes: float | None = None) -> None:
+    def run(self, out: Path, quick: bool = False, minutes: float | None = None, only: Collection[str] = ()) -> None:
         """Measure what ``out/results.json`` has not, then write table.md and the figures.
 
         Args:
             out: a folder, which is made.
             quick: a small version that shows that everything works.
             minutes: no cell is begun after that long.
+            only: ``NAME=VALUE``; cells with other settings are left for another call.
 
         Raises:
             ImportError: matplotlib is not installed.
             ValueError: ``out`` cannot be written to, another process works there, or its results are those of the other
-                version; a number is out of its range.
+                version; a number is out of its range; no cell has the settings.
         """
         if minutes is not None and minutes <= 0:
             raise ValueError(f"minutes must be > 0, got {minutes}")
+        planned = list(self.cells(quick))
+        asked = [settings for settings in planned if set(only) <= set(_words(settings))]
+        if not asked:
+            raise ValueError(
+                f"only must be settings of a cell, as {' '.join(_words(planned[0]))}, got {' '.join(only)}"
+            )
         pyplot()  # it would be a pity to miss it at the end
         make_folder(out)
         with alone(out):
             began, code = time.monotonic(), commit()
-            planned = list(self.cells(quick))
             before = {json.dumps(cell["settings"]): cell for cell in _read(out / "results.json", quick)}
             measured = {key: before[key] for key in map(json.dumps, planned) if key in before}
-            pending = [settings for settings in planned if json.dumps(settings) not in measured]
+            pending = [settings for settings in asked if json.dumps(settings) not in measured]
             workers = max(1, min(available_cores(), len(pending))) if self.parallel and not quick else 1
             for settings, (figures, seconds) in side_by_side(
                 partial(_timed, self.measure),
@@ -80,7 +86,7 @@ class Experiment:
                 done = {"measured": figures, "seconds": seconds, "date": _now(), "commit": code}
                 measured[json.dumps(settings)] = {"settings": settings, **done}
                 self._write_results(out, list(measured.values()), quick)
-                words = " ".join(f"{name}={value}" for name, value in settings.items())
+                words = " ".join(_words(settings))
                 print(f"{self.name}: {len(measured)} of {len(planned)} cells, {seconds:.0f} s: {words}", flush=True)
             cells = [measured[key] for key in map(json.dumps, planned) if key in measured]
             self._write_results(out, cells, quick)
@@ -108,6 +114,10 @@ class Experiment:
             save(figure, out / f"{stem}.png")
         for name, page in self.pages(rows).items():
             write_text(out / name, page)
+
+
+def _words(settings: Row) -> list[str]:
+    return [f"{name}={value}" for name, value in settings.items()]
 
 
 def _timed(measure: Callable[..., Row], settings: Row) -> tuple[Row, float]:

@@ -34,7 +34,8 @@ def side_by_side(
         return
     # Not fork: a forked child would inherit torch's threads in an undefined state.
     context = multiprocessing.get_context("spawn")
-    processes, running = [], {}
+    processes: list[Any] = []
+    running: dict[Any, Any] = {}
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
@@ -44,7 +45,8 @@ def side_by_side(
             processes.append(process)
             _begin(running, ours, waiting, late)
         while running:
-            for connection in multiprocessing.connection.wait(list(running)):
+            ready: list[Any] = multiprocessing.connection.wait(list(running))
+            for connection in ready:
                 argument = running.pop(connection)
                 try:
                     error, result = connection.recv()
@@ -75,10 +77,11 @@ def _serve(function: Callable[[Any], Any], connection: Any) -> None:
     try:
         while True:
             argument = connection.recv()
+            error = result = None
             try:
-                answer = None, function(argument)
+                result = function(argument)
             except Exception:
-                answer = traceback.format_exc(), None
-            connection.send(answer)
+                error = traceback.format_exc()
+            connection.send((error, result))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return

@@ -80,6 +80,16 @@ def test_no_cell_is_begun_after_the_time_is_up_and_none_is_lost(tmp_path):
     assert "1 of 3 cells" in (tmp_path / "table.md").read_text()
 
 
+def test_one_cell_by_itself(tmp_path):
+    measured: list[int] = []
+    squares(measured).run(tmp_path, only=["number=2"])
+    assert measured == [2]
+    squares(measured).run(tmp_path)
+    assert measured == [2, 1, 3]
+    with pytest.raises(ValueError, match=r"only must be settings of a cell, as number=1 names=.*, got number=7"):
+        squares(measured).run(tmp_path, only=["number=7"])
+
+
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="minutes must be > 0, got 0"):

@@ -10,7 +10,7 @@ import torch
 from fastmeta.data import DataError, KeyedRandom, open_images
 from fastmeta.data.generated import WRITERS
 from fastmeta.data.readers.optional import MissingPackage
-from fastmeta.data.text import ReplacedWords, Texts
+from fastmeta.data.text import ReplacedWords, Texts, tokenize, trained_tokenizer
 from fastmeta.models.bert import Bert
 from fastmeta.models.libraries import UnknownModel
 from fastmeta.training import RunConfig, build
@@ -62,6 +62,18 @@ def test_words_that_say_little_are_replaced() -> None:
     assert 0 < int((even[:, 1] != a).sum()) < 1000
 
 
+def test_words_become_tokens() -> None:
+    pytest.importorskip("tokenizers")
+    tokenizer = trained_tokenizer(["A good film, a film!", "a GOOD actor", "no word twice here"], 100)
+    assert [tokenizer.token_to_id(name) for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")] == [0, 1, 2, 3]
+    assert tokenizer.encode("a good film").tokens == ["a", "good", "film"]
+    assert tokenizer.encode("Filmgoof").tokens == ["film", "##g", "##o", "##o", "##f"]
+    assert tokenizer.encode("xyz").tokens == ["[UNK]"]
+    rows = tokenize(tokenizer, ["a film", "a good film a good"], 5)
+    film, a, good = (tokenizer.token_to_id(word) for word in ("film", "a", "good"))
+    assert rows.tolist() == [[2, a, film, 3, 0], [2, film, a, good, 3]]
+
+
 def test_reviews_are_read_as_they_lie(reviews: Path) -> None:
     pytest.importorskip("tokenizers")
     images = open_images(f"imdb:{reviews}", image_size=16)
@@ -84,6 +96,7 @@ def test_reviews_are_read_as_they_lie(reviews: Path) -> None:
     ends = whole.get(torch.tensor([0]))[0]
     ends = ends[ends != 0]
     assert tokens[0, 1:].equal(ends[-15:]), "the last tokens of a longer one"
+    assert len({open_images(reviews, image_size=16).fingerprint for _ in range(4)} | {images.fingerprint}) == 1
     with pytest.raises(DataError, match=r"no imdb found, expected train/pos/\*.txt"):
         open_images(f"imdb:{reviews / 'aclImdb' / 'test'}")
     with pytest.raises(ValueError, match="at least 3 tokens"):

@@ -1,0 +1,96 @@
+"""Base and method by number of labels, and the page that is drawn from it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from quick_experiments import run_quickly
+
+from fastmeta.reproduce import field, runs
+from fastmeta.reproduce.which_method import page
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def rows_of(error, seeds=4):
+    """Every cell of the first seeds as ``error`` would have it; seeds differ by a point, and arms on a seed by less."""
+    return [
+        {**cell, "error": error(cell) + cell["seed"] + 0.1 * ((cell["seed"] * len(cell["method"])) % 3)}
+        | {"validation_error": error(cell) + cell["seed"], "cpu_seconds": 1.0}
+        for cell in field.cells(quick=False)
+        if cell["seed"] < seeds
+    ]
+
+
+def l2i_until_four(cell):
+    if cell["method"] == "label-gradient-alignment":
+        return 45.0
+    helps = cell["method"] == "l2i" and cell["labels"] <= 4
+    tuned = cell["changes"] == {"optimizer": {"learning_rate": 0.05}}
+    return 40.0 - 20 * helps - 5 * tuned
+
+
+def section(text, title):
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_cells_are_all_different_and_the_largest_effect_comes_first():
+    cells = field.cells(quick=False)
+    keys = [json.dumps(cell) for cell in cells]
+    assert len(set(keys)) == len(keys)
+    assert [(cell["data"], cell["labels"], cell["method"]) for cell in cells[:4]] == [
+        ("mnist-5k", 1, method) for method in field.MAIN
+    ]
+    for data, labels in (("digits", 1), ("digits", 25), ("mnist-5k", 1), ("photographs", 4)):
+        seeds = {cell["seed"] for cell in runs.of(cells, data=data, labels=labels, method="l2i", changes={})}
+        assert seeds == set(range(10))
+
+
+def test_every_cell_is_a_run_with_the_settings_of_the_digits():
+    for cell in [cell for cell in field.cells(quick=False) if cell["seed"] == 0]:
+        config = runs.config_of(**cell)
+        assert (config.labeled_batch, config.unlabeled_batch, config.labeled_view) == (40, 120, "strong")
+        assert config.split.validation_per_class == 20
+        changed = cell["changes"].get("optimizer", {}).get("learning_rate", 0.2)
+        assert config.optimizer.learning_rate == changed
+        if cell["base"] == "fixmatch" and not cell["changes"]:
+            assert config.settings()["base_settings"]["threshold"] == 0.8
+
+
+def test_a_few_cells_run_and_leave_table_picture_and_page(tmp_path):
+    cells, table = run_quickly("field", tmp_path)
+    assert len(cells) == 8
+    assert "## digits, 4 labels a class" in table
+    assert "| fixmatch + l2i | 2 |" in table
+    assert "Nothing is measured yet." in (tmp_path / "which-method.md").read_text()  # two seeds say nothing
+
+
+def test_the_page_says_what_helps_what_never_does_and_where_it_ends():
+    text = page(rows_of(l2i_until_four))
+    best = section(text, "With these labels, this")
+    assert "| mnist-5k, 1 label a class | 41.6 ± 1.3 | `l2i` | -20.1 [-20.2, -19.9] |" in best
+    assert "| mnist-5k, 25 labels a class | 41.6 ± 1.3 | fixmatch alone: none of 1 tried is shown to help |  |" in best
+    methods = section(text, "What each method did")
+    never = methods.split("Never shown to help here: ")[1]
+    assert "`label-gradient-alignment`" in never
+    assert "`l2i`" not in never
+    assert "- mnist-5k: `l2i` on fixmatch helps up to 4 labels a class; from 10 on no gain is shown." in text
+    tuned = section(text, "What remains when the base is tuned")
+    assert "| the best of these on each seed's validation images | 36.6 ± 1.3 |  |" in tuned
+    assert "L2I as it is beats the best of them" in tuned
+
+
+def test_the_page_says_when_the_gap_was_the_settings_of_the_base():
+    text = page(rows_of(lambda cell: 15.0 if cell["changes"] else l2i_until_four(cell)))
+    assert "The gap was the base's settings" in section(text, "What remains when the base is tuned")
+
+
+def test_two_seeds_say_nothing():
+    assert page(rows_of(l2i_until_four, seeds=2)).count("Nothing is measured yet.") == 4
+
+
+@pytest.mark.skipif(not (DOCS / "which-method.md").exists(), reason="field is not measured yet")
+def test_the_page_of_the_documentation_is_drawn_from_the_committed_results():
+    cells = json.loads((DOCS / "reproduced" / "field" / "results.json").read_text())["cells"]
+    rows = [{**cell["settings"], **cell["measured"]} for cell in cells]
+    assert (DOCS / "which-method.md").read_text() == page(rows)
