@@ -14,17 +14,17 @@ import torch
 import tyro
 
 import fastmeta
-from fastmeta.data.readers.open import SHIPPED, is_path
-from fastmeta.data.readers.published import how_to_get, named
+from fastmeta.data.readers.open import is_path
+from fastmeta.data.readers.published import how_to_get
 from fastmeta.presets import PRESETS, Preset, preset
-from fastmeta.presets.listing import as_json, as_text, matching
+from fastmeta.presets.listing import as_json, as_text, matching, otherwise
 from fastmeta.presets.smoke import run_smoke
 from fastmeta.reproduce import EXPERIMENTS
 from fastmeta.ssl import BASES
 from fastmeta.training.checkpoints import CheckpointError
 from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
-from fastmeta.training.config import MachineConfig, RunConfig
+from fastmeta.training.config import MachineConfig, RunConfig, SplitConfig
 from fastmeta.training.doctor import doctor, verify_named
 from fastmeta.training.files import make_folder
 from fastmeta.training.pictures_to_predict import open_for_prediction
@@ -145,7 +145,7 @@ class Train(RunConfig):
             _change_settings(values, preset(self.preset).config)
         run = RunConfig(**values)
         if self.preset is not None:
-            return self._run_preset(replace(preset(self.preset), config=run))
+            return self._run_preset(run, preset(self.preset))
         if self.smoke:
             raise ValueError("preset must be given with smoke: see fastmeta presets")
         out = self.out
@@ -155,13 +155,13 @@ class Train(RunConfig):
             out = Path("runs") / f"{data}-{run.base}-{run.method}{labels}-seed-{run.seed}"
         return train_command(run, out)
 
-    def _run_preset(self, published: Preset) -> int:
+    def _run_preset(self, run: RunConfig, published: Preset) -> int:
         """The run of a preset, or a few steps of it; at the end the paper's figure beside its own."""
-        run, dataset = published.config, published.dataset
+        own, dataset = published.config, published.dataset
         if self.smoke:
             if run.data != dataset:
                 raise ValueError(f"data must be left out with smoke, which generates its own, got {run.data!r}")
-            results = run_smoke(published, self.out)
+            results = run_smoke(replace(published, config=run), self.out)
             print(f"{self.preset}: {results['step']} steps, {results['skipped_steps']} of them without a finite loss")
             return 1 if results["skipped_steps"] else 0
         if run.data == dataset and not Path(run.data).exists():
@@ -172,7 +172,7 @@ class Train(RunConfig):
         status = train_command(run, self.out or Path("runs") / f"{self.preset}-seed-{run.seed}")
         if status == 0 and published.error is not None and os.environ.get("RANK", "0") == "0":
             figure = f"{published.paper}, {published.table}: {published.error:.2f}%."
-            print(" ".join(part for part in (figure, published.note, _changes(run, dataset, self.preset)) if part))
+            print(" ".join(part for part in (figure, published.note, otherwise(run, own)) if part))
         return status
 
 
@@ -184,17 +184,6 @@ def _change_settings(values: dict[str, Any], own: RunConfig) -> None:
             values[settings] = {**getattr(own, settings), **values[settings]}
         elif values[settings] == getattr(own, settings):
             values[settings] = {}
-
-
-def _changes(run: RunConfig, dataset: str, name: str | None) -> str:
-    """In what a run is not the published one, for the line with its figure; seed and machine may be any."""
-    assert name is not None
-    own = preset(name).config
-    changed = [item for item in RunConfig.__dataclass_fields__ if getattr(run, item) != getattr(own, item)]
-    changed = [item for item in changed if item not in ("data", "seed", "machine")]
-    if run.data in SHIPPED or named(run.data)[0] not in (None, dataset):
-        changed.insert(0, "data")
-    return f"Otherwise here: {', '.join(changed)}." if changed else ""
 
 
 def _started_from(arguments: Sequence[str]) -> Train:
@@ -396,7 +385,12 @@ def _refused(error: Exception) -> int:
 
 def _with_flag(text: str) -> str:
     """The libraries name an argument, the command line its flag."""
-    return re.sub(r"^[\w.]+(?= must )", lambda match: "--" + match[0].replace("_", "-"), text)
+
+    def flag(match: re.Match[str]) -> str:
+        part = "split." if match[0] in SplitConfig.__dataclass_fields__ else ""
+        return f"--{part}{match[0].replace('_', '-')}"
+
+    return re.sub(r"^[\w.]+(?= must )", flag, text)
 
 
 if __name__ == "__main__":

@@ -247,7 +247,7 @@ def test_a_teacher_that_learns():
     teacher, student = make_net(), make_net()
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (teacher, student)]
     meta = fastmeta.MetaPseudoLabels(how="jvp", rate=0.1)
-    for _ in range(120):
+    for _ in range(150):
         step(teacher, student, meta, *optimizers, x_l, y_l, x_u)
     for net in (teacher, student):
         assert float((net(x_u).argmax(1) == classes).float().mean()) > 0.95

@@ -4,7 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from fastmeta.data.readers.open import SHIPPED
+from fastmeta.data.readers.published import named
 from fastmeta.presets.preset import Preset
+from fastmeta.training.config import RunConfig
 
 
 def matching(presets: Mapping[str, Preset], words: tuple[str, ...]) -> dict[str, Preset]:
@@ -42,6 +45,19 @@ def as_json(presets: Mapping[str, Preset]) -> str:
     """Everything of each, the whole configuration too."""
     listed = [{"name": name, **asdict(preset), "config": preset.config.as_dict()} for name, preset in presets.items()]
     return json.dumps(listed, indent=1)
+
+
+def otherwise(run: RunConfig, own: RunConfig) -> str:
+    """In what a run is not the preset's own, for the line with its figure; seed and machine may be any.
+
+    >>> otherwise(RunConfig(data="cifar-10:images", steps=10), RunConfig(data="cifar-10"))
+    'Otherwise here: steps.'
+    """
+    changed = [item for item in RunConfig.__dataclass_fields__ if getattr(run, item) != getattr(own, item)]
+    changed = [item for item in changed if item not in ("data", "seed", "machine")]
+    if run.data in SHIPPED or named(run.data)[0] not in (None, own.data):
+        changed.insert(0, "data")
+    return f"Otherwise here: {', '.join(changed)}." if changed else ""
 
 
 def _notes(presets: Mapping[str, Preset]) -> dict[str, None]:

@@ -356,6 +356,8 @@ def test_settings_that_are_given_change_those_of_the_preset(monkeypatch, given, 
 
 def test_what_the_command_line_refuses(capsys):
     for arguments, message in {
+        ("train", "--split.foreign-classes", "10"): "--split.foreign-classes must lie in [0, 8] for digits",
+        ("train", "--split.imbalance", "0.5"): "--split.imbalance must be at least 1",
         ("train", "--smoke"): "--preset must be given with smoke: see fastmeta presets",
         ("train", "--preset", "l2i-v2-mt-cifar10-250", "--smoke", "--data", "digits"): (
             "--data must be left out with smoke, which generates its own, got 'digits'"
