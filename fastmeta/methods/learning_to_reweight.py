@@ -77,7 +77,7 @@ class LearningToReweight(Method):
     >>> refined = LearningToReweight().refine(
     ...     unlabeled=tape.outputs(strong), labels=hard,
     ...     holdout=tape.outputs(logits_l), targets=torch.zeros(5, dtype=torch.int64))
-    >>> refined.weights
+    >>> refined.weights.round()
     tensor([2., 2., 2., 0., 0., 0.])
     """
 
