@@ -15,7 +15,7 @@ help:
 	@grep -hE '^# make' $(MAKEFILE_LIST)
 
 demo: $(READY)
-	$(RUN) -m fastmeta compare --data mnist-5k --image-size 10 --steps 400 --seeds 3 \
+	$(RUN) -m fastmeta compare --data mnist-5k --image-size 10 --steps 300 --seeds 4 \
 	  --methods l2i meta-gradient l2i-alternating --out runs/demo
 	$(RUN) -m fastmeta report runs/demo/runs/fixmatch/*/seed-0 --out runs/demo/report.html
 
