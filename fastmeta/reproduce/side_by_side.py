@@ -80,7 +80,7 @@ def _serve(function: Callable[[Any], Any], connection: Any) -> None:
             error = result = None
             try:
                 result = function(argument)
-            except Exception:
+            except Exception:  # whatever it is, the parent says which call it was
                 error = traceback.format_exc()
             connection.send((error, result))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
