@@ -13,7 +13,8 @@ def is_spread(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a parameter, on the same memory; all of one that is not spread."""
-    return tensor._local_tensor if is_spread(tensor) else tensor.detach()  # type: ignore[attr-defined]
+    whole = tensor.detach()
+    return whole.to_local() if is_spread(tensor) else whole  # type: ignore[attr-defined]  # of DTensor alone
 
 
 def refuse_sharded(model: nn.Module) -> None:
