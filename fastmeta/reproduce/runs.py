@@ -59,7 +59,7 @@ def config_of(
         optimizer=replace(config.optimizer, learning_rate=config.optimizer.learning_rate or 0.2),
         evaluation=replace(config.evaluation, every=config.evaluation.every or max(1, min(50, steps))),
         split=split,
-        machine=replace(config.machine, threads=1),
+        machine=replace(config.machine, threads=1, channels_last=True),  # a fifth less time on these cores
     )
 
 
