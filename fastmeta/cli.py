@@ -14,6 +14,7 @@ import torch
 import tyro
 
 import fastmeta
+from fastmeta.data.landmarks import Landmarks
 from fastmeta.data.readers.open import is_path
 from fastmeta.data.readers.published import how_to_get
 from fastmeta.presets import PRESETS, Preset, preset
@@ -25,10 +26,11 @@ from fastmeta.training.checkpoints import CheckpointError
 from fastmeta.training.command import train_command
 from fastmeta.training.compare import CompareConfig, compare, grid
 from fastmeta.training.config import MachineConfig, RunConfig, SplitConfig
+from fastmeta.training.data_to_predict import open_for_prediction
 from fastmeta.training.doctor import doctor, verify_named
 from fastmeta.training.files import make_folder
-from fastmeta.training.pictures_to_predict import open_for_prediction
 from fastmeta.training.predict import predict, require_finished, summary_of, unreadable_text
+from fastmeta.training.predict_landmarks import predict_landmarks
 from fastmeta.training.recipes import BASE_RECIPES, DEFAULT_METHODS, METHODS
 from fastmeta.training.reports.report import write_report
 from fastmeta.training.reports.run_folder import read_run
@@ -237,16 +239,16 @@ class Presets:
 
 @dataclass(frozen=True)
 class Predict:
-    """Predict other images with a finished run: a CSV of path, label and confidence.
+    """Predict other images or texts with a finished run: a CSV of path, label and confidence, or of landmarks.
 
     Where they were unlabeled images of the run, also their weights and how the method changed their labels. Where they
-    have labels the error is printed, too. A file that cannot be read has no label.
+    have labels the error is printed, too. A picture that cannot be read has no label.
     """
 
     finished: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
     """Folder of the run."""
     data: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA ...")]
-    """Pictures, folders of pictures, or a data set of any kind that fastmeta train takes."""
+    """Pictures, texts (.txt), folders of them, or a data set of any kind that fastmeta train takes."""
     out: Path = Path("predictions.csv")
     """The CSV."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -264,6 +266,13 @@ class Predict:
         make_folder(self.out.parent)
         if self.out.is_dir():
             raise ValueError(f"out must be a file, got the folder {self.out}")
+        if isinstance(images, Landmarks):
+            errors = predict_landmarks(run, images, self.out, device=self.device, batch_size=self.batch_size)
+            parts = "".join(
+                f"\n{part}: error {100 * error:.2f}% of the eyes' distance" for part, error in errors.items()
+            )
+            print(f"{len(images):,} pictures{parts}\n{self.out}")
+            return 0
         predictions = predict(
             run,
             images,

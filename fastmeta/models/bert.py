@@ -1,56 +1,102 @@
-"""BERT for texts, from transformers."""
+"""BERT for texts, from transformers: new, or pretrained with a tokenizer of its own."""
 
 import importlib
+import json
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmeta.models.libraries import UnknownModel
+from fastmeta.models.libraries import UnknownModel, first_line
+from fastmeta.models.weights import load_weights, read_weights
 
 _SIZES = {"bert-tiny": (64, 2, 2), "bert-small": (256, 4, 4), "bert-base": (768, 12, 12)}  # width, layers, heads
-TEXT_NETS = tuple(_SIZES)
+_HUB = "transformers:"
+_ATTENTION = "eager"  # which has the derivatives that methods of the whole model ask for
 
 
 class Bert(nn.Module):
-    """BERT (Devlin et al., 2019) without pretrained weights; the mean over a text's tokens, then a linear layer.
+    """An encoder of tokens, the mean of what it says of each, then a linear layer ``fc``.
 
-    The mean, where pretrained nets take the first token, which has nothing to say before pretraining.
+    The mean, where others take the first token, which has nothing to say before pretraining.
 
     Args:
-        name: ``bert-tiny``: 64 wide, two layers; ``bert-small``: 256, four; ``bert-base``: 768, twelve, as published.
+        body: an encoder of transformers.
+        num_classes: C.
+    """
+
+    def __init__(self, body: Any, num_classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self.dropout = nn.Dropout(0.1)
+        self.fc = nn.Linear(body.config.hidden_size, num_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens ``[N, L]`` int64, 0 where there is none, to logits ``[N, C]``."""
+        mask = (tokens != 0).long()
+        hidden = self.body(input_ids=tokens, attention_mask=mask).last_hidden_state
+        mean = torch.einsum("nl,nld->nd", mask.to(hidden.dtype), hidden) / mask.sum(dim=1, keepdim=True).clamp_min(1)
+        return self.fc(self.dropout(mean))
+
+
+def build_text_model(name: str, num_classes: int, *, vocabulary: int, length: int) -> Bert:
+    """A classifier of tokens.
+
+    Args:
+        name: a BERT (Devlin et al., 2019) without pretrained weights, ``bert-tiny``: 64 wide, two layers;
+            ``bert-small``: 256, four; ``bert-base``: 768, twelve, as published. Or a pretrained encoder: a folder as
+            transformers saves it, or ``transformers:NAME``. Or the folder of a run, with what it left.
         num_classes: C.
         vocabulary: how many tokens there are; 0 is padding.
         length: most tokens of a text.
 
     Raises:
         UnknownModel: a ValueError: transformers is not installed, or there is no such net.
+        ValueError: the net has fewer tokens or shorter texts, or cannot be read.
     """
-
-    def __init__(self, name: str, num_classes: int, *, vocabulary: int, length: int) -> None:
-        super().__init__()
-        if name not in _SIZES:
-            raise UnknownModel(f"model must be one of auto, {', '.join(_SIZES)} for texts, got {name!r}")
+    folder = Path(name)
+    if (folder / "model.pt").is_file():
         try:
-            transformers = importlib.import_module("transformers")
-        except ImportError as error:
-            raise UnknownModel(f"model {name} needs the package transformers: pip install transformers") from error
-        width, layers, heads = _SIZES[name]
-        settings = transformers.BertConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            max_position_embeddings=length,
-            attn_implementation="eager",  # which has the derivatives that methods of the whole model ask for
-        )
-        self.body = transformers.BertModel(settings, add_pooling_layer=False)
-        self.dropout = nn.Dropout(0.1)
-        self.fc = nn.Linear(width, num_classes)
+            made_from = json.loads((folder / "config.json").read_text())["model"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"model {name} must hold a run's config.json beside model.pt: {error}") from error
+        model = build_text_model(made_from, num_classes, vocabulary=vocabulary, length=length)
+        load_weights(model, read_weights(str(folder / "model.pt")), f"model {name}")
+        return model
+    pretrained = folder.is_dir() or name.startswith(_HUB)
+    if not pretrained and name not in _SIZES:
+        choice = f"auto, {', '.join(_SIZES)}, {_HUB}NAME or a folder"
+        raise UnknownModel(f"model must be one of {choice} for texts, got {name!r}")
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise UnknownModel(f"model {name} needs the package transformers: pip install transformers") from error
+    if pretrained:
+        return Bert(_pretrained(transformers, name, vocabulary, length), num_classes)
+    width, layers, heads = _SIZES[name]
+    settings = transformers.BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        max_position_embeddings=length,
+        attn_implementation=_ATTENTION,
+    )
+    return Bert(transformers.BertModel(settings, add_pooling_layer=False), num_classes)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[N, L]`` int64 to logits ``[N, C]``."""
-        mask = (tokens != 0).long()
-        hidden = self.body(input_ids=tokens, attention_mask=mask).last_hidden_state
-        mean = torch.einsum("nl,nld->nd", mask.to(hidden.dtype), hidden) / mask.sum(dim=1, keepdim=True).clamp_min(1)
-        return self.fc(self.dropout(mean))
+
+def _pretrained(transformers: Any, name: str, vocabulary: int, length: int) -> Any:
+    try:
+        body = transformers.AutoModel.from_pretrained(name.removeprefix(_HUB), attn_implementation=_ATTENTION)
+    except Exception as error:  # whatever they raise: files that are missing or damaged, a name the hub has not
+        raise ValueError(f"model {name} cannot be made: {first_line(error)}") from error
+    has = body.config
+    if has.vocab_size < vocabulary:
+        raise ValueError(f"model {name} has {has.vocab_size} tokens, and its tokenizer {vocabulary}")
+    longest = getattr(has, "max_position_embeddings", length)
+    if longest < length:
+        raise ValueError(f"image_size must be at most {longest} tokens with model {name}, got {length}")
+    body.pooler = None  # of the first token: a layer without a gradient here
+    return body.float()

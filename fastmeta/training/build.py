@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ from fastmeta.data.features import frozen_features, restore_head
 from fastmeta.data.landmarks import Landmarks
 from fastmeta.data.split_file import read_split
 from fastmeta.data.text import AsTokens, ReplacedWords, Texts
+from fastmeta.data.tokenizer import HUB
 from fastmeta.methods import l2i
 from fastmeta.models import NETS, WITHOUT_LAST_LAYER, Normalized, automatic_model, build_model
-from fastmeta.models.bert import Bert
+from fastmeta.models.bert import build_text_model
 from fastmeta.models.tcdcn import MIN_SIZE
 from fastmeta.ssl import BASES
 from fastmeta.training.batches import TrainingData
@@ -48,9 +50,14 @@ _FEW = 10  # labeled images of a class, whose weak views are soon known by heart
 
 def load_images(config: RunConfig) -> Images:
     """The images that the settings name."""
-    images = open_images(config.data, image_size=config.image_size)
+    of_other = config.model if _is_pretrained(config.model) else None
+    images = open_images(config.data, image_size=config.image_size, tokenizer=of_other)
     _check_task(config, images)
     return with_foreign_classes(images, config.split.foreign_classes)
+
+
+def _is_pretrained(model: str) -> bool:
+    return model.startswith(HUB) or Path(model).is_dir()
 
 
 def resolve(config: RunConfig, images: Images) -> RunConfig:
@@ -72,6 +79,8 @@ def resolve(config: RunConfig, images: Images) -> RunConfig:
     rate = 0.2 if digits and config.optimizer.name == "sgd" else config.optimizer.peak
     if isinstance(images, Landmarks) and config.optimizer.name == "sgd":
         rate = 0.01  # published: 0.03, for batches of 128
+    if isinstance(images, Texts) and _is_pretrained(config.model) and config.optimizer.name != "sgd":
+        rate = 2e-5  # with which BERT is fine-tuned
     if config.trainable == "head":  # features are far longer than those of a net in training
         rate = 0.002 if config.optimizer.name == "sgd" else 0.0005
     small = config.machine.device == "cpu"
@@ -314,14 +323,16 @@ def _views(config: RunConfig, images: Images, whitening: Whitening | None) -> Vi
         shift = Shift(config.image_size, pixels, chosen.padding or "reflected")
         return Views(shift, shift, Plain(config.image_size))
     if isinstance(images, Texts):
-        return Views(AsTokens(), ReplacedWords.of(images.images[images.parts["train"]], images.vocabulary), AsTokens())
+        counted = images.images[images.parts["train"]]
+        return Views(AsTokens(), ReplacedWords.of(counted, images.tokenizer.special), AsTokens())
     return views_for(config.views, images.image_shape, config.image_size, config.augmentation, whitening)
 
 
 def _model(config: RunConfig, images: Images) -> nn.Module:
     torch.manual_seed(generator_for(config.seed, "initialization").initial_seed())
     if isinstance(images, Texts):
-        return Bert(config.model, len(images.classes), vocabulary=images.vocabulary, length=images.image_shape[0])
+        size = images.tokenizer.size
+        return build_text_model(config.model, len(images.classes), vocabulary=size, length=images.image_shape[0])
     model = build_model(
         config.model,
         num_classes=len(images.classes),

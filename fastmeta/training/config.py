@@ -196,7 +196,7 @@ class RunConfig:
 
     data: str = "digits"
     """Images: digits, mnist-5k or photographs; a path (a folder with a folder a class, a CSV, parquet, npz, tar); or a
-    published data set by name and path, cifar-10:DIR; see the README."""
+    published data set by name and path, cifar-10:DIR; or texts: reuters-8, a CSV of them; see the README."""
     labels_per_class: int | None = None
     """Labeled images per class, the rest is unlabeled (default: 1 for digits, else all labels there are)."""
     base: str = "fixmatch"

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta.data.landmarks import COORDINATES, Landmarks
+from fastmeta.data.landmarks import COORDINATES, Landmarks, landmark_table
+from fastmeta.data.text import Texts
+from fastmeta.data.tokenizer import FILE as TOKENIZER
 from fastmeta.methods import ExampleWeights, ImputeAndWeight
 from fastmeta.training.build import Built
 from fastmeta.training.files import write_checkpoint, write_json, write_text
@@ -54,10 +56,15 @@ def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, A
         "skipped_steps": int(trainer.skipped[0]),
         "unreadable": dict(sorted(processes.joined({**trainer.batches.unreadable, **evaluator.unreadable}).items())),
     }
+    if isinstance(run.images, Landmarks):
+        results["standardized_by"] = [run.images.mean.tolist(), run.images.deviation.tolist()]
     if processes.is_first:
+        if isinstance(run.images, Texts):
+            run.images.tokenizer.write(folder / TOKENIZER)
         write_checkpoint(folder / "model.pt", dict(run.weights_for_use(best["model"])), fsync=True)
         if found is not None:
-            write_text(folder / "landmarks.csv", _landmark_table(run, found))
+            names = map(run.images.describe, run.split.unlabeled.tolist())
+            write_text(folder / "landmarks.csv", landmark_table(names, found))
         elif label is not None and confidence is not None:
             write_json(folder / "details.json", _details(run, label, confidence, weights))
             write_text(folder / "unlabeled.csv", _unlabeled_table(run, label, confidence, weights))
@@ -79,24 +86,14 @@ def _impute_all(run: Built, processes: Processes) -> tuple[Tensor, Tensor]:
 
 
 def _find_all(run: Built, images: Landmarks, processes: Processes) -> Tensor:
-    """Pixels ``[U, 10]`` where the averaged weights find the landmarks of every unlabeled image."""
+    """Pixels ``[U, 10]`` of its picture where the averaged weights find the landmarks of every unlabeled image."""
     places = run.split.unlabeled
     row_of = torch.zeros(len(images), dtype=torch.int64)
     row_of[places] = torch.arange(len(places))
     found = torch.zeros(len(places), len(COORDINATES), dtype=torch.float64, device=run.trainer.device)
     for read, outputs in run.evaluator.predict(run.trainer.average.model, places):
-        found[row_of[read].to(outputs.device)] = images.pixels(outputs)
+        found[row_of[read].to(outputs.device)] = images.in_pictures(outputs, read)
     return processes.sum_(found).cpu()
-
-
-def _landmark_table(run: Built, found: Tensor) -> str:
-    """A line for each unlabeled image: where its landmarks are, in pixels of the image that the net sees."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["path", *COORDINATES])
-    for place, row in zip(run.split.unlabeled.tolist(), found.tolist(), strict=True):
-        table.writerow([run.images.describe(place), *(f"{value:.2f}" for value in row)])
-    return text.getvalue()
 
 
 def _details(run: Built, label: Tensor, confidence: Tensor, weights: list[float] | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A finished run on other images: classes, confidences and, for the run's unlabeled images, what became of them."""
+"""A finished run on other images or texts: classes, confidences and, of its unlabeled ones, what became of them."""
 
 import csv
 import functools
@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from fastmeta.data import Images, Plain, read_in_order
 from fastmeta.data.augment.augmentation import PlainView
-from fastmeta.data.landmarks import COORDINATES
+from fastmeta.data.text import AsTokens
+from fastmeta.data.tokenizer import Tokenizer
 from fastmeta.models import build_model
+from fastmeta.models.bert import build_text_model
 from fastmeta.training.files import write_text
 from fastmeta.training.reports.run_folder import RunFolder
 from fastmeta.training.reports.sections import FULL_CONFUSION
@@ -75,7 +77,7 @@ def predict(
     batch_size: int = 256,
     progress: bool = False,
 ) -> Predictions:
-    """Predict the class of every image, and write a CSV with a line for each: path, label, confidence.
+    """Predict the class of every image or text, and write a CSV with a line for each: path, label, confidence.
 
     Where some were unlabeled images of the run, each line also has the weight and how the label changed. A file that
     cannot be read has no label. The net sees the pixels that it saw in the evaluations of its training.
@@ -93,12 +95,9 @@ def predict(
         ValueError: the run is not finished, its net was trained on images of another shape, or there is no such device.
         OSError: the CSV cannot be written.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if workers is not None and workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be cpu where torch sees no GPU, got 'cuda'")
+    check_machine(device, batch_size)
     model = load_model(run).to(device)
     if tuple(images.image_shape) != run.image_shape:
         raise ValueError(
@@ -124,8 +123,18 @@ def predict(
     return Predictions(len(images), unreadable, known, parts, counts, foreign)
 
 
+def check_machine(device: str, batch_size: int) -> None:
+    """Raise a ValueError unless there is such a device, and an image in a batch."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu where torch sees no GPU, got 'cuda'")
+
+
 def _plain(run: RunFolder) -> PlainView:
     """What the net saw in the evaluations of its training."""
+    if run.task == "texts":
+        return AsTokens()
     if run.config.get("augmentation", {}).get("whitening", "none") == "none":
         return Plain(run.config["image_size"])
     whitening = read_whitening(run.folder)
@@ -141,6 +150,10 @@ def load_model(run: RunFolder) -> nn.Module:
         ValueError: the run is not finished.
     """
     require_finished(run)
+    if run.task == "texts":
+        size = Tokenizer.read(str(run.folder)).size
+        classes, length = len(run.classes), run.image_shape[0]
+        return build_text_model(str(run.folder), classes, vocabulary=size, length=length).eval()
     return build_model(
         str(run.folder),
         num_classes=len(run.classes),
@@ -150,11 +163,7 @@ def load_model(run: RunFolder) -> nn.Module:
 
 
 def require_finished(run: RunFolder) -> None:
-    """Raise a ValueError that says how to go on, unless the run is one on classes and has left its weights."""
-    if tuple(run.classes) == COORDINATES:
-        raise ValueError(f"{run.folder}: must be a run on classes, got one on landmarks; see its landmarks.csv")
-    if len(run.image_shape) == 1:
-        raise ValueError(f"{run.folder}: must be a run on images, got one on texts; see its unlabeled.csv")
+    """Raise a ValueError that says how to go on, unless the run has left its weights."""
     if run.results is None or not (run.folder / "model.pt").exists():
         raise ValueError(
             f"{run.folder}: not finished (step {run.step} of {run.config.get('steps')}); the command that began it "
@@ -172,6 +181,8 @@ def _command(run: RunFolder) -> str:
 
 
 def _shape(shape: tuple[int, ...]) -> str:
+    if len(shape) == 1:
+        return f"{shape[0]} tokens"
     channels, height, width = shape
     return f"{channels} {'channel' if channels == 1 else 'channels'} of {height} x {width} pixels"
 
@@ -221,12 +232,13 @@ def _judged(run: RunFolder, images: Images, labels: Tensor) -> tuple[tuple[PartE
 
 def summary_of(predictions: Predictions, run: RunFolder) -> str:
     """What one wants to know at a prompt: how many, and how many are wrong where that is known."""
-    lines = [f"{predictions.images:,} images"]
+    kind = run.task
+    lines = [f"{predictions.images:,} {kind}"]
     if predictions.known:
-        lines[0] += f", {predictions.known:,} of them unlabeled images of the run"
+        lines[0] += f", {predictions.known:,} of them unlabeled {kind} of the run"
     for part in predictions.parts:
         share = 100 * part.errors / part.images
-        lines.append(f"{part.part}: error {share:.2f}% ({part.errors:,} of {part.images:,} images with a label)")
+        lines.append(f"{part.part}: error {share:.2f}% ({part.errors:,} of {part.images:,} {kind} with a label)")
     if predictions.foreign:
         counted = ", ".join(f"{name} ({count:,})" for name, count in list(predictions.foreign.items())[:_SHOWN])
         lines.append(f"labels that are no class of the run: {counted}{_more(len(predictions.foreign))}")

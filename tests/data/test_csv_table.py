@@ -56,7 +56,7 @@ def test_a_part_without_labels_is_left_out(write):
     ("lines", "message"),
     [
         (["file,label", "0.png,a"], "the first line must name the columns path and label, got 'file,label'"),
-        (["path,label"], "no images found, expected a row an image"),
+        (["path,label"], "nothing found, expected a row for each path"),
         (["path,label", "0.png,a", "", "1.png,b", "./0.png,a"], r"/0.png is there twice, in lines 2 and 5"),
         (["path,label", "0.png,a", "x.png,a", "y.png,a"], r"2 of 3 files are missing: .*/x.png, .*/y.png"),
         (

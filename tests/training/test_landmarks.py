@@ -18,7 +18,8 @@ from fastmeta.training import RunConfig, TrainingData, build
 from fastmeta.training.batches import Batches
 from fastmeta.training.build import load_images
 from fastmeta.training.config import AugmentationConfig, EvaluationConfig, MachineConfig
-from fastmeta.training.predict import require_finished
+from fastmeta.training.data_to_predict import open_for_prediction
+from fastmeta.training.predict_landmarks import predict_landmarks
 from fastmeta.training.processes import Processes
 from fastmeta.training.reports.run_folder import read_run
 from fastmeta.training.train import train
@@ -145,8 +146,37 @@ def test_faces_are_learned(faces: Path, tmp_path: Path) -> None:
     lines = (tmp_path / "run" / "landmarks.csv").read_text().splitlines()
     assert lines[0] == ",".join(["path", *COORDINATES])
     assert len(lines) == 1 + 160 - 24
-    with pytest.raises(ValueError, match="must be a run on classes, got one on landmarks"):
-        require_finished(read_run(tmp_path / "run"))
+    _predict_as_the_run(tmp_path / "run", faces, error, lines)
+
+
+def _predict_as_the_run(folder: Path, faces: Path, error: float, of_run: list[str]) -> None:
+    run = read_run(folder)
+    out = folder / "predictions.csv"
+    errors = predict_landmarks(run, open_for_prediction([str(faces)], run), out)
+    assert list(errors) == ["train", "test"]
+    assert errors["test"] == pytest.approx(error, abs=1e-6)
+    assert len(out.read_text().splitlines()) == 241
+    # The last weights of the run and its averaged ones may differ, and so the places; the pictures are the same.
+    assert {line.split(",")[0] for line in of_run[1:]} < {line.split(",")[0] for line in out.read_text().splitlines()}
+    listed = (faces / "testing.txt").read_text().splitlines()[0].split()
+    picture, true = faces / listed[0].replace("\\", "/"), [float(value) for value in listed[1:11]]
+    assert predict_landmarks(run, open_for_prediction([str(picture)], run), out) == {}, "its landmarks are not known"
+    (line,) = out.read_text().splitlines()[1:]
+    found = [float(value) for value in line.removeprefix(f"{picture},").split(",")]
+    # In pixels of the picture, 150 wide, and not of the 60 that the net sees.
+    assert max(abs(one - other) for one, other in zip(found, true, strict=True)) < 60
+    assert max(found) > 75
+    larger = folder / "larger.png"
+    with Image.open(picture) as image:
+        image.resize((600, 300)).save(larger)
+    predict_landmarks(run, open_for_prediction([str(larger)], run), out)
+    (line,) = out.read_text().splitlines()[1:]
+    scaled = [float(value) for value in line.removeprefix(f"{larger},").split(",")]
+    assert max(abs(x - 4 * old) for x, old in zip(scaled[:5], found[:5], strict=True)) < 30
+    assert max(abs(y - 2 * old) for y, old in zip(scaled[5:], found[5:], strict=True)) < 15
+    old_run = dataclasses.replace(run, results={"test_error": 0.1})
+    with pytest.raises(ValueError, match=r"results.json must have standardized_by"):
+        predict_landmarks(old_run, open_for_prediction([str(picture)], run), out)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from fastmeta import cli
 from fastmeta.data import ImageDataset, open_images
 from fastmeta.models import build_model
 from fastmeta.training import predict as module
-from fastmeta.training.pictures_to_predict import open_for_prediction
+from fastmeta.training.data_to_predict import open_for_prediction
 from fastmeta.training.predict import predict, summary_of
 from fastmeta.training.reports.run_folder import read_run
 
@@ -158,7 +158,7 @@ def test_many_classes_have_their_most_confused_pairs(run):
     counts = torch.eye(30, dtype=torch.int64) * 5
     counts[3, 7], counts[8, 2] = 2, 4
     found = module.Predictions(156, {}, 0, (module.PartError("test", 156, 6),), counts, {})
-    config = {"record": {"classes": [f"class {place}" for place in range(30)]}}
+    config = {"record": {"classes": [f"class {place}" for place in range(30)], "image_shape": [3, 8, 8]}}
     lines = summary_of(found, replace(read_run(run), config=config)).splitlines()
     assert lines[-3:] == [
         "most confused: label, predicted as, images",

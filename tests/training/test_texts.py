@@ -10,8 +10,8 @@ import torch
 from fastmeta.data import DataError, KeyedRandom, open_images
 from fastmeta.data.generated import WRITERS
 from fastmeta.data.readers.optional import MissingPackage
-from fastmeta.data.text import ReplacedWords, Texts, tokenize, trained_tokenizer
-from fastmeta.models.bert import Bert
+from fastmeta.data.text import ReplacedWords, Texts
+from fastmeta.models.bert import build_text_model
 from fastmeta.models.libraries import UnknownModel
 from fastmeta.training import RunConfig, build
 from fastmeta.training.build import load_images
@@ -22,7 +22,8 @@ from fastmeta.training.config import (
     OptimizerConfig,
     SplitConfig,
 )
-from fastmeta.training.predict import require_finished
+from fastmeta.training.data_to_predict import open_for_prediction
+from fastmeta.training.predict import predict, summary_of
 from fastmeta.training.recipes import METHODS
 from fastmeta.training.reports.run_folder import read_run
 from fastmeta.training.train import train
@@ -37,13 +38,15 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_words_that_say_little_are_replaced() -> None:
     a, b, c, d = 4, 5, 6, 7  # after four special tokens
+    # Tokens 8 and 9 are in no text, and never drawn.
     texts = torch.tensor([[2, a, b, a, 3, 0], [2, a, c, c, 3, 0], [2, a, d, 3, 0, 0], [2, a, b, c, 3, 0]])
-    view = ReplacedWords.of(texts, 8, share=0.6)
+    special = torch.arange(10) < 4
+    view = ReplacedWords.of(texts, special, share=0.6)
     idf = {a: torch.tensor(4 / 4).log(), b: torch.tensor(4 / 2).log(), c: torch.tensor(4 / 2).log()}
     idf[d] = torch.tensor(4.0).log()
-    assert torch.allclose(view.idf[4:], torch.stack([idf[word] for word in (a, b, c, d)]))
+    assert torch.allclose(view.idf[4:8], torch.stack([idf[word] for word in (a, b, c, d)]))
     # S(w) = freq(w) IDF(w); what replaces a word has a probability proportional to max S - S(w)
-    score = torch.tensor([5.0, 2, 3, 1]) * view.idf[4:]
+    score = torch.tensor([5.0, 2, 3, 1]) * view.idf[4:8]
     chances = (score.max() - score) / (score.max() - score).sum()
     rows = texts[:1].repeat(20_000, 1)
     seen = view(rows, KeyedRandom(7, "unlabeled", "second", torch.arange(len(rows))))
@@ -56,51 +59,11 @@ def test_words_that_say_little_are_replaced() -> None:
         share = torch.stack([(seen[:, place] == word).float().mean() for word in (a, b, c, d)])
         expected = chance * chances + torch.tensor([1 - chance, 0, 0, 0])
         assert (share - expected).abs().max() < 0.02
+    assert int(seen.max()) <= d
     again = view(rows[:9], KeyedRandom(7, "unlabeled", "second", torch.arange(9)))
     assert again.equal(seen[:9])
     even = view(torch.tensor([[2, a, 3]]).repeat(1000, 1), KeyedRandom(7, "x", "y", torch.arange(1000)))
     assert 0 < int((even[:, 1] != a).sum()) < 1000
-
-
-def test_words_become_tokens() -> None:
-    pytest.importorskip("tokenizers")
-    tokenizer = trained_tokenizer(["A good film, a film!", "a GOOD actor", "no word twice here"], 100)
-    assert [tokenizer.token_to_id(name) for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")] == [0, 1, 2, 3]
-    assert tokenizer.encode("a good film").tokens == ["a", "good", "film"]
-    assert tokenizer.encode("Filmgoof").tokens == ["film", "##g", "##o", "##o", "##f"]
-    assert tokenizer.encode("xyz").tokens == ["[UNK]"]
-    rows = tokenize(tokenizer, ["a film", "a good film a good"], 5)
-    film, a, good = (tokenizer.token_to_id(word) for word in ("film", "a", "good"))
-    assert rows.tolist() == [[2, a, film, 3, 0], [2, film, a, good, 3]]
-
-
-def test_reviews_are_read_as_they_lie(reviews: Path) -> None:
-    pytest.importorskip("tokenizers")
-    images = open_images(f"imdb:{reviews}", image_size=16)
-    assert isinstance(images, Texts)
-    assert images.image_shape == (16,)
-    assert images.classes == ("neg", "pos")
-    assert {part: len(places) for part, places in images.parts.items()} == {"train": 60, "unlabeled": 240, "test": 120}
-    for place in (0, 59, 60, 179, 180, 419):
-        name = images.describe(place)
-        assert (
-            int(images.targets[place])
-            == {"/neg/": 0, "/pos/": 1, "/unsup/": -1}[name[name.index("/") : -len(Path(name).name)]]
-        )
-    tokens = images.get(torch.arange(420))
-    assert (tokens[:, 0] == 2).all()
-    last = (tokens != 0).sum(dim=1) - 1
-    assert (tokens.gather(1, last.unsqueeze(1)) == 3).all()
-    whole = open_images(reviews / "aclImdb", image_size=64)
-    assert int((whole.get(torch.tensor([0])) != 0).sum()) > 16
-    ends = whole.get(torch.tensor([0]))[0]
-    ends = ends[ends != 0]
-    assert tokens[0, 1:].equal(ends[-15:]), "the last tokens of a longer one"
-    assert len({open_images(reviews, image_size=16).fingerprint for _ in range(4)} | {images.fingerprint}) == 1
-    with pytest.raises(DataError, match=r"no imdb found, expected train/pos/\*.txt"):
-        open_images(f"imdb:{reviews / 'aclImdb' / 'test'}")
-    with pytest.raises(ValueError, match="at least 3 tokens"):
-        open_images(reviews, image_size=2)
 
 
 def test_missing_packages_are_named(reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +72,7 @@ def test_missing_packages_are_named(reviews: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(MissingPackage, match="texts are read with tokenizers: pip install tokenizers"):
         open_images(reviews)
     with pytest.raises(UnknownModel, match="model bert-tiny needs the package transformers"):
-        Bert("bert-tiny", 2, vocabulary=100, length=16)
+        build_text_model("bert-tiny", 2, vocabulary=100, length=16)
 
 
 def test_every_method_refines_labels_of_texts(reviews: Path) -> None:
@@ -155,8 +118,31 @@ def test_uda_learns_reviews(reviews: Path, tmp_path: Path, method: str) -> None:
     results = train(config, tmp_path / "run")
     assert results["skipped_steps"] == 0
     assert results["test_error"] < 0.25
-    with pytest.raises(ValueError, match="must be a run on images, got one on texts"):
-        require_finished(read_run(tmp_path / "run"))
+    if method == "l2i":
+        _predict_as_the_run(tmp_path / "run", reviews / "aclImdb", results["test_error"])
+
+
+def _predict_as_the_run(folder: Path, reviews: Path, error: float) -> None:
+    run = read_run(folder)
+    out = folder / "predictions.csv"
+    predicted = predict(run, open_for_prediction([str(reviews)], run), out)
+    assert predicted.images == 420
+    assert [(part.part, part.images) for part in predicted.parts] == [("train", 60), ("test", 120)]
+    assert predicted.parts[1].errors == round(120 * error)
+    assert predicted.known == 280, "those without a label, and those that lent theirs to nobody"
+    assert "120 texts with a label" in summary_of(predicted, run)
+    # The same texts as files in folders that are named as the classes.
+    files = predict(run, open_for_prediction([str(reviews / "test")], run), out)
+    assert [(part.part, part.images, part.errors) for part in files.parts] == [("all", 120, predicted.parts[1].errors)]
+    one = next((reviews / "test" / "pos").glob("0_*.txt"))
+    predict(run, open_for_prediction([str(one)], run), out)
+    assert out.read_text().splitlines()[1].startswith(f"{one},")
+    with pytest.raises(DataError, match="no texts found"):
+        open_for_prediction([str(folder)], run)
+    with pytest.raises(DataError, match="no-such: no such file or folder"):
+        open_for_prediction([str(one), "no-such"], run)
+    with pytest.raises(DataError, match=r"must be texts, as those of .* got images"):
+        open_for_prediction(["digits"], run)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +155,83 @@ def test_uda_learns_reviews(reviews: Path, tmp_path: Path, method: str) -> None:
     ],
 )
 def test_what_texts_cannot_have_is_refused(settings: dict, message: str) -> None:
+    pytest.importorskip("tokenizers")
     parts = {"train": torch.arange(8)}
-    texts = Texts("eight", torch.randint(4, 9, (8, 6)), 9, torch.arange(8) % 2, ("a", "b"), parts, [""] * 8)
+    words = ["a b c", "b c d"] * 4
+    texts = Texts("eight", words, torch.arange(8) % 2, ("a", "b"), parts, [""] * 8, length=6)
     with pytest.raises(ValueError, match=message):
         build(RunConfig(**{"data": "eight", "base": "uda", "labels_per_class": 2, **settings}), texts)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT as transformers saves it, with a vocabulary of another order than ours, and tokens that no text has."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["film", "great", "awful", "the", "a", "of", "story", "actor", "boring"]
+    tokens = ["[PAD]", *(f"[unused{k}]" for k in range(5)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, "##s"]
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    settings = transformers.BertConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=24,
+    )
+    torch.manual_seed(3)
+    transformers.BertModel(settings).save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_net_brings_its_tokenizer(reviews: Path, pretrained: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = RunConfig(
+        data=str(reviews),
+        base="uda",
+        model=str(pretrained),
+        labels_per_class=4,
+        image_size=12,
+        steps=2,
+        labeled_batch=4,
+        unlabeled_batch=4,
+        optimizer=OptimizerConfig(name="adam"),
+        machine=MachineConfig(threads=1),
+    )
+    images = load_images(config)
+    assert isinstance(images, Texts)
+    built = build(config, images)
+    assert built.config.optimizer.learning_rate == 2e-5
+    own = transformers.AutoModel.from_pretrained(pretrained).eval()
+    assert built.trainer.model.body.embeddings.word_embeddings.weight.equal(own.embeddings.word_embeddings.weight)
+    tokens = images.get(torch.arange(6))
+    assert (tokens[:, 0] == 7).all(), "[CLS] of this vocabulary"
+    hidden = own(input_ids=tokens, attention_mask=(tokens != 0).long()).last_hidden_state
+    mean = torch.stack([row[one != 0].mean(dim=0) for row, one in zip(hidden, tokens, strict=True)])
+    assert torch.allclose(built.trainer.model.eval()(tokens), built.trainer.model.fc(mean), atol=1e-5)
+    strong = built.trainer.batches(0).second
+    assert strong is not None
+    words = strong[~images.tokenizer.special[strong]]
+    assert int(images.tokenizer.special.sum()) == 5
+    assert int(words.min()) >= 10, "tokens that no text has are not drawn"
+    results = train(config, tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    predicted = predict(run, open_for_prediction([str(reviews)], run), tmp_path / "predictions.csv")
+    assert predicted.parts[-1].errors == round(120 * results["test_error"])
+    going_on = build(
+        replace(config, model=str(tmp_path / "run")), load_images(replace(config, model=str(tmp_path / "run")))
+    )
+    left = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    assert all(value.equal(left[name]) for name, value in going_on.trainer.model.state_dict().items())
+
+
+def test_what_a_pretrained_net_cannot_take_is_refused(reviews: Path, pretrained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"image_size must be at most 24 tokens with model .* got 25"):
+        build_text_model(str(pretrained), 2, vocabulary=20, length=25)
+    with pytest.raises(ValueError, match="has 20 tokens, and its tokenizer 21"):
+        build_text_model(str(pretrained), 2, vocabulary=21, length=8)
+    with pytest.raises(DataError, match=f"model {tmp_path} has no tokenizer that can be read"):
+        load_images(RunConfig(data=str(reviews), base="uda", model=str(tmp_path)))
+    with pytest.raises(ValueError, match=f"model {tmp_path} cannot be made"):
+        build_text_model(str(tmp_path), 2, vocabulary=20, length=8)

@@ -1,5 +1,6 @@
 """AFLW as the Multi-Task Facial Landmark data set has it: lists of pictures with five landmarks each."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ def open_aflw(path: Path, image_size: int | None = None) -> Landmarks:
         DataError: a list or a picture is missing, or a line is none of these.
     """
     size = image_size or _SIDE
-    pixels, coordinates, names = [], [], []
+    pictures: list[str] = []
+    coordinates: list[np.ndarray] = []
     counts = []
     for name in LISTS.values():
         if not (path / name).is_file():
@@ -43,23 +45,48 @@ def open_aflw(path: Path, image_size: int | None = None) -> Landmarks:
             raise DataError(f"{path / name}: must have a line for each picture, got none")
         for number, line in enumerate(lines, start=1):
             picture, points = _parsed(line, f"{path / name}: line {number}")
-            image, scale = _decoded(path / picture, size)
-            pixels.append(image)
-            coordinates.append(points * np.repeat(scale, 5))
-            names.append(picture)
+            pictures.append(picture)
+            coordinates.append(points)
         counts.append(len(lines))
     first, _ = counts
-    places = torch.arange(len(names))
+    places = torch.arange(len(pictures))
+    parts = {"train": places[:first], "test": places[first:]}
+    return _faces("aflw", [path / name for name in pictures], np.stack(coordinates), size, parts, pictures)
+
+
+def open_faces(paths: Sequence[str], image_size: int | None = None) -> Landmarks:
+    """Pictures of faces whose landmarks are not known: NaN; each gray, resized to a square as :func:`open_aflw` does.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    unknown = np.full((len(paths), len(COORDINATES)), np.nan)
+    size = image_size or _SIDE
+    return _faces("faces", [Path(path) for path in paths], unknown, size, {"test": torch.arange(len(paths))}, paths)
+
+
+def _faces(
+    name: str,
+    paths: Sequence[Path],
+    coordinates: np.ndarray,
+    size: int,
+    parts: dict[str, torch.Tensor],
+    names: Sequence[str],
+) -> Landmarks:
+    """Of pictures ``[M]`` and landmarks in their pixels ``[M, 10]``."""
+    decoded = [_decoded(path, size) for path in paths]
+    scales = np.stack([scale for _, scale in decoded])
     try:
         return Landmarks(
-            "aflw",
-            torch.from_numpy(np.stack(pixels)).unsqueeze(1),
-            torch.from_numpy(np.stack(coordinates)),
-            {"train": places[:first], "test": places[first:]},
+            name,
+            torch.from_numpy(np.stack([pixels for pixels, _ in decoded])).unsqueeze(1),
+            torch.from_numpy(coordinates * scales.repeat(5, axis=1)),
+            parts,
             names,
+            scales=torch.from_numpy(scales),
         )
     except ValueError as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{name}: {error}") from error
 
 
 def _parsed(line: str, where: str) -> tuple[str, np.ndarray]:

