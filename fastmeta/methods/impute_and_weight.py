@@ -1,6 +1,5 @@
 """Labels pulled back and weights learned, of one inner step."""
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,6 +9,7 @@ from fastmeta import checks
 from fastmeta.derivatives import How, LabelAndWeightGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, LookAhead, UnitLength
 from fastmeta.methods.base import Method
+from fastmeta.methods.inner_rate import InnerRate
 from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.state import PartNumber
@@ -68,6 +68,7 @@ class ImputeAndWeight(Method):
     """
 
     update: PullBackAndWeights
+    rate = InnerRate()
     lr = PartNumber("update", "lr")
     weight = PartNumber("update", "weight")
 
@@ -105,7 +106,7 @@ class ImputeAndWeight(Method):
             direction = LookAhead(direction, rate=rate, loss=inner_loss)
         self.mode = mode
         self.inner_loss = inner_loss
-        self._gradient = gradient = LabelAndWeightGradient(inner_loss, rate=rate, how=how, radius=radius)
+        gradient = LabelAndWeightGradient(inner_loss, rate=rate, how=how, radius=radius)
         update = PullBackAndWeights(
             num_examples,
             weight=weight,
@@ -118,17 +119,6 @@ class ImputeAndWeight(Method):
             dtype=dtype,
         )
         super().__init__(direction, gradient, update, process_group=process_group)
-
-    @property
-    def rate(self) -> float:
-        """Eta of the inner step."""
-        return self._gradient.rate
-
-    @rate.setter
-    def rate(self, value: float) -> None:
-        self._gradient = self.derivative = replace(self._gradient, rate=checks.number(value, "rate", low=0.0))
-        if isinstance(self.direction, LookAhead):
-            self.direction.rate = value
 
     @property
     def weights(self) -> Tensor:

@@ -9,6 +9,7 @@ from fastmeta import checks, losses
 from fastmeta.derivatives import HOWS, FeatureSimilarity, How, LabelGradient
 from fastmeta.directions import DirectionRule, HoldoutGradient, LookAhead, UnitLength
 from fastmeta.methods.base import Method
+from fastmeta.methods.inner_rate import InnerRate
 from fastmeta.ops.process_group import Group
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.problem import Reduction
@@ -230,6 +231,7 @@ class L2I(Method):
         ValueError: an option is not one of those named, options contradict each other, or a number is out of range.
     """
 
+    rate = InnerRate()
     weight = PartNumber("update", "weight")
     label_step = PartNumber("update", "step")
 
@@ -312,19 +314,7 @@ class L2I(Method):
         self.inner_loss = inner_loss
         self.second_weight = checks.number(second_weight, "second_weight", low=0.0)
         self.second_reduction = second_reduction
-        self._gradient = gradient
         super().__init__(direction, gradient, update, process_group=process_group)
-
-    @property
-    def rate(self) -> float:
-        """Eta of the inner step."""
-        return self._gradient.rate
-
-    @rate.setter
-    def rate(self, value: float) -> None:
-        self._gradient = self.derivative = replace(self._gradient, rate=checks.number(value, "rate", low=0.0))
-        if isinstance(self.direction, LookAhead):
-            self.direction.rate = value
 
     def unlabeled_loss(self, logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of V1's second step, in which the model learns the refined labels: C^U of Algorithm 1.

@@ -12,6 +12,7 @@ from fastmeta.directions import DirectionRule, HoldoutGradient, LookAhead
 from fastmeta.methods.base import Method
 from fastmeta.methods.batch import Batch, check_on_graph
 from fastmeta.methods.example_weights import TwoViews
+from fastmeta.methods.inner_rate import InnerRate
 from fastmeta.ops.process_group import Group, joined_count, sum_over
 from fastmeta.ops.process_group import check as check_group
 from fastmeta.state import Number, PartNumber
@@ -121,6 +122,7 @@ class MetaPseudoLabels(Method):
     """
 
     update: ScoreFunction
+    rate = InnerRate()
     weight = PartNumber("update", "weight")
 
     def __init__(
@@ -152,22 +154,9 @@ class MetaPseudoLabels(Method):
         direction: DirectionRule = HoldoutGradient(outer_loss)
         if look_ahead:
             direction = LookAhead(direction, rate=rate, loss=inner_loss)
-        self._gradient = gradient = ExampleWeightGradient(
-            inner_loss, rate=rate, reduction="mean", how=how, radius=radius
-        )
+        gradient = ExampleWeightGradient(inner_loss, rate=rate, reduction="mean", how=how, radius=radius)
         update = ScoreFunction(credit=credit, decay=decay, weight=weight, process_group=process_group)
         super().__init__(direction, gradient, update, process_group=process_group)
-
-    @property
-    def rate(self) -> float:
-        """Of the student's step."""
-        return self._gradient.rate
-
-    @rate.setter
-    def rate(self, value: float) -> None:
-        self._gradient = self.derivative = replace(self._gradient, rate=checks.number(value, "rate", low=0.0))
-        if isinstance(self.direction, LookAhead):
-            self.direction.rate = value
 
     def refine(self, *, labels: Tensor | None = None, pseudo_labels: Tensor | None = None, **batch: Any) -> Refined:
         """See :meth:`fastmeta.Method.refine`; what comes back as labels are the drawn ones.

@@ -10,6 +10,7 @@ from fastmeta import checks, losses
 from fastmeta.derivatives import ExampleWeightGradient, How
 from fastmeta.directions import DirectionRule, HoldoutGradient, LookAhead
 from fastmeta.methods.base import Method
+from fastmeta.methods.inner_rate import InnerRate
 from fastmeta.ops.masked_adam_table import MaskedAdamTable
 from fastmeta.ops.process_group import Group, sum_over
 from fastmeta.ops.process_group import check as check_group
@@ -155,6 +156,7 @@ class MetaWeightNet(Method):
     """
 
     update: WeightNet
+    rate = InnerRate()
 
     def __init__(
         self,
@@ -184,9 +186,7 @@ class MetaWeightNet(Method):
         direction: DirectionRule = HoldoutGradient(outer_loss)
         if look_ahead:
             direction = LookAhead(direction, rate=rate, loss=inner_loss)
-        self._gradient = gradient = ExampleWeightGradient(
-            inner_loss, rate=rate, reduction="mean", how=how, radius=radius
-        )
+        gradient = ExampleWeightGradient(inner_loss, rate=rate, reduction="mean", how=how, radius=radius)
         update = WeightNet(
             inner_loss,
             hidden=hidden,
@@ -197,17 +197,6 @@ class MetaWeightNet(Method):
             dtype=dtype,
         )
         super().__init__(direction, gradient, update, process_group=process_group)
-
-    @property
-    def rate(self) -> float:
-        """Of the inner step."""
-        return self._gradient.rate
-
-    @rate.setter
-    def rate(self, value: float) -> None:
-        self._gradient = self.derivative = replace(self._gradient, rate=checks.number(value, "rate", low=0.0))
-        if isinstance(self.direction, LookAhead):
-            self.direction.rate = value
 
     def weight_of(self, values: Tensor) -> Tensor:
         """The weights ``[N]`` that the net gives to losses ``[N]``: what it has learned."""

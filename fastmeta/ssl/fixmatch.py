@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastmeta.ssl.alignment import DistributionAlignment, aligned, alignment_for
-from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch
 from fastmeta.ssl.labels import harden
-from fastmeta.ssl.passes import Statistics, forward_parts
+from fastmeta.ssl.passes import Statistics
+from fastmeta.ssl.weak_to_strong import weak_to_strong
 
 
 @dataclass(frozen=True)
@@ -53,25 +53,12 @@ class FixMatch(Algorithm):
         memory: nn.Module | None = None,
     ) -> StepLoss:
         """See :class:`fastmeta.ssl.Algorithm`."""
-        assert batch.second is not None
-        with features_for(refiner, model) as tape:
-            parts = forward_parts(model, [batch.labeled, batch.weak, batch.second], self.statistics)
-        labeled_logits, weak_logits, strong_logits = parts
-        imputed = aligned(self.distribution_alignment, memory, weak_logits.softmax(dim=1), batch)
-        used = refine(
-            refiner,
-            tape,
+        step = weak_to_strong(
             model,
             batch,
-            imputed=imputed,
-            views={"imputed": weak_logits, "learned": strong_logits},
-            inputs={"imputed": batch.weak, "learned": batch.second},
-            labeled_logits=labeled_logits,
+            refiner,
+            self.statistics,
+            impute=lambda predictions: aligned(self.distribution_alignment, memory, predictions, batch),
             finish=self.finish,
         )
-        per_example = functional.cross_entropy(strong_logits, used.labels, reduction="none")
-
-        labeled = batch.labeled_share * functional.cross_entropy(labeled_logits, batch.targets)
-        unlabeled = batch.unlabeled_share * (used.weights * per_example).mean()
-        total = labeled + self.weight * unlabeled + used.loss
-        return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed.detach(), used)
+        return step.loss(step.supervised(batch), self.weight, batch)

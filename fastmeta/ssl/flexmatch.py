@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastmeta.ops.process_group import Group, joined_rows
-from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine, remembered
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, remembered
 from fastmeta.ssl.labels import harden
-from fastmeta.ssl.passes import Statistics, forward_parts
+from fastmeta.ssl.passes import Statistics
+from fastmeta.ssl.weak_to_strong import weak_to_strong
 from fastmeta.state import Stateful
 
 Mapping = Literal["convex", "linear", "concave"]
@@ -64,30 +64,13 @@ class FlexMatch(Algorithm):
         memory: nn.Module | None = None,
     ) -> StepLoss:
         """See :class:`fastmeta.ssl.Algorithm`."""
-        assert batch.second is not None
         kept = remembered(memory, Curriculum)
-        with features_for(refiner, model) as tape:
-            parts = forward_parts(model, [batch.labeled, batch.weak, batch.second], self.statistics)
-        labeled_logits, weak_logits, strong_logits = parts
-        imputed = weak_logits.softmax(dim=1)
-        used = refine(
-            refiner,
-            tape,
-            model,
-            batch,
-            imputed=imputed,
-            views={"imputed": weak_logits, "learned": strong_logits},
-            inputs={"imputed": batch.weak, "learned": batch.second},
-            labeled_logits=labeled_logits,
-            finish=partial(self.finish, memory=memory),
+        finish = partial(self.finish, memory=memory)
+        step = weak_to_strong(
+            model, batch, refiner, self.statistics, impute=lambda predictions: predictions, finish=finish
         )
-        kept.update(batch.index, imputed, self.threshold, batch.process_group)
-        per_example = functional.cross_entropy(strong_logits, used.labels, reduction="none")
-
-        labeled = batch.labeled_share * functional.cross_entropy(labeled_logits, batch.targets)
-        unlabeled = batch.unlabeled_share * (used.weights * per_example).mean()
-        total = labeled + self.weight * unlabeled + used.loss
-        return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed.detach(), used)
+        kept.update(batch.index, step.imputed, self.threshold, batch.process_group)
+        return step.loss(step.supervised(batch), self.weight, batch)
 
 
 class Curriculum(Stateful):

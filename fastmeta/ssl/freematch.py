@@ -1,17 +1,17 @@
 """FreeMatch (Wang et al., 2023)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastmeta.ops.process_group import Group, sum_over, world_size
-from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, joined_mean, refine, remembered
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, joined_mean, remembered
 from fastmeta.ssl.labels import harden
-from fastmeta.ssl.passes import Statistics, forward_parts
+from fastmeta.ssl.passes import Statistics
+from fastmeta.ssl.weak_to_strong import weak_to_strong
 from fastmeta.state import Stateful
 
 
@@ -59,32 +59,20 @@ class FreeMatch(Algorithm):
         memory: nn.Module | None = None,
     ) -> StepLoss:
         """See :class:`fastmeta.ssl.Algorithm`. ``StepLoss.unlabeled`` is without the fairness."""
-        assert batch.second is not None
         kept = remembered(memory, Thresholds)
-        with features_for(refiner, model) as tape:
-            parts = forward_parts(model, [batch.labeled, batch.weak, batch.second], self.statistics)
-        labeled_logits, weak_logits, strong_logits = parts
-        imputed = weak_logits.softmax(dim=1)
-        kept.update(imputed, batch)
-        used = refine(
-            refiner,
-            tape,
-            model,
-            batch,
-            imputed=imputed,
-            views={"imputed": weak_logits, "learned": strong_logits},
-            inputs={"imputed": batch.weak, "learned": batch.second},
-            labeled_logits=labeled_logits,
-            finish=partial(self.finish, memory=memory),
-        )
-        per_example = functional.cross_entropy(strong_logits, used.labels, reduction="none")
 
-        labeled = batch.labeled_share * functional.cross_entropy(labeled_logits, batch.targets)
-        unlabeled = batch.unlabeled_share * (used.weights * per_example).mean()
-        total = labeled + self.weight * unlabeled + used.loss
-        if self.fairness:
-            total = total + self.fairness * kept.fairness(strong_logits.softmax(dim=1), used.mask, batch.process_group)
-        return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed.detach(), used)
+        def impute(predictions: Tensor) -> Tensor:
+            kept.update(predictions, batch)  # before thresholds are asked for
+            return predictions
+
+        finish = partial(self.finish, memory=memory)
+        step = weak_to_strong(model, batch, refiner, self.statistics, impute=impute, finish=finish)
+        found = step.loss(step.supervised(batch), self.weight, batch)
+        if not self.fairness:
+            return found
+        strong = step.strong_logits.softmax(dim=1)
+        fairness = kept.fairness(strong, step.used.mask, batch.process_group)
+        return replace(found, total=found.total + self.fairness * fairness)
 
 
 class Thresholds(Stateful):

@@ -9,9 +9,10 @@ from torch.nn import functional
 
 from fastmeta.ops.process_group import sum_over, world_size
 from fastmeta.ssl.alignment import DistributionAlignment, aligned, alignment_for
-from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch, features_for, refine
+from fastmeta.ssl.base import Algorithm, Refiner, StepLoss, TrainingBatch
 from fastmeta.ssl.labels import harden, sharpen
-from fastmeta.ssl.passes import Statistics, forward_parts
+from fastmeta.ssl.passes import Statistics
+from fastmeta.ssl.weak_to_strong import WeakToStrong, weak_to_strong
 
 Annealing = Literal["none", "linear", "log", "exp"]
 
@@ -63,34 +64,22 @@ class UDA(Algorithm):
         memory: nn.Module | None = None,
     ) -> StepLoss:
         """See :class:`fastmeta.ssl.Algorithm`."""
-        assert batch.second is not None
-        with features_for(refiner, model) as tape:
-            parts = forward_parts(model, [batch.labeled, batch.weak, batch.second], self.statistics)
-        labeled_logits, weak_logits, strong_logits = parts
-        imputed = aligned(self.distribution_alignment, memory, weak_logits.softmax(dim=1), batch)
-        used = refine(
-            refiner,
-            tape,
+        step = weak_to_strong(
             model,
             batch,
-            imputed=imputed,
-            views={"imputed": weak_logits, "learned": strong_logits},
-            inputs={"imputed": batch.weak, "learned": batch.second},
-            labeled_logits=labeled_logits,
+            refiner,
+            self.statistics,
+            impute=lambda predictions: aligned(self.distribution_alignment, memory, predictions, batch),
             finish=self.finish,
         )
-        per_example = functional.cross_entropy(strong_logits, used.labels, reduction="none")
+        return step.loss(self._labeled(step, batch, progress), self.weight, batch)
 
-        labeled = self._labeled(labeled_logits, batch, progress)
-        unlabeled = batch.unlabeled_share * (used.weights * per_example).mean()
-        total = labeled + self.weight * unlabeled + used.loss
-        return StepLoss(total, labeled.detach(), unlabeled.detach(), imputed.detach(), used)
-
-    def _labeled(self, logits: Tensor, batch: TrainingBatch, progress: float) -> Tensor:
+    def _labeled(self, step: WeakToStrong, batch: TrainingBatch, progress: float) -> Tensor:
         """Over the images of all processes that annealing leaves, as many as these are."""
-        per_example = functional.cross_entropy(logits, batch.targets, reduction="none")
         if self.annealing == "none":
-            return batch.labeled_share * per_example.mean()
+            return step.supervised(batch)
+        logits = step.labeled_logits
+        per_example = functional.cross_entropy(logits, batch.targets, reduction="none")
         threshold = annealed_threshold(self.annealing, progress, logits.shape[1])
         learned = (per_example.detach() >= -math.log(threshold)).to(per_example.dtype)
         (count,) = sum_over([learned.sum()], batch.process_group)
