@@ -136,7 +136,7 @@ def _small(arm: str, column: Column) -> RunConfig:
         holdout, form = int(form.removeprefix("validation-")), ""
     return replace(
         config,
-        augmentation=replace(views, adapt=False),
+        augmentation=replace(views, adapt=views.strong != "ctaugment"),
         method="example-weights-published",
         method_settings=_FORMS[form],
         split=replace(config.split, holdout=holdout),

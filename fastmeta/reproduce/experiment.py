@@ -157,7 +157,7 @@ def machine() -> Row:
         processor = names[0].partition(":")[2].strip() if names else processor
     return {
         "processor": processor,
-        "threads": torch.get_num_threads(),
+        "cores": available_cores(),
         "torch": torch.__version__,
         "fastmeta": fastmeta.__version__,
     }

@@ -61,7 +61,8 @@ def _tuned(seed: int) -> Iterator[Row]:
     for changes in TUNED:
         yield runs.cell("mnist-5k", 1, "fixmatch", "none", seed, **changes)
     yield runs.cell("mnist-5k", 1, "fixmatch", "none", seed, 2 * runs.STEPS)
-    yield runs.cell("mnist-5k", 1, "fixmatch", "l2i", seed, **ALIGNED)
+    for method in MAIN[1:]:
+        yield runs.cell("mnist-5k", 1, "fixmatch", method, seed, **ALIGNED)
 
 
 def _edges(seed: int) -> Iterator[Row]:

@@ -1,7 +1,8 @@
 """Runs of the trainer as cells of an experiment, and what their differences on the same seeds are.
 
 Every run has the settings that were chosen on the digits' validation images (:mod:`fastmeta.training.recipes`), on all
-images alike: on the others nothing was chosen. Each has 200 validation images, with which its weights are picked.
+images alike: on the others nothing was chosen, and photographs have the views of pictures, which nobody chose. Each has
+20 validation images a class, with which its weights are picked.
 """
 
 import statistics
@@ -64,8 +65,12 @@ def config_of(
 
 
 def measure(**settings: Any) -> Row:
+    """The run of a cell."""
+    return figures_of(config_of(**settings))
+
+
+def figures_of(config: RunConfig) -> Row:
     """Errors in percent, by the weights with the least validation error, and the processor's seconds of it all."""
-    config = config_of(**settings)
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         results = train(config, Path(folder) / "run")
@@ -96,10 +101,10 @@ def by_seed(rows: Sequence[Row], key: str = "error") -> dict[str, dict[int, floa
     return found
 
 
-def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Interval | None:
+def paired(one: Mapping[int, float], other: Mapping[int, float], level: float = 0.95) -> Interval | None:
     """Of ``one - other`` over the seeds that both have; None without any."""
     seeds = sorted(set(one) & set(other))
-    return t_interval([one[seed] - other[seed] for seed in seeds]) if seeds else None
+    return t_interval([one[seed] - other[seed] for seed in seeds], level) if seeds else None
 
 
 def verdict(difference: Interval | None) -> str:

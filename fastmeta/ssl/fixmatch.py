@@ -22,7 +22,7 @@ class FixMatch(Algorithm):
     Args:
         threshold: confidence below which an image is left out of the step.
         weight: of the unlabeled loss.
-        distribution_alignment: see :class:`fastmeta.ssl.Alignment`; uniform is the paper's FixMatch with alignment.
+        distribution_alignment: see :class:`fastmeta.ssl.Alignment`.
         statistics: of batch normalization, see :func:`fastmeta.ssl.passes.forward_parts`; published: joined.
     """
 

@@ -78,8 +78,7 @@ class FreeMatch(Algorithm):
 class Thresholds(Stateful):
     """FreeMatch's running averages, and what it makes of them.
 
-    Before the first step they are uniform, as in the paper; USB's code starts all of them at 1, so that hardly an image
-    is learned in the first thousand steps.
+    Before the first step they are uniform, as in the paper.
 
     Args:
         num_classes: C.
@@ -127,7 +126,9 @@ class Thresholds(Stateful):
             b = \mathrm{SumNorm}\big(\bar p / \bar h\big)
 
         with the averages of :meth:`update` and, of the examples with a mask of 1, the mean prediction and the histogram
-        of the largest. A class that is nobody's largest has no part; without any example it is 0.
+        of the largest. A class that is nobody's largest has no part; without any example it is 0. By the definition, a
+        class that is nobody's largest for thousands of steps takes all the weight (its average in ``h`` goes to 0), and
+        the loss with its gradient to 0.
 
         Args:
             predictions: of the strong views ``[N, C]``, on the graph.

@@ -35,13 +35,17 @@ def harden(labels: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
 def sharpen(labels: Tensor, temperature: float) -> Tensor:
     """``p_c^(1/T) / sum_c' p_c'^(1/T)`` (MixMatch, Eq. (7)); of a softmax, that of its logits divided by T.
 
+    An entry below 0, as a step on labels that is not projected may leave it, counts as 0.
+
     >>> sharpen(torch.tensor([[0.5, 0.25, 0.25]]), 0.5)
     tensor([[0.6667, 0.1667, 0.1667]])
     """
     if temperature == 1:
         return labels
-    powers = (labels / labels.amax(dim=1, keepdim=True)).pow(1 / temperature)
-    return powers / powers.sum(dim=1, keepdim=True)
+    labels = labels.clamp_min(0)
+    largest = labels.amax(dim=1, keepdim=True).clamp_min(torch.finfo(labels.dtype).tiny)
+    powers = (labels / largest).pow(1 / temperature)
+    return powers / powers.sum(dim=1, keepdim=True).clamp_min(1)  # 1 and more, but for a row of zeros
 
 
 def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Trainer:
     Everything random is keyed by the seed and the step, so runs that differ only in their base or method share data
     order, initialization and augmentation (but for what CTAugment learns from each of them), and what
     :meth:`state_dict` holds of the streams is their positions. On several processes a step is that of one process on
-    the joined batch, but for batch statistics and what a model draws (dropout).
+    the joined batch, but for batch statistics, what a model draws (dropout), and mix-up of unequal parts of a batch.
 
     Args:
         model: a classifier; images ``[N, channels, height, width]`` to logits ``[N, C]``.

@@ -55,6 +55,25 @@ def test_views_of_the_papers():
     assert weak("pictures", 224, shift=16) == Shift(224, 16, "reflected", flip=True)
 
 
+def test_a_flip_that_is_asked_for_is_in_both_views():
+    views = views_for("digits", (1, 28, 28), 28, AugmentationConfig(flip=True))
+    assert views.strong == StrongAugment(28, flip=True)
+    half = torch.zeros(2000, 1, 28, 28)
+    half[..., :14] = 1.0
+    calm = StrongAugment(28, strength=0.0, cutout=0.0, flip=True)(half, random(2000))
+    flipped = calm[:, 0, 14, 0] < 0.5
+    assert 900 < int(flipped.sum()) < 1100
+    torch.testing.assert_close(calm, torch.where(flipped.view(-1, 1, 1, 1), half.flip(3), half), rtol=0, atol=2e-6)
+
+
+def test_settings_of_ctaugment_are_refused_without_it():
+    for name, value in (("cutout", False), ("threshold", 0.5), ("adapt", False)):
+        message = f"augmentation.{name} must be .* unless augmentation.strong is ctaugment, got {value}"
+        with pytest.raises(ValueError, match=message):
+            views_for("pictures", (3, 32, 32), 32, AugmentationConfig(**{name: value}))
+        views_for("pictures", (3, 32, 32), 32, AugmentationConfig(strong="ctaugment", **{name: value}))
+
+
 def test_a_strong_view_follows_what_the_weak_one_is():
     def strong_of(size, **settings):
         return views_for("pictures", (3, size, size), size, AugmentationConfig(**settings)).strong
@@ -102,7 +121,7 @@ def test_noise_is_added_to_both_views_and_never_where_nothing_is_drawn():
         ({"padding": "wrap"}, "augmentation.padding must be one of zeros, reflected, got 'wrap'"),
         ({"shift": -1}, "augmentation.shift must be at least 0, got -1"),
         ({"noise": math.nan}, "augmentation.noise must be at least 0 and finite, got nan"),
-        ({"threshold": 2.0}, r"augmentation.threshold must lie in \[0, 1\], got 2.0"),
+        ({"strong": "ctaugment", "threshold": 2.0}, r"augmentation.threshold must lie in \[0, 1\], got 2.0"),
         ({"whitening": "pca"}, "augmentation.whitening must be one of none, zca, got 'pca'"),
         ({"whitening": "zca", "strong": "ctaugment"}, "strong must be auto or weak with whitening: .* got 'ctaugment'"),
         ({"shift": 8}, "pixels must lie between 0 and size - 1 = 7, got 8"),

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastmeta.reproduce import fd_radius, l2i_ablations, meta_ablation, runs
 from fastmeta.reproduce.side_by_side import side_by_side
+from fastmeta.training.build import load_images, resolve, split_of
 from fastmeta.training.workers import WorkerError
 
 
@@ -76,14 +77,31 @@ def test_an_ablation_tells_what_helps_and_what_does_not():
     assert "| mix-up helps alone | +0.0 [+0.0, +0.0]: no difference shown |" in table
 
 
-def test_separate_holdout_takes_its_labels_from_the_same_number():
+def test_a_separate_holdout_set_has_labels_of_the_joint_one_and_all_else_is_the_same(monkeypatch):
     arms = {l2i_ablations.holdout_arm(cell): cell for cell in l2i_ablations.holdout_cells(quick=True)}
-    apart = arms.pop("separate, 3 + 2 labels a class")
-    config = runs.config_of(**apart)
-    assert config.labels_per_class + config.split.holdout_per_class == 5
-    assert config.settings()["method_settings"]["holdout"] == "part"
-    assert {runs.config_of(**cell).labels_per_class for cell in arms.values()} == {5}
     assert {cell["changes"].get("holdout_batch") for cell in arms.values()} == {None, 20, 40, 80}
+    apart = arms.pop("separate, 3 + 2 labels a class")
+    seen = []
+
+    def look(config):
+        images = load_images(config)
+        resolved = resolve(config, images)
+        return seen.append((images, resolved.method_settings, split_of(resolved, images)))
+
+    monkeypatch.setattr(runs, "figures_of", look)
+    l2i_ablations.measure_holdout(**apart)
+    for cell in arms.values():
+        l2i_ablations.measure_holdout(**cell)
+    (images, settings, split), *others = seen
+    assert settings["holdout"] == "part"
+    for part, each in ((split.labeled, 3), (split.holdout, 2)):
+        assert images.targets[part].bincount().tolist() == [each] * 10
+    for _, settings, joint in others:
+        assert settings.get("holdout") in (None, "labeled")
+        assert not len(joint.holdout)
+        assert sorted([*split.labeled.tolist(), *split.holdout.tolist()]) == sorted(joint.labeled.tolist())
+        for part in ("unlabeled", "validation", "test"):
+            assert getattr(split, part).equal(getattr(joint, part)), part
 
 
 def test_exact_and_approximate_rules_stand_beside_each_other():

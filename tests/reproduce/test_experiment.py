@@ -35,7 +35,7 @@ def test_an_experiment_leaves_figures_table_and_picture(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert [cell["measured"] for cell in results["cells"]] == [{"square": 1}, {"square": 4}, {"square": 9}]
     assert all(cell["commit"] == commit() and cell["date"] and cell["seconds"] >= 0 for cell in results["cells"])
-    assert set(results["machine"]) == {"processor", "threads", "torch", "fastmeta"}
+    assert set(results["machine"]) == {"processor", "cores", "torch", "fastmeta"}
     table = (tmp_path / "table.md").read_text()
     assert "Euclid" in table
     assert "| 3 | 9 |" in table

@@ -1,6 +1,7 @@
 """The Pi-model and UDA against their definitions, and whose batch statistics a part of a batch has."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.ssl import UDA, PiModel, TrainingBatch
+from fastmeta.ssl.labels import sharpen
 from fastmeta.ssl.passes import forward_parts
 
 CLASSES = 3
@@ -62,23 +64,46 @@ def test_which_views_of_the_pi_model_learn(model: nn.Module, batch: TrainingBatc
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
 
 
+def progress_of(annealing: str, limit: float) -> float:
+    """When the schedule is at ``limit``."""
+    risen = (limit - 1 / CLASSES) / (1 - 1 / CLASSES)
+    return {"linear": risen, "log": -math.log(1 - risen) / 5, "exp": 1 + math.log(risen) / 5, "none": 0.4}[annealing]
+
+
 @pytest.mark.parametrize("annealing", ["none", "linear", "log", "exp"])
-@pytest.mark.parametrize("progress", [0.0, 0.6])
-def test_uda_by_hand(model: nn.Module, batch: TrainingBatch, annealing: str, progress: float) -> None:
-    base = UDA(threshold=0.75, temperature=0.4, weight=0.8, annealing=annealing)
-    unlabeled, masks = 0.0, []
-    for q, p in zip(rows(model, batch.weak), rows(model, batch.second), strict=True):
-        masks.append(max(q) >= 0.75)
-        if masks[-1]:
+def test_uda_by_hand(model: nn.Module, batch: TrainingBatch, annealing: str) -> None:
+    """Half of the unlabeled images are below the threshold, and annealing leaves two of four labeled ones."""
+    batch = dataclasses.replace(batch, targets=model(batch.labeled).argmax(1))
+    weak = rows(model, batch.weak)
+    threshold = sum(sorted(map(max, weak))[2:4]) / 2
+    base = UDA(threshold=threshold, temperature=0.4, weight=0.8, annealing=annealing)
+    unlabeled = 0.0
+    for q, p in zip(weak, rows(model, batch.second), strict=True):
+        if max(q) >= threshold:
             powers = [a ** (1 / 0.4) for a in q]
             unlabeled -= sum(a / sum(powers) * math.log(b) for a, b in zip(powers, p, strict=True)) / 6
-    risen = {"linear": progress, "log": 1 - math.exp(-5 * progress), "exp": math.exp(5 * progress - 5), "none": 1.0}
-    limit = risen[annealing] * (1 - 1 / CLASSES) + 1 / CLASSES
-    left = [loss for loss in labeled_losses(model, batch) if math.exp(-loss) <= limit]
-    loss = base.loss(model, batch, teacher=model, progress=progress)
-    assert loss.labeled.item() == pytest.approx(sum(left) / max(1, len(left)))
+    losses = labeled_losses(model, batch)
+    limit = sum(sorted(math.exp(-loss) for loss in losses)[1:3]) / 2
+    left = losses if annealing == "none" else [loss for loss in losses if math.exp(-loss) <= limit]
+    assert len(left) == (4 if annealing == "none" else 2)
+    loss = base.loss(model, batch, teacher=model, progress=progress_of(annealing, limit))
+    assert loss.labeled.item() == pytest.approx(sum(left) / len(left))
     assert loss.unlabeled.item() == pytest.approx(unlabeled)
-    assert loss.total.item() == pytest.approx(sum(left) / max(1, len(left)) + 0.8 * unlabeled)
+    assert loss.total.item() == pytest.approx(sum(left) / len(left) + 0.8 * unlabeled)
+
+
+def test_annealing_may_leave_no_labeled_image(model: nn.Module, batch: TrainingBatch) -> None:
+    batch = dataclasses.replace(batch, targets=model(batch.labeled).argmax(1))
+    loss = UDA(annealing="linear").loss(model, batch, teacher=model, progress=0.0)  # at 1/3, which all have
+    assert loss.labeled.item() == 0.0
+
+
+@pytest.mark.parametrize("temperature", [0.4, 0.5])
+def test_labels_below_0_are_sharpened_as_0(temperature: float) -> None:
+    given = torch.tensor([[0.43, 0.67, -0.1], [1.2, -0.1, -0.1], [0.0, 0.0, 0.0], [-0.2, -0.1, -0.3]])
+    a, b = 0.43 ** (1 / temperature), 0.67 ** (1 / temperature)
+    expected = torch.tensor([[a / (a + b), b / (a + b), 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]])
+    torch.testing.assert_close(sharpen(given, temperature), expected)
 
 
 def test_batch_statistics(generator: torch.Generator) -> None:

@@ -48,5 +48,12 @@ class AugmentationConfig:
             raise ValueError(
                 f"augmentation.strong must be auto or weak with whitening: others need pixels, got {self.strong!r}"
             )
+        for name in ("cutout", "threshold", "adapt"):
+            default = getattr(AugmentationConfig, name)
+            if self.strong != "ctaugment" and getattr(self, name) != default:
+                raise ValueError(
+                    f"augmentation.{name} must be {default} unless augmentation.strong is ctaugment, got "
+                    f"{getattr(self, name)}"
+                )
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"augmentation.threshold must lie in [0, 1], got {self.threshold}")

@@ -1,10 +1,10 @@
-"""Strong augmentation of drawings and writing: no flip, which would make another character."""
+"""Strong augmentation of drawings and writing: no flip by itself, which would make another character."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastmeta.data.augment.affine import affine_map, warp
+from fastmeta.data.augment.affine import affine_map, mirrored, warp
 from fastmeta.data.augment.pixels import centre, cut_, mean_of, noise
 from fastmeta.data.augment.strengths import draw_operations
 from fastmeta.data.random_numbers import KeyedRandom
@@ -36,6 +36,7 @@ class StrongAugment:
         operations_per_image: how many different operations each image draws from :data:`OPERATIONS`.
         strength: multiplies every limit in :data:`OPERATIONS`.
         cutout: side of the square set to 0, as a fraction of the image's side; 0 for none.
+        flip: exchange left and right of every second image first.
 
     >>> import torch
     >>> images = torch.rand(4, 1, 8, 8)
@@ -47,16 +48,21 @@ class StrongAugment:
     operations_per_image: int = 3
     strength: float = 1.0
     cutout: float = 0.25
+    flip: bool = False
 
     def __call__(self, images: Tensor, random: KeyedRandom) -> Tensor:
         """Of ``[n, channels, height, width]`` in [0, 1] or uint8: ``[n, channels, size, size]`` float32 in [0, 1]."""
         images = centre(images, self.size)
-        uniform = random.uniform(2 * len(OPERATIONS) + 3).to(images.device)
-        of_operations, drawn = uniform.split([2 * len(OPERATIONS), 3], dim=1)
+        more = 4 if self.flip else 3
+        uniform = random.uniform(2 * len(OPERATIONS) + more).to(images.device)
+        of_operations, drawn = uniform.split([2 * len(OPERATIONS), more], dim=1)
         strengths = draw_operations(
             of_operations, OPERATIONS, per_image=self.operations_per_image, strength=self.strength
         )
-        moved = warp(images, affine_map(strengths), (self.size, self.size), fill=0.0)
+        maps = affine_map(strengths)
+        if self.flip:
+            maps = mirrored(maps, drawn[:, 3] < 0.5)
+        moved = warp(images, maps, (self.size, self.size), fill=0.0)
         shaded = _shade(moved, {name: strength.view(-1, 1, 1, 1) for name, strength in strengths.items()}, drawn[:, 2])
         return cut_(shaded, drawn[:, :2], self.cutout, 0.0)
 

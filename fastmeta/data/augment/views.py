@@ -59,7 +59,7 @@ def views_for(
 ) -> Views:
     """The views that suit images of a kind.
 
-    - ``digits``: weak shifts by a pixel, strong distorts, shades and cuts out; nothing is flipped.
+    - ``digits``: weak shifts by a pixel, strong distorts, shades and cuts out; nothing is flipped by itself.
     - ``pictures``, up to 96 pixels: weak flips and shifts by up to an eighth; strong flips, draws two RandAugment-style
       operations and cuts out. Larger ones: the same of a random crop.
     - ``none``: the images as they are.
@@ -125,7 +125,7 @@ def _weak(name: ViewsName, size: int, chosen: AugmentationConfig) -> Augmentatio
 def _strong(name: ViewsName, size: int, chosen: AugmentationConfig, weak: Augmentation) -> Augmentation:
     if chosen.strong == "auto" and chosen.whitening == "none":
         if name == "digits":
-            return StrongAugment(size)
+            return StrongAugment(size, flip=chosen.flip is True)
         if name == "pictures":
             crop = weak if isinstance(weak, RandomCrop) else None
             return StrongPicture(size, crop=crop, flip=chosen.flip is not False)

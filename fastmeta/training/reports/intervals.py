@@ -24,8 +24,8 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def t_interval(values: Sequence[float]) -> Interval:
-    """Student's 95% interval of the mean, ``mean +- t_{0.975, n-1} s / sqrt(n)``.
+def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Student's interval of the mean, ``mean +- t_{(1 + level) / 2, n-1} s / sqrt(n)``.
 
     >>> interval = t_interval([1.0, 2.0, 3.0])
     >>> round(interval.low, 3), round(interval.high, 3)
@@ -36,7 +36,7 @@ def t_interval(values: Sequence[float]) -> Interval:
         return Interval(mean, None, None)
     from scipy.stats import t  # comes with scikit-learn
 
-    reach = float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+    reach = float(t.ppf((1 + level) / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
     return Interval(mean, mean - reach, mean + reach)
 
 
