@@ -29,7 +29,7 @@ from fastmeta.training.config import MachineConfig, RunConfig, SplitConfig
 from fastmeta.training.data_to_predict import open_for_prediction
 from fastmeta.training.doctor import doctor, verify_named
 from fastmeta.training.files import make_folder
-from fastmeta.training.predict import predict, require_finished, summary_of, unreadable_text
+from fastmeta.training.predict import check_machine, predict, require_finished, summary_of, unreadable_text
 from fastmeta.training.predict_landmarks import predict_landmarks
 from fastmeta.training.recipes import BASE_RECIPES, DEFAULT_METHODS, METHODS
 from fastmeta.training.reports.report import write_report
@@ -242,7 +242,7 @@ class Predict:
     """Predict other images or texts with a finished run: a CSV of path, label and confidence, or of landmarks.
 
     Where they were unlabeled images of the run, also their weights and how the method changed their labels. Where they
-    have labels the error is printed, too. A picture that cannot be read has no label.
+    have labels the error is printed, too. A picture that cannot be read has no label; a text or a face stops it all.
     """
 
     finished: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
@@ -267,6 +267,7 @@ class Predict:
         if self.out.is_dir():
             raise ValueError(f"out must be a file, got the folder {self.out}")
         if isinstance(images, Landmarks):
+            check_machine(self.device, self.batch_size, self.workers)
             errors = predict_landmarks(run, images, self.out, device=self.device, batch_size=self.batch_size)
             parts = "".join(
                 f"\n{part}: error {100 * error:.2f}% of the eyes' distance" for part, error in errors.items()

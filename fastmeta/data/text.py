@@ -46,9 +46,11 @@ class Texts(ImageDataset):
         length: int | None = None,
     ) -> None:
         texts = [text.replace("<br />", " ") for text in texts]  # which reviews of IMDb are full of
+        read = [parts[part] for part in ("train", "unlabeled") if part in parts]
+        self.read_in_training = torch.cat(read) if read else torch.arange(0)
+        """Places of the texts that training may read."""
         if tokenizer is None:
-            read = torch.cat([parts[part] for part in ("train", "unlabeled") if part in parts]).tolist()
-            self.tokenizer = Tokenizer.of([texts[place] for place in read], _VOCABULARY)
+            self.tokenizer = Tokenizer.of([texts[place] for place in self.read_in_training.tolist()], _VOCABULARY)
         else:
             self.tokenizer = Tokenizer.read(tokenizer)
         tokens = self.tokenizer(texts, _LENGTH if length is None else length)

@@ -12,6 +12,7 @@ from fastmeta.data.readers.optional import optional
 
 PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 _SPECIAL = (PAD, UNKNOWN, START, END)
+_AT_ONCE = 1000  # texts: what the tokenizer says of one is far larger than the text
 FILE = "tokenizer.json"
 """Where a run keeps its own."""
 HUB = "transformers:"
@@ -41,6 +42,7 @@ class Tokenizer:
             raise ValueError(f"{name} must have {PAD} as token 0, got it as token {pieces.token_to_id(PAD)}")
         pieces.no_padding()
         pieces.no_truncation()
+        pieces.encode_special_tokens = True  # "[SEP]" in a text is text
         self._pieces = pieces
         self.size: int = 1 + max(pieces.get_vocab().values())
         self.special = torch.zeros(self.size, dtype=torch.bool)
@@ -68,7 +70,7 @@ class Tokenizer:
         counter = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN))
         counter.normalizer, counter.pre_tokenizer = normalizer, splitter
         trainer = tokenizers.trainers.WordLevelTrainer(
-            vocab_size=vocabulary, special_tokens=list(_SPECIAL), min_frequency=2, show_progress=False
+            vocab_size=vocabulary, special_tokens=list(_SPECIAL), show_progress=False
         )
         counter.train_from_iterator(texts, trainer)
         words = counter.get_vocab()
@@ -120,8 +122,9 @@ class Tokenizer:
             raise ValueError(f"image_size must be at least 3 tokens, of which two are special, got {length}")
         start, end = map(self._pieces.token_to_id, (START, END))
         rows = torch.zeros(len(texts), length, dtype=torch.int64)
-        encoded = self._pieces.encode_batch(list(texts), add_special_tokens=False)
-        for row, one in zip(rows, encoded, strict=True):
-            tokens = [start, *one.ids[-(length - 2) :], end]
-            row[: len(tokens)] = torch.tensor(tokens)
+        for first in range(0, len(texts), _AT_ONCE):
+            encoded = self._pieces.encode_batch(list(texts[first : first + _AT_ONCE]), add_special_tokens=False)
+            for row, one in zip(rows[first:], encoded, strict=False):
+                tokens = [start, *one.ids[-(length - 2) :], end]
+                row[: len(tokens)] = torch.tensor(tokens)
         return rows

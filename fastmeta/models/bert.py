@@ -1,7 +1,6 @@
 """BERT for texts, from transformers: new, or pretrained with a tokenizer of its own."""
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,9 @@ from fastmeta.models.libraries import UnknownModel, first_line
 from fastmeta.models.weights import load_weights, read_weights
 
 _SIZES = {"bert-tiny": (64, 2, 2), "bert-small": (256, 4, 4), "bert-base": (768, 12, 12)}  # width, layers, heads
+TEXT_NETS = tuple(_SIZES)
+ENCODER = "encoder.json"
+"""Where a run keeps the settings of its encoder."""
 _HUB = "transformers:"
 _ATTENTION = "eager"  # which has the derivatives that methods of the whole model ask for
 
@@ -56,23 +58,18 @@ def build_text_model(name: str, num_classes: int, *, vocabulary: int, length: in
         ValueError: the net has fewer tokens or shorter texts, or cannot be read.
     """
     folder = Path(name)
-    if (folder / "model.pt").is_file():
-        try:
-            made_from = json.loads((folder / "config.json").read_text())["model"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"model {name} must hold a run's config.json beside model.pt: {error}") from error
-        model = build_text_model(made_from, num_classes, vocabulary=vocabulary, length=length)
-        load_weights(model, read_weights(str(folder / "model.pt")), f"model {name}")
-        return model
-    pretrained = folder.is_dir() or name.startswith(_HUB)
-    if not pretrained and name not in _SIZES:
-        choice = f"auto, {', '.join(_SIZES)}, {_HUB}NAME or a folder"
-        raise UnknownModel(f"model must be one of {choice} for texts, got {name!r}")
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise UnknownModel(f"model {name} needs the package transformers: pip install transformers") from error
-    if pretrained:
+    if name not in _SIZES and (folder / "model.pt").is_file():
+        model = Bert(_made(transformers, folder, vocabulary, length), num_classes)
+        load_weights(model, read_weights(str(folder / "model.pt")), f"model {name}")
+        return model
+    if name not in _SIZES:
+        if not folder.is_dir() and not name.startswith(_HUB):
+            choice = f"auto, {', '.join(_SIZES)}, {_HUB}NAME or a folder"
+            raise UnknownModel(f"model must be one of {choice} for texts, got {name!r}")
         return Bert(_pretrained(transformers, name, vocabulary, length), num_classes)
     width, layers, heads = _SIZES[name]
     settings = transformers.BertConfig(
@@ -87,11 +84,31 @@ def build_text_model(name: str, num_classes: int, *, vocabulary: int, length: in
     return Bert(transformers.BertModel(settings, add_pooling_layer=False), num_classes)
 
 
+def write_encoder(model: nn.Module, folder: Path) -> None:
+    """What :func:`build_text_model` needs beside ``model.pt`` to make the net of a run again."""
+    assert isinstance(model, Bert)
+    model.body.config.to_json_file(folder / ENCODER, use_diff=False)
+
+
+def _made(transformers: Any, run: Path, vocabulary: int, length: int) -> Any:
+    """The encoder of a run, without its weights."""
+    try:
+        settings = transformers.AutoConfig.from_pretrained(run / ENCODER)
+        body = transformers.AutoModel.from_config(settings, attn_implementation=_ATTENTION)
+    except Exception as error:  # whatever they raise
+        raise ValueError(f"model {run} must hold a run's {ENCODER} beside model.pt: {first_line(error)}") from error
+    return _checked(body, str(run), vocabulary, length)
+
+
 def _pretrained(transformers: Any, name: str, vocabulary: int, length: int) -> Any:
     try:
         body = transformers.AutoModel.from_pretrained(name.removeprefix(_HUB), attn_implementation=_ATTENTION)
     except Exception as error:  # whatever they raise: files that are missing or damaged, a name the hub has not
         raise ValueError(f"model {name} cannot be made: {first_line(error)}") from error
+    return _checked(body, name, vocabulary, length)
+
+
+def _checked(body: Any, name: str, vocabulary: int, length: int) -> Any:
     has = body.config
     if has.vocab_size < vocabulary:
         raise ValueError(f"model {name} has {has.vocab_size} tokens, and its tokenizer {vocabulary}")

@@ -30,7 +30,7 @@ from fastmeta.data.text import AsTokens, ReplacedWords, Texts
 from fastmeta.data.tokenizer import HUB
 from fastmeta.methods import l2i
 from fastmeta.models import NETS, WITHOUT_LAST_LAYER, Normalized, automatic_model, build_model
-from fastmeta.models.bert import build_text_model
+from fastmeta.models.bert import TEXT_NETS, build_text_model
 from fastmeta.models.tcdcn import MIN_SIZE
 from fastmeta.ssl import BASES
 from fastmeta.training.batches import TrainingData
@@ -57,7 +57,7 @@ def load_images(config: RunConfig) -> Images:
 
 
 def _is_pretrained(model: str) -> bool:
-    return model.startswith(HUB) or Path(model).is_dir()
+    return model.startswith(HUB) or (model not in ("auto", *NETS, *TEXT_NETS) and Path(model).is_dir())
 
 
 def resolve(config: RunConfig, images: Images) -> RunConfig:
@@ -283,6 +283,7 @@ def _check_task(config: RunConfig, images: Images) -> None:
     chosen, split = config.augmentation, config.split
     for setting, fits in (
         ("trainable", config.trainable == "all"),
+        ("views", config.views == "auto"),
         ("split.foreign_classes", not split.foreign_classes),
         ("split.imbalance", split.imbalance == 1),
         ("split.unlabeled_imbalance", split.unlabeled_imbalance == 1),
@@ -301,8 +302,15 @@ def _check_texts(config: RunConfig) -> None:
         raise ValueError(f"base must be none that mixes or moves pixels for texts, got {config.base!r}")
     if config.augmentation != AugmentationConfig():
         raise ValueError("augmentation must be left out for texts, whose words are replaced")
-    if config.trainable == "head" or config.pretrained is not None or config.machine.channels_last:
-        raise ValueError("trainable head, pretrained and machine.channels_last must be left out for texts")
+    for setting, fits in (
+        ("trainable", config.trainable == "all"),
+        ("pretrained", config.pretrained is None),  # the folder of a pretrained net is the model
+        ("views", config.views == "auto"),
+        ("machine.channels_last", not config.machine.channels_last),
+        ("split.foreign_classes", not config.split.foreign_classes),
+    ):
+        if not fits:
+            raise ValueError(f"{setting} must be left out for texts")
 
 
 def _of_task(config: RunConfig, images: Images) -> dict[str, Any]:
@@ -323,7 +331,7 @@ def _views(config: RunConfig, images: Images, whitening: Whitening | None) -> Vi
         shift = Shift(config.image_size, pixels, chosen.padding or "reflected")
         return Views(shift, shift, Plain(config.image_size))
     if isinstance(images, Texts):
-        counted = images.images[images.parts["train"]]
+        counted = images.images[images.read_in_training]
         return Views(AsTokens(), ReplacedWords.of(counted, images.tokenizer.special), AsTokens())
     return views_for(config.views, images.image_shape, config.image_size, config.augmentation, whitening)
 

@@ -186,9 +186,14 @@ def _report(config: CompareConfig, results: dict[str, Any], stopped: bool) -> No
 def notes(runs: Sequence[RunConfig], results: dict[str, Any]) -> list[str]:
     """What a reader must know to read the table right."""
     split = results["runs"][0]["split"]
+    chosen = (
+        f"the weights reported are those with the least error on {split['validation']} validation images"
+        if split["validation"]
+        else "the weights reported are the last ones"
+    )
     lines = [
-        f"Trained on {split['labeled']} labels and {split['unlabeled']} unlabeled images; the weights reported are "
-        f"those with the least error on {split['validation']} validation images; tested on {split['test']} images.",
+        f"Trained on {split['labeled']} labels and {split['unlabeled']} unlabeled images; {chosen}; tested on "
+        f"{split['test']} images.",
     ]
     if results["support_vector_test_error"]:
         error = 100 * statistics.fmean(results["support_vector_test_error"].values())

@@ -21,7 +21,8 @@ class OptimizerConfig:
     name: Literal["sgd", "adam"] = "sgd"
     """SGD with momentum, or Adam."""
     learning_rate: float | None = None
-    """Peak learning rate (default: digits 0.2, landmarks 0.01, else 0.03; a head 0.002; of Adam 0.002 and 0.0005)."""
+    """Peak learning rate (default: digits 0.2, landmarks 0.01, else 0.03; a head 0.002; of Adam 0.002 and 0.0005,
+    of a pretrained net of texts 2e-5)."""
     momentum: float = 0.9
     """Of SGD."""
     nesterov: bool = True

@@ -17,6 +17,7 @@ from fastmeta.data.readers.imdb import imdb_below
 from fastmeta.data.readers.labels import class_name, part_of
 from fastmeta.data.readers.pictures import SUFFIXES
 from fastmeta.data.readers.shards import shards_below
+from fastmeta.data.readers.texts import open_texts_to_predict
 from fastmeta.data.text import Texts
 from fastmeta.training.reports.run_folder import RunFolder
 
@@ -43,7 +44,7 @@ def open_for_prediction(paths: Sequence[str], run: RunFolder) -> Images:
         only = Path(paths[0].removeprefix("aflw:"))
         if len(paths) == 1 and (is_aflw(only) or paths[0] != str(only)):
             return open_aflw(only, size)
-        return open_faces(_pictures(paths).names, size)
+        return open_faces(list(dict.fromkeys(_pictures(paths).names)), size)
     if len(paths) == 1 and not _has_files(Path(paths[0]), SUFFIXES):
         return open_images(paths[0], image_size=size, mode=run.mode)
     found = _pictures(paths)
@@ -58,20 +59,24 @@ def _pictures(paths: Sequence[str]) -> Collection:
 
 
 def _texts(paths: Sequence[str], run: RunFolder) -> Texts:
-    length = run.image_shape[0]
-    only = Path(paths[0])
-    of_a_set = imdb_below(only) is not None or (only.is_dir() and shards_below(only, ".parquet"))
-    if len(paths) == 1 and (of_a_set or not (only.is_dir() or _has_files(only, _TEXTS))):
-        found = open_images(paths[0], image_size=length, tokenizer=str(run.folder))
+    length, tokenizer = run.image_shape[0], str(run.folder)
+    if len(paths) == 1 and not _is_of_text_files(Path(paths[0])):
+        found: Images | None = None
+        if Path(paths[0]).exists() and imdb_below(Path(paths[0])) is None:
+            found = open_texts_to_predict(Path(paths[0]), run.classes, length, tokenizer)
+        found = found or open_images(paths[0], image_size=length, tokenizer=tokenizer)
         if not isinstance(found, Texts):
             raise DataError(f"{paths[0]}: must be texts, as those of {run.folder}, got images")
         return found
-    names = sorted({name for path in paths for name in _files_below(os.path.abspath(path), _TEXTS)})
-    missing = [path for path in paths if not os.path.exists(path)]
-    if missing:
-        raise DataError(f"{missing[0]}: no such file or folder")
-    if not names:
-        raise DataError(f"{', '.join(paths)}: no texts found, expected .txt files, or folders of them")
+    names = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise DataError(f"{path}: no such file or folder")
+        below = sorted(_files_below(os.path.abspath(path), _TEXTS))
+        if not below:
+            raise DataError(f"{path}: no texts found, expected .txt files, or a folder of them")
+        names += below
+    names = list(dict.fromkeys(names))
     texts = []
     for name in names:
         try:
@@ -79,9 +84,16 @@ def _texts(paths: Sequence[str], run: RunFolder) -> Texts:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{name}: must be UTF-8 text: {error}") from error
     targets, parts = _labels_of_folders(names, paths, run.classes)
-    made = Texts("texts", texts, targets, run.classes, {}, names, tokenizer=str(run.folder), length=length)
+    made = Texts("texts", texts, targets, run.classes, {}, names, tokenizer=tokenizer, length=length)
     made.parts = parts
     return made
+
+
+def _is_of_text_files(path: Path) -> bool:
+    """Whether a path is a text, or a folder of texts and no data set."""
+    if not path.is_dir():
+        return _has_files(path, _TEXTS)
+    return imdb_below(path) is None and not shards_below(path, ".parquet")
 
 
 def _labels_of_folders(

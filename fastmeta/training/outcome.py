@@ -12,6 +12,7 @@ from fastmeta.data.landmarks import COORDINATES, Landmarks, landmark_table
 from fastmeta.data.text import Texts
 from fastmeta.data.tokenizer import FILE as TOKENIZER
 from fastmeta.methods import ExampleWeights, ImputeAndWeight
+from fastmeta.models.bert import write_encoder
 from fastmeta.training.build import Built
 from fastmeta.training.files import write_checkpoint, write_json, write_text
 from fastmeta.training.processes import Processes
@@ -61,6 +62,7 @@ def write_outcome(run: Built, folder: Path, processes: Processes) -> dict[str, A
     if processes.is_first:
         if isinstance(run.images, Texts):
             run.images.tokenizer.write(folder / TOKENIZER)
+            write_encoder(run.trainer.model, folder)
         write_checkpoint(folder / "model.pt", dict(run.weights_for_use(best["model"])), fsync=True)
         if found is not None:
             names = map(run.images.describe, run.split.unlabeled.tolist())

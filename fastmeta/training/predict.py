@@ -95,9 +95,7 @@ def predict(
         ValueError: the run is not finished, its net was trained on images of another shape, or there is no such device.
         OSError: the CSV cannot be written.
     """
-    if workers is not None and workers < 0:
-        raise ValueError(f"workers must be at least 0, got {workers}")
-    check_machine(device, batch_size)
+    check_machine(device, batch_size, workers)
     model = load_model(run).to(device)
     if tuple(images.image_shape) != run.image_shape:
         raise ValueError(
@@ -123,8 +121,10 @@ def predict(
     return Predictions(len(images), unreadable, known, parts, counts, foreign)
 
 
-def check_machine(device: str, batch_size: int) -> None:
-    """Raise a ValueError unless there is such a device, and an image in a batch."""
+def check_machine(device: str, batch_size: int, workers: int | None = None) -> None:
+    """Raise a ValueError unless there is such a device, an image in a batch, and no worker fewer than none."""
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers must be at least 0, got {workers}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if device == "cuda" and not torch.cuda.is_available():

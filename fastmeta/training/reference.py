@@ -8,7 +8,8 @@ _MOST_VALUES = 10**7  # that are read for it
 def support_vector_error(images: Images, split: Split) -> float | None:
     """Test error of scikit-learn's SVC, default settings, on the pixels of the labeled images.
 
-    None where the split has no test images, or where labeled and test images have more than 10 million pixels.
+    None where the split has no test images, where labeled and test images have more than 10 million pixels, or for
+    texts, which have none.
 
     >>> from fastmeta.data import load_digits, make_split
     >>> digits = load_digits()
@@ -18,6 +19,8 @@ def support_vector_error(images: Images, split: Split) -> float | None:
     """
     from sklearn.svm import SVC
 
+    if len(images.image_shape) != 3:
+        return None
     values = (len(split.labeled) + len(split.test)) * images.get(split.labeled[:1])[0].numel()
     if not len(split.test) or values > _MOST_VALUES:
         return None

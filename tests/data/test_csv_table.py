@@ -65,7 +65,7 @@ def test_a_part_without_labels_is_left_out(write):
         ),
         (["path,label,part", "0.png,a,", "1.png,a,dev"], "line 3: part must be one of train, .* got 'dev'"),
         (["path,label,part", "0.png,a,", "1.png,a,test", "2.png,,test"], "line 4: a test image has no label"),
-        (["path,label", "0.png,", "1.png,"], "no image of the train part has a label"),
+        (["path,label", "0.png,", "1.png,"], "line 2: nothing in the train part has a label"),
     ],
 )
 def test_what_is_wrong_is_named(write, lines, message):

@@ -30,7 +30,7 @@ def _texts(path: Path | str, **settings) -> Texts:
 
 
 def test_words_become_tokens(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.of(["A good film, a film!", "a GOOD actor", "no word twice here"], 100)
+    tokenizer = Tokenizer.of(["A good film, a film!", "a GOOD film good", "a x"], 9)
     pieces = tokenizer._pieces
     assert [pieces.token_to_id(name) for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")] == [0, 1, 2, 3]
     assert tokenizer.special.nonzero().flatten().tolist() == [0, 1, 2, 3]
@@ -65,7 +65,7 @@ def test_reviews_are_read_as_they_lie(reviews: Path) -> None:
     assert {part: len(places) for part, places in images.parts.items()} == {"train": 60, "unlabeled": 240, "test": 120}
     for part, places in images.parts.items():
         for place in places.tolist():
-            below, kind, _ = images.describe(place).split("/")
+            *_, below, kind, _ = images.describe(place).split("/")
             assert below == ("test" if part == "test" else "train")
             assert int(images.targets[place]) == {"neg": 0, "pos": 1, "unsup": -1}[kind]
     tokens = images.get(torch.arange(420))
@@ -91,7 +91,7 @@ def test_the_archive_is_what_is_in_it(reviews: Path, tmp_path: Path) -> None:
     for path in (archive, tmp_path, f"imdb:{tmp_path}"):
         packed = _texts(path, image_size=16)
         assert packed.fingerprint == unpacked.fingerprint
-        assert packed.describe(7) == unpacked.describe(7)
+        assert packed.describe(7).split("/")[-3:] == unpacked.describe(7).split("/")[-3:]
     archive.write_bytes(archive.read_bytes()[:-3000])
     with pytest.raises(DataError, match="must be a whole archive"):
         open_images(archive)
@@ -119,13 +119,13 @@ def test_reviews_as_the_hub_has_them(tmp_path: Path) -> None:
 def test_a_table_of_one_s_own_texts(tmp_path: Path) -> None:
     path = tmp_path / "mail.csv"
     path.write_text(
-        'label;text;part\nspam;"buy; now\nnow";train\nham;see you now;\n;buy you;\nspam;buy you now;test\nham;;\n'
+        'label;text;part\nspam;"buy; now\nnow";train\nham;see you now;\n;buy you;\nspam;buy you now;test\nham;;\n;;\n'
     )
     images = _texts(path, image_size=8)
     assert images.classes == ("ham", "spam")
-    assert images.targets.tolist() == [1, 0, -1, 1]
+    assert images.targets.tolist() == [1, 0, -1, 1, 0]
     assert {part: places.tolist() for part, places in images.parts.items()} == {
-        "train": [0, 1],
+        "train": [0, 1, 4],
         "unlabeled": [2],
         "test": [3],
     }
@@ -135,6 +135,65 @@ def test_a_table_of_one_s_own_texts(tmp_path: Path) -> None:
     path.write_text("text,label,part\nbuy,spam,\nsee,ham,test\n")
     with pytest.raises(DataError, match="line 3: label 'ham' is no class of the train part"):
         open_images(path)
+    path.write_text("text,label\n" + "long " * 40_000 + ",a\nshort,b\n")
+    assert len(_texts(path, image_size=8)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        (
+            "a.csv",
+            "good,pos\nawful film, hated it,neg\n",
+            r"line 3: expected 2 fields, text, label; what has ','",
+        ),
+        ("a.csv", "good,pos\nawful\n", r"line 3: expected 2 fields"),
+        ("a.csv", 'good,pos\n"never closed,neg\nmore,pos\n', r"quotes must be in pairs"),
+        ("a.tsv", '"Great film\tpos\nbad\tneg\n" bad\tneg\n', r"line 4: quotes must be in pairs"),
+        ("a.csv", "good,\nbad,\n", r"line 2: nothing in the train part has a label"),
+        ("a.csv", "good,--1\nbad,2\n", None),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_named(tmp_path: Path, name: str, rows: str, message: str | None) -> None:
+    path = tmp_path / name
+    path.write_text(("text\tlabel\n" if name.endswith("tsv") else "text,label\n") + rows)
+    if message is None:
+        assert _texts(path).classes == ("--1", "2")
+        return
+    with pytest.raises(DataError, match=message):
+        open_images(path)
+
+
+def test_a_part_alone_and_values_that_are_no_texts_are_named(tmp_path: Path) -> None:
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    parquet.write_table(arrow.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "test.parquet")
+    with pytest.raises(DataError, match="nothing in the train part has a label"):
+        open_images(tmp_path)
+    with pytest.raises(DataError, match="nothing in the train part has a label"):
+        open_images(f"imdb:{tmp_path}")
+    parquet.write_table(arrow.table({"text": [3, 4], "label": [0, 1]}), tmp_path / "test.parquet")
+    (tmp_path / "test.parquet").rename(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"train.parquet\[0\]: must be a text, got 3"):
+        open_images(tmp_path)
+    parquet.write_table(arrow.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="imdb has 2 classes and a test part, got 2 classes and train"):
+        open_images(f"imdb:{tmp_path}")
+
+
+def test_a_folder_of_other_classes_is_not_imdb(tmp_path: Path) -> None:
+    for below in ("train/pos", "train/neg", "train/neutral"):
+        (tmp_path / below).mkdir(parents=True)
+        (tmp_path / below / "0.txt").write_text("a film")
+    with pytest.raises(DataError, match="class neg has no pictures"):
+        open_images(tmp_path)
+
+
+def test_special_tokens_written_in_a_text_are_text() -> None:
+    tokenizer = Tokenizer.of(["a [SEP] b [PAD] c"] * 2, 20)
+    row = tokenizer(["a [SEP] b [PAD] c"], 16)[0]
+    words = row[: int((row != 0).sum())]
+    assert (row[len(words) :] == 0).all()
+    assert not tokenizer.special[words[1:-1]].any()
 
 
 def test_news_that_ship_with_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from fastmeta.training.config import AugmentationConfig, EvaluationConfig, Machi
 from fastmeta.training.data_to_predict import open_for_prediction
 from fastmeta.training.predict_landmarks import predict_landmarks
 from fastmeta.training.processes import Processes
+from fastmeta.training.reports.report import write_report
 from fastmeta.training.reports.run_folder import read_run
 from fastmeta.training.train import train
 
@@ -60,6 +61,16 @@ def test_lists_are_read_as_they_are_written(tmp_path: Path) -> None:
         open_images(tmp_path)
     (tmp_path / "testing.txt").write_text(line.replace("a.png", "b.png"))
     with pytest.raises(DataError, match=r"b.png: cannot be read"):
+        open_images(tmp_path)
+    deep = Image.fromarray((pixels.astype(np.uint16) * 257).astype(np.uint16))
+    deep.save(tmp_path / "lfw_5590" / "b.png")
+    both = open_images(tmp_path, image_size=60)
+    assert both.get(torch.tensor([0])).equal(both.get(torch.tensor([1]))), "16 bits are scaled to 8"
+    (tmp_path / "testing.txt").write_text(f"\ufeff{line}\n\nlfw_5590\\a.png 1 2\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"testing.txt: line 4: must have 10 finite coordinates"):
+        open_images(tmp_path)
+    (tmp_path / "testing.txt").write_bytes(line.encode() + b"caf\xe9.png 1 2\n")
+    with pytest.raises(DataError, match=r"testing.txt: must be UTF-8 text"):
         open_images(tmp_path)
     (tmp_path / "testing.txt").unlink()
     with pytest.raises(DataError, match=r"aflw without testing.txt; get MTFL.zip"):
@@ -174,6 +185,10 @@ def _predict_as_the_run(folder: Path, faces: Path, error: float, of_run: list[st
     scaled = [float(value) for value in line.removeprefix(f"{larger},").split(",")]
     assert max(abs(x - 4 * old) for x, old in zip(scaled[:5], found[:5], strict=True)) < 30
     assert max(abs(y - 2 * old) for y, old in zip(scaled[5:], found[5:], strict=True)) < 15
+    write_report([folder], folder / "report.html")
+    page = (folder / "report.html").read_text()
+    assert f"{100 * error:.2f}%" in page
+    assert "95%:" not in page, "a mean distance is no share of the images"
     old_run = dataclasses.replace(run, results={"test_error": 0.1})
     with pytest.raises(ValueError, match=r"results.json must have standardized_by"):
         predict_landmarks(old_run, open_for_prediction([str(picture)], run), out)

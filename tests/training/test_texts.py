@@ -1,5 +1,6 @@
 """Reviews as IMDb has them: tokens, replaced words against the paper's formula, and UDA with a method on a BERT."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastmeta.cli import main
 from fastmeta.data import DataError, KeyedRandom, open_images
 from fastmeta.data.generated import WRITERS
 from fastmeta.data.readers.optional import MissingPackage
@@ -25,6 +27,7 @@ from fastmeta.training.config import (
 from fastmeta.training.data_to_predict import open_for_prediction
 from fastmeta.training.predict import predict, summary_of
 from fastmeta.training.recipes import METHODS
+from fastmeta.training.reports.report import write_report
 from fastmeta.training.reports.run_folder import read_run
 from fastmeta.training.train import train
 
@@ -130,6 +133,11 @@ def _predict_as_the_run(folder: Path, reviews: Path, error: float) -> None:
     assert [(part.part, part.images) for part in predicted.parts] == [("train", 60), ("test", 120)]
     assert predicted.parts[1].errors == round(120 * error)
     assert predicted.known == 280, "those without a label, and those that lent theirs to nobody"
+    other = folder / "other"
+    WRITERS["imdb"](other)  # the same names elsewhere
+    assert predict(run, open_for_prediction([str(other)], run), out).known == 0
+    unsup = predict(run, open_for_prediction([str(reviews / "train" / "unsup")], run), out)
+    assert (unsup.images, unsup.known) == (240, 240)
     assert "120 texts with a label" in summary_of(predicted, run)
     # The same texts as files in folders that are named as the classes.
     files = predict(run, open_for_prediction([str(reviews / "test")], run), out)
@@ -137,8 +145,17 @@ def _predict_as_the_run(folder: Path, reviews: Path, error: float) -> None:
     one = next((reviews / "test" / "pos").glob("0_*.txt"))
     predict(run, open_for_prediction([str(one)], run), out)
     assert out.read_text().splitlines()[1].startswith(f"{one},")
+    (folder / "empty").mkdir()
     with pytest.raises(DataError, match="no texts found"):
-        open_for_prediction([str(folder)], run)
+        open_for_prediction([str(folder / "empty")], run)
+    with pytest.raises(DataError, match=r"config.json: no texts found, expected .txt files"):
+        open_for_prediction([str(one), str(folder / "config.json")], run)
+    table = folder / "new.csv"
+    for lines in ("text\ngreat film\nawful\n", "text,label,part\ngreat film,,\nawful,neg,test\n"):
+        table.write_text(lines)
+        found = predict(run, open_for_prediction([str(table)], run), out)
+        assert found.images == 2
+        assert [part.part for part in found.parts] == (["test"] if "neg" in lines else [])
     with pytest.raises(DataError, match="no-such: no such file or folder"):
         open_for_prediction([str(one), "no-such"], run)
     with pytest.raises(DataError, match=r"must be texts, as those of .* got images"):
@@ -152,6 +169,8 @@ def _predict_as_the_run(folder: Path, reviews: Path, error: float) -> None:
         ({"base": "vat"}, "base must be none that mixes or moves pixels for texts, got 'vat'"),
         ({"augmentation": AugmentationConfig(flip=True)}, "augmentation must be left out for texts"),
         ({"model": "conv-net"}, "model must be one of auto, bert-tiny, .* for texts, got 'conv-net'"),
+        ({"views": "pictures"}, "views must be left out for texts"),
+        ({"split": SplitConfig(foreign_classes=1)}, "split.foreign_classes must be left out for texts"),
     ],
 )
 def test_what_texts_cannot_have_is_refused(settings: dict, message: str) -> None:
@@ -235,3 +254,42 @@ def test_what_a_pretrained_net_cannot_take_is_refused(reviews: Path, pretrained:
         load_images(RunConfig(data=str(reviews), base="uda", model=str(tmp_path)))
     with pytest.raises(ValueError, match=f"model {tmp_path} cannot be made"):
         build_text_model(str(tmp_path), 2, vocabulary=20, length=8)
+
+
+def test_words_of_unlabeled_texts_are_counted(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "few.csv"
+    rows = ["good film,a", "bad film,b", *(f"common word{k % 7} rare{k}," for k in range(60))]
+    path.write_text("text,label\n" + "\n".join(rows) + "\n")
+    config = RunConfig(data=str(path), base="uda", image_size=8, unlabeled_batch=60, labeled_batch=2)
+    images = load_images(config)
+    assert isinstance(images, Texts)
+    built = build(config, images)
+    batch = built.trainer.batches(0)
+    assert batch.second is not None
+    common = images.tokenizer(["common"], 3)[0, 1]
+    gone = (batch.weak == common) & (batch.second != common)
+    assert int(gone.sum()) > 10, "in nearly every text, it says least"
+
+
+def test_a_comparison_of_texts(tmp_path: Path) -> None:
+    """No validation texts, no pixels for a support vector machine, and no picture of a text."""
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
+    lines = [
+        f"{word} film {k},{label},{part}"
+        for part in ("train", "test")
+        for k in range(6)
+        for label, word in (("no", "awful"), ("yes", "great"))
+    ]
+    (tmp_path / "mail.csv").write_text("text,label,part\n" + "\n".join(lines) + "\n")
+    command = f"compare --data {tmp_path}/mail.csv --base uda --methods l2i --labels-per-class 2 --seeds 1 --steps 2"
+    assert main([*command.split(), "--image-size", "6", "--out", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["validation_error"] for row in results["table"]] == [None, None]
+    assert not results["support_vector_test_error"]
+    (run,) = (tmp_path / "out" / "runs" / "uda" / "l2i").glob("seed-0")
+    write_report([run], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "could not be shown" not in page
+    assert ">?<" not in page, "labels of each class are counted in the run's tokens"

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fastmeta.data.images import DataError
 from fastmeta.data.landmarks import COORDINATES, Landmarks
+from fastmeta.data.readers.pictures import as_mode
 
 LISTS = {"train": "training.txt", "test": "testing.txt"}
 _URL = "http://mmlab.ie.cuhk.edu.hk/projects/TCDCN/data/MTFL.zip"
@@ -40,14 +41,19 @@ def open_aflw(path: Path, image_size: int | None = None) -> Landmarks:
     for name in LISTS.values():
         if not (path / name).is_file():
             raise DataError(f"{path}: aflw without {name}; get MTFL.zip with it and its pictures from {_URL}")
-        lines = [line for line in (path / name).read_text().splitlines() if line.strip()]
-        if not lines:
-            raise DataError(f"{path / name}: must have a line for each picture, got none")
+        before = len(pictures)
+        try:
+            lines = (path / name).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path / name}: must be UTF-8 text: {error}") from error
         for number, line in enumerate(lines, start=1):
-            picture, points = _parsed(line, f"{path / name}: line {number}")
-            pictures.append(picture)
-            coordinates.append(points)
-        counts.append(len(lines))
+            if line.strip():
+                picture, points = _parsed(line, f"{path / name}: line {number}")
+                pictures.append(picture)
+                coordinates.append(points)
+        counts.append(len(pictures) - before)
+        if not counts[-1]:
+            raise DataError(f"{path / name}: must have a line for each picture, got none")
     first, _ = counts
     places = torch.arange(len(pictures))
     parts = {"train": places[:first], "test": places[first:]}
@@ -101,10 +107,13 @@ def _parsed(line: str, where: str) -> tuple[str, np.ndarray]:
 
 
 def _decoded(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gray pixels ``[size, size]``, and what coordinates (x, y) are multiplied by."""
+    """Gray pixels ``[size, size]`` as stored, and what coordinates (x, y) are multiplied by.
+
+    EXIF's orientation is left alone: the lists have coordinates of the pixels in the file.
+    """
     try:
         with Image.open(path) as picture:
             scale = np.array([size / picture.width, size / picture.height])
-            return np.asarray(picture.convert("L").resize((size, size), Image.Resampling.BILINEAR)), scale
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            return np.asarray(as_mode(picture, "L").resize((size, size), Image.Resampling.BILINEAR)), scale
+    except Exception as error:  # whatever Pillow raises for what it cannot read
         raise DataError(f"{path}: cannot be read: {error}") from error

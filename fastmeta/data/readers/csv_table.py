@@ -16,6 +16,7 @@ from fastmeta.data.readers.names import Names
 
 TABLES = (".csv", ".tsv")
 _COLUMNS = ("path", "label")
+_LONGEST = 2**27  # characters of a field; csv's own limit is 131,072
 _DELIMITERS = (",", ";", "\t")  # a spreadsheet's choice depends on its language
 
 
@@ -30,6 +31,9 @@ def collect_csv(path: Path) -> Collection:
             or a label is no class.
     """
     lines, rows = read_rows(path, _COLUMNS)
+    if not all(row["path"].strip() for row in rows):
+        line = next(line for line, row in zip(lines, rows, strict=True) if not row["path"].strip())
+        raise DataError(f"{path}: line {line}: path must not be empty")
     relative = [row["path"].strip() for row in rows]
     names = [os.path.normpath(path.absolute().parent / name) for name in relative]
     status = _status(path, lines, names)
@@ -78,23 +82,41 @@ def has_columns(path: Path, columns: Sequence[str]) -> bool:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> tuple[list[int], list[dict[str, str]]]:
-    """The rows that have the first of the columns, and the line that each ends in.
+    """The rows that are not blank in all of the columns, and the line that each ends in.
 
     Raises:
-        DataError: the first line does not name the columns, there are no rows, or it is not UTF-8.
+        DataError: the first line does not name the columns, there are no rows, a row has more or fewer fields than
+            that, quotes are not in pairs, or it is not UTF-8.
     """
     header = _header(path)
     delimiter = _delimiter(header, columns)
     if delimiter is None:
-        raise DataError(f"{path}: the first line must name the columns {' and '.join(columns)}, got {header.strip()!r}")
+        raise DataError(
+            f"{path}: the first line must name the columns {' and '.join(columns)}, got {header.strip()!r}; of "
+            "texts: text and label"
+        )
     names = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter))]
+    rows: list[tuple[int, dict[str, str]]] = []
+    longest = csv.field_size_limit(_LONGEST)
     with open(path, newline="", encoding="utf-8-sig") as file:
         try:
             file.readline()
-            reader = csv.DictReader(file, names, delimiter=delimiter)
-            rows = [(reader.line_num + 1, row) for row in reader if (row[columns[0]] or "").strip()]
+            reader = csv.DictReader(file, names, delimiter=delimiter, strict=True)
+            for row in reader:
+                line = reader.line_num + 1
+                if None in row or any(row[column] is None for column in columns):
+                    raise DataError(
+                        f"{path}: line {line}: expected {len(names)} fields, {', '.join(names)}; what has "
+                        f"{delimiter!r} in it must be in quotes"
+                    )
+                if any(row[column].strip() for column in columns):
+                    rows.append((line, row))
         except UnicodeDecodeError as error:
             raise _not_text(path, error) from None
+        except csv.Error as error:
+            raise DataError(f"{path}: line {reader.reader.line_num + 1}: quotes must be in pairs: {error}") from None
+        finally:
+            csv.field_size_limit(longest)
     if not rows:
         raise DataError(f"{path}: nothing found, expected a row for each {columns[0]} below the line of columns")
     return [line for line, _ in rows], [row for _, row in rows]

@@ -25,7 +25,8 @@ def imdb_below(path: Path) -> Path | None:
     """The folder with the reviews, at a path or in ``aclImdb`` there, or the archive as downloaded."""
     for folder in (path, path / "aclImdb"):
         if any((folder / "train" / "pos").glob("*.txt")):
-            return folder
+            others = {each.name for each in (folder / "train").iterdir() if each.is_dir()} - {"neg", "pos", "unsup"}
+            return None if others else folder
     return next((file for file in (path, path / _ARCHIVE) if file.name == _ARCHIVE and file.is_file()), None)
 
 
@@ -56,8 +57,8 @@ def open_imdb(path: Path, length: int | None = None, tokenizer: str | None = Non
             raise DataError(f"{place}: imdb without {below}/*.txt; get {_URL}")
         for name in sorted(reviews):
             parts.setdefault(part, []).append(len(texts))
-            names.append(f"{below}/{name}")
-            texts.append(_text(reviews[name], f"{place}: {below}/{name}"))
+            names.append(str(place.absolute() / below / name))
+            texts.append(_text(reviews[name], names[-1]))
             targets.append(label)
     return Texts(
         "imdb",

@@ -63,10 +63,10 @@ def number_labels(
     Raises:
         DataError: another part has a label that "train" has not, or "train" has none.
     """
-    found = {labels[place] for place in parts["train"].tolist()} - {""}
+    found = {labels[place] for place in parts["train"].tolist()} - {""} if "train" in parts else set()
     if not found:
-        raise DataError("no image of the train part has a label, expected some for every class")
-    whole = all(label.lstrip("-").isdecimal() for label in found)
+        raise DataError(f"{describe(0)}: nothing in the train part has a label, expected some for every class")
+    whole = all(label.removeprefix("-").isdecimal() for label in found)
     classes = tuple(sorted(found, key=int if whole else None))
     number = {"": -1} | {label: place for place, label in enumerate(classes)}
     for place, label in enumerate(labels):

@@ -139,6 +139,9 @@ def _texts(name: str | None, path: Path, length: int | None, tokenizer: str | No
     """The texts at a path; None where there are others, and no name asks for texts."""
     if imdb_below(path) is None:
         found = open_texts(path, length, tokenizer)
+        if found is not None and name == "imdb" and (len(found.classes) != 2 or "test" not in found.parts):
+            parts = ", ".join(found.parts)
+            raise DataError(f"{path}: imdb has 2 classes and a test part, got {len(found.classes)} classes and {parts}")
         if found is not None or name is None:
             return found
     return open_imdb(path, length, tokenizer)

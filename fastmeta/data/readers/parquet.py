@@ -162,6 +162,28 @@ def labeled_shards(path: Path, shards: Sequence[Path], columns: Sequence[str]) -
     return LabeledShards(kept, files, column, counts, classes, targets, parts)
 
 
+def column_and_labels(shard: Path, columns: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """The values of the first of the columns that a shard has, and the names of its labels, empty where there is none.
+
+    Raises:
+        DataError: it cannot be read, or has none of the columns.
+        MissingPackage: pyarrow is not installed.
+    """
+    file = _open(shard)
+    has = file.schema_arrow.names
+    column = next((name for name in columns if name in has), None)
+    label = next((name for name in _LABELS if name in has), None)
+    if column is None:
+        raise DataError(f"{shard}: expected the column {' or '.join(columns)}, got {', '.join(has)}")
+    values = file.read(columns=[column]).column(0).to_pylist()
+    if label is None:
+        return values, [""] * len(values)
+    classes = _class_names(file.schema_arrow.metadata, label)
+    found = file.read(columns=[label]).column(0).to_pylist()
+    known = [None if value == -1 else value for value in found]
+    return values, ["" if one is None else class_name(str(classes[one] if classes else one)) for one in known]
+
+
 def columns_of(shard: Path) -> list[str]:
     """Names of a shard's columns.
 

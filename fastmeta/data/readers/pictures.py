@@ -78,7 +78,7 @@ def to_canvas(picture: Image.Image, mode: str, canvas: int) -> np.ndarray:
     """
     picture.draft(mode, (2 * canvas, 2 * canvas))  # JPEG: large ones are decoded at a half, quarter or eighth
     turn = _UPRIGHT.get(_orientation(picture))
-    picture = _as_mode(picture, mode)
+    picture = as_mode(picture, mode)
     width, height = picture.size
     side = min(width, height)
     if (width, height) != (canvas, canvas):
@@ -98,7 +98,12 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _as_mode(picture: Image.Image, mode: str) -> Image.Image:
+def as_mode(picture: Image.Image, mode: str) -> Image.Image:
+    """The whole picture in 8 bits, ``L`` or ``RGB``.
+
+    Raises:
+        Exception: whatever Pillow raises for what it cannot read.
+    """
     sixteen = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
     if sixteen:
         pixels = np.asarray(picture).astype(np.uint32)

@@ -234,6 +234,8 @@ def _labels(folder: Path, details: Details, columns: int = 8) -> Path | None:
     if not rows:
         return None
     images = load_images(from_dict(read_json(folder / "config.json")["runs"][0]))
+    if len(images.image_shape) != 3:  # texts
+        return None
     figure = pyplot().figure(figsize=(1.15 * columns, 2.1 * len(rows)), layout="constrained")
     strips = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for (title, changes), strip in zip(rows.items(), strips, strict=True):

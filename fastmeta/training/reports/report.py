@@ -168,14 +168,17 @@ def _add_images(page: RunPage) -> None:
     labeled = page.part("labels of each class", lambda: _labeled_of_each_class(page.run, images), None)
     page.balance = sections.balance_of(page.run.classes, labeled, page.examples)
     shown = {example.path: None for example in (*page.changed, *page.differing, *page.lowest)}
-    if images is not None and shown:
+    if images is not None and shown and page.run.task == "images":
         page.pictures = page.part("pictures", lambda: thumbnails(images, places_of(images, shown)), {})
 
 
 def _open(page: RunPage) -> Images | None:
     config = page.run.config
     try:
-        images = open_images(config["data"], image_size=config["image_size"], mode=page.run.mode, cache=False)
+        of_run = str(page.run.folder) if page.run.task == "texts" else None
+        images = open_images(
+            config["data"], image_size=config["image_size"], mode=page.run.mode, cache=False, tokenizer=of_run
+        )
         return with_foreign_classes(images, config["split"].get("foreign_classes", 0))
     except Exception as error:  # the data may be anywhere by now, or changed
         page.notes.append(f"no pictures: the data cannot be opened any more ({error})")

@@ -75,7 +75,8 @@ def headlines(run: RunFolder) -> list[Figure]:
     for part in ("test", "validation"):
         error = (results or {}).get(f"{part}_error")
         if error is not None:
-            figures.append(Figure(f"{part} error", f"{100 * error:.2f}%", _interval_text(error, sizes.get(part), part)))
+            count = None if run.task == "landmarks" else sizes.get(part)  # whose error is a distance and no share
+            figures.append(Figure(f"{part} error", f"{100 * error:.2f}%", _interval_text(error, count, part)))
         top5 = (results or {}).get(f"{part}_top5_error")
         if top5 is not None:
             figures.append(Figure(f"{part} error, top 5", f"{100 * top5:.2f}%"))

@@ -40,7 +40,7 @@ def summarize(runs: Sequence[dict[str, Any]], step_seconds: Mapping[str, float])
             "seeds": sorted(by_seed),
             "test_error": mean,
             "test_error_sd": deviation,
-            "validation_error": statistics.fmean(run["validation_error"] for run in by_seed.values()),
+            "validation_error": _mean_of_known([run["validation_error"] for run in by_seed.values()]),
             "seconds_per_step": timed or statistics.median(run["seconds_per_step"] for run in by_seed.values()),
             "difference": None,
             "difference_low": None,
@@ -56,6 +56,11 @@ def summarize(runs: Sequence[dict[str, Any]], step_seconds: Mapping[str, float])
             row["step_ratio"] = timed / step_seconds[base] if timed and base in step_seconds else None
         rows.append(row)
     return rows
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
