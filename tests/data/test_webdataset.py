@@ -57,5 +57,5 @@ def test_what_is_wrong_is_named(tmp_path):
         open_images(_write(tmp_path / "a.tar", {"0.png": _png(0), "0.cls": b"0"}, "w:gz"))
     with pytest.raises(DataError, match=r"no images found, expected key.jpg and key.cls"):
         open_images(_write(tmp_path / "b.tar", {"0.txt": b"0"}))
-    with pytest.raises(DataError, match="no image of the train part has a label"):
+    with pytest.raises(DataError, match="nothing in the train part has a label"):
         open_images(_write(tmp_path / "c.tar", {"0.png": _png(0)}))
