@@ -5,16 +5,16 @@ digits' validation images: see :mod:`fastmeta.reproduce.runs`. Cells come in rou
 what they tell: the largest effect first, whether it is the base's settings, where it ends, other bases, everything.
 """
 
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastmeta.reproduce import runs
 from fastmeta.reproduce.experiment import Experiment, Row, markdown
-from fastmeta.reproduce.which_method import PLAIN, order_of, page
+from fastmeta.reproduce.which_method import BASE, FEWEST, PLAIN, order_of, page
 from fastmeta.ssl import BASES
 from fastmeta.training.recipes import DEFAULT_METHODS
 from fastmeta.training.reports.drawing import pyplot, style
-from fastmeta.training.reports.intervals import t_interval
 
 ROUNDS = (range(3), range(3, 6), range(6, 10))
 MAIN = ("none", "l2i", "implicit-imputation", "meta-gradient")
@@ -118,34 +118,45 @@ COLORS = dict(zip(MAIN, ("0.45", "#D55E00", "#009E73", "#0072B2"), strict=True))
 
 
 def draw(rows: Sequence[Row]) -> dict[str, Any]:
-    """Test error of FixMatch against the number of labels, alone and with methods."""
+    """Test error of FixMatch against the number of labels, alone and with methods, and what each method changes."""
     names = list(dict.fromkeys(row["data"] for row in rows)) or ["digits"]
     figure, grid = pyplot().subplots(
-        1, len(names), figsize=(max(5.0, 3.7 * len(names)), 3.4), squeeze=False, layout="constrained"
+        2, len(names), figsize=(max(5.0, 3.7 * len(names)), 5.2), squeeze=False, sharex=True, layout="constrained"
     )
-    for axes, data in zip(grid[0], names, strict=True):
-        style(axes)
+    for column, data in enumerate(names):
+        for axes in grid[:, column]:
+            style(axes)
+        above, below = grid[:, column]
+        below.axhline(0, color=COLORS[PLAIN], linewidth=1)
         for place, method in enumerate(MAIN):
-            arm = "fixmatch" if method == PLAIN else f"fixmatch + {method}"
-            points = []
+            arm = BASE if method == PLAIN else f"{BASE} + {method}"
+            means, changes = [], []
             for _, labels in order_of(runs.of(rows, data=data)):
-                errors = runs.by_seed(runs.of(rows, data=data, labels=labels)).get(arm)
-                if errors:
-                    points.append((labels * 1.04**place, t_interval(list(errors.values()))))
-            if not points:
+                errors = runs.by_seed(runs.of(rows, data=data, labels=labels))
+                if len(errors.get(arm, {})) < FEWEST:
+                    continue
+                means.append((labels, statistics.fmean(errors[arm].values())))
+                difference = runs.paired(errors[arm], errors.get(BASE, {}))
+                if difference is not None and difference.low is not None:
+                    changes.append((labels * 1.05 ** (place - 2), difference))
+            if not means:
                 continue
-            x, means = [x for x, _ in points], [interval.mean for _, interval in points]
-            axes.plot(x, means, "o-", color=COLORS[method], markersize=4, label=arm if data == names[0] else None)
-            for at, interval in points:
-                if interval.low is not None and interval.high is not None:
-                    axes.plot([at, at], [max(0, interval.low), interval.high], color=COLORS[method], linewidth=1)
-        axes.set_xscale("log")
-        axes.set_xticks(EDGE, [str(labels) for labels in EDGE])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=0)
-        axes.set(title=data, xlabel="labels a class")
+            above.plot(*zip(*means, strict=True), "o-", color=COLORS[method], markersize=4, label=arm)
+            if method != PLAIN and changes:
+                x = [x for x, _ in changes]
+                below.vlines(x, [one.low for _, one in changes], [one.high for _, one in changes], COLORS[method])
+                below.plot(x, [one.mean for _, one in changes], "o", color=COLORS[method], markersize=4)
+        above.set_ylim(bottom=0)
+        above.set_title(data)
+        below.set_xscale("log")
+        below.set_xticks(EDGE, [str(labels) for labels in EDGE])
+        below.minorticks_off()
+        below.set_xlabel("labels a class")
     grid[0][0].set_ylabel("test error, %")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    grid[1][0].set_ylabel(f"minus {BASE},\npoints, 95%")
+    handles, labels_of = grid[0][0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels_of, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return {"figure": figure}
 
 
