@@ -74,11 +74,13 @@ def _of_the_base(rows: Sequence[Row], place: tuple[str, int]) -> dict[str, list[
     return {"alone": alone, "with": [row for row in here if row["method"] != PLAIN]}
 
 
-def _chosen(alone: Sequence[Row]) -> dict[int, float]:
-    """Test errors, by seed, of the settings of the base that have the least validation error on that seed."""
-    errors, validation = runs.by_seed(alone), runs.by_seed(alone, "validation_error")
-    common = set.intersection(*(set(one) for one in errors.values())) if errors else set()
-    return {seed: errors[min(validation, key=lambda arm: validation[arm][seed])][seed] for seed in sorted(common)}
+def _chosen(alone: Sequence[Row]) -> str:
+    """The settings of the base with the least validation error, over the seeds that all settings have."""
+    validation = runs.by_seed(alone, "validation_error")
+    common = set.intersection(*(set(one) for one in validation.values()))
+    if len(common) < FEWEST:
+        return BASE
+    return min(validation, key=lambda arm: sum(validation[arm][seed] for seed in common))
 
 
 def _best(rows: Sequence[Row], places: Sequence[tuple[str, int]]) -> str:
@@ -86,37 +88,40 @@ def _best(rows: Sequence[Row], places: Sequence[tuple[str, int]]) -> str:
     lines: list[list[object]] = []
     for place in places:
         here = _of_the_base(rows, place)
-        plain, chosen = runs.by_seed(here["alone"]).get(BASE, {}), _chosen(here["alone"])
-        against = chosen if len(chosen) >= FEWEST else plain
+        alone = runs.by_seed(here["alone"])
+        if BASE not in alone:
+            continue
+        chosen = _chosen(here["alone"])
+        fair = [row for row in here["with"] if not METHODS[row["method"]].uses_holdout]
         candidates = {
             name: errors
-            for name, errors in runs.by_seed(
-                [row for row in here["with"] if not METHODS[row["method"]].uses_holdout]
-            ).items()
-            if len(set(errors) & set(against)) >= FEWEST
+            for name, errors in runs.by_seed(fair).items()
+            if len(set(errors) & set(alone[chosen])) >= FEWEST
         }
         if not candidates:
             continue
         level = 1 - 0.05 / len(candidates)
-        found = {name: runs.paired(errors, against, level) for name, errors in candidates.items()}
+        found = {name: runs.paired(errors, alone[chosen], level) for name, errors in candidates.items()}
         helping = {name: one for name, one in found.items() if one is not None and runs.verdict(one) == "helps"}
+        shown = [runs.mean_text(list(alone[BASE].values())), ""]
+        if chosen != BASE:
+            shown[1] = f"{chosen.removeprefix(f'{BASE}, ')}: {runs.mean_text(list(alone[chosen].values()))}"
         if helping:
             name = min(helping, key=lambda name: helping[name].mean)
-            advice = [name, runs.interval_text(helping[name])]
+            seeds = len(set(candidates[name]) & set(alone[chosen]))
+            advice = [name, f"{runs.interval_text(helping[name])}, {seeds} seeds"]
         else:
             advice = [f"the base alone: none of {len(found)} tried is shown to help", ""]
-        tuned = len(runs.by_seed(here["alone"])) > 1 and against is chosen
-        shown = runs.mean_text(list(chosen.values())) if tuned else ""
-        lines.append([_name(place), runs.mean_text(list(plain.values())), shown, *advice])
+        lines.append([_name(place), *shown, *advice])
     if not lines:
         return "Nothing is measured yet."
-    columns = ["", f"{BASE} errs on, %", "with its settings chosen, %", "take", "which changes, points"]
+    columns = ["", f"{BASE} errs on, %", "with other settings, %", "take", "which changes, points"]
     return (
-        f"{markdown(columns, lines)}\n\nWith its settings chosen: those of several with the least validation error on "
-        "each seed, where others were tried; what to take is then compared with that. It is the one with the largest "
-        "difference among those that help, its rivals may be as good. The largest of several looks larger than it is: "
-        "here the interval is widened for as many as were tried (Bonferroni). Methods with labels that no other sees "
-        "are left out."
+        f"{markdown(columns, lines)}\n\nOther settings: of those that were tried, the one with the least validation "
+        "error, if it is not the base as it is; what to take is then compared with that. It is the one with the "
+        "largest difference among those that help, its rivals may be as good. The largest of several looks larger than "
+        "it is: here the interval is widened for as many as were tried (Bonferroni). Methods with labels that no other "
+        "sees are left out."
     )
 
 
@@ -178,31 +183,38 @@ def _edges(rows: Sequence[Row], places: Sequence[tuple[str, int]]) -> str:
 
 
 def _tuned(rows: Sequence[Row], places: Sequence[tuple[str, int]]) -> str:
-    """L2I as it is against FixMatch with the settings that have the least validation error, seed by seed."""
+    """Settings of FixMatch, the one of them with the least validation error, and methods against it."""
     parts = []
     for place in places:
         here = _of_the_base(rows, place)
-        errors, with_it = runs.by_seed(here["alone"]), runs.by_seed(runs.of(here["with"], method="l2i"))
-        chosen = _chosen(here["alone"])
-        seeds = sorted(set(chosen) & set(with_it.get(f"{BASE} + l2i", {})))
-        if len(errors) < 2 or len(seeds) < FEWEST:
+        alone, with_it = runs.by_seed(here["alone"]), runs.by_seed(here["with"])
+        if len(alone) < 2 or len(set.intersection(*(set(one) for one in alone.values()))) < FEWEST:
             continue
-        chosen = {seed: chosen[seed] for seed in seeds}
-        lines: list[list[object]] = []
-        for name, found in [*errors.items(), ("the best of these on each seed's validation images", chosen)]:
-            lines.append([name, runs.mean_text([found[seed] for seed in seeds]), ""])
-        for name, found in with_it.items():
-            common = [found[seed] for seed in seeds if seed in found]
-            if common:
-                lines.append([name, runs.mean_text(common), runs.interval_text(runs.paired(found, chosen))])
-        untouched = runs.paired(with_it[f"{BASE} + l2i"], chosen)
+        chosen = _chosen(here["alone"])
+        methods = {runs.arm(row): row["method"] for row in here["with"]}
+        lines: list[list[object]] = [
+            [f"**{name}**" if name == chosen else name, len(errors), runs.mean_text(list(errors.values())), "", ""]
+            for name, errors in alone.items()
+        ]
+        for name, errors in with_it.items():
+            same = alone.get(name.replace(f" + {methods[name]}", ""), {})  # the same settings without the method
+            against = [
+                f"{runs.interval_text(runs.paired(errors, other))}, {common} seeds"
+                if (common := len(set(errors) & set(other))) >= FEWEST
+                else ""
+                for other in (alone[chosen], same)
+            ]
+            lines.append([name, len(errors), runs.mean_text(list(errors.values())), *against])
+        untouched = with_it.get(f"{BASE} + l2i", {})
+        gap = runs.paired(untouched, alone[chosen]) if len(set(untouched) & set(alone[chosen])) >= FEWEST else None
         said = {
             "helps": "The gap is not the base's settings: L2I as it is beats the best of them.",
             "harms": "The gap was the base's settings: the best of them beats L2I as it is.",
-        }.get(runs.verdict(untouched), "Between the best of them and L2I as it is no difference is shown.")
-        columns = [_name(place), "test error, %", "against the best of the base, points"]
+            "no difference shown": "Between the best of them and L2I as it is no difference is shown.",
+        }.get(runs.verdict(gap), "")
+        columns = [_name(place), "seeds", "test error, %", "against the best of the base, points"]
         parts.append(
-            f"{markdown(columns, lines)}\n\n{said} {len(seeds)} seeds; the base had {len(errors)} runs on each to "
-            "choose from, L2I one, with the settings of the digits."
+            f"{markdown([*columns, 'against the same settings'], lines)}\n\nIn bold, the settings of the base with the "
+            f"least validation error of the {len(alone)} that were tried. {said}".rstrip()
         )
     return "\n\n".join(parts) or "Nothing is measured yet."
