@@ -42,7 +42,7 @@ def open_for_prediction(paths: Sequence[str], run: RunFolder) -> Images:
     size = run.config["image_size"]
     if run.task == "landmarks":
         only = Path(paths[0].removeprefix("aflw:"))
-        if len(paths) == 1 and (is_aflw(only) or paths[0] != str(only)):
+        if len(paths) == 1 and (is_aflw(only) or paths[0].startswith("aflw:")):
             return open_aflw(only, size)
         return open_faces(list(dict.fromkeys(_pictures(paths).names)), size)
     if len(paths) == 1 and not _has_files(Path(paths[0]), SUFFIXES):
@@ -64,7 +64,8 @@ def _texts(paths: Sequence[str], run: RunFolder) -> Texts:
         found: Images | None = None
         if Path(paths[0]).exists() and imdb_below(Path(paths[0])) is None:
             found = open_texts_to_predict(Path(paths[0]), run.classes, length, tokenizer)
-        found = found or open_images(paths[0], image_size=length, tokenizer=tokenizer)
+        if found is None:
+            found = open_images(paths[0], image_size=length, tokenizer=tokenizer)
         if not isinstance(found, Texts):
             raise DataError(f"{paths[0]}: must be texts, as those of {run.folder}, got images")
         return found

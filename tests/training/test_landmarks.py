@@ -177,6 +177,7 @@ def _predict_as_the_run(folder: Path, faces: Path, error: float, of_run: list[st
     # In pixels of the picture, 150 wide, and not of the 60 that the net sees.
     assert max(abs(one - other) for one, other in zip(found, true, strict=True)) < 60
     assert max(found) > 75
+    assert len(open_for_prediction([f"{faces / 'AFLW'}/"], run)) == 80
     larger = folder / "larger.png"
     with Image.open(picture) as image:
         image.resize((600, 300)).save(larger)
