@@ -1,5 +1,6 @@
 """Operator cases as data: the arguments each takes, their symbolic shapes, and the variants worth a test."""
 
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,7 +114,11 @@ class Case:
         return [r for r in (result if isinstance(result, tuple) else (result,)) if r is not None]
 
     def error_scale(self, arguments: Arguments) -> list[Tensor]:
-        return list(getattr(error_scale, self.name)(**to(arguments, torch.float64)))
+        scale, wide = getattr(error_scale, self.name), to(arguments, torch.float64)
+        if arguments.get("loss") == "huber" and "unit" in inspect.signature(scale).parameters:
+            head = isinstance(arguments["logits"], Head)
+            wide["unit"] = torch.finfo(arguments["features"].dtype).eps if head else 0.0
+        return list(scale(**wide))
 
     def raw(self, arguments: Arguments) -> tuple[Any, ...]:
         """The same arguments as the registered operator takes them."""

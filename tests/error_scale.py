@@ -47,9 +47,13 @@ def tanh_slope(logits: Tensor, size: Tensor | float) -> Tensor:
     return 1 + logits.tanh().square() + size
 
 
-def huber_slope(logits: Tensor, targets: Tensor, size: Tensor | float) -> Tensor:
-    """1 or 0; without a bound where rounding decides on which side of the kink an entry is."""
-    gap, rounding = (logits - targets).abs(), 1e-5 * (logits.abs() + targets.abs() + size)
+def huber_slope(logits: Tensor, targets: Tensor, size: Tensor | float, unit: float) -> Tensor:
+    """1 or 0; without a bound where rounding decides on which side of the kink an entry is.
+
+    Logits that an operator makes of 16-bit features may be rounded to 16 bits on the way, as torch's own are: ``unit``.
+    """
+    gap = (logits - targets).abs()
+    rounding = 1e-5 * (logits.abs() + targets.abs() + size) + unit * logits.abs()
     return torch.where((gap - 1).abs() <= rounding, 1e30, (gap <= 1).double())
 
 
@@ -79,7 +83,7 @@ def per_example_dot(features, logits, targets, direction_weight, direction_bias=
     return ((residual(features, logits, targets, loss) * z).sum(-1),)
 
 
-def label_gradient(features, logits, direction_weight, direction_bias=None, *, loss, scale=1.0, targets=None):
+def label_gradient(features, logits, direction_weight, direction_bias=None, *, loss, scale=1.0, targets=None, unit=0.0):
     z = product(features, direction_weight, direction_bias)
     if loss == "binary_cross_entropy":
         return (abs(scale) * z,)
@@ -87,7 +91,7 @@ def label_gradient(features, logits, direction_weight, direction_bias=None, *, l
         return (abs(scale) * 2 * z,)
     f, size = logits_and_size(features, logits)
     if loss == "huber":
-        return (abs(scale) * huber_slope(f, as_probabilities(targets, f.shape[1], f.dtype), size) * z,)
+        return (abs(scale) * huber_slope(f, as_probabilities(targets, f.shape[1], f.dtype), size, unit) * z,)
     if loss == "mse_tanh":
         y = as_probabilities(targets, f.shape[1], f.dtype)
         return (abs(scale) * 2 * tanh_slope(y, 0.0) * tanh_slope(f, size) * z,)
@@ -98,7 +102,7 @@ def label_gradient(features, logits, direction_weight, direction_bias=None, *, l
 
 
 def hessian_vector_product(
-    features, logits, direction_weight, direction_bias=None, weights=None, *, loss, damping=0.0, targets=None
+    features, logits, direction_weight, direction_bias=None, weights=None, *, loss, damping=0.0, targets=None, unit=0.0
 ):
     z = product(features, direction_weight, direction_bias)
     f, size = logits_and_size(features, logits)
@@ -106,7 +110,7 @@ def hessian_vector_product(
     if loss == "mse":
         c = 2 * z
     elif loss == "huber":
-        c = huber_slope(f, as_probabilities(targets, f.shape[1], f.dtype), size) * z
+        c = huber_slope(f, as_probabilities(targets, f.shape[1], f.dtype), size, unit) * z
     elif loss == "mse_tanh":
         c = 2 * tanh_slope(f, size).square() * z
     elif loss == "binary_cross_entropy":

@@ -176,7 +176,7 @@ def test_averages_of_16_bit_gradients(generator, dtype, include_current):
     assert all(ema.dtype == torch.float32 for ema in [*rules[1].ema_labeled, *rules[1].ema_fourth])
     assert got.weight.dtype == dtype
     for mean, exact in zip(rules[1].ema_labeled, rules[0].ema_labeled, strict=True):
-        assert_close(mean, exact, 0.03)
+        assert_close(mean, exact, 0.03 if dtype == torch.float16 else 0.1)  # what is averaged is a sum that cancels
     assert_close(got.weight.float(), expected.weight, 0.1)
 
 
