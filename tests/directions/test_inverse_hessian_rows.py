@@ -24,7 +24,7 @@ from fastmeta.ops.solve import few_rows
 from fastmeta.problem import Direction, Factors, LastLayerProblem, Rows, vectors
 
 pytestmark = pretends_a_gpu
-EXACT: dict[str, Any] = {"tol": 1e-12, "max_iter": 500}
+EXACT: dict[str, Any] = {"tol": 1e-11, "max_iter": 500}  # at 1e-12 rounding may stop it first, which it says
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_the_direction_is_that_of_the_dense_hessian(
     tangent = problem.unlabeled.features @ exact.weight.T + (0 if exact.bias is None else exact.bias)
     assert_close(got.tangent, tangent)
     assert rule.last_solution is not None
-    assert rule.last_solution.residual <= 1e-11
+    assert rule.last_solution.residual <= EXACT["tol"]
     assert 0 < rule.last_solution.iterations < 60
     scaled = UnitLength(rule)(problem)
     assert_close(vectors.flat(scaled), vectors.flat(exact) / vectors.flat(exact).norm())
