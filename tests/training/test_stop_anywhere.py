@@ -130,10 +130,8 @@ def tell(begun, folder):
 
 
 def test_killed_at_random_moments(tmp_path, generator, uninterrupted):
-    begun = FORK.Event()
-
     def begin(folder):
-        begun.clear()
+        begun = FORK.Event()  # each its own: one that is killed may hold the event's lock
         process = start(tell, begun, folder)
         assert begun.wait(60)
         return process
