@@ -1,6 +1,9 @@
 """The 1,797 handwritten digits that ship with scikit-learn: real images, no network."""
 
+import functools
+
 import torch
+from torch import Tensor
 
 from fastmeta.data.images import ImageDataset
 from fastmeta.data.split import Split, make_split
@@ -15,13 +18,19 @@ def load_digits() -> ImageDataset:
     >>> len(load_digits())
     1797
     """
+    counts, targets = _stored()
+    return ImageDataset("digits", counts.float().div_(16).unsqueeze(1), targets.clone(), 10)
+
+
+@functools.cache  # it is read from text, in 0.1 s
+def _stored() -> tuple[Tensor, Tensor]:
+    """Counts of ink in 0 .. 16, float64 ``[1797, 8, 8]``, and the targets."""
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
         raise ImportError("the digits ship with scikit-learn: pip install scikit-learn") from error
     bunch = load()
-    images = torch.from_numpy(bunch.images).float().div_(16).unsqueeze(1)  # stored as ink counts 0..16
-    return ImageDataset("digits", images, torch.from_numpy(bunch.target).long(), 10)
+    return torch.from_numpy(bunch.images), torch.from_numpy(bunch.target)
 
 
 def split_digits(digits: ImageDataset, labels_per_class: int, seed: int) -> Split:

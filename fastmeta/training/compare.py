@@ -26,6 +26,7 @@ from fastmeta.training.train import check_folder
 from fastmeta.training.workers import Job, available_cores, run_jobs
 
 _HARD = ("pseudo-label", "fixmatch", "flexmatch", "freematch")  # bases that make labels one-hot
+_TIMED_STEPS = 40  # of each arm
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ def _step_seconds(config: CompareConfig, jobs: Sequence[Job], images: Images, *,
     earlier = (read_json(config.out / "results.json") or {}).get("step_seconds", {})
     if not changed and set(earlier) == set(arms):
         return earlier
-    return dict(zip(arms, interleaved_seconds(list(arms.values()), images), strict=True))
+    rounds = min(job.config.steps or _TIMED_STEPS for job in jobs)  # of a short run no more than it has
+    found = interleaved_seconds(list(arms.values()), images, rounds=min(rounds, _TIMED_STEPS))
+    return dict(zip(arms, found, strict=True))
 
 
 def _support_vector_errors(config: CompareConfig, images: Images) -> dict[str, float]:

@@ -16,7 +16,7 @@ from fastmeta.training.workers import Job
 _WARM_UP = 5
 
 
-def interleaved_seconds(jobs: Sequence[Job], images: Images, *, rounds: int = 40) -> list[float]:
+def interleaved_seconds(jobs: Sequence[Job], images: Images, *, rounds: int) -> list[float]:
     """Median wall seconds of a step of each job: one step of each in turn.
 
     While runs train side by side their steps disturb each other; taken in turn, a busy machine slows all of them alike.

@@ -105,7 +105,7 @@ def shapes(draw: Draw) -> list[tuple[int, int, int]]:
 def test_matches_float64(case, loss, dtype, impl, generator):
     ready(case, impl)
     draw = Draw(generator, dtype)
-    for shape in shapes(draw)[:: 12 if emulated(impl) else 4 if CHILD else 1]:
+    for shape in shapes(draw)[:: 12 if emulated(impl) else 8 if CHILD else 1]:
         shape = few_rows(impl, shape)
         if case.narrow and impl == "cuda":
             shape = (*shape[:2], 1 + shape[2] % NARROW_OUTPUTS)
@@ -119,8 +119,9 @@ def test_matches_float64_on_large_shapes(case, loss, dtype, impl, generator):
     ready(case, impl)
     draw = Draw(generator, dtype)
     torch.set_num_threads(2)
-    for i, shape in enumerate(large(case, impl, dtype)):
-        variant = case.variants[i % len(case.variants)]
+    sizes = large(case, impl, dtype)
+    for shape in {draw.choice(sizes), draw.choice(sizes)}:  # over losses and types all of them are drawn
+        variant = draw.choice(case.variants)
         arguments = case.arguments(draw, shape, loss, variant)
         check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")
 

@@ -1,5 +1,6 @@
 """One page about one or several runs, in one file: it needs no network, no script and no other file."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,7 @@ def report_html(runs: Sequence[RunFolder]) -> str:
     )
 
 
+@functools.cache  # compiling it takes most of a page's time
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
