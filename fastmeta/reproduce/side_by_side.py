@@ -1,5 +1,6 @@
 """Calls of a function one a core, each core a process of its own."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import traceback
@@ -48,10 +49,8 @@ def side_by_side(
             ready: list[Any] = multiprocessing.connection.wait(list(running))
             for connection in ready:
                 argument = running.pop(connection)
-                try:
+                with _died(argument):
                     error, result = connection.recv()
-                except EOFError:
-                    raise WorkerError(f"the process that had {argument} died") from None
                 if error:
                     raise WorkerError(f"{argument}:\n{error}")
                 _begin(running, connection, waiting, late)
@@ -66,9 +65,19 @@ def _begin(running: dict[Any, Any], connection: Any, waiting: Iterator[Any], lat
     if late():
         return
     for argument in waiting:
-        connection.send(argument)
+        with _died(argument):
+            connection.send(argument)
         running[connection] = argument
         return
+
+
+@contextlib.contextmanager
+def _died(argument: Any) -> Iterator[None]:
+    """What a connection says of a process that is gone."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise WorkerError(f"the process that had {argument} died") from None
 
 
 def _serve(function: Callable[[Any], Any], connection: Any) -> None:

@@ -123,6 +123,13 @@ def where(number):
     return number, os.getpid()
 
 
+class Deadly:
+    """A process that is given it ends before it has read an argument."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
 def test_cells_are_measured_in_processes_of_their_own_and_one_that_fails_says_which():
     found = {}
     calls = side_by_side(where, [0, 1, 2, 3, 13, 13], workers=2, late=lambda: False)
@@ -132,4 +139,6 @@ def test_cells_are_measured_in_processes_of_their_own_and_one_that_fails_says_wh
     assert all(number == again for number, (again, _) in found.items())
     assert os.getpid() not in {process for _, process in found.values()}
     assert multiprocessing.active_children() == []
+    with pytest.raises(WorkerError, match="the process that had [67] died"):
+        list(side_by_side(Deadly(), [6, 7], workers=2, late=lambda: False))
     assert list(side_by_side(where, range(5), workers=1, late=lambda: True)) == []
