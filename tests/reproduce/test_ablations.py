@@ -139,6 +139,6 @@ def test_cells_are_measured_in_processes_of_their_own_and_one_that_fails_says_wh
     assert all(number == again for number, (again, _) in found.items())
     assert os.getpid() not in {process for _, process in found.values()}
     assert multiprocessing.active_children() == []
-    with pytest.raises(WorkerError, match="the process that had [67] died"):
+    with pytest.raises(WorkerError, match=r"the process that had [67] died"):
         list(side_by_side(Deadly(), [6, 7], workers=2, late=lambda: False))
     assert list(side_by_side(where, range(5), workers=1, late=lambda: True)) == []
