@@ -34,8 +34,8 @@ from fastmeta.training.predict_landmarks import predict_landmarks
 from fastmeta.training.recipes import BASE_RECIPES, DEFAULT_METHODS, METHODS
 from fastmeta.training.reports.report import write_report
 from fastmeta.training.reports.run_folder import read_run
+from fastmeta.training.side_by_side import WorkerError
 from fastmeta.training.train import ConfigMismatch, NotFinite
-from fastmeta.training.workers import WorkerError
 
 if TYPE_CHECKING:
     Base: TypeAlias = str

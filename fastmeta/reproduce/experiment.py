@@ -5,19 +5,20 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastmeta
-from fastmeta.reproduce.side_by_side import side_by_side
 from fastmeta.training.files import alone, make_folder, read_json, write_text
 from fastmeta.training.reports.drawing import pyplot, save
-from fastmeta.training.workers import available_cores
+from fastmeta.training.side_by_side import Caller, available_cores, side_by_side
 
 Row = dict[str, Any]
 """A cell's settings and what was measured with them, as JSON knows them."""
@@ -76,18 +77,20 @@ class Experiment:
             before = {json.dumps(cell["settings"]): cell for cell in _read(out / "results.json", quick)}
             measured = {key: before[key] for key in map(json.dumps, planned) if key in before}
             pending = [settings for settings in asked if json.dumps(settings) not in measured]
-            workers = max(1, min(available_cores(), len(pending))) if self.parallel and not quick else 1
-            for settings, (figures, seconds) in side_by_side(
-                partial(_timed, self.measure),
-                pending,
-                workers,
-                late=lambda: minutes is not None and time.monotonic() - began > 60 * minutes,
-            ):
-                done = {"measured": figures, "seconds": seconds, "date": _now(), "commit": code}
-                measured[json.dumps(settings)] = {"settings": settings, **done}
-                self._write_results(out, list(measured.values()), quick)
-                words = " ".join(_words(settings))
-                print(f"{self.name}: {len(measured)} of {len(planned)} cells, {seconds:.0f} s: {words}", flush=True)
+            in_time = takewhile(lambda _: minutes is None or time.monotonic() - began <= 60 * minutes, pending)
+            workers = min(available_cores(), len(pending)) if self.parallel and not quick else 1
+            calls: Generator[tuple[Row, tuple[Row, float]], None, None] = (
+                side_by_side(partial(_timed_alone, self.measure), in_time, workers)
+                if workers > 1
+                else ((settings, _timed(self.measure, settings)) for settings in in_time)
+            )
+            with closing(calls):
+                for settings, (figures, seconds) in calls:
+                    done = {"measured": figures, "seconds": seconds, "date": _now(), "commit": code}
+                    measured[json.dumps(settings)] = {"settings": settings, **done}
+                    self._write_results(out, list(measured.values()), quick)
+                    words = " ".join(_words(settings))
+                    print(f"{self.name}: {len(measured)} of {len(planned)} cells, {seconds:.0f} s: {words}", flush=True)
             cells = [measured[key] for key in map(json.dumps, planned) if key in measured]
             self._write_results(out, cells, quick)
             self._write_pages(out, cells, len(planned), quick)
@@ -123,6 +126,12 @@ def _words(settings: Row) -> list[str]:
 def _timed(measure: Callable[..., Row], settings: Row) -> tuple[Row, float]:
     start = time.perf_counter()
     return measure(**settings), round(time.perf_counter() - start, 2)
+
+
+def _timed_alone(measure: Callable[..., Row], settings: Row, caller: Caller) -> tuple[Row, float]:
+    """In a process of its own, one of as many as there are cores."""
+    torch.set_num_threads(1)
+    return _timed(measure, settings)
 
 
 def _read(path: Path, quick: bool) -> list[Row]:

@@ -20,10 +20,11 @@ from fastmeta.training.files import make_folder, read_json, read_jsonl, write_js
 from fastmeta.training.recipes import METHODS, base_of
 from fastmeta.training.reference import support_vector_error
 from fastmeta.training.reports.summary import summarize, table
+from fastmeta.training.side_by_side import available_cores
 from fastmeta.training.signals import stop_requested
 from fastmeta.training.timing import interleaved_seconds
 from fastmeta.training.train import check_folder
-from fastmeta.training.workers import Job, available_cores, run_jobs
+from fastmeta.training.workers import Job, run_jobs
 
 _HARD = ("pseudo-label", "fixmatch", "flexmatch", "freematch")  # bases that make labels one-hot
 _TIMED_STEPS = 40  # of each arm
@@ -92,7 +93,7 @@ def compare(config: CompareConfig, *, quiet: bool = False) -> dict[str, Any]:
         done = len(jobs) - len(pending)
         print(f"{len(jobs)} runs, {done} of them finished before, in {config.out} ({workers} at a time)", flush=True)
 
-    def on_finish(number: int) -> None:
+    def on_finish() -> None:
         _write(config, _results(jobs))
 
     stopped = False
@@ -224,9 +225,8 @@ class _Progress(contextlib.AbstractContextManager["_Progress"]):
     """One bar over the steps of all runs: time per step of one run, and time left of the whole."""
 
     def __init__(self, jobs: Sequence[Job], quiet: bool) -> None:
-        self._jobs = jobs
-        self._steps = [0] * len(jobs)
-        self._clock: dict[int, tuple[int, float]] = {}
+        self._steps: dict[Path, int] = {}
+        self._clock: dict[Path, tuple[int, float]] = {}
         self._found = 0
         self._bar = tqdm(
             total=sum(job.config.steps or 0 for job in jobs),
@@ -237,19 +237,18 @@ class _Progress(contextlib.AbstractContextManager["_Progress"]):
             bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}",
         )
 
-    def update(self, number: int, step: int) -> None:
-        """Job ``number`` has finished ``step`` steps."""
-        now = time.perf_counter()
-        if number not in self._clock:  # steps found on disk say nothing about speed
+    def update(self, job: Job, step: int) -> None:
+        """The job has finished ``step`` steps."""
+        now, run = time.perf_counter(), job.folder
+        if run not in self._clock:  # steps found on disk say nothing about speed
             self._found += step
         self._bar.initial = self._found
-        self._bar.update(step - self._steps[number])
-        self._steps[number] = step
-        since, begin = self._clock.setdefault(number, (step, now))
+        self._bar.update(step - self._steps.get(run, 0))
+        self._steps[run] = step
+        since, begin = self._clock.setdefault(run, (step, now))
         if step > since:
-            run = self._jobs[number].config
             seconds = (now - begin) / (step - since)
-            self._bar.set_postfix_str(f"{1000 * seconds:.0f} ms/step, {run.arm}, seed {run.seed}", refresh=False)
+            self._bar.set_postfix_str(f"{1000 * seconds:.0f} ms/step, {job}", refresh=False)
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()

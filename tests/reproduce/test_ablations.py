@@ -1,8 +1,6 @@
 """Ablations that are runs of the trainer, and the error of a finite difference."""
 
 import copy
-import multiprocessing
-import os
 
 import pytest
 import torch
@@ -10,9 +8,7 @@ from quick_experiments import run_quickly
 from torch import nn
 
 from fastmeta.reproduce import fd_radius, l2i_ablations, meta_ablation, runs
-from fastmeta.reproduce.side_by_side import side_by_side
 from fastmeta.training.build import load_images, resolve, split_of
-from fastmeta.training.workers import WorkerError
 
 
 def test_the_error_of_a_difference_is_that_of_its_definition():
@@ -115,30 +111,3 @@ def test_exact_and_approximate_rules_stand_beside_each_other():
         "| digits, 1 a class, mean-teacher | 8 | 23.5 ± 2.4 | 14.5 ± 2.4 | 15.5 ± 2.4 | +1.0 [+1.0, +1.0] | 0.75 |"
         in table
     )
-
-
-def where(number):
-    if number == 13:
-        raise ValueError("unlucky")
-    return number, os.getpid()
-
-
-class Deadly:
-    """A process that is given it ends before it has read an argument."""
-
-    def __reduce__(self):
-        return os._exit, (1,)
-
-
-def test_cells_are_measured_in_processes_of_their_own_and_one_that_fails_says_which():
-    found = {}
-    calls = side_by_side(where, [0, 1, 2, 3, 13, 13], workers=2, late=lambda: False)
-    with pytest.raises(WorkerError, match=r"13:\n(.|\n)*unlucky"):
-        found.update(calls)
-    assert len(found) >= 3
-    assert all(number == again for number, (again, _) in found.items())
-    assert os.getpid() not in {process for _, process in found.values()}
-    assert multiprocessing.active_children() == []
-    with pytest.raises(WorkerError, match=r"the process that had [67] died"):
-        list(side_by_side(Deadly(), [6, 7], workers=2, late=lambda: False))
-    assert list(side_by_side(where, range(5), workers=1, late=lambda: True)) == []

@@ -13,8 +13,9 @@ from fastmeta.training.files import write_json
 from fastmeta.training.recipes import METHODS
 from fastmeta.training.reports.intervals import mean_and_deviation, t_interval
 from fastmeta.training.reports.summary import summarize, table
+from fastmeta.training.side_by_side import WorkerError
 from fastmeta.training.timing import interleaved_seconds
-from fastmeta.training.workers import Job, WorkerError
+from fastmeta.training.workers import Job
 
 
 def test_interval_by_hand():
