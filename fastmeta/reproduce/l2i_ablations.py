@@ -178,8 +178,12 @@ def draw_exact(rows: Sequence[Row]) -> dict[str, Any]:
     ]
     arms = {
         f"{data}\n{labels} a class\n{base}": {
-            method: list(errors.values())
-            for method in ("none", EXACT, APPROXIMATE)
+            arm: list(errors.values())
+            for method, arm in (
+                ("none", "the base alone"),
+                (EXACT, "+ L2I, exact"),
+                (APPROXIMATE, "+ L2I, approximate"),
+            )
             for name, errors in runs.by_seed(runs.of(rows, data=data, labels=labels, base=base, method=method)).items()
         }
         for (data, labels), base in groups
