@@ -16,6 +16,7 @@ from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState
 from fastmeta.ops.solve import conjugate_gradient as cg
 from fastmeta.ops.solve import few_rows
 from fastmeta.ops.solve.kronecker import OutputFactor
+from fastmeta.ops.solve.solve import trial_iterations
 from fastmeta.ops.solve.system import NotFiniteError
 from fastmeta.problem import (
     AnyDirection,
@@ -70,8 +71,8 @@ class InverseHessian(Stateful):
                                         H is I and times ``damping`` where H is 0; Adam is blind to the factor
     ==================================  ==============================================================================
 
-    At the last layer the system is solved by :func:`fastmeta.ops.solve_hessian`; with few examples (``cg``, or ``auto``
-    on a GPU) and the gradient of the hold-out loss it is solved in the logit tangents of the examples, of which the
+    At the last layer the system is solved by :func:`fastmeta.ops.solve_hessian`; with few examples (``cg`` or
+    ``auto``) and the gradient of the hold-out loss it is solved in the logit tangents of the examples, of which the
     direction is then made (:class:`fastmeta.problem.Factors`). For the whole model H is known by its products
     alone; ``auto`` is ``cg``. Away from a minimum the Hessian of a model has negative eigenvalues, and neither
     iteration solves that system. ``curvature="gauss_newton"`` takes ``J^T C J`` in its place, with ``J = df/dtheta``,
@@ -204,14 +205,17 @@ class InverseHessian(Stateful):
             raise ValueError(f"solver must be cg or neumann for a whole model, got {self.solver!r}")
         if self.layers is not None:
             problem = problem.restricted(self.layers)
+        solver = self.solver
         if layer is not None and self._in_rows(layer):
             found = self._of_rows(layer)
             if found is not None:
                 return found
+            if solver == "auto" and not cg.serves(layer.unlabeled.features):
+                solver = "pcg"
         rhs = vectors.dense(single(self.of(problem)))
         try:
             if layer is not None and self.solver != "neumann":
-                return self._closed_form(layer, of_last_layer(rhs))
+                return self._closed_form(layer, of_last_layer(rhs), solver)
             return self._by_products(problem, rhs)
         except NotFiniteError:
             vars(self._last.state).update(kept)
@@ -228,14 +232,14 @@ class InverseHessian(Stateful):
             return False
         if self.curvature == "hessian" and not losses.of(self.loss).exact:
             return False
-        if self.solver != "cg" and (self.solver != "auto" or not cg.serves(problem.unlabeled.features)):
+        if self.solver != "cg" and (self.solver != "auto" or self._last.state.is_preconditioned):
             return False
         (n, d), c = problem.unlabeled.features.shape, problem.unlabeled.logits.shape[1]
         others = len(problem.holdout.features) + (0 if problem.labeled is None else len(problem.labeled.features))
         return few_rows.pays(n + others, c, d + 1)
 
     def _of_rows(self, problem: LastLayerProblem) -> Factors | None:
-        """The direction in factors; None: the input is not finite, of which the other way can say more."""
+        """The direction in factors; None: it takes long, or the input is not finite: the other way says where."""
         assert isinstance(self.of, HoldoutGradient)
         of = self.of
         given = problem.gradient_in_factors("holdout", loss=of.loss, reduction=of.reduction, bias=of.bias)
@@ -249,6 +253,10 @@ class InverseHessian(Stateful):
         weights = torch.cat([weight for *_, weight in parts])
         rhs = torch.zeros_like(logits)
         rhs[-len(given.residual) :] = given.residual  # the hold-out examples are the last rows
+        most = self.max_iter
+        if self.solver == "auto" and not cg.serves(features):
+            n, c = logits.shape
+            most = min(most, trial_iterations(n, c, features.shape[1] + given.bias, in_row_space=True))
         answer = few_rows.solve_rows(
             features,
             logits,
@@ -258,19 +266,20 @@ class InverseHessian(Stateful):
             loss=self.loss,
             damping=self.damping,
             tol=self.tol,
-            max_iter=self.max_iter,
+            max_iter=most,
             state=self._last.state_for(features),
             targets=targets,
         )
         solved = linear_solvers.Solved(answer.iterations, answer.residual)
         if not cg.capturing(features):
-            if math.isnan(solved.residual):
+            takes_long = solved.residual > self.tol and solved.iterations >= most
+            if math.isnan(solved.residual) or (takes_long and most < self.max_iter):
                 return None
             self._judge(linear_solvers.Solution(answer.coefficients, solved, answer.indefinite))
         self._last.solution = solved
         return Factors(features, answer.coefficients, given.bias, answer.tangent[: len(problem.unlabeled.logits)])
 
-    def _closed_form(self, problem: LastLayerProblem, rhs: Direction) -> Direction:
+    def _closed_form(self, problem: LastLayerProblem, rhs: Direction, solver: str) -> Direction:
         if self.curvature == "hessian" and not losses.of(self.loss).exact:
             raise ValueError(f"curvature must be gauss_newton for {self.loss} at the last layer, or solver neumann")
         parts = problem.inner_rows(self.inner)
@@ -283,7 +292,7 @@ class InverseHessian(Stateful):
             torch.cat([weights for _, _, weights, _ in parts]),
             loss=self.loss,
             damping=self.damping,
-            solver=self.solver,
+            solver=solver,
             tol=self.tol,
             max_iter=self.max_iter,
             targets=torch.cat([targets for _, targets, *_ in parts]) if reads_targets else None,

@@ -134,25 +134,26 @@ def solve_hessian(
     preconditioned by its Kronecker factors, the second moment of the features and the mean curvature of the outputs,
     with the damping split in their eigenbases (exact for ``mse``: one iteration). With fewer examples than features
     ``cholesky`` and ``pcg`` work in N coordinates for each output, and ``cg`` in the logit tangents of the examples
-    where that halves its flops: same iterations, same residual. ``auto`` is ``cholesky`` for the smallest systems, else
-    ``pcg``. float16 and bfloat16 are solved in float32.
+    where that halves its flops: same iterations, same residual. float16 and bfloat16 are solved in float32.
+
+    ``auto`` is ``cholesky`` for the smallest systems and ``pcg`` without damping, else ``cg``: no eigenbases, and once
+    a net has learned something no more iterations. Where it takes longer than they would, ``pcg`` goes on from there
+    and serves the next solves of a ``state`` (on a GPU they would last as long as hundreds of iterations: never).
 
     On a GPU the iterations of ``cg`` and ``pcg`` wait for nothing; the host looks every 5 of them whether to go on, and
-    at the residual in the end. ``auto`` then is ``pcg`` if ``damping`` is 0, or if a ``state`` is given, whose factors
-    serve several solves, and there are enough examples; else ``cg``. An input that is not finite is found by the result
-    that is not. Inside a CUDA graph the numbers of the result stay on the device, and nothing warns. ``max_iter``
-    iterations run, or twice as many as the last solve of ``state`` took; those after convergence have no effect.
-    ``damping`` must be > 0, ``cholesky`` raises, and ``pcg`` needs a ``state`` with factors: those and the warm start
-    of a state that an earlier solve has filled are used, and the solution is written back in place.
+    at the residual in the end. An input that is not finite is found by the result that is not. Inside a CUDA graph the
+    numbers of the result stay on the device, and nothing warns. ``max_iter`` iterations run, or twice as many as the
+    last solve of ``state`` took; those after convergence have no effect. ``damping`` must be > 0, ``cholesky`` raises,
+    and ``pcg`` needs a ``state`` with factors: those and the warm start of a state that an earlier solve has filled are
+    used, and the solution is written back in place.
 
-    The derivative is that of the exact solution, by the implicit function theorem: a second solve in backward, as
-    exact as ``tol``. Forward mode and a second derivative raise.
+    The derivative is that of the exact solution, by the implicit function theorem: a second solve in backward, to
+    ``tol``. Forward mode and a second derivative raise.
 
     With a ``process_group`` the sum is over the rows of all its processes, and ``N`` is their number: each passes rows
     of its own, perhaps none, and the same of everything else. The iterates are those of one process with all the rows
-    (up to rounding, which grows from iteration to iteration where ``damping`` is 0 and H singular),
-    for one all-reduce of a ``[C, D]`` a product. The host waits at the start and while the iterations run, also on a
-    GPU; no derivative, no CUDA graph.
+    up to rounding, which grows with the iterations (after 25 of ``cg`` it may reach the tolerance), for one all-reduce
+    of a ``[C, D]`` a product. The host waits at the start and while they run, also on a GPU; no derivative, no graph.
 
     Args:
         features: input of the last layer, ``[N, D]``.

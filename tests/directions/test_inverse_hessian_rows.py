@@ -15,12 +15,12 @@ from torch import Tensor
 import fastmeta
 from fastmeta import ExampleWeights
 from fastmeta.capture import Outputs
-from fastmeta.directions import HoldoutGradient, InverseHessian, NormalizedGap, UnitLength
+from fastmeta.directions import HoldoutGradient, InverseHessian, NormalizedGap, UnitLength, inverse_hessian
 from fastmeta.losses import LOSSES
 from fastmeta.methods import Method
 from fastmeta.ops import NotConvergedWarning, SolverState
 from fastmeta.ops.solve import conjugate_gradient as device
-from fastmeta.ops.solve import few_rows
+from fastmeta.ops.solve import few_rows, solve
 from fastmeta.problem import Direction, Factors, LastLayerProblem, Rows, vectors
 
 pytestmark = pretends_a_gpu
@@ -145,6 +145,24 @@ def test_the_gradient_of_the_weights_is_right_to_the_tolerance(
     exact = learned(ExampleWeights(n, inverse_hessian="cholesky"), batch, n)
     got = learned(ExampleWeights(n, inverse_hessian=solver), batch, n)
     assert float((got - exact).norm() / exact.norm()) <= 2e-2
+
+
+def test_auto_turns_to_pcg_where_the_rows_take_long(draw: Draw, always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And comes back to them when the eigenbases of pcg have had their time."""
+    monkeypatch.setattr(inverse_hessian, "trial_iterations", lambda n, c, k, in_row_space: 2)
+    monkeypatch.setattr(solve, "MOST_DENSE", 0)
+    problem, tried = make_problem(draw, labeled=True, has_bias=True), 0
+    exact = InverseHessian(damping=0.3, solver="cholesky")(problem)
+    rule = InverseHessian(damping=0.3, **EXACT)
+    for step in range(2 * inverse_hessian.REFRESH_EVERY):
+        before = rule._last.state.solver
+        direction = rule(problem)
+        assert isinstance(direction, Direction)
+        assert_close(vectors.flat(direction), vectors.flat(exact))
+        assert rule._last.state.solver == "pcg"
+        tried += rule._last.state.age == 1
+        assert before == ("pcg" if step else None)
+    assert tried == 2
 
 
 def layers(draw: Draw, count: int) -> list[Layer]:

@@ -226,12 +226,17 @@ def test_what_a_cuda_graph_cannot_hold_is_refused(captured: None, options: dict,
         solve(power_law(30, 5, 3), True, True, **({"damping": 0.1} | options))
 
 
-def test_a_replay_starts_from_the_last_solution(torch_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_factors", [False, True])
+def test_a_replay_starts_from_the_last_solution(
+    torch_only: None, monkeypatch: pytest.MonkeyPatch, has_factors: bool
+) -> None:
     problem, state = power_law(60, 12, 3, dtype=torch.float64), SolverState()
     options = {"damping": 0.3, "solver": "auto", "tol": 1e-6, "max_iter": 60, "state": state}
     first = solve(problem, True, True, **options)
+    assert state.solver == "cg"
+    if has_factors:
+        solve(problem, True, True, **options | {"solver": "pcg"})
     kept = state.solution
-    assert state.solver == "pcg", "a state's factors serve several solves"
     monkeypatch.setattr(device, "capturing", lambda tensor: True)
     assert solve(problem, True, True, **options).iterations == 0
     moved = (*problem[:2], 2 * problem[2], problem[3] + 1, problem[4])

@@ -172,6 +172,11 @@ class SolverState:
         self.__init__(self.refresh_every)  # type: ignore[misc]
         self.in_graphs = in_graphs
 
+    @property
+    def is_preconditioned(self) -> bool:
+        """Whether the next solve has factors: an earlier one needed them, and they are not too old."""
+        return self.output is not None and self.age < self.refresh_every
+
     def drop_factors(self) -> None:
         """Forget the factors, keep the solution."""
         self.basis = self.output = self._span = None

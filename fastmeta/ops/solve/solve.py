@@ -23,6 +23,10 @@ from fastmeta.ops.solve.system import Coordinates, DampedHessian
 
 # Unknowns up to which auto factors the dense Hessian: there it takes no longer than the preconditioner's eigenbases.
 MOST_DENSE = 160
+# Products of cubes that an eigendecomposition is worth, measured on a CPU.
+EIGENDECOMPOSITION = 12
+# Iterations that a preconditioned solve takes, of what auto grants plain CG before it.
+FEW = 20
 # Without damping, a pass that leaves a residual this many times as large has followed directions of no curvature.
 GROWTH = 10.0
 
@@ -81,21 +85,27 @@ class Solve:
         if self.look == 0:
             return self._captured(self._choose() if solver == "auto" else solver)
         state, joined = self.state, self.system.joined
-        if state.age >= state.refresh_every:
+        if not state.is_preconditioned:
             state.drop_factors()
         had_factors = state.output is not None
         scale = norm(self.rhs).item()
         if scale == 0:
             return Answer(torch.zeros_like(self.rhs), 0, 0.0, solver)
-        solver = self._choose() if solver == "auto" else solver
+        is_auto = solver == "auto"
+        solver = self._choose() if is_auto else solver
+        most = self.max_iter
+        if is_auto and solver == "cg" and not cg.serves(self.rhs):
+            most = trial_iterations(self.n, self.c, self.k, self._in_row_space())
         x, residual = self._start(solver)
-        size, iterations = norm(residual).item(), 0
+        size, iterations, before = norm(residual).item(), 0, 0
         if joined is not None:
             scale, size = joined.agreed(scale, size)
         method = None
         while size > self.tol * scale and iterations < self.max_iter:
+            if most <= iterations:
+                solver, most, before, method = "pcg", self.max_iter, iterations, None
             method = method or self._method(solver)
-            step = method(residual, cg.MARGIN * self.tol * scale, self.max_iter - iterations)
+            step = method(residual, cg.MARGIN * self.tol * scale, most - iterations)
             x = x + step.correction
             residual = self.rhs - self.system(x)
             made, status = float(step.row[cg.COUNT]), float(step.row[cg.STATUS])
@@ -107,10 +117,10 @@ class Solve:
                 raise indefinite_error(iterations)
             if self.system.damping == 0 and size > GROWTH * previous:
                 raise singular_error(solver, size / scale)
-            if not size <= cg.STAGNATION * previous:
+            if not size <= cg.STAGNATION * previous and not most <= iterations < self.max_iter:
                 break
         if math.isfinite(size):
-            self._keep(solver, x, iterations, had_factors)
+            self._keep(solver, x, iterations, iterations - before, had_factors)
         return Answer(x, iterations, size / scale, solver)
 
     def _captured(self, solver: str) -> Answer:
@@ -146,18 +156,14 @@ class Solve:
         return torch.where(better, length * last, zero), torch.where(better, residual, self.rhs)
 
     def _choose(self) -> str:
-        """Where the numbers stay on a GPU a fresh eigendecomposition would last as long as many products with H."""
         if self.look == 0:
             return "cg" if self._kept_basis() is None else "pcg"
         if self.system.damping == 0:
             return "pcg"  # meets a singular system with a least-norm rule
-        if cg.serves(self.rhs):
-            reused = self.state.refresh_every > 1 and self.n >= self.k
-            return "pcg" if reused and not self._in_row_space() else "cg"
         blocks, size = block_shape(self.system.loss, self.c, min(self.n, self.k))
-        if size <= MOST_DENSE and blocks * size <= 4 * MOST_DENSE:
+        if size <= MOST_DENSE and blocks * size <= 4 * MOST_DENSE and not cg.serves(self.rhs):
             return "cholesky"
-        return "pcg"
+        return "pcg" if self.state.is_preconditioned else "cg"
 
     def _in_row_space(self) -> bool:
         few = few_rows.pays(self.n, self.c, self.k)
@@ -231,16 +237,31 @@ class Solve:
             return joined.negative
         return signs is not None and bool((signs < 0).any())
 
-    def _keep(self, solver: str, x: Tensor, iterations: int, had_factors: bool) -> None:
+    def _keep(self, solver: str, x: Tensor, iterations: int, with_factors: int, had_factors: bool) -> None:
         state = self.state
         state.solver, state.solution, state.iterations = solver, x, iterations
         if state.output is None:
             return
         state.age += 1
         if not had_factors:
-            state.iterations_when_new = iterations
-        elif iterations > 2 * max(state.iterations_when_new, 1):
+            state.iterations_when_new = with_factors
+        elif with_factors > 2 * max(state.iterations_when_new, 1):
             state.drop_factors()
+
+
+def trial_iterations(n: int, c: int, k: int, in_row_space: bool) -> int:
+    """Iterations of plain CG before ``auto`` turns to ``pcg`` on a CPU: those that cost what the other way would.
+
+    Once a net has learned something both take the same number, as its mean curvature tells little of an example's;
+    before, and for little damping, ``pcg`` may take a tenth. Whichever it is, ``auto`` takes about twice the time of
+    the better one or less. (On a GPU an eigendecomposition lasts as long as hundreds of iterations.)
+
+    >>> [trial_iterations(512, 10, k, False) for k in (129, 641)], trial_iterations(384, 1000, 2049, True)
+    ([42, 193], 26)
+    """
+    rank = min(n, k)
+    factors = EIGENDECOMPOSITION * (rank**3 + (c**3 if 3 * c <= n else 0)) + 4 * n * k * rank
+    return FEW + factors // (2 * n * c * (n if in_row_space else 2 * k))
 
 
 class Cholesky:
