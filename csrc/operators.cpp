@@ -29,6 +29,10 @@ FASTMETA_LIBRARY(FASTMETA_NAMESPACE, m) {
   m.def(
       "finite_difference_labels(Tensor logits_plus, Tensor logits_minus, Tensor labels, Tensor epsilon, float step, "
       "bool project) -> Tensor");
+  // Every iteration of a solve, on CUDA alone (fastmeta/ops/solve/conjugate_gradient.py).
+  m.def(
+      "conjugate_gradient(Tensor features, Tensor logits, Tensor? targets, Tensor? signs, Tensor rhs, Tensor target, "
+      "int loss, float damping, int max_iter) -> (Tensor, Tensor)");
   // Lists of tensors, in place.
   m.def("perturb_epsilon(Tensor[] direction, float radius) -> Tensor");
   m.def(

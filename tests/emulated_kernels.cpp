@@ -4,6 +4,7 @@
 #include <exception>
 #include <string>
 
+using fastmeta::grid_barrier;
 using fastmeta::emulator::run;
 
 namespace {
@@ -72,6 +73,27 @@ void stuck() {
   }
 }
 
+// Three rounds through one array of the grid: what every block left there, to each.
+void across_blocks(float* out, bool with_second_barrier) {
+  float* board = out + gridDim.x;
+  float sum = 0;
+  for (int round = 1; round <= 3; ++round) {
+    if (threadIdx.x == 0) board[blockIdx.x] = static_cast<float>(round * (blockIdx.x + 1));
+    grid_barrier();
+    for (unsigned b = 0; b < gridDim.x; ++b) sum += board[b];
+    if (with_second_barrier) grid_barrier();
+  }
+  if (threadIdx.x == blockDim.x - 1) out[blockIdx.x] = sum;
+}
+
+void leaves_early() {
+  if (blockIdx.x != 1) grid_barrier();
+}
+
+void thread_leaves_early() {
+  if (threadIdx.x != 1) grid_barrier();
+}
+
 std::string said;
 
 }  // namespace
@@ -82,7 +104,8 @@ extern "C" {
 const char* launch(const char* name, float* out, unsigned blocks, unsigned threads_of_block,
                    uint64_t shared_bytes) try {
   const std::string kernel = name;
-  const auto start = [&](auto body) { run(blocks, threads_of_block, shared_bytes, body); };
+  const auto start = [&](auto body) { run(blocks, threads_of_block, shared_bytes, false, body); };
+  const auto together = [&](auto body) { run(blocks, threads_of_block, shared_bytes, true, body); };
   said.clear();
   unsigned counter = 0;
   if (kernel == "reverse") start([&] { reverse(out, true); });
@@ -96,6 +119,12 @@ const char* launch(const char* name, float* out, unsigned blocks, unsigned threa
   if (kernel == "stuck") start([] { stuck(); });
   if (kernel == "outside its mask") start([] { __syncwarp(0x0000ffffu); });
   if (kernel == "nothing") start([] {});
+  if (kernel == "across blocks") together([&] { across_blocks(out, true); });
+  if (kernel == "across blocks with one barrier") together([&] { across_blocks(out, false); });
+  if (kernel == "leaves early") together([] { leaves_early(); });
+  if (kernel == "thread leaves early") together([] { thread_leaves_early(); });
+  if (kernel == "nothing together") together([] {});
+  if (kernel == "not cooperative") start([] { grid_barrier(); });
   return said.c_str();
 } catch (const std::exception& error) {
   said = error.what();

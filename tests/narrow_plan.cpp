@@ -10,10 +10,11 @@ void limits(int64_t* out) {
   std::copy_n(found, 5, out);
 }
 
-void plan(bool gradient, int64_t examples, int64_t features, int64_t outputs, int matrices, int multiprocessors,
+// `at_most` blocks a multiprocessor for sums, 0 for rows.
+void plan(int at_most, int64_t examples, int64_t features, int64_t outputs, int matrices, int multiprocessors,
           int64_t* out) {
-  const auto make = gradient ? plan_gradient : plan_rows;
-  const NarrowPlan p = make(examples, features, outputs, matrices, multiprocessors);
+  const NarrowPlan p = at_most > 0 ? plan_gradient(examples, features, outputs, matrices, multiprocessors, at_most)
+                                   : plan_rows(examples, features, outputs, matrices, multiprocessors);
   const int64_t found[] = {p.layout.padded, p.layout.lanes,        p.blocks,    p.rows_per_block, p.staged,
                            p.resident,      int64_t{p.row_groups}, p.residuals, p.scratch,        p.shared_bytes()};
   std::copy_n(found, 10, out);

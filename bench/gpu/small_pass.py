@@ -54,10 +54,10 @@ def others(device: str) -> None:
     index = torch.randint(50, (70,), generator=generator).to(device)
     steps = torch.zeros(50, dtype=torch.int32, device=device)
     fastmeta.ops.masked_adam_(table, index, grad, exp_avg, exp_avg_sq, steps, lr=0.1, low=-1.0, high=1.0)
-    x = _moved(PASSES[0][0], torch.float32, device)
-    fastmeta.ops.solve_hessian(
-        x.features, x.logits, x.direction_weight, x.direction_bias, damping=100.0, solver="cg", tol=0.1, max_iter=5
-    )
+    for shape, _ in PASSES:  # iterations in one launch, and launch by launch
+        x = _moved(shape, torch.float32, device)
+        rhs = x.direction_weight, x.direction_bias
+        fastmeta.ops.solve_hessian(x.features, x.logits, *rhs, damping=100.0, solver="cg", tol=0.1, max_iter=5)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ constinit thread_local Place place{};
 
 namespace {
 
-enum class State { ready, at_barrier, in_warp, done };
+enum class State { ready, at_barrier, at_grid_barrier, in_warp, done };
 
 // A thread's stack with an unreadable page at its end.
 class Stack {
@@ -72,20 +72,23 @@ struct Block {
   std::exception_ptr error;
   int flags = 0;  // of the barrier just passed
   alignas(128) std::array<char, shared_limit> arena;
-  size_t dynamic_bytes = 0, used = 0;
+  size_t used = 0;
   std::vector<std::pair<const void*, size_t>> arrays;
-  uint64_t random = 0x9e3779b97f4a7c15u;
+  uint3 number;                // its place in the grid
+  std::vector<int64_t> turns;  // its threads, in the order in which they run
 
-  int threads(const dim3& size) const { return static_cast<int>(size.x * size.y * size.z); }
-  void prepare(int count);
-  void run_block();
+  void start(const uint3& number, size_t dynamic_bytes, const std::function<void()>& body);
+  // Until every thread has ended or waits for other blocks: whether one waits.
+  bool run();
+  void pass_grid_barrier();
   void resume(Fiber& fiber);
   bool release_warps(int count);
   bool release_barrier(int count);
-  std::vector<int64_t> order(int64_t count);
 };
 
-thread_local std::unique_ptr<Block> block;
+thread_local std::vector<std::unique_ptr<Block>> living;
+thread_local Block* block = nullptr;  // whose threads run
+thread_local uint64_t random_bits = 0x9e3779b97f4a7c15u;
 
 void yield() {
   Block& b = *block;
@@ -103,17 +106,6 @@ void live() {
     }
     b.current->state = State::done;
     yield();
-  }
-}
-
-void Block::prepare(int count) {
-  while (static_cast<int>(fibers.size()) < count) {
-    auto fiber = std::make_unique<Fiber>();
-    getcontext(&fiber->start);
-    fiber->start.uc_stack = fiber->stack.area();
-    fiber->start.uc_link = nullptr;
-    makecontext(&fiber->start, live, 0);
-    fibers.push_back(std::move(fiber));
   }
 }
 
@@ -176,7 +168,7 @@ bool Block::release_barrier(int count) {
   return true;
 }
 
-std::vector<int64_t> Block::order(int64_t count) {
+std::vector<int64_t> in_order(int64_t count) {
   const char* setting = std::getenv("FASTMETA_EMULATION_ORDER");
   const std::string name = setting ? setting : "random";
   std::vector<int64_t> order(count);
@@ -184,6 +176,7 @@ std::vector<int64_t> Block::order(int64_t count) {
   if (name == "reverse") {
     std::reverse(order.begin(), order.end());
   } else if (name == "random") {
+    uint64_t& random = random_bits;
     for (int64_t i = count - 1; i > 0; --i) {
       random ^= random << 13;
       random ^= random >> 7;
@@ -196,52 +189,97 @@ std::vector<int64_t> Block::order(int64_t count) {
   return order;
 }
 
-void Block::run_block() {
-  const int count = threads(place.threads);
+void Block::start(const uint3& at, size_t dynamic_bytes, const std::function<void()>& kernel) {
+  const dim3& size = place.threads;
+  const size_t count = size_t{size.x} * size.y * size.z;
+  while (fibers.size() < count) {
+    auto fiber = std::make_unique<Fiber>();
+    getcontext(&fiber->start);
+    fiber->start.uc_stack = fiber->stack.area();
+    fiber->start.uc_link = nullptr;
+    makecontext(&fiber->start, live, 0);
+    fibers.push_back(std::move(fiber));
+  }
+  number = at;
+  body = &kernel;
   used = dynamic_bytes;
   arrays.clear();
   std::memset(arena.data(), 0xff, dynamic_bytes);
-  for (int t = 0; t < count; ++t) {
+  for (unsigned t = 0; t < count; ++t) {
     fibers[t]->state = State::ready;
-    fibers[t]->thread = {t % place.threads.x, t / place.threads.x % place.threads.y,
-                         t / place.threads.x / place.threads.y};
+    fibers[t]->thread = {t % size.x, t / size.x % size.y, t / size.x / size.y};
   }
-  const std::vector<int64_t> turns = order(count);
+  turns = in_order(static_cast<int64_t>(count));
+}
+
+bool Block::run() {
+  const int count = static_cast<int>(turns.size());
+  block = this;
+  place.block = number;
   do {
     for (const int64_t t : turns) {
       if (fibers[t]->state == State::ready) resume(*fibers[t]);
       if (error) std::rethrow_exception(error);
     }
   } while (release_warps(count) || release_barrier(count));
+  bool waits = false, is_stuck = false;
   for (int t = 0; t < count; ++t) {
-    if (fibers[t]->state != State::done) {
-      throw std::logic_error("threads of a block wait for others that never come to the barrier or warp operation");
-    }
+    waits = waits || fibers[t]->state == State::at_grid_barrier;
+    is_stuck = is_stuck || fibers[t]->state == State::at_barrier || fibers[t]->state == State::in_warp;
+  }
+  for (int t = 0; t < count; ++t) is_stuck = is_stuck || (waits && fibers[t]->state == State::done);
+  if (is_stuck) {
+    throw std::logic_error("threads of a block wait for others that never come to the barrier or warp operation");
+  }
+  return waits;
+}
+
+void Block::pass_grid_barrier() {
+  for (const int64_t t : turns) fibers[t]->state = State::ready;
+}
+
+// The blocks of a cooperative launch, each from one barrier of the grid to the next.
+void run_together(int64_t count) {
+  for (int64_t waiting = count; waiting > 0;) {
+    waiting = 0;
+    for (const int64_t b : in_order(count)) waiting += living[b]->run();
+    if (waiting % count != 0) throw std::logic_error("blocks wait at the grid's barrier for others that have ended");
+    for (int64_t b = 0; b < waiting; ++b) living[b]->pass_grid_barrier();
   }
 }
 
 }  // namespace
 
-void run(dim3 blocks, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
+void run(dim3 blocks, dim3 threads, size_t shared_bytes, bool cooperative, const std::function<void()>& body) {
   constexpr unsigned most = std::numeric_limits<int32_t>::max();
   if (blocks.x > most || blocks.y > 65535 || blocks.z > 65535) throw std::invalid_argument("a grid too large");
-  if (threads.z > 64 || uint64_t{threads.x} * threads.y * threads.z - 1 >= 1024) {
-    throw std::invalid_argument("a block must have 1 to 1024 threads");
-  }
+  const uint64_t block_threads = uint64_t{threads.x} * threads.y * threads.z;
+  if (threads.z > 64 || block_threads - 1 >= 1024) throw std::invalid_argument("a block must have 1 to 1024 threads");
   if (shared_bytes > shared_limit) throw std::invalid_argument("more shared memory than every GPU has");
-  if (!block) block = std::make_unique<Block>();
-  block->body = &body;
-  block->dynamic_bytes = (shared_bytes + 15) / 16 * 16;
+  const uint64_t count = uint64_t{blocks.x} * blocks.y * blocks.z;
+  const uint64_t resident = std::min(2048 / block_threads, shared_limit / std::max<size_t>(1, shared_bytes));
+  if (cooperative && count > multiprocessors * resident) {
+    throw std::invalid_argument("more blocks than are resident at once in a cooperative launch");
+  }
+  const size_t dynamic_bytes = (shared_bytes + 15) / 16 * 16;
+  const auto number = [&](uint64_t b) {
+    return uint3{static_cast<unsigned>(b % blocks.x), static_cast<unsigned>(b / blocks.x % blocks.y),
+                 static_cast<unsigned>(b / blocks.x / blocks.y)};
+  };
   place = {{}, {}, threads, blocks};
   try {
-    block->prepare(block->threads(threads));
-    for (const int64_t b : block->order(int64_t{blocks.x} * blocks.y * blocks.z)) {
-      place.block = {static_cast<unsigned>(b % blocks.x), static_cast<unsigned>(b / blocks.x % blocks.y),
-                     static_cast<unsigned>(b / blocks.x / blocks.y)};
-      block->run_block();
+    while (living.size() < (cooperative ? count : 1)) living.push_back(std::make_unique<Block>());
+    if (cooperative) {
+      for (uint64_t b = 0; b < count; ++b) living[b]->start(number(b), dynamic_bytes, body);
+      run_together(static_cast<int64_t>(count));
+    } else {
+      for (const int64_t b : in_order(static_cast<int64_t>(count))) {
+        living[0]->start(number(b), dynamic_bytes, body);
+        if (living[0]->run()) throw std::logic_error("a barrier of the grid in a launch that is not cooperative");
+      }
     }
   } catch (...) {
-    block.reset();  // fibers are left in the middle of the kernel
+    living.clear();  // fibers are left in the middle of the kernel
     throw;
   }
 }
@@ -252,6 +290,11 @@ int barrier(bool flag) {
   self.state = State::at_barrier;
   yield();
   return block->flags;
+}
+
+void grid_barrier() {
+  block->current->state = State::at_grid_barrier;
+  yield();
 }
 
 uint64_t warp(Warp operation, unsigned mask, uint64_t value, int source) {

@@ -57,10 +57,12 @@ struct Place {
 };
 extern constinit thread_local Place place;
 
-// Runs `body` once for each thread of each block.
-void run(dim3 blocks, dim3 threads, size_t shared_bytes, const std::function<void()>& body);
+// Runs `body` once for each thread of each block; the blocks of a cooperative launch may wait for each other.
+void run(dim3 blocks, dim3 threads, size_t shared_bytes, bool cooperative, const std::function<void()>& body);
 // Waits for the block; how many of its threads came with `flag`.
 int barrier(bool flag);
+// Waits for all blocks.
+void grid_barrier();
 // Waits for the lanes of `mask`: the value of lane `source` (shuffle), or of which lanes the value is not 0 (ballot).
 uint64_t warp(Warp operation, unsigned mask, uint64_t value, int source);
 // Memory of the block, all bits 1 (NaN) when the block starts. One key: one array.
@@ -94,6 +96,10 @@ T shuffle(unsigned mask, T value, int source, int width) {
   auto* const name = static_cast<type*>(::fastmeta::emulator::shared(&name##_key, sizeof(type) * (count)))
 #define FASTMETA_DYNAMIC_SHARED(type, name) \
   auto* const name = static_cast<type*>(::fastmeta::emulator::dynamic_shared())
+
+namespace fastmeta {
+inline void grid_barrier() { emulator::grid_barrier(); }
+}  // namespace fastmeta
 
 inline void __syncthreads() { ::fastmeta::emulator::barrier(false); }
 inline int __syncthreads_count(int flag) { return ::fastmeta::emulator::barrier(flag != 0); }

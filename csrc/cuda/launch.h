@@ -40,7 +40,8 @@ namespace fastmeta {
 
 struct Grid {
   dim3 blocks, threads;
-  size_t shared_bytes = 0;  // dynamic
+  size_t shared_bytes = 0;   // dynamic
+  bool cooperative = false;  // all blocks are resident at once, and may wait for each other
 };
 
 constexpr size_t max_parameter_bytes = 32764;  // of a kernel, from sm_70 and CUDA 12.1 on
@@ -63,7 +64,7 @@ class Launcher {
     static_assert((sizeof(Parameters) + ... + 0) <= max_parameter_bytes);
     if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
 #ifdef FASTMETA_EMULATE
-    emulator::run(grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(arguments...); });
+    emulator::run(grid.blocks, grid.threads, grid.shared_bytes, grid.cooperative, [&] { kernel(arguments...); });
 #else
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))..., nullptr};
     launch(reinterpret_cast<const void*>(kernel), grid, pointers);
@@ -118,7 +119,9 @@ inline void Launcher::launch(const void* kernel, const Grid& grid, void** argume
     check(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
   }
-  check(cudaLaunchKernel(kernel, grid.blocks, grid.threads, arguments, grid.shared_bytes, stream_));
+  check(grid.cooperative
+            ? cudaLaunchCooperativeKernel(kernel, grid.blocks, grid.threads, arguments, grid.shared_bytes, stream_)
+            : cudaLaunchKernel(kernel, grid.blocks, grid.threads, arguments, grid.shared_bytes, stream_));
 }
 
 inline int Launcher::multiprocessors() const {

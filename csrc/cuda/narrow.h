@@ -101,8 +101,9 @@ struct LaneReduce {
   }
 };
 
-// The rows of one warp's tile: products, row function, result.
-template <class T, int padded, int lanes, RowResult result>
+// The rows of one warp's tile: products, row function, result. With `own_direction` the tangent's weight is the
+// block's.
+template <class T, int padded, int lanes, RowResult result, bool own_direction = false>
 struct RowTile {
   static constexpr NarrowLayout layout{padded, lanes};
   static constexpr int rows = layout.rows(), teams = layout.teams(), slab_features = layout.slab();
@@ -117,9 +118,22 @@ struct RowTile {
   const NarrowArguments<T>& a;
   float* factors;  // shared
   int warp, lane;
+  const T* direction;
 
-  __device__ RowTile(const NarrowArguments<T>& arguments, float* shared)
-      : a(arguments), factors(shared), warp(static_cast<int>(threadIdx.x) / 32), lane(threadIdx.x % 32) {}
+  __device__ RowTile(const NarrowArguments<T>& arguments, float* shared, const T* own = nullptr)
+      : a(arguments),
+        factors(shared),
+        warp(static_cast<int>(threadIdx.x) / 32),
+        lane(threadIdx.x % 32),
+        direction(own) {}
+
+  __device__ __forceinline__ decltype(auto) tangent() const {
+    if constexpr (own_direction) {
+      return Factor<T>{{direction, a.tangent.weight.row, a.tangent.weight.column}, {}};
+    } else {
+      return (a.tangent);
+    }
+  }
 
   __device__ int output(int m) const { return lane % spread * count + m; }
 
@@ -141,7 +155,7 @@ struct RowTile {
     if (!a.resident || a.staged == 0) return;
 #pragma unroll 1
     for (int i = has_tangent ? 0 : 1; i < (a.has_head ? 2 : 1); ++i) {
-      stage(i == 0 ? a.tangent.weight : a.head.weight, 0, has_tangent ? i : 0);
+      stage(i == 0 ? tangent().weight : a.head.weight, 0, has_tangent ? i : 0);
     }
     __syncthreads();
   }
@@ -228,7 +242,7 @@ struct RowTile {
 #pragma unroll 1
     for (int i = has_tangent ? 0 : 1; i < (a.has_head ? 2 : 1); ++i) {
       Held outputs;
-      project(i == 0 ? a.tangent : a.head, staged, first, end, outputs);
+      project(i == 0 ? tangent() : a.head, staged, first, end, outputs);
       if (a.resident) staged += a.outputs * a.staged;
 #pragma unroll
       for (int j = 0; j < held * count; ++j) {

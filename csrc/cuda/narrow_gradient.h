@@ -162,13 +162,13 @@ struct OuterProducts {
   }
 };
 
-template <class T, int padded, int lanes, RowResult result>
-__global__ void __launch_bounds__(32 * narrow_warps, 3) narrow_gradient(FASTMETA_STRUCTURE(NarrowArguments<T>) a) {
-  FASTMETA_DYNAMIC_SHARED(float, scratch);
-  using Tile = RowTile<T, padded, lanes, result>;
+// The partial sums of a block's rows. For all threads of the block.
+template <class T, int padded, int lanes, RowResult result, bool own_direction>
+__device__ __forceinline__ void sum_rows(const RowTile<T, padded, lanes, result, own_direction>& tile, float* scratch) {
+  using Tile = RowTile<T, padded, lanes, result, own_direction>;
   constexpr int stride = Tile::layout.residual_stride();
+  const NarrowArguments<T>& a = tile.a;
   float* residuals = scratch + a.scratch;
-  const Tile tile(a, scratch);
   const int64_t begin = blockIdx.x * a.rows_per_block;
   const int64_t end = begin + a.rows_per_block < a.examples ? begin + a.rows_per_block : a.examples;
   for (int64_t chunk = begin; chunk < end; chunk += narrow_chunk) {
@@ -184,6 +184,12 @@ __global__ void __launch_bounds__(32 * narrow_warps, 3) narrow_gradient(FASTMETA
     products.run();
     __syncthreads();
   }
+}
+
+template <class T, int padded, int lanes, RowResult result>
+__global__ void __launch_bounds__(32 * narrow_warps, 3) narrow_gradient(FASTMETA_STRUCTURE(NarrowArguments<T>) a) {
+  FASTMETA_DYNAMIC_SHARED(float, scratch);
+  sum_rows(RowTile<T, padded, lanes, result>(a, scratch), scratch);
   if (gridDim.x > 1) return;  // combine_partials goes on
   for (int64_t entry = threadIdx.x; entry < a.outputs * (a.num_features + 1); entry += blockDim.x) {
     write_entry(a, entry, a.partials[entry]);

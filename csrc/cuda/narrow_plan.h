@@ -80,12 +80,12 @@ constexpr NarrowPlan plan_rows(int64_t examples, int64_t features, int64_t outpu
 }
 
 // Sums over rows: a block's rows give one partial sum [C, D] and [C], and one block needs no second launch. Rows per
-// block grow to 128 before there is more than one block for each multiprocessor, and beyond once there are four.
+// block grow to 128 before there is more than one block for each multiprocessor, and beyond once there are `at_most`.
 constexpr NarrowPlan plan_gradient(int64_t examples, int64_t features, int64_t outputs, int matrices,
-                                   int multiprocessors) {
+                                   int multiprocessors, int at_most = 4) {
   NarrowPlan plan{.layout = narrow_layout(examples, outputs, multiprocessors)};
   const int64_t most =
-      std::clamp<int64_t>(narrow_partials / (outputs * (features + 1)), 1, int64_t{4} * multiprocessors);
+      std::clamp<int64_t>(narrow_partials / (outputs * (features + 1)), 1, int64_t{at_most} * multiprocessors);
   int64_t rows = examples <= 32 ? 32 : std::min(ceil_div(examples, multiprocessors), narrow_chunk);
   rows = std::max(rows, ceil_div(examples, most));
   plan.rows_per_block = round_up(rows, plan.layout.block_rows());

@@ -15,8 +15,7 @@ from fastmeta.directions.rule import DirectionRule
 from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState
 from fastmeta.ops.solve import conjugate_gradient as cg
 from fastmeta.ops.solve import few_rows
-from fastmeta.ops.solve.kronecker import OutputFactor
-from fastmeta.ops.solve.solve import trial_iterations
+from fastmeta.ops.solve.kronecker import OutputFactor, trial_iterations
 from fastmeta.ops.solve.system import NotFiniteError
 from fastmeta.problem import (
     AnyDirection,
@@ -235,6 +234,8 @@ class InverseHessian(Stateful):
         if self.solver != "cg" and (self.solver != "auto" or self._last.state.is_preconditioned):
             return False
         (n, d), c = problem.unlabeled.features.shape, problem.unlabeled.logits.shape[1]
+        if cg.in_one_launch(c, problem.unlabeled.features, None):
+            return False
         others = len(problem.holdout.features) + (0 if problem.labeled is None else len(problem.labeled.features))
         return few_rows.pays(n + others, c, d + 1)
 

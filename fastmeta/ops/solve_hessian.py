@@ -141,11 +141,10 @@ def solve_hessian(
     and serves the next solves of a ``state`` (on a GPU they would last as long as hundreds of iterations: never).
 
     On a GPU the iterations of ``cg`` and ``pcg`` wait for nothing; the host looks every 5 of them whether to go on, and
-    at the residual in the end. An input that is not finite is found by the result that is not. Inside a CUDA graph the
-    numbers of the result stay on the device, and nothing warns. ``max_iter`` iterations run, or twice as many as the
-    last solve of ``state`` took; those after convergence have no effect. ``damping`` must be > 0, ``cholesky`` raises,
-    and ``pcg`` needs a ``state`` with factors: those and the warm start of a state that an earlier solve has filled are
-    used, and the solution is written back in place.
+    at the residual in the end. Those of ``cg`` in float32 for at most 32 outputs are one launch; of others a CUDA graph
+    holds ``max_iter``, or twice those of the last solve of ``state``, and those after convergence change nothing. In a
+    graph the numbers of the result stay on the device, nothing warns or names an input that is not finite, ``damping``
+    must be > 0, ``cholesky`` raises, and ``pcg`` needs the factors of a ``state``, whose solution changes in place.
 
     The derivative is that of the exact solution, by the implicit function theorem: a second solve in backward, to
     ``tol``. Forward mode and a second derivative raise.

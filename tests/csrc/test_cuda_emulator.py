@@ -72,6 +72,14 @@ def test_warp_operations(launch, order):
     assert (counted == THREADS / 3).all()
 
 
+def test_blocks_wait_for_each_other(launch, order):
+    """Twice the same: the fibers of one launch serve the next."""
+    for blocks in (1, 7, 16, 3):
+        sums = launch("across blocks", 2 * blocks, blocks=blocks)[:blocks]
+        assert (sums == 6 * blocks * (blocks + 1) / 2).all()
+    assert (launch("across blocks with one barrier", 14, blocks=7)[:7] != 6 * 28).any()
+
+
 def test_shared_memory_starts_as_nan_in_every_block(launch, order):
     got = launch("uninitialized", 6, blocks=3, threads=1, shared_bytes=4)
     assert got[:2].tolist() == [1, 1]
@@ -99,6 +107,11 @@ def test_a_lane_that_has_ended_sends_nan(launch):
     [
         ("stuck", {}, "threads of a block wait for others that never come"),
         ("outside its mask", {}, "a warp operation whose mask leaves it out"),
+        ("leaves early", {"blocks": 3}, "blocks wait at the grid's barrier for others that have ended"),
+        ("thread leaves early", {"blocks": 3}, "threads of a block wait for others that never come"),
+        ("not cooperative", {"blocks": 3}, "a barrier of the grid in a launch that is not cooperative"),
+        ("nothing together", {"blocks": 8 * 21 + 1}, "more blocks than are resident at once"),
+        ("nothing together", {"blocks": 17, "shared_bytes": 80 * 1024}, "more blocks than are resident at once"),
         ("nothing", {"threads": 1025}, "a block must have 1 to 1024 threads"),
         ("nothing", {"threads": 0}, "a block must have 1 to 1024 threads"),
         ("nothing", {"blocks": 2**31}, "a grid too large"),

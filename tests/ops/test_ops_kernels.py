@@ -109,6 +109,8 @@ def test_matches_float64(case, loss, dtype, impl, generator):
         shape = few_rows(impl, shape)
         if case.narrow and impl == "cuda":
             shape = (*shape[:2], 1 + shape[2] % NARROW_OUTPUTS)
+        elif not case.takes(impl, dtype, shape):
+            shape = (*shape[:2], NARROW_OUTPUTS + shape[2])
         variant = draw.choice(case.variants)
         arguments = case.arguments(draw, shape, loss, variant)
         check(case, arguments, impl, f"{case.name} {shape} {loss} {variant!r} {dtype} {impl}")

@@ -18,7 +18,7 @@ from fastmeta.losses import LOSSES
 from fastmeta.ops import HessianSolution, NotConvergedWarning, SolverState, process_group, solve_hessian
 from fastmeta.ops.solve import conjugate_gradient as device
 from fastmeta.ops.solve.conjugate_gradient import TorchUpdates
-from fastmeta.ops.solve.solve import trial_iterations
+from fastmeta.ops.solve.kronecker import trial_iterations
 
 SIZES = {"n > D": (23, 5, 4), "n < D": (7, 9, 3), "n = D + 1": (6, 5, 3), "n = 1": (1, 4, 3)}
 Case = dict[str, Any]

@@ -18,7 +18,7 @@ from fastmeta import losses
 from fastmeta.losses import LOSSES
 from fastmeta.ops import NotConvergedWarning, SolverState, hessian_vector_product, solve_hessian
 from fastmeta.ops.solve import kronecker, system
-from fastmeta.ops.solve.solve import trial_iterations
+from fastmeta.ops.solve.kronecker import trial_iterations
 from fastmeta.ops.solve_hessian import solve_hessian_reference
 
 SIZES = {"n > D": (23, 5, 4), "n < D": (6, 9, 3), "n = D + 1": (6, 5, 3), "C = 1": (7, 4, 1), "n = 1": (1, 4, 3)}

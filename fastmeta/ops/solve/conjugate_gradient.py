@@ -58,6 +58,14 @@ def look_every(tensor: Tensor) -> int:
     return LOOK_EVERY if serves(tensor) else 1
 
 
+def _fake(features: Tensor, logits: Tensor, targets: Any, signs: Any, rhs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rhs), rhs.new_empty(ROW, dtype=torch.float64)
+
+
+OPERATOR = dispatch.Operator("conjugate_gradient", fake=_fake)
+"""Of a damped Hessian with ``damping > 0``: ``x`` and the last row of numbers, for the arguments of the schema."""
+
+
 class Shared(Protocol):
     """An operator that several processes apply together."""
 
@@ -331,6 +339,19 @@ class TorchUpdates:
         after[COUNT].copy_(row[COUNT] + running)
         after[STATUS].copy_(torch.where(running, status, row[STATUS]))
         p.mul_(ratio).add_(z)
+
+
+def in_one_launch(outputs: int, features: Tensor, impl: str | None) -> bool:
+    """Whether :data:`OPERATOR` solves systems of these rows: float32 on CUDA, at most 32 outputs.
+
+    Then an iteration takes two waits of the GPU's blocks for each other in place of five launches, and those after
+    convergence, which a CUDA graph would hold as well, do not run.
+    """
+    name = dispatch.named(impl)
+    device, implementation = ("cpu" if _extension.EMULATED else "cuda"), "cuda"
+    known = implementation in OPERATOR.implementations(device) and features.device.type == device
+    fits = outputs <= dispatch.NARROW_OUTPUTS and features.dtype != torch.float64 and type(features) is Tensor
+    return known and fits and (name == implementation or (name is None and features.is_cuda))
 
 
 def updates_for(vector: Tensor, impl: str | None) -> Updates | None:

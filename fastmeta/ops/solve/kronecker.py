@@ -16,6 +16,11 @@ from fastmeta.ops.solve.system import Coordinates, Joined
 
 Rows = tuple[Tensor, ...]
 
+# Products of cubes that an eigendecomposition is worth, measured on a CPU.
+EIGENDECOMPOSITION = 12
+# Iterations that a preconditioned solve takes, of what auto grants plain CG before it.
+FEW = 20
+
 
 def mean_curvature(curvature: OutputCurvature, weights: Tensor, joined: Joined | None = None) -> Tensor:
     """``B = sum_i w_i C_i / sum_i w_i`` for weights >= 0 ``[N]``. ``[C, C]``."""
@@ -128,6 +133,21 @@ class KroneckerPreconditioner:
         if self._rank_one is not None:
             z.addcmul_(self._rank_one, (self._b @ z).expand_as(z))
         return z
+
+
+def trial_iterations(n: int, c: int, k: int, in_row_space: bool) -> int:
+    """Iterations of plain CG before ``auto`` turns to ``pcg`` on a CPU: those that cost what the other way would.
+
+    Once a net has learned something both take the same number, as its mean curvature tells little of an example's;
+    before, and for little damping, ``pcg`` may take a tenth. Whichever it is, ``auto`` takes about twice the time of
+    the better one or less. (On a GPU an eigendecomposition lasts as long as hundreds of iterations.)
+
+    >>> [trial_iterations(512, 10, k, False) for k in (129, 641)], trial_iterations(384, 1000, 2049, True)
+    ([42, 193], 26)
+    """
+    rank = min(n, k)
+    factors = EIGENDECOMPOSITION * (rank**3 + (c**3 if 3 * c <= n else 0)) + 4 * n * k * rank
+    return FEW + factors // (2 * n * c * (n if in_row_space else 2 * k))
 
 
 class SolverState:

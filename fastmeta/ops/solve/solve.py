@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import losses
+from fastmeta.losses import LOSSES
 from fastmeta.ops.solve import conjugate_gradient as cg
 from fastmeta.ops.solve import few_rows
 from fastmeta.ops.solve import system as systems
@@ -18,15 +19,12 @@ from fastmeta.ops.solve.kronecker import (
     SolverState,
     eigenbasis,
     output_factor,
+    trial_iterations,
 )
 from fastmeta.ops.solve.system import Coordinates, DampedHessian
 
 # Unknowns up to which auto factors the dense Hessian: there it takes no longer than the preconditioner's eigenbases.
 MOST_DENSE = 160
-# Products of cubes that an eigendecomposition is worth, measured on a CPU.
-EIGENDECOMPOSITION = 12
-# Iterations that a preconditioned solve takes, of what auto grants plain CG before it.
-FEW = 20
 # Without damping, a pass that leaves a residual this many times as large has followed directions of no curvature.
 GROWTH = 10.0
 
@@ -126,7 +124,9 @@ class Solve:
     def _captured(self, solver: str) -> Answer:
         x, residual = self._start(solver)
         scale = norm(self.rhs)
-        step = self._method(solver)(residual, cg.MARGIN * self.tol * scale, self.state.most_in_graph(self.max_iter))
+        method = self._method(solver)
+        most = self.max_iter if isinstance(method, InOneLaunch) else self.state.most_in_graph(self.max_iter)
+        step = method(residual, cg.MARGIN * self.tol * scale, most)
         x = x + step.correction
         left = norm(self.rhs - self.system(x))
         signs, state = self.system.signs, self.state
@@ -169,7 +169,7 @@ class Solve:
         few = few_rows.pays(self.n, self.c, self.k)
         return few and self.system.damping > 0 and self.system.joined is None
 
-    def _method(self, solver: str) -> "Cholesky | Krylov | FewRows":
+    def _method(self, solver: str) -> "Cholesky | Krylov | FewRows | InOneLaunch":
         if solver == "cholesky":
             return Cholesky(self.system)
         if solver == "pcg":
@@ -179,9 +179,13 @@ class Solve:
                     "of an earlier solve (of at least as many examples as features), or use solver='cg'"
                 )
             return Krylov(self.system, *self._factors())
+        system = self.system
+        apart = system.joined is None and system.damping > 0
+        if apart and cg.in_one_launch(self.c, system.features, system.impl):
+            return InOneLaunch(system)
         if self._in_row_space():
-            return FewRows(self.system)
-        return Krylov(self.system, self._plain())
+            return FewRows(system)
+        return Krylov(system, self._plain())
 
     def _plain(self) -> Coordinates:
         """Coordinates of plain CG.
@@ -249,21 +253,6 @@ class Solve:
             state.drop_factors()
 
 
-def trial_iterations(n: int, c: int, k: int, in_row_space: bool) -> int:
-    """Iterations of plain CG before ``auto`` turns to ``pcg`` on a CPU: those that cost what the other way would.
-
-    Once a net has learned something both take the same number, as its mean curvature tells little of an example's;
-    before, and for little damping, ``pcg`` may take a tenth. Whichever it is, ``auto`` takes about twice the time of
-    the better one or less. (On a GPU an eigendecomposition lasts as long as hundreds of iterations.)
-
-    >>> [trial_iterations(512, 10, k, False) for k in (129, 641)], trial_iterations(384, 1000, 2049, True)
-    ([42, 193], 26)
-    """
-    rank = min(n, k)
-    factors = EIGENDECOMPOSITION * (rank**3 + (c**3 if 3 * c <= n else 0)) + 4 * n * k * rank
-    return FEW + factors // (2 * n * c * (n if in_row_space else 2 * k))
-
-
 class Cholesky:
     """Direct solve; a second pass is a step of iterative refinement."""
 
@@ -329,6 +318,25 @@ class FewRows:
         residual = self._space.curved(self._features @ scaled.T).neg_()
         outcome = self._space.solve(residual, target, budget, self._impl)
         return Step(torch.addmm(scaled, outcome.solution[1].T, self._features), outcome.row)
+
+
+class InOneLaunch:
+    """Conjugate gradients by :data:`fastmeta.ops.solve.conjugate_gradient.OPERATOR`."""
+
+    def __init__(self, system: DampedHessian) -> None:
+        self._system = system
+        tensors = (system.features, system.logits, system.targets, system.signs)
+        self._tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+
+    def __call__(self, rhs: Tensor, target: float | Tensor, budget: int) -> Step:
+        """The correction for a residual ``rhs``."""
+        system, rhs = self._system, rhs.contiguous()
+        if isinstance(target, float):
+            target = torch.full((), target, dtype=torch.float64, device=rhs.device)
+        kernel = cg.OPERATOR.select(system.impl, *self._tensors, rhs, target)
+        assert kernel is not None, "it was asked for by in_one_launch"
+        solution, row = kernel(*self._tensors, rhs, target, LOSSES[system.loss], system.damping, budget)
+        return Step(solution, row.tolist() if cg.look_every(rhs) else row)
 
 
 def reachable(system: DampedHessian, rhs: Tensor) -> Tensor:
