@@ -309,5 +309,6 @@ def test_every_solver_gives_what_one_process_gives(results: tuple[dict, Results]
                 continue
             assert iterations == expected_iterations or case["options"].get("tol") == ALL["tol"], said
             assert float((x - expected).norm()) <= 1e-10 * float(expected.norm()), said
-            assert residual == pytest.approx(expected_residual, rel=1e-7, abs=1e-10), said
+            # The solution's error times the condition number, 100 at most.
+            assert residual == pytest.approx(expected_residual, rel=1e-7, abs=1e-8), said
         assert torch.equal(every[0][0][0], every[1][0][0]), f"the processes have the same: {said}"

@@ -135,19 +135,22 @@ class KroneckerPreconditioner:
         return z
 
 
-def trial_iterations(n: int, c: int, k: int, in_row_space: bool) -> int:
+def trial_iterations(n: int, c: int, k: int, *, in_row_space: bool, solves: int = 1) -> int:
     """Iterations of plain CG before ``auto`` turns to ``pcg`` on a CPU: those that cost what the other way would.
 
     Once a net has learned something both take the same number, as its mean curvature tells little of an example's;
     before, and for little damping, ``pcg`` may take a tenth. Whichever it is, ``auto`` takes about twice the time of
-    the better one or less. (On a GPU an eigendecomposition lasts as long as hundreds of iterations.)
+    the better one or less. (On a GPU an eigendecomposition lasts as long as hundreds of iterations.) Factors that
+    ``solves`` solves can share, which takes as many rows as features, cost each a part.
 
-    >>> [trial_iterations(512, 10, k, False) for k in (129, 641)], trial_iterations(384, 1000, 2049, True)
-    ([42, 193], 26)
+    >>> [trial_iterations(512, 10, k, in_row_space=False) for k in (129, 641)]
+    [42, 193]
+    >>> trial_iterations(512, 10, 129, in_row_space=False, solves=10)
+    22
     """
     rank = min(n, k)
     factors = EIGENDECOMPOSITION * (rank**3 + (c**3 if 3 * c <= n else 0)) + 4 * n * k * rank
-    return FEW + factors // (2 * n * c * (n if in_row_space else 2 * k))
+    return FEW + factors // (2 * n * c * (n if in_row_space else 2 * k) * (solves if n >= k else 1))
 
 
 class SolverState:

@@ -93,7 +93,8 @@ class Solve:
         solver = self._choose() if is_auto else solver
         most = self.max_iter
         if is_auto and solver == "cg" and not cg.serves(self.rhs):
-            most = trial_iterations(self.n, self.c, self.k, self._in_row_space())
+            solves = self.state.refresh_every
+            most = trial_iterations(self.n, self.c, self.k, in_row_space=self._in_row_space(), solves=solves)
         x, residual = self._start(solver)
         size, iterations, before = norm(residual).item(), 0, 0
         if joined is not None:
