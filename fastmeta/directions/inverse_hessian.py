@@ -240,7 +240,7 @@ class InverseHessian(Stateful):
         return few_rows.pays(n + others, c, d + 1)
 
     def _of_rows(self, problem: LastLayerProblem) -> Factors | None:
-        """The direction in factors; None: it takes long, or the input is not finite: the other way says where."""
+        """The direction in factors; None: they do not reach the tolerance in time, or the input is not finite."""
         assert isinstance(self.of, HoldoutGradient)
         of = self.of
         given = problem.gradient_in_factors("holdout", loss=of.loss, reduction=of.reduction, bias=of.bias)
@@ -254,10 +254,10 @@ class InverseHessian(Stateful):
         weights = torch.cat([weight for *_, weight in parts])
         rhs = torch.zeros_like(logits)
         rhs[-len(given.residual) :] = given.residual  # the hold-out examples are the last rows
-        most = self.max_iter
-        if self.solver == "auto" and not cg.serves(features):
+        most, is_trial = self.max_iter, self.solver == "auto" and not cg.serves(features)
+        if is_trial:
             n, c = logits.shape
-            most = min(most, trial_iterations(n, c, features.shape[1] + given.bias, in_row_space=True))
+            most = min(most // 2, trial_iterations(n, c, features.shape[1] + given.bias, in_row_space=True))
         answer = few_rows.solve_rows(
             features,
             logits,
@@ -273,8 +273,7 @@ class InverseHessian(Stateful):
         )
         solved = linear_solvers.Solved(answer.iterations, answer.residual)
         if not cg.capturing(features):
-            takes_long = solved.residual > self.tol and solved.iterations >= most
-            if math.isnan(solved.residual) or (takes_long and most < self.max_iter):
+            if math.isnan(solved.residual) or (is_trial and solved.residual > self.tol):
                 return None
             self._judge(linear_solvers.Solution(answer.coefficients, solved, answer.indefinite))
         self._last.solution = solved

@@ -216,9 +216,8 @@ def test_auto_turns_to_pcg_where_cg_is_slow_and_remembers_it() -> None:
         assert state.solver == "pcg"
         state.solution = None
         assert solve(problem, True, False, state=state, **options).iterations <= alone["pcg"] + 1
-        few = {"max_iter": trial, "state": SolverState()}
-        with pytest.warns(NotConvergedWarning):
-            assert solve(problem, True, False, **options | few).iterations == trial
+        few = options | {"max_iter": 2 * alone["pcg"] + 4, "state": SolverState()}
+        assert solve(problem, True, False, **few).residual <= 1e-4, "half of the iterations are left for pcg"
 
 
 def test_auto_stays_with_cg_where_that_is_fast() -> None:

@@ -91,18 +91,17 @@ class Solve:
             return Answer(torch.zeros_like(self.rhs), 0, 0.0, solver)
         is_auto = solver == "auto"
         solver = self._choose() if is_auto else solver
-        most = self.max_iter
-        if is_auto and solver == "cg" and not cg.serves(self.rhs):
-            solves = self.state.refresh_every
-            most = trial_iterations(self.n, self.c, self.k, in_row_space=self._in_row_space(), solves=solves)
+        # What auto begins with has so many iterations; then comes pcg.
+        is_trial = is_auto and solver == "cg" and not cg.serves(self.rhs)
+        most = self._trial() if is_trial else self.max_iter
         x, residual = self._start(solver)
-        size, iterations, before = norm(residual).item(), 0, 0
+        size, iterations, before, stagnates = norm(residual).item(), 0, 0, False
         if joined is not None:
             scale, size = joined.agreed(scale, size)
         method = None
         while size > self.tol * scale and iterations < self.max_iter:
-            if most <= iterations:
-                solver, most, before, method = "pcg", self.max_iter, iterations, None
+            if is_trial and (stagnates or iterations >= most):
+                solver, most, before, method, is_trial = "pcg", self.max_iter, iterations, None, False
             method = method or self._method(solver)
             step = method(residual, cg.MARGIN * self.tol * scale, most - iterations)
             x = x + step.correction
@@ -116,7 +115,8 @@ class Solve:
                 raise indefinite_error(iterations)
             if self.system.damping == 0 and size > GROWTH * previous:
                 raise singular_error(solver, size / scale)
-            if not size <= cg.STAGNATION * previous and not most <= iterations < self.max_iter:
+            stagnates = not size <= cg.STAGNATION * previous
+            if stagnates and not is_trial:
                 break
         if math.isfinite(size):
             self._keep(solver, x, iterations, iterations - before, had_factors)
@@ -165,6 +165,11 @@ class Solve:
         if size <= MOST_DENSE and blocks * size <= 4 * MOST_DENSE and not cg.serves(self.rhs):
             return "cholesky"
         return "pcg" if self.state.is_preconditioned else "cg"
+
+    def _trial(self) -> int:
+        in_row_space, solves = self._in_row_space(), self.state.refresh_every
+        most = trial_iterations(self.n, self.c, self.k, in_row_space=in_row_space, solves=solves)
+        return min(most, self.max_iter // 2)
 
     def _in_row_space(self) -> bool:
         few = few_rows.pays(self.n, self.c, self.k)
