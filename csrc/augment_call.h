@@ -19,28 +19,28 @@ struct AugmentCall {
 
   AugmentCall(const Tensor& images, const std::optional<Tensor>& moves, const Tensor& operations, const Tensor& levels,
               const std::optional<Tensor>& places, const std::array<int64_t, 4>& colors, bool reflected, bool unit) {
-    check(images, "images", ScalarType::Byte, images);
+    check_plain(images, "images", ScalarType::Byte, images, "images");
     STD_TORCH_CHECK(images.dim() == 4 && (images.size(1) == 1 || images.size(1) == 3),
                     "images must be [N, 1 or 3, H, W], got ", shape_of(images));
     for (const int64_t d : {2, 3}) {
       STD_TORCH_CHECK(images.size(d) >= 1 && images.size(d) <= largest_side, "images must have 1 to ", largest_side,
                       " pixels a side, got ", shape_of(images));
     }
-    check(operations, "operations", ScalarType::Long, images);
+    check_plain(operations, "operations", ScalarType::Long, images, "images");
     STD_TORCH_CHECK(operations.dim() == 2 && operations.size(0) == images.size(0),
                     "operations must be [N, D] with N = ", images.size(0), ", got ", shape_of(operations));
     const int64_t count = images.size(0), steps = operations.size(1);
-    check(levels, "levels", ScalarType::Float, images);
+    check_plain(levels, "levels", ScalarType::Float, images, "images");
     STD_TORCH_CHECK(levels.dim() == 2 && levels.size(0) == count && levels.size(1) == steps,
                     "levels must be like operations, got ", shape_of(levels));
     if (places) {
-      check(*places, "places", ScalarType::Float, images);
+      check_plain(*places, "places", ScalarType::Float, images, "images");
       STD_TORCH_CHECK(
           places->dim() == 3 && places->size(0) == count && places->size(1) == steps && places->size(2) == 2,
           "places must be [N, D, 2], got ", shape_of(*places));
     }
     if (moves) {
-      check(*moves, "moves", ScalarType::Int, images);
+      check_plain(*moves, "moves", ScalarType::Int, images, "images");
       STD_TORCH_CHECK(moves->dim() == 2 && moves->size(0) == count && moves->size(1) == 3,
                       "moves must be [N, 3] with N = ", count, ", got ", shape_of(*moves));
     }
@@ -64,14 +64,6 @@ struct AugmentCall {
                  .square = {static_cast<int>(colors[1]), static_cast<int>(colors[2]), static_cast<int>(colors[3])},
                  .reflected = reflected,
                  .unit = unit};
-  }
-
- private:
-  static void check(const Tensor& tensor, const char* name, ScalarType type, const Tensor& images) {
-    STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
-                    torch::headeronly::toString(tensor.scalar_type()));
-    STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-    STD_TORCH_CHECK(tensor.device() == images.device(), name, " must be on the device of images");
   }
 };
 

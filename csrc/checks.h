@@ -54,13 +54,24 @@ void check_like(const AnyTensor& tensor, const char* name, const AnyTensor& firs
                   torch::headeronly::toString(tensor.scalar_type()));
 }
 
-inline void check_vector(const View& tensor, const char* name, const char* symbols, int64_t size) {
+// A type, contiguous memory and the device of the first argument.
+inline void check_plain(const Tensor& tensor, const char* name, ScalarType type, const Tensor& first,
+                        const char* first_name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  STD_TORCH_CHECK(on_one_device(tensor, first), name, " must be on the device of ", first_name);
+}
+
+template <class AnyTensor>
+void check_vector(const AnyTensor& tensor, const char* name, const char* symbols, int64_t size) {
   check_present(tensor, name);
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, " must be ", symbols, " = [", size, "], got ",
                   shape_of(tensor));
 }
 
-inline void check_shape(const View& tensor, const char* name, const char* symbols, int64_t rows, int64_t columns) {
+template <class AnyTensor>
+void check_shape(const AnyTensor& tensor, const char* name, const char* symbols, int64_t rows, int64_t columns) {
   check_present(tensor, name);
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be ", symbols,
                   " = [", rows, ", ", columns, "], got ", shape_of(tensor));

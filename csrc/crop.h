@@ -41,13 +41,13 @@ struct CropCall {
 
   CropCall(const Tensor& images, const Tensor& columns, const Tensor& column_shares, const Tensor& rows,
            const Tensor& row_shares, bool unit) {
-    check(images, "images", ScalarType::Byte, images);
+    check_plain(images, "images", ScalarType::Byte, images, "images");
     STD_TORCH_CHECK(images.dim() == 4 && images.size(2) >= 1 && images.size(3) >= 1,
                     "images must be [N, C, H, W], got ", shape_of(images));
-    check(columns, "columns", ScalarType::Int, images);
-    check(rows, "rows", ScalarType::Int, images);
-    check(column_shares, "column_shares", ScalarType::Float, images);
-    check(row_shares, "row_shares", ScalarType::Float, images);
+    check_plain(columns, "columns", ScalarType::Int, images, "images");
+    check_plain(rows, "rows", ScalarType::Int, images, "images");
+    check_plain(column_shares, "column_shares", ScalarType::Float, images, "images");
+    check_plain(row_shares, "row_shares", ScalarType::Float, images, "images");
     const int64_t count = images.size(0), size = columns.dim() == 2 ? columns.size(1) : 0;
     for (const Tensor* each : {&columns, &column_shares, &rows, &row_shares}) {
       STD_TORCH_CHECK(each->dim() == 2 && each->size(0) == count && each->size(1) == size,
@@ -67,14 +67,6 @@ struct CropCall {
                  .width = static_cast<int>(images.size(3)),
                  .size = static_cast<int>(size),
                  .unit = unit};
-  }
-
- private:
-  static void check(const Tensor& tensor, const char* name, ScalarType type, const Tensor& images) {
-    STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
-                    torch::headeronly::toString(tensor.scalar_type()));
-    STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-    STD_TORCH_CHECK(tensor.device() == images.device(), name, " must be on the device of images");
   }
 };
 

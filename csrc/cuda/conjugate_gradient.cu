@@ -156,33 +156,21 @@ __global__ void __launch_bounds__(32 * narrow_warps, resident_blocks)
   s.row[status_at] = status;
 }
 
-void check(const Tensor& tensor, const char* name, ScalarType type, const Tensor& features) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-  STD_TORCH_CHECK(tensor.device() == features.device(), name, " must be on the device of features");
-}
-
-void check_size(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be [", rows,
-                  ", ", columns, "], got ", shape_of(tensor));
-}
-
 std::tuple<Tensor, Tensor> conjugate_gradient(const Tensor& features, const Tensor& logits,
                                               const std::optional<Tensor>& targets, const std::optional<Tensor>& signs,
                                               const Tensor& rhs, const Tensor& target, int64_t loss_code,
                                               double damping, int64_t max_iter) {
   const Loss loss = check_loss(static_cast<double>(loss_code));
   for (const auto& [tensor, name] : {std::pair{&features, "features"}, {&logits, "logits"}, {&rhs, "rhs"}}) {
-    check(*tensor, name, ScalarType::Float, features);
+    check_plain(*tensor, name, ScalarType::Float, features, "features");
     STD_TORCH_CHECK(tensor->dim() == 2, name, " must be 2-D, got ", shape_of(*tensor));
   }
   const int64_t n = features.size(0), k = features.size(1), c = rhs.size(0);
   STD_TORCH_CHECK(n >= 1 && k >= 1, "features must have rows and columns, got ", shape_of(features));
   STD_TORCH_CHECK(c >= 1 && c <= narrow_outputs, "rhs must have 1 to ", narrow_outputs, " rows, got ", shape_of(rhs));
-  check_size(logits, "logits", n, c);
-  check_size(rhs, "rhs", c, k);
-  check(target, "target", ScalarType::Double, features);
+  check_shape(logits, "logits", "[N, C]", n, c);
+  check_shape(rhs, "rhs", "[C, K]", c, k);
+  check_plain(target, "target", ScalarType::Double, features, "features");
   STD_TORCH_CHECK(target.numel() == 1, "target must be one number, got ", shape_of(target));
   STD_TORCH_CHECK(std::isfinite(damping) && damping > 0, "damping must be finite and > 0, got ", damping);
   STD_TORCH_CHECK(max_iter >= 0 && max_iter <= INT32_MAX, "max_iter must be in [0, 2^31), got ", max_iter);
@@ -204,13 +192,13 @@ std::tuple<Tensor, Tensor> conjugate_gradient(const Tensor& features, const Tens
   a.logits = rows_of(logits, c);
   a.tangent.weight = rows_of(rhs, k);  // its strides are those of every direction
   if (reads) {
-    check(*targets, "targets", ScalarType::Float, features);
-    check_size(*targets, "targets", n, c);
+    check_plain(*targets, "targets", ScalarType::Float, features, "features");
+    check_shape(*targets, "targets", "[N, C]", n, c);
     a.targets = rows_of(*targets, c);
   }
   if (signs.has_value()) {
-    check(*signs, "signs", ScalarType::Float, features);
-    STD_TORCH_CHECK(signs->dim() == 1 && signs->size(0) == n, "signs must be [", n, "], got ", shape_of(*signs));
+    check_plain(*signs, "signs", ScalarType::Float, features, "features");
+    check_vector(*signs, "signs", "[N]", n);
     a.weights = rows_of(*signs, 1);
   }
   const Launcher launch("conjugate_gradient", features);
