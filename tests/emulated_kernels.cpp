@@ -5,6 +5,7 @@
 #include <string>
 
 using fastmeta::grid_barrier;
+using fastmeta::emulator::Launch;
 using fastmeta::emulator::run;
 
 namespace {
@@ -86,6 +87,21 @@ void across_blocks(float* out, bool with_second_barrier) {
   if (threadIdx.x == blockDim.x - 1) out[blockIdx.x] = sum;
 }
 
+// One array for two sums of a block, warp by warp: the second needs a barrier after the first is read.
+void two_sums(float* out, bool with_barrier) {
+  FASTMETA_SHARED(float, shared, threads / 32);
+  float found = 0;
+  for (int round = 1; round <= 2; ++round) {
+    float sum = static_cast<float>(round);
+    for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bits);
+    if (with_barrier) __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
+    __syncthreads();
+    for (int w = 0; w < threads / 32; ++w) found += shared[w];
+  }
+  out[threadIdx.x] = found;
+}
+
 void leaves_early() {
   if (blockIdx.x != 1) grid_barrier();
 }
@@ -104,14 +120,21 @@ extern "C" {
 const char* launch(const char* name, float* out, unsigned blocks, unsigned threads_of_block,
                    uint64_t shared_bytes) try {
   const std::string kernel = name;
-  const auto start = [&](auto body) { run(blocks, threads_of_block, shared_bytes, false, body); };
-  const auto together = [&](auto body) { run(blocks, threads_of_block, shared_bytes, true, body); };
+  const Launch launched{.blocks = blocks, .threads = threads_of_block, .shared_bytes = shared_bytes};
+  const auto start = [&](auto body) { run(launched, body); };
+  const auto together = [&](auto body) {
+    Launch cooperative = launched;
+    cooperative.cooperative = true;
+    run(cooperative, body);
+  };
   said.clear();
   unsigned counter = 0;
   if (kernel == "reverse") start([&] { reverse(out, true); });
   if (kernel == "reverse without barrier") start([&] { reverse(out, false); });
   if (kernel == "two rounds") start([&] { two_rounds(out, true); });
   if (kernel == "two rounds without barrier") start([&] { two_rounds(out, false); });
+  if (kernel == "two sums") start([&] { two_sums(out, true); });
+  if (kernel == "two sums without barrier") start([&] { two_sums(out, false); });
   if (kernel == "warps") start([&] { warps(out); });
   if (kernel == "uninitialized") start([&] { uninitialized(out); });
   if (kernel == "tickets") start([&] { tickets(out, &counter); });

@@ -20,7 +20,7 @@ namespace {
 enum Number { slope_at, squared_at, target_at, count_at, status_at, row_numbers = 8 };
 enum Status { running, converged, negative, flat, not_finite };
 
-constexpr int resident_blocks = 2;  // of a multiprocessor
+constexpr int most_resident = 2;  // blocks of a multiprocessor, for which the registers are limited
 
 // Beside the rows and partial sums of NarrowArguments.
 struct Solve {
@@ -49,7 +49,7 @@ __device__ __forceinline__ double block_sum(double value, double* shared) {
 
 __device__ __forceinline__ Status judged(double squared, double target) {
   if (!(squared < static_cast<double>(HUGE_VAL))) return not_finite;
-  return squared <= target ? converged : squared > 0 ? running : flat;
+  return squared <= target ? converged : running;
 }
 
 // p^T H p of the block's rows: what its partial sums are in the direction p.
@@ -88,7 +88,7 @@ __device__ __forceinline__ double advance(const NarrowArguments<float>& a, const
 }
 
 template <int padded, int lanes>
-__global__ void __launch_bounds__(32 * narrow_warps, resident_blocks)
+__global__ void __launch_bounds__(32 * narrow_warps, most_resident)
     solve_in_one_launch(FASTMETA_STRUCTURE(NarrowArguments<float>) a, FASTMETA_STRUCTURE(Solve) s) {
   FASTMETA_DYNAMIC_SHARED(float, scratch);
   FASTMETA_SHARED(float, parts, 32 * narrow_warps);
@@ -132,10 +132,10 @@ __global__ void __launch_bounds__(32 * narrow_warps, resident_blocks)
     if (threadIdx.x == 0) s.squares[blockIdx.x] = square;
     grid_barrier();
     squared = sum_over_blocks(s.squares);
-    status = judged(squared, target);
-    if (status != running) break;
     const float ratio = static_cast<float>(squared / slope);
     slope = squared;
+    status = judged(squared, target);
+    if (status != running) break;
     length = 0;
     for (int64_t e = threadIdx.x; e < unknowns; e += blockDim.x) {
       const float next = s.residual[e] + ratio * p[e];
@@ -202,35 +202,36 @@ std::tuple<Tensor, Tensor> conjugate_gradient(const Tensor& features, const Tens
     a.weights = rows_of(*signs, 1);
   }
   const Launcher launch("conjugate_gradient", features);
-  const NarrowPlan plan = plan_gradient(n, k, c, 1, launch.multiprocessors(), resident_blocks);
-  set_plan(a, plan);
-
+  const int multiprocessors = launch.multiprocessors();
+  a.vectorized = k % 4 == 0 && has_packed_rows(a.features) && has_packed_rows(a.tangent.weight);
   Tensor x = torch::stable::new_empty(rhs, {c, k});
   Tensor row = torch::stable::new_empty(target, {row_numbers});
-  const int64_t unknowns = c * k, blocks = plan.blocks;
-  // In float64 first; a direction starts at a multiple of 16 bytes where vectors are read from it.
-  const Tensor sums = torch::stable::new_empty(target, {2 * blocks});
-  const Tensor scratch = launch.scratch(unknowns + blocks * (2 * unknowns + c));
-  auto* const free = static_cast<float*>(scratch.mutable_data_ptr());
-  auto* const bends = static_cast<double*>(sums.mutable_data_ptr());
-  const Solve s{.rhs = static_cast<const float*>(rhs.const_data_ptr()),
-                .target = static_cast<const double*>(target.const_data_ptr()),
-                .x = static_cast<float*>(x.mutable_data_ptr()),
-                .residual = free,
-                .directions = free + unknowns,
-                .bends = bends,
-                .squares = bends + blocks,
-                .row = static_cast<double*>(row.mutable_data_ptr()),
-                .max_iter = static_cast<int>(max_iter)};
-  a.partials = free + unknowns * (blocks + 1);
-  a.vectorized = k % 4 == 0 && has_packed_rows(a.features) && has_packed_rows(a.tangent.weight);
-  with_layout(plan.layout, [&](auto padded, auto lanes) {
-    launch(solve_in_one_launch<padded(), lanes()>,
-           {.blocks = dim3(static_cast<unsigned>(blocks)),
-            .threads = dim3(32 * narrow_warps),
-            .shared_bytes = static_cast<size_t>(plan.shared_bytes()),
-            .cooperative = true},
-           a, s);
+  with_layout(narrow_layout(n, c, multiprocessors), [&](auto padded, auto lanes) {
+    const auto kernel = solve_in_one_launch<padded(), lanes()>;
+    Grid grid{.threads = dim3(32 * narrow_warps), .shared_bytes = narrow_shared, .cooperative = true};
+    const int resident = std::min(most_resident, launch.resident_blocks(kernel, grid));
+    STD_TORCH_CHECK(resident > 0, "conjugate_gradient has no room on this device");
+    const NarrowPlan plan = plan_gradient(n, k, c, 1, multiprocessors, resident);
+    set_plan(a, plan);
+    const int64_t unknowns = c * k, blocks = plan.blocks;
+    grid.blocks = dim3(static_cast<unsigned>(blocks));
+    grid.shared_bytes = static_cast<size_t>(plan.shared_bytes());
+    // A direction starts at a multiple of 16 bytes where vectors are read from it.
+    const Tensor sums = torch::stable::new_empty(target, {2 * blocks});
+    const Tensor scratch = launch.scratch(unknowns + blocks * (2 * unknowns + c));
+    auto* const free = static_cast<float*>(scratch.mutable_data_ptr());
+    auto* const bends = static_cast<double*>(sums.mutable_data_ptr());
+    a.partials = free + unknowns * (blocks + 1);
+    launch(kernel, grid, a,
+           Solve{.rhs = static_cast<const float*>(rhs.const_data_ptr()),
+                 .target = static_cast<const double*>(target.const_data_ptr()),
+                 .x = static_cast<float*>(x.mutable_data_ptr()),
+                 .residual = free,
+                 .directions = free + unknowns,
+                 .bends = bends,
+                 .squares = bends + blocks,
+                 .row = static_cast<double*>(row.mutable_data_ptr()),
+                 .max_iter = static_cast<int>(max_iter)});
   });
   return {x, row};
 }

@@ -1,8 +1,9 @@
 // Runs the threads of an emulated block on the CPU: a fiber each, resumed in turn.
 //
 // FASTMETA_EMULATION_ORDER is `forward`, `reverse` or `random` (the default; the same in every run of a program): the
-// order of the blocks, and of the threads between two barriers. A kernel that lacks a barrier gives another result in
-// another order, or reads the poison that shared memory starts with.
+// order of the blocks, and of the threads between two barriers; at random, some warps also go
+// ahead of others as far as they can. A kernel that lacks a barrier gives another result in another order, or reads the
+// poison that shared memory starts with.
 #include "cuda/emulator.h"
 
 #include <setjmp.h>
@@ -72,12 +73,12 @@ struct Block {
   std::exception_ptr error;
   int flags = 0;  // of the barrier just passed
   alignas(128) std::array<char, shared_limit> arena;
-  size_t used = 0;
+  size_t used = 0, most = 0;  // of the arena
   std::vector<std::pair<const void*, size_t>> arrays;
   uint3 number;                // its place in the grid
   std::vector<int64_t> turns;  // its threads, in the order in which they run
 
-  void start(const uint3& number, size_t dynamic_bytes, const std::function<void()>& body);
+  void start(const uint3& number, const Launch& launch, const std::function<void()>& body);
   // Until every thread has ended or waits for other blocks: whether one waits.
   bool run();
   void pass_grid_barrier();
@@ -168,29 +169,34 @@ bool Block::release_barrier(int count) {
   return true;
 }
 
-std::vector<int64_t> in_order(int64_t count) {
+uint64_t draw() {
+  random_bits ^= random_bits << 13;
+  random_bits ^= random_bits >> 7;
+  random_bits ^= random_bits << 17;
+  return random_bits;
+}
+
+std::string order_name() {
   const char* setting = std::getenv("FASTMETA_EMULATION_ORDER");
-  const std::string name = setting ? setting : "random";
+  return setting ? setting : "random";
+}
+
+std::vector<int64_t> in_order(int64_t count) {
+  const std::string name = order_name();
   std::vector<int64_t> order(count);
   std::iota(order.begin(), order.end(), 0);
   if (name == "reverse") {
     std::reverse(order.begin(), order.end());
   } else if (name == "random") {
-    uint64_t& random = random_bits;
-    for (int64_t i = count - 1; i > 0; --i) {
-      random ^= random << 13;
-      random ^= random >> 7;
-      random ^= random << 17;
-      std::swap(order[i], order[random % static_cast<uint64_t>(i + 1)]);
-    }
+    for (int64_t i = count - 1; i > 0; --i) std::swap(order[i], order[draw() % static_cast<uint64_t>(i + 1)]);
   } else if (name != "forward") {
     throw std::invalid_argument("FASTMETA_EMULATION_ORDER must be forward, reverse or random, got " + name);
   }
   return order;
 }
 
-void Block::start(const uint3& at, size_t dynamic_bytes, const std::function<void()>& kernel) {
-  const dim3& size = place.threads;
+void Block::start(const uint3& at, const Launch& launch, const std::function<void()>& kernel) {
+  const dim3& size = launch.threads;
   const size_t count = size_t{size.x} * size.y * size.z;
   while (fibers.size() < count) {
     auto fiber = std::make_unique<Fiber>();
@@ -202,9 +208,10 @@ void Block::start(const uint3& at, size_t dynamic_bytes, const std::function<voi
   }
   number = at;
   body = &kernel;
-  used = dynamic_bytes;
+  used = (launch.shared_bytes + 15) / 16 * 16;
+  most = launch.shared_most;
   arrays.clear();
-  std::memset(arena.data(), 0xff, dynamic_bytes);
+  std::memset(arena.data(), 0xff, used);
   for (unsigned t = 0; t < count; ++t) {
     fibers[t]->state = State::ready;
     fibers[t]->thread = {t % size.x, t / size.x % size.y, t / size.x / size.y};
@@ -216,12 +223,27 @@ bool Block::run() {
   const int count = static_cast<int>(turns.size());
   block = this;
   place.block = number;
-  do {
+  const bool at_random = order_name() == "random";
+  uint64_t left = at_random ? draw() : 0;  // warps that stay behind, until all others wait for them
+  for (;;) {
+    bool leaves_some = false;
     for (const int64_t t : turns) {
-      if (fibers[t]->state == State::ready) resume(*fibers[t]);
+      if (fibers[t]->state != State::ready) continue;
+      if (left >> (t / 32) & 1) {
+        leaves_some = true;
+        continue;
+      }
+      resume(*fibers[t]);
       if (error) std::rethrow_exception(error);
     }
-  } while (release_warps(count) || release_barrier(count));
+    if (release_warps(count)) continue;
+    if (leaves_some) {
+      left = 0;
+      continue;
+    }
+    if (!release_barrier(count)) break;
+    left = at_random ? draw() : 0;
+  }
   bool waits = false, is_stuck = false;
   for (int t = 0; t < count; ++t) {
     waits = waits || fibers[t]->state == State::at_grid_barrier;
@@ -250,31 +272,31 @@ void run_together(int64_t count) {
 
 }  // namespace
 
-void run(dim3 blocks, dim3 threads, size_t shared_bytes, bool cooperative, const std::function<void()>& body) {
+void run(const Launch& launch, const std::function<void()>& body) {
+  const dim3 &blocks = launch.blocks, &threads = launch.threads;
   constexpr unsigned most = std::numeric_limits<int32_t>::max();
   if (blocks.x > most || blocks.y > 65535 || blocks.z > 65535) throw std::invalid_argument("a grid too large");
   const uint64_t block_threads = uint64_t{threads.x} * threads.y * threads.z;
   if (threads.z > 64 || block_threads - 1 >= 1024) throw std::invalid_argument("a block must have 1 to 1024 threads");
-  if (shared_bytes > shared_limit) throw std::invalid_argument("more shared memory than every GPU has");
+  if (launch.shared_bytes > shared_limit) throw std::invalid_argument("more shared memory than every GPU has");
   const uint64_t count = uint64_t{blocks.x} * blocks.y * blocks.z;
-  const uint64_t resident = std::min(2048 / block_threads, shared_limit / std::max<size_t>(1, shared_bytes));
-  if (cooperative && count > multiprocessors * resident) {
+  const uint64_t resident = std::min(2048 / block_threads, shared_limit / std::max<size_t>(1, launch.shared_bytes));
+  if (launch.cooperative && count > multiprocessors * resident) {
     throw std::invalid_argument("more blocks than are resident at once in a cooperative launch");
   }
-  const size_t dynamic_bytes = (shared_bytes + 15) / 16 * 16;
   const auto number = [&](uint64_t b) {
     return uint3{static_cast<unsigned>(b % blocks.x), static_cast<unsigned>(b / blocks.x % blocks.y),
                  static_cast<unsigned>(b / blocks.x / blocks.y)};
   };
   place = {{}, {}, threads, blocks};
   try {
-    while (living.size() < (cooperative ? count : 1)) living.push_back(std::make_unique<Block>());
-    if (cooperative) {
-      for (uint64_t b = 0; b < count; ++b) living[b]->start(number(b), dynamic_bytes, body);
+    while (living.size() < (launch.cooperative ? count : 1)) living.push_back(std::make_unique<Block>());
+    if (launch.cooperative) {
+      for (uint64_t b = 0; b < count; ++b) living[b]->start(number(b), launch, body);
       run_together(static_cast<int64_t>(count));
     } else {
       for (const int64_t b : in_order(static_cast<int64_t>(count))) {
-        living[0]->start(number(b), dynamic_bytes, body);
+        living[0]->start(number(b), launch, body);
         if (living[0]->run()) throw std::logic_error("a barrier of the grid in a launch that is not cooperative");
       }
     }
@@ -315,7 +337,7 @@ void* shared(const void* key, size_t bytes) {
   }
   const size_t offset = b.used;
   b.used += (bytes + 15) / 16 * 16;
-  if (b.used > shared_limit) throw std::invalid_argument("more shared memory than every GPU has");
+  if (b.used > b.most) throw std::invalid_argument("more shared memory than a launch has, or than it has asked for");
   b.arrays.emplace_back(key, offset);
   std::memset(b.arena.data() + offset, 0xff, bytes);
   return b.arena.data() + offset;

@@ -45,8 +45,8 @@ struct alignas(16) uint4 {
 
 namespace fastmeta::emulator {
 
-// The least of what sm_80, sm_90 and sm_100 offer.
-constexpr size_t shared_limit = 163 * 1024;
+// The least of what sm_80, sm_90 and sm_100 offer, and what a launch gets that does not ask for more.
+constexpr size_t shared_limit = 163 * 1024, shared_unasked = 48 * 1024;
 constexpr int multiprocessors = 8;
 
 enum class Warp : int { sync, shuffle, ballot };
@@ -57,8 +57,15 @@ struct Place {
 };
 extern constinit thread_local Place place;
 
-// Runs `body` once for each thread of each block; the blocks of a cooperative launch may wait for each other.
-void run(dim3 blocks, dim3 threads, size_t shared_bytes, bool cooperative, const std::function<void()>& body);
+struct Launch {
+  dim3 blocks, threads;
+  size_t shared_bytes = 0;              // dynamic
+  size_t shared_most = shared_unasked;  // with what the kernel declares
+  bool cooperative = false;             // its blocks may wait for each other
+};
+
+// Runs `body` once for each thread of each block.
+void run(const Launch& launch, const std::function<void()>& body);
 // Waits for the block; how many of its threads came with `flag`.
 int barrier(bool flag);
 // Waits for all blocks.

@@ -44,6 +44,9 @@ struct Grid {
   bool cooperative = false;  // all blocks are resident at once, and may wait for each other
 };
 
+// 48 kB are there without asking, for both together: what the launch gives and up to 1 kB that a kernel declares.
+constexpr bool asks_for_shared(const Grid& grid) { return grid.shared_bytes > 47 * 1024; }
+
 constexpr size_t max_parameter_bytes = 32764;  // of a kernel, from sm_70 and CUDA 12.1 on
 
 // torch's current stream on a device of its.
@@ -64,7 +67,8 @@ class Launcher {
     static_assert((sizeof(Parameters) + ... + 0) <= max_parameter_bytes);
     if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
 #ifdef FASTMETA_EMULATE
-    emulator::run(grid.blocks, grid.threads, grid.shared_bytes, grid.cooperative, [&] { kernel(arguments...); });
+    emulator::run({grid.blocks, grid.threads, grid.shared_bytes, shared_most(grid), grid.cooperative},
+                  [&] { kernel(arguments...); });
 #else
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))..., nullptr};
     launch(reinterpret_cast<const void*>(kernel), grid, pointers);
@@ -72,14 +76,30 @@ class Launcher {
   }
 
   int multiprocessors() const;
+  // Blocks like these that a multiprocessor holds at once; asked of the device.
+  template <class... Parameters>
+  int resident_blocks(void (*kernel)(Parameters...), const Grid& grid) const {
+#ifdef FASTMETA_EMULATE
+    return static_cast<int>(emulator::shared_limit / (grid.shared_bytes + 1024));
+#else
+    return resident_blocks(reinterpret_cast<const void*>(kernel), grid);
+#endif
+  }
   // Memory from torch's allocator.
   torch::stable::Tensor scratch(int64_t floats) const;
   // Sets bytes to 0, in the order of the stream.
   void clear(void* data, int64_t bytes) const;
 
-#ifndef FASTMETA_EMULATE
+#ifdef FASTMETA_EMULATE
+ private:
+  static size_t shared_most(const Grid& grid) {
+    return asks_for_shared(grid) ? emulator::shared_limit : emulator::shared_unasked;
+  }
+#else
  private:
   void launch(const void* kernel, const Grid& grid, void** arguments) const;
+  int resident_blocks(const void* kernel, const Grid& grid) const;
+  void ask_for_shared(const void* kernel, const Grid& grid) const;
   void check(cudaError_t error) const;
 
   const char* name_;
@@ -114,14 +134,24 @@ inline Launcher::Launcher(const char* name, int device, void* stream)
   check(cudaSetDevice(device_));
 }
 
+inline void Launcher::ask_for_shared(const void* kernel, const Grid& grid) const {
+  if (!asks_for_shared(grid)) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
+}
+
 inline void Launcher::launch(const void* kernel, const Grid& grid, void** arguments) const {
-  if (grid.shared_bytes > 48 * 1024) {
-    check(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
-  }
+  ask_for_shared(kernel, grid);
   check(grid.cooperative
             ? cudaLaunchCooperativeKernel(kernel, grid.blocks, grid.threads, arguments, grid.shared_bytes, stream_)
             : cudaLaunchKernel(kernel, grid.blocks, grid.threads, arguments, grid.shared_bytes, stream_));
+}
+
+inline int Launcher::resident_blocks(const void* kernel, const Grid& grid) const {
+  ask_for_shared(kernel, grid);
+  int count = 0;
+  const int threads = static_cast<int>(grid.threads.x * grid.threads.y * grid.threads.z);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, grid.shared_bytes));
+  return count;
 }
 
 inline int Launcher::multiprocessors() const {

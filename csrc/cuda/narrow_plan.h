@@ -16,7 +16,7 @@ namespace fastmeta {
 constexpr int narrow_outputs = 32;            // most of them
 constexpr int narrow_warps = 4;               // of a block
 constexpr int64_t narrow_chunk = 128;         // rows whose residuals a block holds
-constexpr int64_t narrow_shared = 48 * 1024;  // bytes every GPU gives without asking
+constexpr int64_t narrow_shared = 48 * 1024;  // most bytes of dynamic memory
 constexpr int64_t narrow_partials = 1 << 24;  // most floats of partial sums
 
 // A row of `features` is read by `lanes` lanes, four features each: a slab. Each lane multiplies `rows` rows with all

@@ -141,7 +141,7 @@ def solve_hessian(
     and serves the next solves of a ``state`` (on a GPU they would last as long as hundreds of iterations: never).
 
     On a GPU the iterations of ``cg`` and ``pcg`` wait for nothing; the host looks every 5 of them whether to go on, and
-    at the residual in the end. Those of ``cg`` in float32 for at most 32 outputs are one launch; of others a CUDA graph
+    at the residual in the end. Those of ``cg`` in float32 for at most 32 outputs are one launch; else a CUDA graph
     holds ``max_iter``, or twice those of the last solve of ``state``, and those after convergence change nothing. In a
     graph the numbers of the result stay on the device, nothing warns or names an input that is not finite, ``damping``
     must be > 0, ``cholesky`` raises, and ``pcg`` needs the factors of a ``state``, whose solution changes in place.

@@ -59,6 +59,14 @@ def test_a_missing_barrier_shows(launch, order):
     assert not torch.equal(launch("two rounds without barrier", THREADS), right)
 
 
+def test_some_warps_get_ahead_of_others(launch, monkeypatch):
+    """At random alone: elsewhere all threads take a step before any takes two."""
+    monkeypatch.setenv("FASTMETA_EMULATION_ORDER", "random")
+    right = torch.full((THREADS,), 3.0 * THREADS)
+    assert all(torch.equal(launch("two sums", THREADS), right) for _ in range(20))
+    assert not all(torch.equal(launch("two sums without barrier", THREADS), right) for _ in range(20))
+
+
 def test_warp_operations(launch, order):
     t = torch.arange(THREADS)
     lane = t % 32
@@ -116,6 +124,7 @@ def test_a_lane_that_has_ended_sends_nan(launch):
         ("nothing", {"threads": 0}, "a block must have 1 to 1024 threads"),
         ("nothing", {"blocks": 2**31}, "a grid too large"),
         ("nothing", {"shared_bytes": 163 * 1024 + 1}, "more shared memory than every GPU has"),
+        ("uninitialized", {"shared_bytes": 48 * 1024}, "more shared memory than a launch has, or than it has asked"),
     ],
 )
 def test_what_a_gpu_would_refuse(launch, kernel, shape, words):

@@ -37,3 +37,7 @@ def test_on_a_gpu(size: tuple[int, int, int], solver: str) -> None:
     torch.testing.assert_close(flat(captured), flat(solution), rtol=0, atol=1e-3 * float(expected.norm()))
     graph.replay()
     assert captured.iterations <= 1, "the replay began with the solution of the one before"
+    for tensor in on_gpu[2:4]:
+        tensor.mul_(-3)
+    graph.replay()
+    assert captured.residual <= 1.5e-5, "another right-hand side"

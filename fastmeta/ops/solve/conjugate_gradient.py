@@ -2,7 +2,8 @@
 
 What differs is where the numbers of an iteration live, and how often the host looks at them (:func:`look_every`). On
 the CPU they are Python floats, looked at in every iteration. On a GPU they are a row of float64 on the device, where a
-look costs the way there and back: every few iterations, and never while a CUDA graph is captured. The row is::
+look costs the way there and back: every few iterations, or once where all are one launch (:func:`in_one_launch`), and
+never while a CUDA graph is captured. The row is::
 
     SLOPE    <r, z>
     SQUARED  <r, r>, or <r, z> where that is the squared norm of the residual (``energy``)
@@ -37,6 +38,8 @@ STOPPED = 5  # another process did
 LOOK_EVERY = 5
 # The recurrence drifts from the true residual: stop it a little below the tolerance.
 MARGIN = 0.95
+# Entries of a solution up to which one launch makes every iteration.
+MOST_IN_ONE_LAUNCH = 2**17
 # A pass that leaves more than this part of the true residual is at the precision of the dtype.
 STAGNATION = 0.5
 
@@ -63,7 +66,12 @@ def _fake(features: Tensor, logits: Tensor, targets: Any, signs: Any, rhs: Tenso
 
 
 OPERATOR = dispatch.Operator("conjugate_gradient", fake=_fake)
-"""Of a damped Hessian with ``damping > 0``: ``x`` and the last row of numbers, for the arguments of the schema."""
+"""All of a solve with ``damping > 0`` on CUDA: ``x [C, K]`` and the last row of numbers.
+
+Its arguments: rows ``[N, K]`` of the system, logits ``[N, C]``, targets ``[N, C]`` or None, signs of the weights
+``[N]`` or None, right-hand side ``[C, K]``, the norm of the residual to reach (float64, on the device), the code of the
+loss, damping, and the most iterations.
+"""
 
 
 class Shared(Protocol):
@@ -342,16 +350,19 @@ class TorchUpdates:
 
 
 def in_one_launch(outputs: int, features: Tensor, impl: str | None) -> bool:
-    """Whether :data:`OPERATOR` solves systems of these rows: float32 on CUDA, at most 32 outputs.
+    """Whether a system of these rows, made float32, is one for :data:`OPERATOR`: on CUDA, of at most 32 outputs.
 
     Then an iteration takes two waits of the GPU's blocks for each other in place of five launches, and those after
-    convergence, which a CUDA graph would hold as well, do not run.
+    convergence, which a CUDA graph would hold as well, do not run. Not for solutions so large that each block's copy of
+    a direction is more work than its rows.
     """
-    name = dispatch.named(impl)
-    device, implementation = ("cpu" if _extension.EMULATED else "cuda"), "cuda"
-    known = implementation in OPERATOR.implementations(device) and features.device.type == device
-    fits = outputs <= dispatch.NARROW_OUTPUTS and features.dtype != torch.float64 and type(features) is Tensor
-    return known and fits and (name == implementation or (name is None and features.is_cuda))
+    name, unknowns = dispatch.named(impl), outputs * (features.shape[1] + 1)
+    fits = 0 < outputs <= dispatch.NARROW_OUTPUTS and 0 < unknowns <= MOST_IN_ONE_LAUNCH
+    plain = type(features) is Tensor and features.dtype != torch.float64 and not dispatch.forward_mode()
+    if not (fits and plain and (name == "cuda" or (name is None and features.is_cuda))):
+        return False
+    device = "cpu" if _extension.EMULATED else "cuda"
+    return features.device.type == device and "cuda" in OPERATOR.implementations(device)
 
 
 def updates_for(vector: Tensor, impl: str | None) -> Updates | None:

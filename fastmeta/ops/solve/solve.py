@@ -341,7 +341,8 @@ class InOneLaunch:
             target = torch.full((), target, dtype=torch.float64, device=rhs.device)
         kernel = cg.OPERATOR.select(system.impl, *self._tensors, rhs, target)
         assert kernel is not None, "it was asked for by in_one_launch"
-        solution, row = kernel(*self._tensors, rhs, target, LOSSES[system.loss], system.damping, budget)
+        numbers = LOSSES[system.loss], system.damping, min(budget, 2**31 - 1)
+        solution, row = kernel(*self._tensors, rhs, target, *numbers)
         return Step(solution, row.tolist() if cg.look_every(rhs) else row)
 
 
