@@ -29,6 +29,8 @@ def page(rows: Sequence[Row]) -> str:
         ABOUT,
         "## With these labels, this",
         _best(rows, places),
+        "## On another base",
+        _bases(rows, places),
         "## What each method did",
         *_methods(rows, places),
         "## How many labels until nothing is left",
@@ -123,6 +125,33 @@ def _best(rows: Sequence[Row], places: Sequence[tuple[str, int]]) -> str:
         "it is: here the interval is widened for as many as were tried (Bonferroni). Methods with labels that no other "
         "sees are left out."
     )
+
+
+def _bases(rows: Sequence[Row], places: Sequence[tuple[str, int]]) -> str:
+    """All bases as they are, alone and with L2I, and alone against FixMatch with it."""
+    parts = []
+    for place in places:
+        here = [row for row in runs.of(rows, data=place[0], labels=place[1]) if not row["changes"] and not _longer(row)]
+        errors = {name: one for name, one in runs.by_seed(here).items() if len(one) >= FEWEST}
+        alone = [base for base in dict.fromkeys(row["base"] for row in here) if base in errors]
+        rival = errors.get(f"{BASE} + l2i", {})
+        lines: list[list[object]] = []
+        for base in sorted(alone, key=lambda base: sum(errors[base].values()) / len(errors[base])):
+            with_it = errors.get(f"{base} + l2i", {})
+            changes, against = (
+                f"{runs.interval_text(runs.paired(one, other))}, {common} seeds"
+                if (common := len(set(one) & set(other))) >= FEWEST
+                else ""
+                for one, other in ((with_it, errors[base]), (errors[base], rival))
+            )
+            told = [runs.mean_text(list(one.values())) if one else "" for one in (errors[base], with_it)]
+            lines.append([base, *told, changes, against])
+        if len(lines) > 1:
+            columns = [_name(place), "errs on, %", "with l2i, %", "l2i changes, points"]
+            parts.append(markdown([*columns, f"alone against {BASE} + l2i, points"], lines))
+    if not parts:
+        return "Nothing is measured yet."
+    return "\n\n".join([*parts, "Means are those of each one's own seeds, differences of common ones."])
 
 
 def _methods(rows: Sequence[Row], places: Sequence[tuple[str, int]]) -> list[str]:
