@@ -138,7 +138,7 @@ def solve_hessian(
 
     ``auto`` is ``cholesky`` for the smallest systems and ``pcg`` without damping, else ``cg``: no eigenbases, and once
     a net has learned something no more iterations. Where it takes longer than they would, ``pcg`` goes on from there
-    and serves the next solves of a ``state`` (on a GPU they would last as long as hundreds of iterations: never).
+    and serves the next solves of a ``state`` (not on a GPU, where an eigendecomposition waits for the host).
 
     On a GPU the iterations of ``cg`` and ``pcg`` wait for nothing; the host looks every 5 of them whether to go on, and
     at the residual in the end. Those of ``cg`` in float32 for at most 32 outputs are one launch; else a CUDA graph

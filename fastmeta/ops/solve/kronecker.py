@@ -140,7 +140,7 @@ def trial_iterations(n: int, c: int, k: int, *, in_row_space: bool, solves: int 
 
     Once a net has learned something both take the same number, as its mean curvature tells little of an example's;
     before, and for little damping, ``pcg`` may take a tenth. Whichever it is, ``auto`` takes about twice the time of
-    the better one or less. (On a GPU an eigendecomposition lasts as long as hundreds of iterations.) Factors that
+    the better one or less. (On a GPU it stays with CG: an eigendecomposition waits for the host.) Factors that
     ``solves`` solves can share, which takes as many rows as features, cost each a part.
 
     >>> [trial_iterations(512, 10, k, in_row_space=False) for k in (129, 641)]
