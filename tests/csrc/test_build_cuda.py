@@ -26,6 +26,7 @@ LIST_OPERATORS = [
     "masked_adam_",
     "augment",
     "crop",
+    "conjugate_gradient",
 ]
 CHOSEN = os.environ.get("FASTMETA_CUDA_ARCHITECTURES", "90")  # one: they take a minute and a half each
 needs_nvcc = pytest.mark.skipif(build_cuda.find_nvcc() is None and not REQUIRED, reason="no nvcc")
